@@ -1,0 +1,294 @@
+"""Why sessions end, in fixed words, and the exceptions that carry those words.
+
+In: nothing.  Out: `EndReason`, the vocabulary that logs, metrics and documents share, and the exceptions of all floors.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class EndReason(str, Enum):
+    """Why a session ended: a fixed word, what it means, and what a person can do about it.
+
+    The value is the word that appears in records (`"tls-expired"`); `meaning` and `remedy` are for people.
+    """
+
+    meaning: str
+    remedy: str
+
+    def __new__(cls, word: str, meaning: str, remedy: str) -> EndReason:
+        """Make the word the value, so that members compare equal to it and print as it."""
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member.meaning = meaning
+        member.remedy = remedy
+        return member
+
+    def __str__(self) -> str:
+        return self.value
+
+    # The ordinary ends.
+    DEVICE_DISCONNECT = ("device-disconnect", "The device sent DISCONNECT.", "Nothing: this is how a session should end.")
+    DEVICE_LOST = (
+        "device-lost",
+        "The device closed or reset its connection without DISCONNECT.",
+        "Look at the device's power and network; the broker has published its Will.",
+    )
+    KEEPALIVE_TIMEOUT = (
+        "keepalive-timeout",
+        "Nothing came from the device for one and a half times its Keep Alive.",
+        "Look at the device's power and network; a longer Keep Alive helps on a bad link.",
+    )
+    UPSTREAM_DISCONNECT = (
+        "upstream-disconnect",
+        "The broker ended the session with a DISCONNECT of its own.",
+        "Look up the reason code in the record; often another client took over the Client Identifier.",
+    )
+    UPSTREAM_LOST = (
+        "upstream-lost",
+        "The broker's side of the connection went away while the session stood.",
+        "Look at the broker's log at this time: a restart, a takeover of the Client Identifier, or the network.",
+    )
+    GATEWAY_STOPPING = ("gateway-stopping", "The gateway was told to stop.", "Nothing: the device will connect again.")
+
+    # What the device did wrong.
+    CONNECT_TIMEOUT = (
+        "connect-timeout",
+        "The device connected and did not send a whole CONNECT in time.",
+        "Check that an MQTT client, not a port scanner or a health check, connects to this port.",
+    )
+    NOT_MQTT = (
+        "not-mqtt",
+        "The first bytes were no MQTT CONNECT.",
+        "Check what speaks to this port: plain MQTT is expected, neither TLS nor HTTP nor WebSocket.",
+    )
+    MALFORMED_PACKET = (
+        "malformed-packet",
+        "The device sent bytes that no version of MQTT allows.",
+        "Update the device's firmware, or report the detail in the record to its maker.",
+    )
+    PROTOCOL_ERROR = (
+        "protocol-error",
+        "The device sent a packet that is not allowed at this point.",
+        "Update the device's firmware, or report the detail in the record to its maker.",
+    )
+    PACKET_TOO_LARGE = (
+        "packet-too-large",
+        "The device sent a packet above the configured maximum size.",
+        "Raise limits.max_packet_size, or limits.max_connect_size if the packet was a CONNECT.",
+    )
+    UNSUPPORTED_PROTOCOL_VERSION = (
+        "unsupported-protocol-version",
+        "The device asked for a protocol level other than 3 (MQTT 3.1), 4 (3.1.1) and 5 (5.0).",
+        "Set the device to MQTT 3.1.1.",
+    )
+
+    # Whom the gateway does not let in.
+    NETWORK_NOT_ALLOWED = (
+        "network-not-allowed",
+        "The device's address is in none of the allowed networks.",
+        "Add its network to admission.allow, if it is one of yours.",
+    )
+    TOO_MANY_SESSIONS = (
+        "too-many-sessions",
+        "The gateway carries as many sessions as it may.",
+        "Raise admission.max_sessions and the service's descriptor limit (LimitNOFILE).",
+    )
+    TOO_MANY_FROM_ADDRESS = (
+        "too-many-from-address",
+        "This address has as many sessions as one address may have.",
+        "Raise admission.max_sessions_per_address, or find out why it opens so many.",
+    )
+    RATE_LIMITED = (
+        "rate-limited",
+        "This address opens new sessions faster than it may.",
+        "Raise admission.new_sessions_per_second, or find out why the device reconnects so often.",
+    )
+
+    # Why there is no upstream: on the way.
+    DNS_FAILED = (
+        "dns-failed",
+        "The broker's name could not be resolved.",
+        "Check the spelling of the upstream host and the name servers of this machine.",
+    )
+    TCP_REFUSED = (
+        "tcp-refused",
+        "The broker's address refused the connection.",
+        "Check the port (8883 is usual for MQTT over TLS) and that the broker runs.",
+    )
+    TCP_TIMEOUT = (
+        "tcp-timeout",
+        "The broker's address did not answer in time.",
+        "Check the firewall between here and the broker, and the port.",
+    )
+    TCP_UNREACHABLE = (
+        "tcp-unreachable",
+        "There is no way to the broker's address.",
+        "Check this machine's network, its default route and the address.",
+    )
+
+    # Why there is no upstream: the TLS handshake.
+    TLS_NOT_TLS = (
+        "tls-not-tls",
+        "The upstream does not speak TLS on this port.",
+        "Use the broker's TLS port (8883 is usual), not its plaintext port (1883).",
+    )
+    TLS_TIMEOUT = (
+        "tls-timeout",
+        "The TLS handshake did not finish in time.",
+        "Check that the port speaks TLS and that nothing between here and the broker holds it up.",
+    )
+    TLS_CLOSED = (
+        "tls-closed",
+        "The upstream closed the connection during the TLS handshake.",
+        "Look at the broker's log: it may demand a client certificate, SNI or ALPN.",
+    )
+    TLS_HANDSHAKE_FAILED = (
+        "tls-handshake-failed",
+        "The TLS handshake failed.",
+        "The detail names OpenSSL's reason; `mqtts-gateway check` shows the step.",
+    )
+    TLS_VERSION = (
+        "tls-version",
+        "The broker offers no TLS version that the gateway accepts.",
+        "Enable TLS 1.2 or 1.3 on the broker.",
+    )
+    TLS_CLIENT_CERTIFICATE_REFUSED = (
+        "tls-client-certificate-refused",
+        "The broker demands a client certificate, or refused the one it was shown.",
+        "Set tls.client_cert and tls.client_key to what the broker expects, and check that it is not expired.",
+    )
+    TLS_ALPN_MISMATCH = (
+        "tls-alpn-mismatch",
+        "The broker agreed to none of the configured application protocols.",
+        "Set tls.alpn to what the broker expects on this port, or leave it out.",
+    )
+
+    # Why there is no upstream: verification.
+    TLS_UNTRUSTED_CHAIN = (
+        "tls-untrusted-chain",
+        "The broker's certificate does not lead to a trusted root.",
+        "Set tls.ca_file to the CA that issued it; let the broker send its intermediate certificates.",
+    )
+    TLS_NAME_MISMATCH = (
+        "tls-name-mismatch",
+        "The broker's certificate is not for the name that was asked for.",
+        "Use the name in its subjectAltName as the upstream host or as server_name, or have it issued anew.",
+    )
+    TLS_EXPIRED = (
+        "tls-expired",
+        "A certificate of the broker has expired.",
+        "Renew the broker's certificate; check this machine's clock.",
+    )
+    TLS_NOT_YET_VALID = (
+        "tls-not-yet-valid",
+        "A certificate of the broker is not yet valid.",
+        "Check this machine's clock first; then the certificate's dates.",
+    )
+    TLS_REVOKED = (
+        "tls-revoked",
+        "A certificate of the broker is on the revocation list.",
+        "Have the broker's certificate issued anew, and find out why it was revoked.",
+    )
+    TLS_CRL_UNUSABLE = (
+        "tls-crl-unusable",
+        "Revocation could not be checked: a CRL is missing, expired or not signed by the issuer.",
+        "Fetch the current CRL of every CA in the chain into tls.crl_files.",
+    )
+    TLS_WRONG_PURPOSE = (
+        "tls-wrong-purpose",
+        "The broker's certificate is not meant for a TLS server.",
+        "Issue it with the extended key usage serverAuth.",
+    )
+    TLS_WEAK_CERTIFICATE = (
+        "tls-weak-certificate",
+        "A certificate of the broker has a key or a signature too weak to trust.",
+        "Issue it anew with at least RSA 2048 or P-256, signed with SHA-256.",
+    )
+    TLS_PIN_MISMATCH = (
+        "tls-pin-mismatch",
+        "No public key in the broker's chain is one of the configured pins.",
+        "If the broker's key was changed on purpose, change tls.pins; otherwise find out who answers.",
+    )
+    TLS_STRICT_REFUSED = (
+        "tls-strict-refused",
+        "The second, stricter verification refused the chain.",
+        'The detail names the rule; use verification = "standard" if the CA cannot be changed.',
+    )
+    TLS_VERIFICATION_ERROR = (
+        "tls-verification-error",
+        "The verification itself met something unexpected, so the broker was refused.",
+        "Report the detail as a fault of the gateway.",
+    )
+
+    # Why there is no upstream: MQTT.
+    UPSTREAM_SILENT = (
+        "upstream-silent",
+        "The broker did not answer CONNECT in time.",
+        "Look at the broker's log and load; check that the port speaks MQTT.",
+    )
+    UPSTREAM_REFUSED = (
+        "upstream-refused",
+        "The broker refused CONNECT; the device was given the broker's own answer.",
+        "Look up the code in the record: wrong credentials, a forbidden Client Identifier, a policy.",
+    )
+    UPSTREAM_CLOSED = (
+        "upstream-closed",
+        "The broker closed the connection without answering CONNECT.",
+        "Look at the broker's log: policies on Client Identifier or certificate often end so.",
+    )
+    UPSTREAM_PROTOCOL_ERROR = (
+        "upstream-protocol-error",
+        "The broker sent bytes that MQTT does not allow.",
+        "Check that the port speaks MQTT, not WebSocket or HTTP; report the detail to the broker's maker.",
+    )
+
+    INTERNAL_ERROR = (
+        "internal-error",
+        "The gateway made a mistake; only this session was ended.",
+        "Report the traceback in the log.",
+    )
+
+
+class GatewayError(Exception):
+    """What every exception of this package is."""
+
+
+class ConfigError(GatewayError):
+    """The configuration cannot be used.
+
+    `problems` holds a line for each thing that is wrong, each naming its dotted key; `str()` gives them all.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class SessionEnd(GatewayError):
+    """A session cannot go on: the fixed word, and the particulars for the record.
+
+    `detail` is shown to operators, so it never holds a secret; device-supplied text in it is escaped by whoever shows it.
+    """
+
+    def __init__(self, reason: EndReason, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else str(reason))
+        self.reason = reason
+        self.detail = detail
+
+
+class PacketError(SessionEnd):
+    """A peer broke MQTT's rules.
+
+    `reason_code` is the MQTT 5.0 reason code that names the fault (MQTT 5.0 §2.4): 0x81 Malformed Packet,
+    0x82 Protocol Error, 0x95 Packet too large, 0x84 Unsupported Protocol Version.
+    """
+
+    def __init__(self, reason: EndReason, reason_code: int, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason_code = reason_code
+
+
+class UpstreamFailure(SessionEnd):
+    """There is no verified channel to the broker."""
