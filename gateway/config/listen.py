@@ -1,0 +1,137 @@
+"""Where devices connect: `[HOST:]PORT` or a Twisted server endpoint description.
+
+In: the text of `listen.endpoint`.  Out: a Twisted description, checked as far as that goes without Twisted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+
+from gateway.config.names import connect_name, is_address
+from gateway.config.words import quoted
+
+_SHORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:=\\]*):)?(?P<port>[0-9]+)")
+_KIND = re.compile(r"[A-Za-z0-9_-]+")
+_ARGUMENTS = {  # in the order in which they may stand without a name
+    "tcp": ("port", "interface", "backlog"),
+    "tcp6": ("port", "backlog", "interface"),
+    "unix": ("address", "mode", "backlog", "lockfile"),
+}
+_REFUSED = {
+    "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
+    "tls": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
+    "stdio": "one session on the standard streams is no listener",
+}
+
+
+def describe_endpoint(text: str) -> str:
+    r"""Give the Twisted description: `1883` is `tcp:port=1883`, `[::1]:1883` is `tcp:port=1883:interface=\:\:1`.
+
+    Port 0 lets the system choose. Raises ValueError with the reason.
+    """
+    short = _SHORT.fullmatch(text)
+    if short is None or short["host"] in (*_ARGUMENTS, *_REFUSED):
+        _check_description(text)
+        return text
+    description = f"tcp:port={_port(short['port'])}"
+    return f"{description}:interface={_escaped(_interface(short['host']))}" if short["host"] else description
+
+
+def endpoint_identity(text: str) -> Hashable:
+    """Give what two endpoints have in common if they cannot both be listened on; each port 0 is one of its own.
+
+    Raises ValueError as `describe_endpoint` does.
+    """
+    description = describe_endpoint(text)
+    kind, arguments = _parse(description)
+    match kind:
+        case "unix":
+            return kind, arguments["address"]
+        case "tcp" | "tcp6" if int(arguments["port"]) == 0:
+            return object()
+        case "tcp" | "tcp6":
+            interface = arguments.get("interface", "::" if kind == "tcp6" else "")
+            # The empty interface is Twisted's word for the second.
+            return int(arguments["port"]), _interface(interface or "0.0.0.0")  # noqa: S104  # compared, not listened on
+        case _:
+            return description
+
+
+def _check_description(text: str) -> None:
+    kind, arguments = _parse(text)
+    if not _KIND.fullmatch(kind) or ":" not in text:
+        raise ValueError(f'{quoted(text)} is neither "PORT" nor "HOST:PORT" nor a Twisted endpoint description')
+    inner = arguments.get("1", "") if kind == "haproxy" else kind
+    if inner in _REFUSED:
+        raise ValueError(f"{quoted(text)} cannot be used: {_REFUSED[inner]}")
+    if kind not in _ARGUMENTS:
+        return  # of a plugin: only Twisted knows which there are
+    for name in arguments:
+        if name not in _ARGUMENTS[kind]:
+            raise ValueError(f"{quoted(text)}: {kind} endpoints take {', '.join(_ARGUMENTS[kind])}, not {quoted(name)}")
+    if not re.fullmatch(r"[0-9]{1,6}", arguments.get("backlog", "50")):
+        raise ValueError(f"{quoted(text)}: the backlog is a number of connections")
+    if kind == "unix":
+        _check_unix(text, arguments)
+    else:
+        _port(arguments.get("port", ""))
+        if arguments.get("interface"):
+            _interface(arguments["interface"])
+
+
+def _check_unix(text: str, arguments: dict[str, str]) -> None:
+    address = arguments.get("address", "")
+    if not address.startswith("/") or "\0" in address:
+        raise ValueError(f"{quoted(text)}: the path of a socket starts with /, since a service may start anywhere")
+    if len(address.encode("utf-8", "surrogateescape")) > 107:  # sockaddr_un, unix(7)
+        raise ValueError(f"{quoted(text)}: the path of a socket has at most 107 bytes")
+    if not re.fullmatch(r"[0-7]{1,4}", arguments.get("mode", "666")):
+        raise ValueError(f"{quoted(text)}: the mode is an octal number such as 660")
+    if arguments.get("lockfile", "1") not in ("0", "1"):
+        raise ValueError(f"{quoted(text)}: lockfile is 0 or 1")
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > 65535:
+        raise ValueError(f"{quoted(text)} is not a port (0 to 65535, where 0 is any free port)")
+    return int(text)
+
+
+def _interface(text: str) -> str:
+    try:
+        address = connect_name(text)
+    except ValueError:
+        address = ""
+    if not is_address(address.partition("%")[0]):
+        raise ValueError(f"{quoted(text)} is no IP address: an interface to listen on is named by its address")
+    return address
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", r"\\").replace(":", r"\:")
+
+
+def _parse(description: str) -> tuple[str, dict[str, str]]:
+    """Split a Twisted description into its kind and arguments; those without a name get it from their place."""
+    pieces = list(_pieces(description))
+    kind = pieces[0][1]
+    names = _ARGUMENTS.get(kind, ())
+    places = (names[place] if place < len(names) else str(place + 1) for place in range(len(pieces)))
+    return kind, {name if name is not None else next(places): value for name, value in pieces[1:]}
+
+
+def _pieces(description: str) -> Iterator[tuple[str | None, str]]:
+    """Split at colons into (name or None, value); a backslash takes the next character as it is."""
+    name: str | None = None
+    value = ""
+    characters = iter(description)
+    for character in characters:
+        if character == ":":
+            yield name, value
+            name, value = None, ""
+        elif character == "=" and name is None:
+            name, value = value, ""
+        else:
+            value += next(characters, "") if character == "\\" else character
+    yield name, value

@@ -1,0 +1,308 @@
+"""What can be configured: the one typed, frozen `Config` that files and flags both become.
+
+In: values.  Out: `Config` and its sections, which cannot be made with values that make no sense: each class raises
+ValueError (an ExceptionGroup of them, where several elements of a list are wrong) that says what is wrong.
+
+The fields' names are the keys of the file. `docs/configuration.md` describes each; a test holds the two together.
+"""
+
+import base64
+import binascii
+import ipaddress
+import math
+import re
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import attrs
+
+from gateway.config.listen import describe_endpoint, endpoint_identity
+from gateway.config.names import connect_name, is_address, normalise_name
+from gateway.config.words import number, quoted
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+LARGEST_PACKET = 1 + 4 + 268_435_455
+"""Bytes of the largest control packet: type, four bytes of Remaining Length (MQTT 5.0 §2.1.4), and the body."""
+
+
+class MisfitError(ValueError):
+    """A part of a value makes no sense; `where` leads from the value to that part: `[1]`, `.client_key`."""
+
+    def __init__(self, where: str, message: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+def _check(check: Callable[[Any], object]) -> Validator:
+    """Make a validator of a function that raises ValueError."""
+
+    def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", value: Any) -> None:
+        check(value)
+
+    return validate
+
+
+def _check_each(check: Callable[[Any], object]) -> Validator:
+    """Make a validator of a function that raises ValueError for an element; it finds all of them."""
+
+    def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", values: Iterable[Any]) -> None:
+        problems = []
+        for index, value in enumerate(values):
+            try:
+                check(value)
+            except ValueError as error:
+                problems.append(MisfitError(f"[{index}]", str(error)))
+        if problems:
+            raise ExceptionGroup("elements that make no sense", problems)
+
+    return validate
+
+
+def _between(low: float, high: float, what: str = "") -> Validator:
+    """Make a validator for numbers from `low` to `high`, both included."""
+    span = f"({number(low)} to {number(high)})"
+
+    def check(value: float) -> None:
+        if not low <= value <= high:  # so that not-a-number is refused, too
+            raise ValueError(f"{number(value)} is {what} {span}" if what else f"{number(value)} is out of range {span}")
+
+    return _check(check)
+
+
+def _distinct(identity: Callable[[Any], Hashable], missing: str) -> Validator:
+    """Make a validator for a list that is not empty and holds nothing twice."""
+
+    def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", values: tuple[Any, ...]) -> None:
+        if not values:
+            raise ValueError(missing)
+        first: dict[Hashable, int] = {}
+        problems = []
+        for index, value in enumerate(values):
+            earlier = first.setdefault(identity(value), index)
+            if earlier != index:
+                problems.append(MisfitError(f"[{index}]", f"is the same as [{earlier}]: leave one of them out"))
+        if problems:
+            raise ExceptionGroup("listed twice", problems)
+
+    return validate
+
+
+def _check_label(text: str) -> None:
+    if len(text) > 64 or not text.isprintable():
+        raise ValueError(f"{quoted(text)} is no label: use up to 64 characters that print")
+
+
+def _check_path(path: Path) -> None:
+    if "\0" in str(path):
+        raise ValueError(f"{quoted(str(path))} is no path: it holds a NUL character")
+
+
+def _check_optional_path(path: Path | None) -> None:
+    if path is not None:
+        _check_path(path)
+
+
+def _check_server_name(text: str) -> None:
+    if text:
+        normalise_name(text)
+
+
+def _check_alpn(text: str) -> None:
+    """Check a protocol name (RFC 7301 §3.1: 1 to 255 bytes; all registered ones are ASCII)."""
+    if not (1 <= len(text) <= 255 and text.isascii() and text.isprintable()):
+        raise ValueError(f"{quoted(text)} is no application protocol: use 1 to 255 ASCII characters, such as mqtt")
+
+
+def _pin_digest(text: str) -> bytes:
+    """Give the 32 bytes of a pin: base64, after `sha256/` (OkHttp, Android) or `sha256//` (curl) if that is there."""
+    encoded = re.sub(r"\Asha256//?", "", text)
+    try:
+        digest = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        digest = b""
+    if len(digest) != 32:
+        hexadecimal = re.fullmatch(r"(?:[0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}", text)
+        raise ValueError(
+            f"{quoted(text)} is no pin: give the SHA-256 digest of the public key (SubjectPublicKeyInfo) in base64, "
+            f"44 characters" + (", not in hexadecimal" if hexadecimal else "")
+        )
+    return digest
+
+
+def _without_brackets(text: str) -> str:
+    return text[1:-1] if text.startswith("[") and text.endswith("]") else text
+
+
+@attrs.frozen
+class Listener:
+    """Where devices connect with plain MQTT."""
+
+    endpoint: str = attrs.field(validator=_check(describe_endpoint))
+    name: str = attrs.field(default="", validator=_check(_check_label))
+
+    @property
+    def description(self) -> str:
+        """The endpoint as a description that `twisted.internet.endpoints.serverFromString` takes."""
+        return describe_endpoint(self.endpoint)
+
+
+@attrs.frozen
+class Upstream:
+    """A broker's TLS port."""
+
+    host: str = attrs.field(converter=_without_brackets, validator=_check(connect_name))
+    port: int = attrs.field(default=8883, validator=_between(1, 65535, "not a port"))
+    server_name: str = attrs.field(default="", validator=_check(_check_server_name))
+
+    @property
+    def connect_name(self) -> str:
+        """The name to resolve, as A-labels (a trailing dot is kept), or the address to connect to (a zone is kept)."""
+        return connect_name(self.host)
+
+    @property
+    def verify_name(self) -> str:
+        """The name that the broker's certificate must be for: lower-case A-labels, or a canonical IP address."""
+        return normalise_name(self.server_name or self.host.partition("%")[0])
+
+    @property
+    def sni(self) -> str | None:
+        """The name to send in the ClientHello (RFC 6066 §3), None if what is verified is an IP address."""
+        return None if is_address(self.verify_name) else self.verify_name
+
+    @property
+    def address(self) -> str:
+        """`HOST:PORT` for people, with brackets around IPv6."""
+        name = self.connect_name
+        return f"[{name}]:{self.port}" if ":" in name else f"{name}:{self.port}"
+
+
+@attrs.frozen
+class TLS:
+    """How the broker is verified, and what the gateway shows it. It holds for every upstream."""
+
+    ca_file: tuple[Path, ...] = attrs.field(default=(), validator=_check_each(_check_path))
+    ca_dir: Path | None = attrs.field(default=None, validator=_check(_check_optional_path))
+    client_cert: Path | None = attrs.field(default=None, validator=_check(_check_optional_path))
+    client_key: Path | None = attrs.field(default=None, validator=_check(_check_optional_path))
+    crl_file: tuple[Path, ...] = attrs.field(default=(), validator=_check_each(_check_path))
+    alpn: tuple[str, ...] = attrs.field(default=(), validator=_check_each(_check_alpn))
+    pin: tuple[str, ...] = attrs.field(default=(), validator=_check_each(_pin_digest))
+    verification: Literal["standard", "strict"] = "standard"
+    min_version: Literal["1.2", "1.3"] = "1.2"
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse a key without the certificate that makes it useful."""
+        if self.client_key is not None and self.client_cert is None:
+            raise MisfitError(".client_key", "there is no client_cert: name the certificate that belongs to this key")
+
+    @property
+    def platform_roots(self) -> bool:
+        """Whether the roots of the platform are trusted, since no others are named."""
+        return not self.ca_file and self.ca_dir is None
+
+    @property
+    def client_key_file(self) -> Path | None:
+        """The file that holds the private key: that of the certificate if none is named."""
+        return self.client_key or self.client_cert
+
+    @property
+    def pin_digests(self) -> frozenset[bytes]:
+        """SHA-256 digests of the SubjectPublicKeyInfo (RFC 7469 §2.4) of which the chain must hold one; empty: any."""
+        return frozenset(_pin_digest(pin) for pin in self.pin)
+
+
+@attrs.frozen
+class Limits:
+    """How much a device, or the broker, may send in one piece."""
+
+    max_packet_size: int = attrs.field(
+        default=LARGEST_PACKET, validator=_between(256, LARGEST_PACKET), metadata={"unit": "bytes"}
+    )
+    # Held in memory whole, for each session that has not been admitted by the broker yet: hence the low bound above.
+    max_connect_size: int = attrs.field(default=65_536, validator=_between(256, 1_048_576), metadata={"unit": "bytes"})
+
+
+def _seconds(default: float) -> Any:
+    return attrs.field(default=default, validator=_between(0.001, 3600), metadata={"unit": "seconds"})
+
+
+@attrs.frozen
+class Timeouts:
+    """How long each step may take (seconds)."""
+
+    connect_packet: float = _seconds(10.0)
+    dns: float = _seconds(5.0)
+    tcp: float = _seconds(10.0)
+    tls: float = _seconds(10.0)
+    connack: float = _seconds(10.0)
+    close: float = _seconds(5.0)
+    tcp_user: float = _seconds(60.0)
+
+
+_HOME_NETWORKS: tuple[Network, ...] = tuple(
+    map(
+        ipaddress.ip_network,
+        (
+            "127.0.0.0/8",  # loopback
+            "::1/128",
+            "10.0.0.0/8",  # private (RFC 1918)
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "169.254.0.0/16",  # link-local (RFC 3927, RFC 4291)
+            "fe80::/10",
+            "fc00::/7",  # unique local (RFC 4193)
+        ),
+    )
+)
+
+
+def _check_any_network(networks: tuple[Network, ...]) -> None:
+    if not networks:
+        raise ValueError("no network is allowed, so no device could ever connect: name one, or leave the key out")
+
+
+@attrs.frozen
+class Admission:
+    """Who may open a session, and how many."""
+
+    allow: tuple[Network, ...] = attrs.field(default=_HOME_NETWORKS, validator=_check(_check_any_network))
+    max_sessions: int = attrs.field(default=0, validator=_between(0, 10_000_000), metadata={"unit": "sessions"})
+    max_sessions_per_address: int = attrs.field(
+        default=0, validator=_between(0, 10_000_000), metadata={"unit": "sessions"}
+    )
+    new_sessions_per_second: float = attrs.field(
+        default=0.0, validator=_between(0, 1_000_000), metadata={"unit": "sessions per second"}
+    )
+
+    @property
+    def burst(self) -> int:
+        """How many sessions an address may open at one moment: those of one second, but at least one."""
+        return max(1, math.ceil(self.new_sessions_per_second))
+
+
+def _upstream_identity(upstream: Upstream) -> Hashable:
+    # One address may well stand twice with different names: a load balancer that chooses the broker by SNI.
+    return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """Everything that can be configured."""
+
+    listen: tuple[Listener, ...] = attrs.field(
+        default=(Listener("1883"),),
+        validator=_distinct(
+            lambda listener: endpoint_identity(listener.endpoint),
+            'there is none: write [[listen]] with endpoint = "1883", or leave the key out',
+        ),
+    )
+    upstream: tuple[Upstream, ...] = attrs.field(
+        validator=_distinct(_upstream_identity, 'there is none: write [[upstream]] with host = "broker.example.com"'),
+    )
+    tls: TLS = TLS()
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    admission: Admission = Admission()
