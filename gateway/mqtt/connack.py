@@ -1,0 +1,150 @@
+"""CONNACK, read from the broker, and the two packets that the gateway writes itself: a refusing CONNACK and DISCONNECT.
+
+In: a whole CONNACK from `reader`, or a code.  Out: `Connack`, or the bytes to send; `PacketError` for a CONNACK that
+the version does not allow.
+"""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from gateway.errors import EndReason, PacketError
+from gateway.mqtt.packets import (
+    PacketType,
+    ProtocolVersion,
+    ReasonCode,
+    encode_remaining_length,
+    encode_string,
+    malformed,
+    protocol_error,
+)
+from gateway.mqtt.properties import Properties, PropertyId, parse_properties
+from gateway.mqtt.reader import Packet
+
+# The body of a CONNACK before 5.0: flags and code.
+_BODY_SIZE_3 = 2
+# 5.0 reason codes from here on are refusals (MQTT 5.0 §2.4).
+_FIRST_REFUSAL = 0x80
+
+CONNACK_PROPERTIES: frozenset[int] = frozenset(
+    {
+        PropertyId.SESSION_EXPIRY_INTERVAL,
+        PropertyId.RECEIVE_MAXIMUM,
+        PropertyId.MAXIMUM_QOS,
+        PropertyId.RETAIN_AVAILABLE,
+        PropertyId.MAXIMUM_PACKET_SIZE,
+        PropertyId.ASSIGNED_CLIENT_IDENTIFIER,
+        PropertyId.TOPIC_ALIAS_MAXIMUM,
+        PropertyId.REASON_STRING,
+        PropertyId.USER_PROPERTY,
+        PropertyId.WILDCARD_SUBSCRIPTION_AVAILABLE,
+        PropertyId.SUBSCRIPTION_IDENTIFIER_AVAILABLE,
+        PropertyId.SHARED_SUBSCRIPTION_AVAILABLE,
+        PropertyId.SERVER_KEEP_ALIVE,
+        PropertyId.RESPONSE_INFORMATION,
+        PropertyId.SERVER_REFERENCE,
+        PropertyId.AUTHENTICATION_METHOD,
+        PropertyId.AUTHENTICATION_DATA,
+    }
+)
+"""What the CONNACK of MQTT 5.0 may carry (§3.2.2.3)."""
+
+
+@frozen
+class Connack:
+    """The broker's answer to CONNECT.
+
+    `code` is the return code before 5.0 and the reason code in 5.0; `server_keep_alive` is in seconds and
+    `maximum_packet_size` in bytes, both None when the broker sets none.
+    """
+
+    session_present: bool
+    code: int
+    server_keep_alive: int | None = None
+    assigned_client_identifier: str | None = None
+    maximum_packet_size: int | None = None
+    reason_string: str | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the broker took the session."""
+        return self.code == ReasonCode.SUCCESS
+
+
+def parse_connack(packet: Packet, version: ProtocolVersion) -> Connack:
+    """Read the CONNACK that answers a CONNECT of `version` (MQTT 3.1 §3.2, MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
+
+    A broker without 5.0 refuses a 5.0 CONNECT in the form of 3.x; that is taken as the refusal it is.
+    Raises PacketError (UPSTREAM_PROTOCOL_ERROR) for everything that the version does not allow.
+    """
+    try:
+        return _parse(packet, version)
+    except PacketError as fault:
+        raise PacketError(EndReason.UPSTREAM_PROTOCOL_ERROR, fault.reason_code, fault.detail) from None
+
+
+def _parse(packet: Packet, version: ProtocolVersion) -> Connack:
+    body = packet.body
+    is_5 = version is ProtocolVersion.MQTT_5_0
+    if len(body) < _BODY_SIZE_3 or (len(body) > _BODY_SIZE_3 and not is_5):
+        raise malformed(f"CONNACK with Remaining Length {len(body)} (MQTT {version.label} §3.2)")
+    flags, code = body[0], body[1]
+    if version is ProtocolVersion.MQTT_3_1:
+        # This byte is "reserved, not used" there: whatever it is, it means nothing.
+        flags = 0
+    if flags > 1:
+        raise malformed(f"CONNACK with flags 0b{flags:08b} (MQTT {version.label} §3.2.2.1)")
+    session_present = bool(flags)
+    if session_present and code:
+        raise protocol_error(f"CONNACK with Session Present and code 0x{code:02X} (MQTT {version.label} §3.2.2)")
+    properties = Properties({})
+    if is_5 and not (len(body) == _BODY_SIZE_3 and code):
+        properties = _parse_properties_5(packet, code)
+    return Connack(
+        session_present=session_present,
+        code=code,
+        server_keep_alive=properties.integer(PropertyId.SERVER_KEEP_ALIVE),
+        assigned_client_identifier=properties.text(PropertyId.ASSIGNED_CLIENT_IDENTIFIER),
+        maximum_packet_size=properties.integer(PropertyId.MAXIMUM_PACKET_SIZE),
+        reason_string=properties.text(PropertyId.REASON_STRING),
+    )
+
+
+def _parse_properties_5(packet: Packet, code: int) -> Properties:
+    if not packet.minimal_length:
+        raise malformed("CONNACK with a Remaining Length in more bytes than it needs (MQTT 5.0 §1.5.5)")
+    if 0 < code < _FIRST_REFUSAL:
+        raise protocol_error(f"CONNACK with reason code 0x{code:02X}, neither success nor refusal (MQTT 5.0 §3.2.2.2)")
+    properties, end = parse_properties(packet.body, _BODY_SIZE_3, CONNACK_PROPERTIES, "CONNACK")
+    if end != len(packet.body):
+        raise malformed(f"CONNACK with {len(packet.body) - end} bytes after its properties (MQTT 5.0 §3.2.3)")
+    return properties
+
+
+def connack_refusal(version: ProtocolVersion, code_3: int, code_5: int, reason_string: str = "") -> bytes:
+    """Write the CONNACK that refuses a CONNECT of `version` in its own terms (MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
+
+    `code_3` is the return code before 5.0, `code_5` the reason code of 5.0, where `reason_string` says more to people.
+    """
+    if version is not ProtocolVersion.MQTT_5_0:
+        return _packet(PacketType.CONNACK, bytes((0, code_3)))
+    return _packet(PacketType.CONNACK, bytes((0, code_5)) + _reason_properties(reason_string))
+
+
+def disconnect(code: int, reason_string: str = "") -> bytes:
+    """Write the DISCONNECT of MQTT 5.0 with a reason code (§3.14), which earlier versions let no server send.
+
+    The reason code is left out when it is 0, the properties when there are none.
+    """
+    if reason_string:
+        return _packet(PacketType.DISCONNECT, bytes((code,)) + _reason_properties(reason_string))
+    return _packet(PacketType.DISCONNECT, bytes((code,)) if code else b"")
+
+
+def _reason_properties(reason_string: str) -> bytes:
+    properties = bytes((PropertyId.REASON_STRING,)) + encode_string(reason_string) if reason_string else b""
+    return encode_remaining_length(len(properties)) + properties
+
+
+def _packet(packet_type: PacketType, body: bytes) -> bytes:
+    return bytes((packet_type << 4,)) + encode_remaining_length(len(body)) + body

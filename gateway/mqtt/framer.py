@@ -1,0 +1,345 @@
+"""The fast path: checks the fixed header of every relayed packet in place and lets the bytes through.
+
+In: the bytes of one direction after CONNACK, cut anywhere.  Out: the same bytes, as far as they may be passed on;
+`error` when the peer broke the rules, `disconnected` when its DISCONNECT has passed whole.
+
+Bodies are never read: once a fixed header is checked, its body is counted and passed on as it arrives. Only the bytes
+of an unfinished fixed header are held back, at most four. The outcome does not depend on how the stream is cut.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from itertools import product
+
+from attrs import frozen
+
+from gateway.errors import EndReason, PacketError
+from gateway.mqtt.packets import (
+    MAX_REMAINING_LENGTH,
+    PacketType,
+    ProtocolVersion,
+    ReasonCode,
+    decode_remaining_length,
+    is_minimal,
+)
+
+
+class Sender(Enum):
+    """Who sends the bytes that a framer checks."""
+
+    DEVICE = "device"
+    BROKER = "broker"
+
+
+_PERMITTED_3 = {
+    Sender.DEVICE: {
+        PacketType.PUBLISH,
+        PacketType.PUBACK,
+        PacketType.PUBREC,
+        PacketType.PUBREL,
+        PacketType.PUBCOMP,
+        PacketType.SUBSCRIBE,
+        PacketType.UNSUBSCRIBE,
+        PacketType.PINGREQ,
+        PacketType.DISCONNECT,
+    },
+    Sender.BROKER: {
+        PacketType.PUBLISH,
+        PacketType.PUBACK,
+        PacketType.PUBREC,
+        PacketType.PUBREL,
+        PacketType.PUBCOMP,
+        PacketType.SUBACK,
+        PacketType.UNSUBACK,
+        PacketType.PINGRESP,
+    },
+}
+_ADDED_BY_5 = {PacketType.DISCONNECT, PacketType.AUTH}
+
+_ACKNOWLEDGEMENTS = {PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, PacketType.PUBCOMP}
+_WITH_QOS_1_FLAGS = {PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE}
+_NO_LIMIT = MAX_REMAINING_LENGTH
+
+_DISCONNECT_BYTE = PacketType.DISCONNECT << 4
+_SMALLEST_LIMIT = 256
+
+# A Remaining Length of one byte is at most this.
+_ONE_BYTE_MAX = 127
+# In the tables of the fast path: no Remaining Length is at least this, so the packet is looked at closely.
+_CLOSER_LOOK = 256
+
+
+def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> tuple[ReasonCode, str] | None:
+    """Say what is wrong with a first byte, its type and its flags, if anything (MQTT 3.1.1 §2.2, MQTT 5.0 §2.1)."""
+    number, flags = first >> 4, first & 0x0F
+    is_5 = version is ProtocolVersion.MQTT_5_0
+    spec = f"MQTT {version.label}"
+    types_section = {ProtocolVersion.MQTT_3_1: "§2.1", ProtocolVersion.MQTT_3_1_1: "§2.2.1"}.get(version, "§2.1.2")
+    if number == 0 or (number == PacketType.AUTH and not is_5):
+        return ReasonCode.MALFORMED_PACKET, f"reserved control packet type {number} ({spec} {types_section})"
+    packet_type = PacketType(number)
+    name = packet_type.name
+    if packet_type not in (_PERMITTED_3[sender] | _ADDED_BY_5 if is_5 else _PERMITTED_3[sender]):
+        if packet_type is PacketType.CONNECT and sender is Sender.DEVICE:
+            return ReasonCode.PROTOCOL_ERROR, f"a second CONNECT ({spec} §3.1)"
+        return ReasonCode.PROTOCOL_ERROR, f"{name} from the {sender.value} after CONNACK ({spec} {types_section})"
+    if packet_type is PacketType.PUBLISH:
+        qos, duplicate = flags >> 1 & 0b11, flags & 0b1000
+        if qos == 3:
+            return ReasonCode.MALFORMED_PACKET, f"PUBLISH with QoS 3 ({_publish_section(version, '§3.3.1.2')})"
+        # MQTT 3.1 says nothing about DUP with QoS 0, so it passes there.
+        if duplicate and qos == 0 and version is not ProtocolVersion.MQTT_3_1:
+            return ReasonCode.MALFORMED_PACKET, f"PUBLISH with DUP and QoS 0 ({_publish_section(version, '§3.3.1.1')})"
+        return None
+    wanted = 0b0010 if packet_type in _WITH_QOS_1_FLAGS else 0b0000
+    # In MQTT 3.1 these three carry a real QoS, 1, and DUP when they are sent again; RETAIN is "not used".
+    looked_at = 0b0110 if version is ProtocolVersion.MQTT_3_1 and packet_type in _WITH_QOS_1_FLAGS else 0b1111
+    if flags & looked_at != wanted:
+        flags_section = {ProtocolVersion.MQTT_3_1: "§2.1", ProtocolVersion.MQTT_3_1_1: "§2.2.2"}.get(version, "§2.1.3")
+        return (
+            ReasonCode.MALFORMED_PACKET,
+            f"{name} with flags 0b{flags:04b} instead of 0b{wanted:04b} ({spec} {flags_section})",
+        )
+    return None
+
+
+def _publish_section(version: ProtocolVersion, section: str) -> str:
+    # MQTT 3.1 describes DUP and QoS with the fixed header, the later versions with PUBLISH.
+    return f"MQTT {version.label} {'§2.1' if version is ProtocolVersion.MQTT_3_1 else section}"
+
+
+def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
+    """Give the shortest and the longest Remaining Length of a well-formed packet (MQTT 3.1.1 §3, MQTT 5.0 §3)."""
+    packet_type = PacketType(first >> 4)
+    is_5 = version is ProtocolVersion.MQTT_5_0
+    # Packets with properties say how long those are, in one byte at least.
+    properties = 1 if is_5 else 0
+    if packet_type is PacketType.PUBLISH:
+        # Topic length and one character; in 5.0 an empty topic needs a Topic Alias, which is longer.
+        packet_identifier = 2 if first & 0b0110 else 0
+        return 3 + packet_identifier + properties, _NO_LIMIT
+    if packet_type in _ACKNOWLEDGEMENTS:
+        # In 5.0 the reason code and the properties may follow, and may be left out.
+        return 2, _NO_LIMIT if is_5 else 2
+    if packet_type is PacketType.SUBSCRIBE:
+        # Packet Identifier; length, one character and options of one Topic Filter.
+        return 6 + properties, _NO_LIMIT
+    if packet_type is PacketType.UNSUBSCRIBE:
+        # Packet Identifier; length and one character of one Topic Filter.
+        return 5 + properties, _NO_LIMIT
+    if packet_type is PacketType.SUBACK or (packet_type is PacketType.UNSUBACK and is_5):
+        # Packet Identifier and one code.
+        return 3 + properties, _NO_LIMIT
+    if packet_type is PacketType.UNSUBACK:
+        return 2, 2
+    if packet_type in _ADDED_BY_5 and is_5:
+        # The reason code and the properties may be left out.
+        return 0, _NO_LIMIT
+    # PINGREQ, PINGRESP, and DISCONNECT before 5.0.
+    return 0, 0
+
+
+@frozen
+class _Rules:
+    """What one sender may send in one version.
+
+    `low` and `high` bound, for each first byte, a Remaining Length of one byte that may pass at once. Whatever is
+    outside gets a closer look: a longer packet, a DISCONNECT, a fault.
+    """
+
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+
+
+def _build_rules(sender: Sender, version: ProtocolVersion) -> _Rules:
+    low, high = [_CLOSER_LOOK] * 256, [0] * 256
+    for first in range(256):
+        if first != _DISCONNECT_BYTE and _first_byte_fault(sender, version, first) is None:
+            low[first], longest = _length_limits(version, first)
+            high[first] = min(longest, _ONE_BYTE_MAX)
+    return _Rules(tuple(low), tuple(high))
+
+
+_RULES = {(sender, version): _build_rules(sender, version) for sender, version in product(Sender, ProtocolVersion)}
+
+
+class Framer:
+    """Passes on the bytes of one direction as long as they are well-framed MQTT.
+
+    `max_packet_size` is the largest packet in bytes, fixed header included (MQTT 5.0 §3.1.2.11.4), at least 256.
+
+    `packets` counts the packets whose fixed header was accepted. `error` is set by the first fault, `disconnected` by a
+    DISCONNECT that has passed whole; after either, nothing passes any more. `disconnect_code` is the reason code of a
+    5.0 DISCONNECT, known with its first body byte.
+    """
+
+    __slots__ = (
+        "_disconnecting",
+        "_held",
+        "_high",
+        "_low",
+        "_max_packet_size",
+        "_sender",
+        "_skip",
+        "_special",
+        "_version",
+        "disconnect_code",
+        "disconnected",
+        "error",
+        "packets",
+    )
+
+    def __init__(self, sender: Sender, version: ProtocolVersion, max_packet_size: int) -> None:
+        if max_packet_size < _SMALLEST_LIMIT:
+            raise ValueError(f"max_packet_size is {max_packet_size}; it must be at least {_SMALLEST_LIMIT} bytes")
+        self._sender = sender
+        self._version = version
+        self._max_packet_size = max_packet_size
+        rules = _RULES[sender, version]
+        self._low = rules.low
+        self._high = rules.high
+        # Bytes of the current packet's body that are still to come.
+        self._skip = 0
+        # The bytes of an unfinished fixed header.
+        self._held = b""
+        self._disconnecting = False
+        # Whether `feed` has more to mind than `_skip`: held bytes, a DISCONNECT under way, or the end.
+        self._special = False
+        self.packets = 0
+        self.error: PacketError | None = None
+        self.disconnected = False
+        self.disconnect_code: int | None = None
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether what was passed on ends with a whole packet and nothing is held back."""
+        return not self._skip and not self._held
+
+    def feed(self, data: bytes) -> bytes:
+        """Give the bytes that may be passed on: usually `data` itself, not a copy.
+
+        Never raises for what a peer sent: a fault sets `error`, and what precedes the faulty packet is given.
+        """
+        if self._special:
+            if self._disconnecting:
+                return self._pass_disconnect(data, self._skip)
+            if self.error is not None:
+                return b""
+            data = self._held + data
+            self._held = b""
+            self._special = False
+        size = len(data)
+        position = self._skip
+        if position >= size:
+            self._skip = position - size
+            return data
+        low = self._low
+        high = self._high
+        last = size - 1
+        packets = 0
+        while position < last:
+            first = data[position]
+            length = data[position + 1]
+            if low[first] <= length <= high[first]:
+                position += length + 2
+                packets += 1
+                continue
+            end = self._look_closer(data, position)
+            if end < 0:
+                break
+            packets += 1
+            position = end
+            if self._disconnecting:
+                break
+        else:
+            if position == last:
+                self._look_closer(data, position)
+        self.packets += packets
+        if self._special:
+            self._skip = 0
+            return self._pass_disconnect(data, position) if self._disconnecting else data[:position]
+        self._skip = position - size
+        return data
+
+    def _look_closer(self, data: bytes, position: int) -> int:
+        """Judge the fixed header at `position` by all rules: where its packet ends, or -1 when it cannot pass (yet).
+
+        What is certain is judged at once, in the order of the bytes, so that it makes no difference how many of them
+        are there.
+        """
+        first = data[position]
+        fault = _first_byte_fault(self._sender, self._version, first)
+        if fault is not None:
+            return self._fail(*fault)
+        name = PacketType(first >> 4).name
+        try:
+            decoded = decode_remaining_length(data, position + 1)
+        except ValueError:
+            detail = f"{name} with a Remaining Length of more than four bytes ({self._length_section})"
+            return self._fail(ReasonCode.MALFORMED_PACKET, detail)
+        if decoded is None:
+            self._held = data[position:]
+            self._special = True
+            return -1
+        length, length_size = decoded
+        is_5 = self._version is ProtocolVersion.MQTT_5_0
+        # Padded lengths are forbidden by 5.0 only, and old firmware sends them.
+        if is_5 and not is_minimal(length, length_size):
+            detail = f"{name} with Remaining Length {length} in {length_size} bytes ({self._length_section})"
+            return self._fail(ReasonCode.MALFORMED_PACKET, detail)
+        shortest, longest = _length_limits(self._version, first)
+        if not shortest <= length <= longest:
+            wanted = f"instead of {longest}" if shortest == longest else f"where at least {shortest} is needed"
+            detail = f"{name} with Remaining Length {length} {wanted} (MQTT {self._version.label} §3.{first >> 4})"
+            return self._fail(ReasonCode.MALFORMED_PACKET, detail)
+        body = position + 1 + length_size
+        end = body + length
+        if end - position > self._max_packet_size:
+            detail = (
+                f"{name} of {end - position} bytes from the {self._sender.value}, "
+                f"above the limit of {self._max_packet_size}"
+            )
+            return self._fail(ReasonCode.PACKET_TOO_LARGE, detail)
+        if first == _DISCONNECT_BYTE:
+            self._special = self._disconnecting = True
+            if is_5 and not length:
+                # Left out, it means a normal disconnection (MQTT 5.0 §3.14.2.1).
+                self.disconnect_code = ReasonCode.SUCCESS
+            elif length and body < len(data):
+                self.disconnect_code = data[body]
+        return end
+
+    def _pass_disconnect(self, data: bytes, end: int) -> bytes:
+        """Pass the DISCONNECT that ends at `end`, which may lie beyond `data`, and nothing after it."""
+        size = len(data)
+        if self._skip and self.disconnect_code is None and data:
+            # The body begins with this chunk; only 5.0 has one.
+            self.disconnect_code = data[0]
+        self._skip = max(end - size, 0)
+        self.disconnected = not self._skip
+        return data[:end]
+
+    def _fail(self, code: ReasonCode, detail: str) -> int:
+        reason = _END_REASONS[code] if self._sender is Sender.DEVICE else _END_REASONS_UPSTREAM[code]
+        self.error = PacketError(reason, code, detail)
+        self._special = True
+        return -1
+
+    @property
+    def _length_section(self) -> str:
+        section = {ProtocolVersion.MQTT_3_1: "§2.1", ProtocolVersion.MQTT_3_1_1: "§2.2.3"}.get(self._version, "§1.5.5")
+        return f"MQTT {self._version.label} {section}"
+
+
+_END_REASONS = {
+    ReasonCode.MALFORMED_PACKET: EndReason.MALFORMED_PACKET,
+    ReasonCode.PROTOCOL_ERROR: EndReason.PROTOCOL_ERROR,
+    ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
+}
+# A broker's faults have one word, except for the one whose remedy is in the configuration.
+_END_REASONS_UPSTREAM = {
+    ReasonCode.MALFORMED_PACKET: EndReason.UPSTREAM_PROTOCOL_ERROR,
+    ReasonCode.PROTOCOL_ERROR: EndReason.UPSTREAM_PROTOCOL_ERROR,
+    ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
+}

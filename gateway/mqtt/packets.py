@@ -1,0 +1,229 @@
+"""The vocabulary of MQTT 3.1, 3.1.1 and 5.0, and how its integers and strings are written.
+
+In: bytes and an offset.  Out: numbers, text, and the words for codes; `PacketError` for what no version allows.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from gateway.errors import EndReason, PacketError
+
+MAX_REMAINING_LENGTH = 268_435_455
+"""The largest Remaining Length that four bytes can say (MQTT 5.0 §1.5.5)."""
+
+MAX_STRING_BYTES = 65_535
+"""The longest string or binary field that its two-byte length can say (MQTT 5.0 §1.5.4)."""
+
+
+class PacketType(IntEnum):
+    """The control packet types (MQTT 5.0 §2.1.2); AUTH exists in 5.0 only."""
+
+    CONNECT = 1
+    CONNACK = 2
+    PUBLISH = 3
+    PUBACK = 4
+    PUBREC = 5
+    PUBREL = 6
+    PUBCOMP = 7
+    SUBSCRIBE = 8
+    SUBACK = 9
+    UNSUBSCRIBE = 10
+    UNSUBACK = 11
+    PINGREQ = 12
+    PINGRESP = 13
+    DISCONNECT = 14
+    AUTH = 15
+
+
+class ProtocolVersion(IntEnum):
+    """The versions of MQTT, each by the protocol level that its CONNECT carries."""
+
+    MQTT_3_1 = 3
+    MQTT_3_1_1 = 4
+    MQTT_5_0 = 5
+
+    @property
+    def label(self) -> str:
+        """The version as the specification is called: "3.1", "3.1.1" or "5.0"."""
+        return _LABELS[self]
+
+
+_LABELS = {ProtocolVersion.MQTT_3_1: "3.1", ProtocolVersion.MQTT_3_1_1: "3.1.1", ProtocolVersion.MQTT_5_0: "5.0"}
+
+
+class ReasonCode(IntEnum):
+    """The MQTT 5.0 reason codes that the gateway itself uses (MQTT 5.0 §2.4)."""
+
+    SUCCESS = 0x00
+    UNSPECIFIED_ERROR = 0x80
+    MALFORMED_PACKET = 0x81
+    PROTOCOL_ERROR = 0x82
+    UNSUPPORTED_PROTOCOL_VERSION = 0x84
+    NOT_AUTHORIZED = 0x87
+    SERVER_UNAVAILABLE = 0x88
+    SERVER_BUSY = 0x89
+    SERVER_SHUTTING_DOWN = 0x8B
+    KEEP_ALIVE_TIMEOUT = 0x8D
+    PACKET_TOO_LARGE = 0x95
+
+
+CONNACK_WORDS_3 = {
+    0: "connection accepted",
+    1: "unacceptable protocol version",
+    2: "identifier rejected",
+    3: "server unavailable",
+    4: "bad user name or password",
+    5: "not authorized",
+}
+"""The CONNACK return codes of MQTT 3.1 and 3.1.1 (MQTT 3.1.1 §3.2.2.3)."""
+
+REASON_WORDS_5 = {
+    0x00: "success",
+    0x04: "disconnect with Will Message",
+    0x80: "unspecified error",
+    0x81: "malformed packet",
+    0x82: "protocol error",
+    0x83: "implementation specific error",
+    0x84: "unsupported protocol version",
+    0x85: "Client Identifier not valid",
+    0x86: "bad user name or password",
+    0x87: "not authorized",
+    0x88: "server unavailable",
+    0x89: "server busy",
+    0x8A: "banned",
+    0x8B: "server shutting down",
+    0x8C: "bad authentication method",
+    0x8D: "Keep Alive timeout",
+    0x8E: "session taken over",
+    0x8F: "Topic Filter invalid",
+    0x90: "Topic Name invalid",
+    0x93: "Receive Maximum exceeded",
+    0x94: "Topic Alias invalid",
+    0x95: "packet too large",
+    0x96: "message rate too high",
+    0x97: "quota exceeded",
+    0x98: "administrative action",
+    0x99: "payload format invalid",
+    0x9A: "retain not supported",
+    0x9B: "QoS not supported",
+    0x9C: "use another server",
+    0x9D: "server moved",
+    0x9E: "Shared Subscriptions not supported",
+    0x9F: "connection rate exceeded",
+    0xA0: "maximum connect time",
+    0xA1: "Subscription Identifiers not supported",
+    0xA2: "Wildcard Subscriptions not supported",
+}
+"""The reason codes that CONNACK and DISCONNECT carry in MQTT 5.0 (§2.4)."""
+
+
+def describe_connack(version: ProtocolVersion, code: int) -> str:
+    """Give the code of a CONNACK in words (MQTT 3.1.1 §3.2.2.3, MQTT 5.0 §3.2.2.2).
+
+    A broker without 5.0 refuses a 5.0 CONNECT with a code of 3.x; 5.0 uses none of those numbers, so both are known.
+    """
+    words = CONNACK_WORDS_3 if version < ProtocolVersion.MQTT_5_0 else CONNACK_WORDS_3 | REASON_WORDS_5
+    return words.get(code, f"unknown code 0x{code:02X}")
+
+
+def describe_disconnect(code: int) -> str:
+    """Give the reason code of a DISCONNECT in words (MQTT 5.0 §3.14.2.1)."""
+    if code == ReasonCode.SUCCESS:
+        return "normal disconnection"
+    return REASON_WORDS_5.get(code, f"unknown code 0x{code:02X}")
+
+
+def encode_remaining_length(length: int) -> bytes:
+    """Write a Remaining Length, or any Variable Byte Integer, in the fewest bytes (MQTT 5.0 §1.5.5).
+
+    Raises ValueError for a number that four bytes cannot say.
+    """
+    if not 0 <= length <= MAX_REMAINING_LENGTH:
+        raise ValueError(f"Remaining Length {length} is not between 0 and {MAX_REMAINING_LENGTH}")
+    encoded = bytearray()
+    while length > 0x7F:
+        encoded.append(length & 0x7F | 0x80)
+        length >>= 7
+    encoded.append(length)
+    return bytes(encoded)
+
+
+def decode_remaining_length(data: bytes | bytearray, offset: int) -> tuple[int, int] | None:
+    """Read a Remaining Length, or any Variable Byte Integer: its value and the bytes it takes (MQTT 5.0 §1.5.5).
+
+    None means that more bytes are needed. Raises ValueError as soon as a fourth byte says that a fifth follows.
+    """
+    value = 0
+    for index, byte in enumerate(data[offset : offset + 4]):
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, index + 1
+    if len(data) - offset >= 4:
+        raise ValueError("a Variable Byte Integer takes at most four bytes")
+    return None
+
+
+def is_minimal(value: int, size: int) -> bool:
+    """Say whether a Variable Byte Integer of `size` bytes could not have been shorter (MQTT 5.0 §1.5.5)."""
+    return size == 1 or value >> 7 * (size - 1) > 0
+
+
+def malformed(detail: str) -> PacketError:
+    """Make the error for bytes that a device's version of MQTT does not allow (MQTT 5.0 §4.13.1)."""
+    return PacketError(EndReason.MALFORMED_PACKET, ReasonCode.MALFORMED_PACKET, detail)
+
+
+def protocol_error(detail: str) -> PacketError:
+    """Make the error for what can be read but is not allowed (MQTT 5.0 §4.13.1)."""
+    return PacketError(EndReason.PROTOCOL_ERROR, ReasonCode.PROTOCOL_ERROR, detail)
+
+
+def decode_integer(data: bytes, offset: int, size: int, what: str) -> tuple[int, int]:
+    """Read a big-endian integer of `size` bytes: its value and the offset after it (MQTT 5.0 §1.5.2).
+
+    Raises PacketError (malformed) naming `what` when the bytes end too soon.
+    """
+    end = offset + size
+    if end > len(data):
+        raise malformed(f"the bytes end within the {what}")
+    return int.from_bytes(data[offset:end], "big"), end
+
+
+def decode_binary(data: bytes, offset: int, what: str) -> tuple[bytes, int]:
+    """Read binary data after its two-byte length: the data and the offset after it (MQTT 5.0 §1.5.6).
+
+    Raises PacketError (malformed) naming `what` when the bytes end too soon.
+    """
+    length, start = decode_integer(data, offset, 2, what)
+    end = start + length
+    if end > len(data):
+        raise malformed(f"the bytes end within the {what}")
+    return data[start:end], end
+
+
+def decode_string(data: bytes, offset: int, what: str) -> tuple[str, int]:
+    """Read a UTF-8 string after its two-byte length: the text and the offset after it (MQTT 5.0 §1.5.4).
+
+    Raises PacketError (malformed) naming `what`, never quoting it, when it ends too soon, is not UTF-8 (surrogates
+    included), or holds U+0000.
+    """
+    encoded, end = decode_binary(data, offset, what)
+    try:
+        text = encoded.decode("utf-8")
+    except UnicodeDecodeError:
+        raise malformed(f"the {what} is not UTF-8 (MQTT 5.0 §1.5.4)") from None
+    if "\0" in text:
+        raise malformed(f"the {what} holds the character U+0000 (MQTT 5.0 §1.5.4)")
+    return text, end
+
+
+def encode_string(text: str) -> bytes:
+    """Write a UTF-8 string after its two-byte length (MQTT 5.0 §1.5.4).
+
+    Raises ValueError for one of more than 65,535 bytes.
+    """
+    encoded = text.encode("utf-8")
+    if len(encoded) > MAX_STRING_BYTES:
+        raise ValueError(f"a string of {len(encoded)} bytes is above the {MAX_STRING_BYTES} that MQTT can carry")
+    return len(encoded).to_bytes(2, "big") + encoded

@@ -1,0 +1,185 @@
+"""MQTT 5.0 properties, strictly read (MQTT 5.0 §2.2.2).
+
+In: the bytes of a packet and where its properties begin.  Out: `Properties` and the offset after them; `PacketError`
+for what the standard calls malformed or a protocol error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum, IntEnum
+
+from attrs import field, frozen
+
+from gateway.mqtt.packets import (
+    decode_binary,
+    decode_integer,
+    decode_remaining_length,
+    decode_string,
+    is_minimal,
+    malformed,
+    protocol_error,
+)
+
+
+class PropertyId(IntEnum):
+    """The identifiers of the properties that CONNECT, its Will and CONNACK carry (MQTT 5.0 §2.2.2.2)."""
+
+    PAYLOAD_FORMAT_INDICATOR = 0x01
+    MESSAGE_EXPIRY_INTERVAL = 0x02
+    CONTENT_TYPE = 0x03
+    RESPONSE_TOPIC = 0x08
+    CORRELATION_DATA = 0x09
+    SESSION_EXPIRY_INTERVAL = 0x11
+    ASSIGNED_CLIENT_IDENTIFIER = 0x12
+    SERVER_KEEP_ALIVE = 0x13
+    AUTHENTICATION_METHOD = 0x15
+    AUTHENTICATION_DATA = 0x16
+    REQUEST_PROBLEM_INFORMATION = 0x17
+    WILL_DELAY_INTERVAL = 0x18
+    REQUEST_RESPONSE_INFORMATION = 0x19
+    RESPONSE_INFORMATION = 0x1A
+    SERVER_REFERENCE = 0x1C
+    REASON_STRING = 0x1F
+    RECEIVE_MAXIMUM = 0x21
+    TOPIC_ALIAS_MAXIMUM = 0x22
+    MAXIMUM_QOS = 0x24
+    RETAIN_AVAILABLE = 0x25
+    USER_PROPERTY = 0x26
+    MAXIMUM_PACKET_SIZE = 0x27
+    WILDCARD_SUBSCRIPTION_AVAILABLE = 0x28
+    SUBSCRIPTION_IDENTIFIER_AVAILABLE = 0x29
+    SHARED_SUBSCRIPTION_AVAILABLE = 0x2A
+
+
+class _Kind(Enum):
+    """How a property's value is written."""
+
+    BIT = "a byte that is 0 or 1"
+    TWO_BYTES = "two bytes"
+    FOUR_BYTES = "four bytes"
+    STRING = "UTF-8 string"
+    BINARY = "binary data"
+
+
+_KINDS = {
+    PropertyId.PAYLOAD_FORMAT_INDICATOR: _Kind.BIT,
+    PropertyId.MESSAGE_EXPIRY_INTERVAL: _Kind.FOUR_BYTES,
+    PropertyId.CONTENT_TYPE: _Kind.STRING,
+    PropertyId.RESPONSE_TOPIC: _Kind.STRING,
+    PropertyId.CORRELATION_DATA: _Kind.BINARY,
+    PropertyId.SESSION_EXPIRY_INTERVAL: _Kind.FOUR_BYTES,
+    PropertyId.ASSIGNED_CLIENT_IDENTIFIER: _Kind.STRING,
+    PropertyId.SERVER_KEEP_ALIVE: _Kind.TWO_BYTES,
+    PropertyId.AUTHENTICATION_METHOD: _Kind.STRING,
+    PropertyId.AUTHENTICATION_DATA: _Kind.BINARY,
+    PropertyId.REQUEST_PROBLEM_INFORMATION: _Kind.BIT,
+    PropertyId.WILL_DELAY_INTERVAL: _Kind.FOUR_BYTES,
+    PropertyId.REQUEST_RESPONSE_INFORMATION: _Kind.BIT,
+    PropertyId.RESPONSE_INFORMATION: _Kind.STRING,
+    PropertyId.SERVER_REFERENCE: _Kind.STRING,
+    PropertyId.REASON_STRING: _Kind.STRING,
+    PropertyId.RECEIVE_MAXIMUM: _Kind.TWO_BYTES,
+    PropertyId.TOPIC_ALIAS_MAXIMUM: _Kind.TWO_BYTES,
+    PropertyId.MAXIMUM_QOS: _Kind.BIT,
+    PropertyId.RETAIN_AVAILABLE: _Kind.BIT,
+    PropertyId.MAXIMUM_PACKET_SIZE: _Kind.FOUR_BYTES,
+    PropertyId.WILDCARD_SUBSCRIPTION_AVAILABLE: _Kind.BIT,
+    PropertyId.SUBSCRIPTION_IDENTIFIER_AVAILABLE: _Kind.BIT,
+    PropertyId.SHARED_SUBSCRIPTION_AVAILABLE: _Kind.BIT,
+}
+
+# Zero would allow nothing at all, and is a protocol error (MQTT 5.0 §3.1.2.11.3, §3.1.2.11.4).
+_NEVER_ZERO = frozenset({PropertyId.RECEIVE_MAXIMUM, PropertyId.MAXIMUM_PACKET_SIZE})
+
+
+def _name(identifier: int) -> str:
+    return PropertyId(identifier).name.replace("_", " ").title()
+
+
+def _names(values: Mapping[int, int | str | bytes]) -> str:
+    return "{" + ", ".join(_name(identifier) for identifier in values) + "}"
+
+
+@frozen
+class Properties:
+    """The properties of one packet or Will: each value by its identifier, and the User Properties in their order.
+
+    Authentication Data and User Properties may be secret, so `repr()` shows which properties there are, no values.
+    """
+
+    values: Mapping[int, int | str | bytes] = field(repr=_names)
+    user_properties: tuple[tuple[str, str], ...] = field(default=(), repr=lambda pairs: f"<{len(pairs)}>")
+
+    def integer(self, identifier: PropertyId) -> int | None:
+        """Give the value of a numeric property, or None when it is absent."""
+        value = self.values.get(identifier)
+        return value if isinstance(value, int) else None
+
+    def text(self, identifier: PropertyId) -> str | None:
+        """Give the value of a string property, or None when it is absent."""
+        value = self.values.get(identifier)
+        return value if isinstance(value, str) else None
+
+
+def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where: str) -> tuple[Properties, int]:
+    """Read a Property Length and its properties: them and the offset after them (MQTT 5.0 §2.2.2).
+
+    `permitted` holds the identifiers that the packet may carry; `where` names it in errors ("CONNECT").
+    Raises PacketError: malformed (0x81) for what cannot be read or does not belong there, protocol error (0x82) for
+    properties that contradict one another or have a forbidden value.
+    """
+    try:
+        decoded = decode_remaining_length(data, offset)
+    except ValueError:
+        raise malformed(f"the Property Length of {where} takes more than four bytes (MQTT 5.0 §1.5.5)") from None
+    if decoded is None:
+        raise malformed(f"the bytes end within the Property Length of {where}")
+    length, length_size = decoded
+    if not is_minimal(length, length_size):
+        raise malformed(f"the Property Length {length} of {where} takes {length_size} bytes (MQTT 5.0 §1.5.5)")
+    start = offset + length_size
+    end = start + length
+    if end > len(data):
+        raise malformed(f"the bytes end within the properties of {where}")
+    # A slice of its own, so that no value can reach beyond the Property Length.
+    return _parse_section(data[start:end], permitted, where), end
+
+
+def _parse_section(section: bytes, permitted: frozenset[int], where: str) -> Properties:
+    values: dict[int, int | str | bytes] = {}
+    user_properties: list[tuple[str, str]] = []
+    offset = 0
+    while offset < len(section):
+        identifier = section[offset]
+        offset += 1
+        # Identifiers are Variable Byte Integers, but all that exist take one byte.
+        if identifier not in permitted:
+            raise malformed(f"property 0x{identifier:02X} does not belong in {where} (MQTT 5.0 §2.2.2.2)")
+        what = f"{_name(identifier)} of {where}"
+        if identifier == PropertyId.USER_PROPERTY:
+            key, offset = decode_string(section, offset, what)
+            value, offset = decode_string(section, offset, what)
+            user_properties.append((key, value))
+            continue
+        if identifier in values:
+            raise protocol_error(f"{where} holds {_name(identifier)} more than once (MQTT 5.0 §2.2.2)")
+        values[identifier], offset = _parse_value(section, offset, PropertyId(identifier), what)
+    if PropertyId.AUTHENTICATION_DATA in values and PropertyId.AUTHENTICATION_METHOD not in values:
+        raise protocol_error(f"{where} holds Authentication Data without a method (MQTT 5.0 §3.1.2.11.10)")
+    return Properties(values, tuple(user_properties))
+
+
+def _parse_value(section: bytes, offset: int, identifier: PropertyId, what: str) -> tuple[int | str | bytes, int]:
+    kind = _KINDS[identifier]
+    if kind is _Kind.STRING:
+        return decode_string(section, offset, what)
+    if kind is _Kind.BINARY:
+        return decode_binary(section, offset, what)
+    size = {_Kind.BIT: 1, _Kind.TWO_BYTES: 2, _Kind.FOUR_BYTES: 4}[kind]
+    number, offset = decode_integer(section, offset, size, what)
+    if kind is _Kind.BIT and number > 1:
+        raise protocol_error(f"the {what} is {number}, neither 0 nor 1 (MQTT 5.0 §2.2.2)")
+    if number == 0 and identifier in _NEVER_ZERO:
+        raise protocol_error(f"the {what} is 0 (MQTT 5.0 §2.2.2)")
+    return number, offset

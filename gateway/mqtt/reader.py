@@ -1,0 +1,140 @@
+"""Whole packets out of a stream: CONNECT, CONNACK, and AUTH before CONNACK.
+
+In: bytes as they arrive, cut anywhere.  Out: `Packet` one at a time, None while more is needed, the unread rest on
+demand; `PacketError` at the first byte that cannot become a packet wanted here.
+
+The owner stops reading after the packet it wants, makes another reader or a framer and gives it `take_rest()`. What a
+reader holds is so bounded by `max_size` and one chunk.
+"""
+
+from __future__ import annotations
+
+from attrs import frozen
+
+from gateway.errors import EndReason, PacketError
+from gateway.mqtt.packets import PacketType, ReasonCode, decode_remaining_length, is_minimal
+
+# What often knocks at the wrong door, by its first bytes: an operator is helped most by its name.
+_STRANGERS = (
+    (b"GET ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
+    (b"POST ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
+    (b"HEAD ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
+    (b"PUT ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
+    (b"OPTIONS ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
+    (b"PRI * HTTP/2", "an HTTP/2 request: this port takes plain MQTT"),
+    (b"HTTP/", "an HTTP response: the port that was dialled speaks HTTP, not MQTT"),
+    (b"PROXY ", "a PROXY protocol header: this port takes plain MQTT without it"),
+    (b"\x16\x03", "a TLS ClientHello: this port takes plain MQTT"),
+)
+
+
+@frozen
+class Packet:
+    """One whole control packet.
+
+    `flags` are the low four bits of the first byte; `body` is what the Remaining Length counts; `raw` is everything,
+    fixed header included; `minimal_length` says whether the Remaining Length was written in the fewest bytes.
+    """
+
+    type: PacketType
+    flags: int
+    body: bytes
+    raw: bytes
+    minimal_length: bool
+
+    def __repr__(self) -> str:
+        # The bytes of a CONNECT hold the password.
+        return f"Packet({self.type.name}, {len(self.raw)} bytes)"
+
+
+class PacketReader:
+    """Cuts whole packets of the permitted types, all of whose fixed header flags are zero, out of a stream.
+
+    `max_size` is the largest packet in bytes, fixed header included (MQTT 5.0 §3.1.2.11.4). `unexpected` is the reason
+    given for a first byte that is not wanted here: NOT_MQTT, PROTOCOL_ERROR or UPSTREAM_PROTOCOL_ERROR.
+    """
+
+    __slots__ = ("_buffer", "_first_bytes", "_max_size", "_unexpected")
+
+    def __init__(self, permitted: frozenset[PacketType], max_size: int, unexpected: EndReason) -> None:
+        self._first_bytes = {packet_type << 4: packet_type for packet_type in permitted}
+        self._max_size = max_size
+        self._unexpected = unexpected
+        self._buffer = bytearray()
+
+    @property
+    def buffered(self) -> int:
+        """How many bytes were fed and not yet given out."""
+        return len(self._buffer)
+
+    def feed(self, data: bytes) -> None:
+        """Take the next bytes of the stream; they are judged by `next_packet`."""
+        self._buffer += data
+
+    def take_rest(self) -> bytes:
+        """Give the bytes after the last packet and forget them."""
+        rest = bytes(self._buffer)
+        self._buffer.clear()
+        return rest
+
+    def next_packet(self) -> Packet | None:
+        """Give the next whole packet, or None when more bytes are needed (MQTT 5.0 §2.1).
+
+        Raises PacketError as soon as the bytes cannot become a packet that is wanted here: at the first byte for its
+        type and flags, at the end of the fixed header for its size, before any of the body is waited for.
+        """
+        buffer = self._buffer
+        if not buffer:
+            return None
+        packet_type = self._first_bytes.get(buffer[0])
+        if packet_type is None:
+            raise self._unexpected_first_byte()
+        try:
+            decoded = decode_remaining_length(buffer, 1)
+        except ValueError:
+            raise PacketError(
+                self._malformed_reason(EndReason.MALFORMED_PACKET),
+                ReasonCode.MALFORMED_PACKET,
+                f"{packet_type.name} with a Remaining Length of more than four bytes (MQTT 5.0 §1.5.5)",
+            ) from None
+        if decoded is None:
+            return None
+        length, length_size = decoded
+        header_size = 1 + length_size
+        size = header_size + length
+        if size > self._max_size:
+            raise PacketError(
+                EndReason.PACKET_TOO_LARGE,
+                ReasonCode.PACKET_TOO_LARGE,
+                f"{packet_type.name} of {size} bytes, above the limit of {self._max_size}",
+            )
+        if len(buffer) < size:
+            return None
+        raw = bytes(buffer[:size])
+        del buffer[:size]
+        return Packet(packet_type, raw[0] & 0x0F, raw[header_size:], raw, is_minimal(length, length_size))
+
+    def _malformed_reason(self, of_device: EndReason) -> EndReason:
+        """Whatever the broker breaks has one name; what the device breaks is named more closely."""
+        upstream = EndReason.UPSTREAM_PROTOCOL_ERROR
+        return upstream if self._unexpected is upstream else of_device
+
+    def _unexpected_first_byte(self) -> PacketError:
+        first = self._buffer[0]
+        wanted = " or ".join(sorted(packet_type.name for packet_type in self._first_bytes.values()))
+        packet_type, flags = first >> 4, first & 0x0F
+        if packet_type == 0:
+            reason, code, seen = self._unexpected, ReasonCode.MALFORMED_PACKET, "of the reserved type 0"
+        elif packet_type << 4 in self._first_bytes:
+            # After CONNECT, a wanted packet with wrong flags is a malformed one, as the framer would call it.
+            reason = self._unexpected
+            if reason is EndReason.PROTOCOL_ERROR:
+                reason = EndReason.MALFORMED_PACKET
+            code = ReasonCode.MALFORMED_PACKET
+            seen = f"of {PacketType(packet_type).name} with flags 0b{flags:04b} instead of 0b0000"
+        else:
+            reason, code, seen = self._unexpected, ReasonCode.PROTOCOL_ERROR, f"of {PacketType(packet_type).name}"
+        for opening, name in _STRANGERS:
+            if self._buffer.startswith(opening):
+                return PacketError(reason, code, name)
+        return PacketError(reason, code, f"first byte 0x{first:02X}, {seen}, where {wanted} was expected")
