@@ -194,7 +194,7 @@ class EndReason(str, Enum):
     TLS_CRL_UNUSABLE = (
         "tls-crl-unusable",
         "Revocation could not be checked: a CRL is missing, expired or not signed by the issuer.",
-        "Fetch the current CRL of every CA in the chain into tls.crl_files.",
+        "Fetch the current CRL of every CA in the chain into tls.crl_file.",
     )
     TLS_WRONG_PURPOSE = (
         "tls-wrong-purpose",
@@ -209,7 +209,7 @@ class EndReason(str, Enum):
     TLS_PIN_MISMATCH = (
         "tls-pin-mismatch",
         "No public key in the broker's chain is one of the configured pins.",
-        "If the broker's key was changed on purpose, change tls.pins; otherwise find out who answers.",
+        "If the broker's key was changed on purpose, change tls.pin; otherwise find out who answers.",
     )
     TLS_STRICT_REFUSED = (
         "tls-strict-refused",

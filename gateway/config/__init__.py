@@ -3,10 +3,22 @@
 In: a file, flags or a mapping.  Out: `Config`, or `gateway.errors.ConfigError` with everything that is wrong.
 """
 
+from gateway.config.load import from_flags, from_mapping, load_file, template_text
 from gateway.config.names import normalise_name
-from gateway.config.schema import TLS, Admission, Config, Limits, Listener, Network, Timeouts, Upstream
+from gateway.config.schema import (
+    LARGEST_PACKET,
+    TLS,
+    Admission,
+    Config,
+    Limits,
+    Listener,
+    Network,
+    Timeouts,
+    Upstream,
+)
 
 __all__ = [
+    "LARGEST_PACKET",
     "TLS",
     "Admission",
     "Config",
@@ -15,5 +27,9 @@ __all__ = [
     "Network",
     "Timeouts",
     "Upstream",
+    "from_flags",
+    "from_mapping",
+    "load_file",
     "normalise_name",
+    "template_text",
 ]

@@ -1,6 +1,7 @@
 """The names of brokers, in the one spelling that certificates and resolvers use.
 
-In: a host as a person writes it (DNS name in any script, IPv4, IPv6).  Out: lower-case A-labels, or a canonical address.
+In: a host as a person writes it (DNS name in any script, IPv4, IPv6).  Out: lower-case A-labels, or a
+canonical address.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import idna
 
 from gateway.config.words import quoted
+from gateway.text import printable
 
 _ZONE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # The underscore is no part of a host name (RFC 952), but container networks and home routers hand out such names.
@@ -75,9 +77,7 @@ def _dns_name(text: str) -> str:
         mapped = text.lower() if text.isascii() else idna.uts46_remap(text, std3_rules=False)
         name = ".".join(_a_label(label, text) for label in mapped.removesuffix(".").split("."))
     except (idna.IDNAError, UnicodeError) as error:
-        raise ValueError(
-            f"{quoted(text)} is no DNS name (IDNA: {''.join(filter(str.isprintable, str(error)))})"
-        ) from None
+        raise ValueError(f"{quoted(text)} is no DNS name (IDNA: {printable(str(error))})") from None
     if len(name) > 253:
         raise ValueError(f"{quoted(text)} is no DNS name: it has {len(name)} characters, above the maximum of 253")
     if _NUMBER.fullmatch(name.rpartition(".")[2]):

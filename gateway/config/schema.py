@@ -72,18 +72,18 @@ def _between(low: float, high: float, what: str = "") -> Validator:
     return _check(check)
 
 
-def _distinct(identity: Callable[[Any], Hashable], missing: str) -> Validator:
+def _distinct(identity: Callable[[Any], Hashable], shown: Callable[[Any], str], missing: str) -> Validator:
     """Make a validator for a list that is not empty and holds nothing twice."""
 
     def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", values: tuple[Any, ...]) -> None:
         if not values:
             raise ValueError(missing)
-        first: dict[Hashable, int] = {}
+        seen: set[Hashable] = set()
         problems = []
         for index, value in enumerate(values):
-            earlier = first.setdefault(identity(value), index)
-            if earlier != index:
-                problems.append(MisfitError(f"[{index}]", f"is the same as [{earlier}]: leave one of them out"))
+            if identity(value) in seen:
+                problems.append(MisfitError(f"[{index}]", f"{quoted(shown(value))} is listed twice"))
+            seen.add(identity(value))
         if problems:
             raise ExceptionGroup("listed twice", problems)
 
@@ -296,11 +296,16 @@ class Config:
         default=(Listener("1883"),),
         validator=_distinct(
             lambda listener: endpoint_identity(listener.endpoint),
+            lambda listener: listener.endpoint,
             'there is none: write [[listen]] with endpoint = "1883", or leave the key out',
         ),
     )
     upstream: tuple[Upstream, ...] = attrs.field(
-        validator=_distinct(_upstream_identity, 'there is none: write [[upstream]] with host = "broker.example.com"'),
+        validator=_distinct(
+            _upstream_identity,
+            lambda upstream: upstream.address,
+            'there is none: write [[upstream]] with host = "broker.example.com"',
+        ),
     )
     tls: TLS = TLS()
     limits: Limits = Limits()

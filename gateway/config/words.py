@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import date, time
 
-_SHOWN_CHARACTERS = 60
+from gateway.text import printable
 
 
 def quoted(text: str) -> str:
     """Give `text` in double quotes on one line: what does not print is escaped, what is long is cut."""
-    shown = text[:_SHOWN_CHARACTERS].replace("\\", "\\\\").replace('"', '\\"')
-    shown = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in shown)
-    return f'"{shown}…"' if len(text) > _SHOWN_CHARACTERS else f'"{shown}"'
+    return '"' + printable(text, limit=60).replace('"', '\\"') + '"'
 
 
 def number(value: float) -> str:
