@@ -70,43 +70,58 @@ _ONE_BYTE_MAX = 127
 _CLOSER_LOOK = 256
 
 
+# Where each version states the rules that a fixed header can break; the lengths are stated with each packet, in §3.
+_SECTIONS = {
+    ProtocolVersion.MQTT_3_1: {"type": "§2.1", "flags": "§2.1", "length": "§2.1", "DUP": "§2.1", "QoS": "§2.1"},
+    ProtocolVersion.MQTT_3_1_1: {
+        "type": "§2.2.1",
+        "flags": "§2.2.2",
+        "length": "§2.2.3",
+        "DUP": "§3.3.1.1",
+        "QoS": "§3.3.1.2",
+    },
+    ProtocolVersion.MQTT_5_0: {
+        "type": "§2.1.2",
+        "flags": "§2.1.3",
+        "length": "§1.5.5",
+        "DUP": "§3.3.1.1",
+        "QoS": "§3.3.1.2",
+    },
+}
+
+
+def _cite(version: ProtocolVersion, rule: str) -> str:
+    return f"MQTT {version.label} {_SECTIONS[version][rule]}"
+
+
 def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> tuple[ReasonCode, str] | None:
     """Say what is wrong with a first byte, its type and its flags, if anything (MQTT 3.1.1 §2.2, MQTT 5.0 §2.1)."""
     number, flags = first >> 4, first & 0x0F
     is_5 = version is ProtocolVersion.MQTT_5_0
-    spec = f"MQTT {version.label}"
-    types_section = {ProtocolVersion.MQTT_3_1: "§2.1", ProtocolVersion.MQTT_3_1_1: "§2.2.1"}.get(version, "§2.1.2")
     if number == 0 or (number == PacketType.AUTH and not is_5):
-        return ReasonCode.MALFORMED_PACKET, f"reserved control packet type {number} ({spec} {types_section})"
+        return ReasonCode.MALFORMED_PACKET, f"reserved control packet type {number} ({_cite(version, 'type')})"
     packet_type = PacketType(number)
     name = packet_type.name
-    if packet_type not in (_PERMITTED_3[sender] | _ADDED_BY_5 if is_5 else _PERMITTED_3[sender]):
+    if packet_type not in _PERMITTED_3[sender] and not (is_5 and packet_type in _ADDED_BY_5):
+        detail = f"{name} from the {sender.value} after CONNACK ({_cite(version, 'type')})"
         if packet_type is PacketType.CONNECT and sender is Sender.DEVICE:
-            return ReasonCode.PROTOCOL_ERROR, f"a second CONNECT ({spec} §3.1)"
-        return ReasonCode.PROTOCOL_ERROR, f"{name} from the {sender.value} after CONNACK ({spec} {types_section})"
+            detail = f"a second CONNECT (MQTT {version.label} §3.1)"
+        return ReasonCode.PROTOCOL_ERROR, detail
     if packet_type is PacketType.PUBLISH:
         qos, duplicate = flags >> 1 & 0b11, flags & 0b1000
         if qos == 3:
-            return ReasonCode.MALFORMED_PACKET, f"PUBLISH with QoS 3 ({_publish_section(version, '§3.3.1.2')})"
+            return ReasonCode.MALFORMED_PACKET, f"PUBLISH with QoS 3 ({_cite(version, 'QoS')})"
         # MQTT 3.1 says nothing about DUP with QoS 0, so it passes there.
         if duplicate and qos == 0 and version is not ProtocolVersion.MQTT_3_1:
-            return ReasonCode.MALFORMED_PACKET, f"PUBLISH with DUP and QoS 0 ({_publish_section(version, '§3.3.1.1')})"
+            return ReasonCode.MALFORMED_PACKET, f"PUBLISH with DUP and QoS 0 ({_cite(version, 'DUP')})"
         return None
     wanted = 0b0010 if packet_type in _WITH_QOS_1_FLAGS else 0b0000
     # In MQTT 3.1 these three carry a real QoS, 1, and DUP when they are sent again; RETAIN is "not used".
     looked_at = 0b0110 if version is ProtocolVersion.MQTT_3_1 and packet_type in _WITH_QOS_1_FLAGS else 0b1111
     if flags & looked_at != wanted:
-        flags_section = {ProtocolVersion.MQTT_3_1: "§2.1", ProtocolVersion.MQTT_3_1_1: "§2.2.2"}.get(version, "§2.1.3")
-        return (
-            ReasonCode.MALFORMED_PACKET,
-            f"{name} with flags 0b{flags:04b} instead of 0b{wanted:04b} ({spec} {flags_section})",
-        )
+        detail = f"{name} with flags 0b{flags:04b} instead of 0b{wanted:04b} ({_cite(version, 'flags')})"
+        return ReasonCode.MALFORMED_PACKET, detail
     return None
-
-
-def _publish_section(version: ProtocolVersion, section: str) -> str:
-    # MQTT 3.1 describes DUP and QoS with the fixed header, the later versions with PUBLISH.
-    return f"MQTT {version.label} {'§2.1' if version is ProtocolVersion.MQTT_3_1 else section}"
 
 
 def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
@@ -142,26 +157,36 @@ def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
 
 @frozen
 class _Rules:
-    """What one sender may send in one version.
+    """What one sender may send in one version, for each of the 256 first bytes.
 
-    `low` and `high` bound, for each first byte, a Remaining Length of one byte that may pass at once. Whatever is
-    outside gets a closer look: a longer packet, a DISCONNECT, a fault.
+    `limits` are the shortest and the longest Remaining Length, None where the first byte itself is a fault. `low` and
+    `high` bound a Remaining Length of one byte that may pass at once, and `high` is 127 where a longer one may follow;
+    whatever is outside gets a closer look: a long packet, a DISCONNECT, a fault.
     """
 
+    limits: tuple[tuple[int, int] | None, ...]
     low: tuple[int, ...]
     high: tuple[int, ...]
 
 
 def _build_rules(sender: Sender, version: ProtocolVersion) -> _Rules:
+    limits: list[tuple[int, int] | None] = [None] * 256
     low, high = [_CLOSER_LOOK] * 256, [0] * 256
     for first in range(256):
-        if first != _DISCONNECT_BYTE and _first_byte_fault(sender, version, first) is None:
-            low[first], longest = _length_limits(version, first)
-            high[first] = min(longest, _ONE_BYTE_MAX)
-    return _Rules(tuple(low), tuple(high))
+        if _first_byte_fault(sender, version, first) is None:
+            limits[first] = shortest, longest = _length_limits(version, first)
+            if first != _DISCONNECT_BYTE:
+                low[first], high[first] = shortest, min(longest, _ONE_BYTE_MAX)
+    return _Rules(tuple(limits), tuple(low), tuple(high))
 
 
 _RULES = {(sender, version): _build_rules(sender, version) for sender, version in product(Sender, ProtocolVersion)}
+
+_END_REASONS = {
+    ReasonCode.MALFORMED_PACKET: EndReason.MALFORMED_PACKET,
+    ReasonCode.PROTOCOL_ERROR: EndReason.PROTOCOL_ERROR,
+    ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
+}
 
 
 class Framer:
@@ -178,6 +203,7 @@ class Framer:
         "_disconnecting",
         "_held",
         "_high",
+        "_limits",
         "_low",
         "_max_packet_size",
         "_sender",
@@ -197,6 +223,7 @@ class Framer:
         self._version = version
         self._max_packet_size = max_packet_size
         rules = _RULES[sender, version]
+        self._limits = rules.limits
         self._low = rules.low
         self._high = rules.high
         # Bytes of the current packet's body that are still to come.
@@ -236,6 +263,7 @@ class Framer:
             return data
         low = self._low
         high = self._high
+        limit = self._max_packet_size
         last = size - 1
         packets = 0
         while position < last:
@@ -245,6 +273,14 @@ class Framer:
                 position += length + 2
                 packets += 1
                 continue
+            if length > _ONE_BYTE_MAX and high[first] == _ONE_BYTE_MAX and position + 2 < size:
+                # A Remaining Length of two bytes is common enough to be read here; zero in the second is padding.
+                second = data[position + 2]
+                end = position + 3 + length - 128 + (second << 7)
+                if 0 < second <= _ONE_BYTE_MAX and end - position <= limit:
+                    position = end
+                    packets += 1
+                    continue
             end = self._look_closer(data, position)
             if end < 0:
                 break
@@ -269,45 +305,35 @@ class Framer:
         are there.
         """
         first = data[position]
-        fault = _first_byte_fault(self._sender, self._version, first)
-        if fault is not None:
-            return self._fail(*fault)
-        name = PacketType(first >> 4).name
+        limits = self._limits[first]
+        if limits is None:
+            return self._fail(first)
         try:
             decoded = decode_remaining_length(data, position + 1)
         except ValueError:
-            detail = f"{name} with a Remaining Length of more than four bytes ({self._length_section})"
-            return self._fail(ReasonCode.MALFORMED_PACKET, detail)
+            return self._fail(first)
         if decoded is None:
             self._held = data[position:]
             self._special = True
             return -1
         length, length_size = decoded
-        is_5 = self._version is ProtocolVersion.MQTT_5_0
-        # Padded lengths are forbidden by 5.0 only, and old firmware sends them.
-        if is_5 and not is_minimal(length, length_size):
-            detail = f"{name} with Remaining Length {length} in {length_size} bytes ({self._length_section})"
-            return self._fail(ReasonCode.MALFORMED_PACKET, detail)
-        shortest, longest = _length_limits(self._version, first)
-        if not shortest <= length <= longest:
-            wanted = f"instead of {longest}" if shortest == longest else f"where at least {shortest} is needed"
-            detail = f"{name} with Remaining Length {length} {wanted} (MQTT {self._version.label} §3.{first >> 4})"
-            return self._fail(ReasonCode.MALFORMED_PACKET, detail)
         body = position + 1 + length_size
         end = body + length
-        if end - position > self._max_packet_size:
-            detail = (
-                f"{name} of {end - position} bytes from the {self._sender.value}, "
-                f"above the limit of {self._max_packet_size}"
-            )
-            return self._fail(ReasonCode.PACKET_TOO_LARGE, detail)
+        shortest, longest = limits
+        if (
+            not shortest <= length <= longest
+            or end - position > self._max_packet_size
+            # Padded lengths are forbidden by 5.0 only, and old firmware sends them.
+            or (self._version is ProtocolVersion.MQTT_5_0 and not is_minimal(length, length_size))
+        ):
+            return self._fail(first, length, length_size)
         if first == _DISCONNECT_BYTE:
             self._special = self._disconnecting = True
-            if is_5 and not length:
+            if length and body < len(data):
+                self.disconnect_code = data[body]
+            elif not length and self._version is ProtocolVersion.MQTT_5_0:
                 # Left out, it means a normal disconnection (MQTT 5.0 §3.14.2.1).
                 self.disconnect_code = ReasonCode.SUCCESS
-            elif length and body < len(data):
-                self.disconnect_code = data[body]
         return end
 
     def _pass_disconnect(self, data: bytes, end: int) -> bytes:
@@ -320,26 +346,36 @@ class Framer:
         self.disconnected = not self._skip
         return data[:end]
 
-    def _fail(self, code: ReasonCode, detail: str) -> int:
-        reason = _END_REASONS[code] if self._sender is Sender.DEVICE else _END_REASONS_UPSTREAM[code]
+    def _fail(self, first: int, length: int | None = None, length_size: int = 0) -> int:
+        """Set `error` for a fixed header that cannot pass; `length` is None when no Remaining Length was readable."""
+        code, detail = self._explain(first, length, length_size)
+        if self._sender is Sender.DEVICE or code is ReasonCode.PACKET_TOO_LARGE:
+            reason = _END_REASONS[code]
+        else:
+            # A broker's faults have one word, but for the one whose remedy is in the gateway's configuration.
+            reason = EndReason.UPSTREAM_PROTOCOL_ERROR
         self.error = PacketError(reason, code, detail)
         self._special = True
         return -1
 
-    @property
-    def _length_section(self) -> str:
-        section = {ProtocolVersion.MQTT_3_1: "§2.1", ProtocolVersion.MQTT_3_1_1: "§2.2.3"}.get(self._version, "§1.5.5")
-        return f"MQTT {self._version.label} {section}"
-
-
-_END_REASONS = {
-    ReasonCode.MALFORMED_PACKET: EndReason.MALFORMED_PACKET,
-    ReasonCode.PROTOCOL_ERROR: EndReason.PROTOCOL_ERROR,
-    ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
-}
-# A broker's faults have one word, except for the one whose remedy is in the configuration.
-_END_REASONS_UPSTREAM = {
-    ReasonCode.MALFORMED_PACKET: EndReason.UPSTREAM_PROTOCOL_ERROR,
-    ReasonCode.PROTOCOL_ERROR: EndReason.UPSTREAM_PROTOCOL_ERROR,
-    ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
-}
+    def _explain(self, first: int, length: int | None, length_size: int) -> tuple[ReasonCode, str]:
+        version = self._version
+        fault = _first_byte_fault(self._sender, version, first)
+        if fault is not None:
+            return fault
+        packet_type = PacketType(first >> 4)
+        name = packet_type.name
+        if length is None:
+            detail = f"{name} with a Remaining Length of more than four bytes ({_cite(version, 'length')})"
+            return ReasonCode.MALFORMED_PACKET, detail
+        if version is ProtocolVersion.MQTT_5_0 and not is_minimal(length, length_size):
+            detail = f"{name} with Remaining Length {length} in {length_size} bytes ({_cite(version, 'length')})"
+            return ReasonCode.MALFORMED_PACKET, detail
+        shortest, longest = _length_limits(version, first)
+        if not shortest <= length <= longest:
+            wanted = f"instead of {longest}" if shortest == longest else f"where at least {shortest} is needed"
+            detail = f"{name} with Remaining Length {length} {wanted} (MQTT {version.label} §3.{packet_type.value})"
+            return ReasonCode.MALFORMED_PACKET, detail
+        size = 1 + length_size + length
+        detail = f"{name} of {size} bytes from the {self._sender.value}, above the limit of {self._max_packet_size}"
+        return ReasonCode.PACKET_TOO_LARGE, detail

@@ -154,12 +154,13 @@ def decode_remaining_length(data: bytes | bytearray, offset: int) -> tuple[int, 
 
     None means that more bytes are needed. Raises ValueError as soon as a fourth byte says that a fifth follows.
     """
-    value = 0
-    for index, byte in enumerate(data[offset : offset + 4]):
-        value |= (byte & 0x7F) << (7 * index)
+    value = size = 0
+    for byte in data[offset : offset + 4]:
+        value |= (byte & 0x7F) << 7 * size
+        size += 1
         if byte < 0x80:
-            return value, index + 1
-    if len(data) - offset >= 4:
+            return value, size
+    if size == 4:
         raise ValueError("a Variable Byte Integer takes at most four bytes")
     return None
 
