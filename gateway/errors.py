@@ -5,10 +5,11 @@ In: nothing.  Out: `EndReason`, the vocabulary that logs, metrics and documents 
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
+from typing import Self
 
 
-class EndReason(str, Enum):
+class EndReason(StrEnum):
     """Why a session ended: a fixed word, what it means, and what a person can do about it.
 
     The value is the word that appears in records (`"tls-expired"`); `meaning` and `remedy` are for people.
@@ -17,7 +18,7 @@ class EndReason(str, Enum):
     meaning: str
     remedy: str
 
-    def __new__(cls, word: str, meaning: str, remedy: str) -> EndReason:
+    def __new__(cls, word: str, meaning: str, remedy: str) -> Self:
         """Make the word the value, so that members compare equal to it and print as it."""
         member = str.__new__(cls, word)
         member._value_ = word
@@ -25,11 +26,12 @@ class EndReason(str, Enum):
         member.remedy = remedy
         return member
 
-    def __str__(self) -> str:
-        return self.value
-
     # The ordinary ends.
-    DEVICE_DISCONNECT = ("device-disconnect", "The device sent DISCONNECT.", "Nothing: this is how a session should end.")
+    DEVICE_DISCONNECT = (
+        "device-disconnect",
+        "The device sent DISCONNECT.",
+        "Nothing: sessions should end so.",
+    )
     DEVICE_LOST = (
         "device-lost",
         "The device closed or reset its connection without DISCONNECT.",
@@ -269,7 +271,7 @@ class ConfigError(GatewayError):
 class SessionEnd(GatewayError):
     """A session cannot go on: the fixed word, and the particulars for the record.
 
-    `detail` is shown to operators, so it never holds a secret; device-supplied text in it is escaped by whoever shows it.
+    `detail` is for operators, so it never holds a secret; text from a device in it is escaped by whoever shows it.
     """
 
     def __init__(self, reason: EndReason, detail: str = "") -> None:

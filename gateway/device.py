@@ -1,0 +1,56 @@
+"""The device's side: plain MQTT from the LAN.
+
+In: bytes from a device.  Out: bytes to its session, and the session's answers to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.internet.error import ConnectionDone
+from twisted.internet.protocol import connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway.session import Session
+from gateway.side import RelaySide, tune
+
+_log = Logger(namespace="gateway")
+
+
+class DeviceProtocol(RelaySide):
+    """One device's connection.  `open_session` is called with it once it stands."""
+
+    def __init__(self, open_session: Callable[[DeviceProtocol], Session], user_timeout: float) -> None:
+        self._open_session = open_session
+        self._user_timeout = user_timeout
+        self._session: Session
+
+    def connectionMade(self) -> None:
+        """Open a session."""
+        tune(self.transport, self._user_timeout)
+        self._session = self._open_session(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Give the device's bytes to the session."""
+        if self._closing:
+            return
+        try:
+            self._session.device_received(data)
+        except Exception as error:  # noqa: BLE001  a mistake in one session must not end the others, nor leak its reason
+            _log.failure("session {number}: a mistake of the gateway", number=self._session.record.number)
+            self._session.fail(type(error).__name__)
+
+    def write(self, data: bytes) -> None:
+        """Send bytes to the device."""
+        self.transport.write(data)
+
+    def close(self) -> None:
+        """Send what is waiting, then end the connection."""
+        self.finish()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Tell the session."""
+        self.lost()
+        detail = "closed" if reason.check(ConnectionDone) else str(reason.value)
+        self._session.device_gone(detail)

@@ -1,0 +1,90 @@
+"""The network as the gateway uses it: names to addresses, addresses to endpoints.
+
+In: host names, ports.  Out: `Deferred`s of addresses, client endpoints.  `ReactorNetwork` is the real one; tests pass
+one that exists only in memory.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import Any, Protocol
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
+from twisted.internet.interfaces import IAddress, IHostResolution, IResolutionReceiver, IStreamClientEndpoint
+from zope.interface import implementer
+
+Address = IPv4Address | IPv6Address
+
+
+class Network(Protocol):
+    """Where addresses come from and how they are reached."""
+
+    def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
+        """Return the addresses of `host`, best first; none if there are none.  Cancelling it disturbs no one else."""
+
+    def endpoint(self, address: Address, timeout: float) -> IStreamClientEndpoint:
+        """Return the endpoint that connects to `address`, giving up after `timeout` seconds."""
+
+
+class ReactorNetwork:
+    """The reactor's resolver, which runs in threads and so never blocks, and its TCP.
+
+    Look-ups of one name that are under way at the same time are one look-up: in a reconnect storm a thousand sessions
+    ask for the same broker.  Nothing is kept beyond that; the next session asks anew.
+    """
+
+    def __init__(self, reactor: Any) -> None:
+        """Take a reactor that provides IReactorPluggableNameResolver, IReactorTCP and IReactorTime."""
+        self._reactor = reactor
+        self._waiting: dict[tuple[str, int], list[Deferred[list[Address]]]] = {}
+
+    def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
+        """See `Network.resolve`."""
+        answer: Deferred[list[Address]] = Deferred()
+        try:
+            version = ip_address(host).version
+        except ValueError:
+            pass
+        else:
+            answer.callback([IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)])
+            return answer
+        key = (host, port)
+        waiting = self._waiting.setdefault(key, [])
+        waiting.append(answer)
+        if len(waiting) == 1:
+            receiver = _Receiver(lambda addresses: self._resolved(key, addresses))
+            self._reactor.nameResolver.resolveHostName(receiver, host, port)
+        return answer
+
+    def _resolved(self, key: tuple[str, int], addresses: list[Address]) -> None:
+        for answer in self._waiting.pop(key, []):
+            if not answer.called:
+                answer.callback(list(addresses))
+
+    def endpoint(self, address: Address, timeout: float) -> IStreamClientEndpoint:
+        """See `Network.endpoint`."""
+        make = TCP4ClientEndpoint if isinstance(address, IPv4Address) else TCP6ClientEndpoint
+        return make(self._reactor, address.host, address.port, timeout=timeout)
+
+
+@implementer(IResolutionReceiver)
+class _Receiver:
+    """Collects the addresses of one look-up."""
+
+    def __init__(self, done: Any) -> None:
+        self._done = done
+        self._addresses: list[Address] = []
+
+    def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:  # noqa: N803  the interface's name
+        """Nothing has come yet."""
+
+    def addressResolved(self, address: IAddress) -> None:
+        """Keep an address."""
+        if isinstance(address, IPv4Address | IPv6Address) and address not in self._addresses:
+            self._addresses.append(address)
+
+    def resolutionComplete(self) -> None:
+        """Hand over what came."""
+        self._done(self._addresses)

@@ -1,0 +1,1 @@
+"""Whom the gateway lets in."""

@@ -1,0 +1,508 @@
+"""A session's rules: what one device and its broker may do, in which order, and what each is told.
+
+In: bytes and events from both sides, the time.  Out: calls on two `Side`s and a `Journal`.  No I/O and no reactor;
+the sides do that.
+
+The states, and where each may go; ENDED takes every late input and does nothing with it::
+
+    WAIT_CONNECT ──CONNECT──▶ DIALLING ──verified──▶ WAIT_CONNACK ──CONNACK──▶ RELAYING
+          └───────────────────────┴────────── any failure, any end ──┴─────────────┴────▶ ENDED
+
+What holds in each:
+
+* WAIT_CONNECT: the device's bytes are collected until its CONNECT is whole; nothing is sent to anyone.
+* DIALLING: the device is not read.  There is no upstream side yet, so nothing can be sent to it: it comes into being
+  with `upstream_verified`, when the chain is trusted and the identity matches.
+* WAIT_CONNACK: CONNECT has been sent.  The device is read only for MQTT 5.0 enhanced authentication (§4.12).
+* RELAYING: both directions pass through a framer each.
+* ENDED: the reason is recorded, both sides are closing; the session is gone when both transports are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Protocol
+
+from gateway.config import Limits, Timeouts
+from gateway.errors import EndReason, PacketError, SessionEnd
+from gateway.mqtt.connack import connack_refusal, disconnect, parse_connack
+from gateway.mqtt.connect import Connect, UnsupportedVersion, parse_connect
+from gateway.mqtt.framer import Framer, Sender
+from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, describe_connack, describe_disconnect
+from gateway.mqtt.reader import Packet, PacketReader
+from gateway.record import Peer, SessionRecord
+
+
+class State(Enum):
+    """Where a session stands."""
+
+    WAIT_CONNECT = auto()
+    DIALLING = auto()
+    WAIT_CONNACK = auto()
+    RELAYING = auto()
+    ENDED = auto()
+
+
+TRANSITIONS: dict[State, frozenset[State]] = {
+    State.WAIT_CONNECT: frozenset({State.DIALLING, State.ENDED}),
+    State.DIALLING: frozenset({State.WAIT_CONNACK, State.ENDED}),
+    State.WAIT_CONNACK: frozenset({State.RELAYING, State.ENDED}),
+    State.RELAYING: frozenset({State.ENDED}),
+    State.ENDED: frozenset(),
+}
+
+# What a 5.0 device may send before CONNACK if its CONNECT named an Authentication Method [MQTT-3.1.2-30].
+_AUTHENTICATING = frozenset({PacketType.AUTH, PacketType.DISCONNECT})
+_CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
+
+# The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends a standing session.  For an upstream
+# that went away it is 0x80: 0x88 Server unavailable is no DISCONNECT reason code (MQTT 5.0 §3.14.2.1, table 3-10), and
+# clients that know the table, paho among them, fail on it.  The Reason String says what happened.
+_DISCONNECT_CODES = {
+    EndReason.KEEPALIVE_TIMEOUT: ReasonCode.KEEP_ALIVE_TIMEOUT,
+    EndReason.GATEWAY_STOPPING: ReasonCode.SERVER_SHUTTING_DOWN,
+}
+
+
+class Side(Protocol):
+    """One end's network connection, as a session sees it."""
+
+    @property
+    def reading(self) -> bool:
+        """Whether bytes are being read: neither held by the session nor stopped by the other side's full buffer."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+
+    def hold(self) -> None:
+        """Stop reading until `release`."""
+
+    def release(self) -> None:
+        """Read again."""
+
+    def close(self) -> None:
+        """Send what is waiting, then end the connection in the orderly way.  Nothing is received any more."""
+
+    def abort(self) -> None:
+        """End the connection now."""
+
+
+class Journal(Protocol):
+    """Who is told about sessions."""
+
+    def session_started(self, record: SessionRecord) -> None:
+        """The broker accepted the session."""
+
+    def session_ended(self, record: SessionRecord) -> None:
+        """The session ended; `record.reason` says why."""
+
+
+class Cancellable(Protocol):
+    """An attempt to reach the upstream."""
+
+    def cancel(self) -> None:
+        """Give it up."""
+
+
+class Session:
+    """One device session, from its connection to its end.
+
+    `dial` is called once, with the session, when CONNECT is whole; it answers by `upstream_verified` or
+    `upstream_failed`.  `gone` is called once, when nothing of the session is left but this object.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_bytes_down",
+        "_bytes_up",
+        "_connect",
+        "_connect_packet",
+        "_deadline",
+        "_device",
+        "_device_present",
+        "_device_reader",
+        "_dial",
+        "_dialling",
+        "_from_broker",
+        "_from_device",
+        "_gone",
+        "_heard",
+        "_is_gone",
+        "_journal",
+        "_keep_alive_limit",
+        "_last_heard",
+        "_limits",
+        "_seconds",
+        "_sent_at",
+        "_state",
+        "_timeouts",
+        "_upstream",
+        "_upstream_reader",
+        "record",
+    )
+
+    def __init__(
+        self,
+        record: SessionRecord,
+        device: Side,
+        dial: Callable[[Session], Cancellable],
+        journal: Journal,
+        gone: Callable[[Session], None],
+        seconds: Callable[[], float],
+        limits: Limits,
+        timeouts: Timeouts,
+    ) -> None:
+        self.record = record
+        self._device = device
+        self._device_present = True
+        self._dial = dial
+        self._dialling: Cancellable | None = None
+        self._upstream: Side | None = None
+        self._journal = journal
+        self._gone = gone
+        self._is_gone = False
+        self._seconds = seconds
+        self._limits = limits
+        self._timeouts = timeouts
+        self._state = State.WAIT_CONNECT
+        self._deadline = record.started + timeouts.connect_packet
+        self._device_reader = PacketReader(frozenset({PacketType.CONNECT}), limits.max_connect_size, EndReason.NOT_MQTT)
+        self._upstream_reader: PacketReader | None = None
+        self._connect: Connect | None = None
+        self._connect_packet: Packet | None = None
+        self._from_device: Framer | None = None
+        self._from_broker: Framer | None = None
+        self._bytes_up = 0
+        self._bytes_down = 0
+        self._sent_at = 0.0
+        self._heard = False
+        self._last_heard = 0.0
+        self._keep_alive_limit = 0.0
+
+    @property
+    def state(self) -> State:
+        """Where the session stands."""
+        return self._state
+
+    # ---- from the device
+
+    def device_received(self, data: bytes) -> None:
+        """Take bytes from the device."""
+        if self._state is State.RELAYING:
+            self._relay_up(data)
+        elif self._state is State.WAIT_CONNECT:
+            self._device_reader.feed(data)
+            self._read_connect()
+        elif self._state is not State.ENDED:
+            self._device_reader.feed(data)
+            if self._state is State.WAIT_CONNACK:
+                self._authenticate()
+
+    def device_gone(self, detail: str) -> None:
+        """The device's connection is no more."""
+        self._device_present = False
+        if self._state is State.ENDED:
+            self._check_gone()
+            return
+        # Loss is passed on as loss: the upstream ends without DISCONNECT, so that the broker publishes the Will.
+        self._end(EndReason.DEVICE_LOST, detail)
+
+    # ---- from the upstream
+
+    def upstream_verified(self, upstream: Side, peer: Peer) -> None:
+        """There is a verified channel to the broker: now, and not before, CONNECT leaves."""
+        if self._state is not State.DIALLING:
+            upstream.abort()
+            return
+        assert self._connect is not None  # noqa: S101  DIALLING is entered with a CONNECT; narrows the type
+        assert self._connect_packet is not None  # noqa: S101  the same
+        self._enter(State.WAIT_CONNACK)
+        self._dialling = None
+        self._upstream = upstream
+        self.record.peer = peer
+        self._sent_at = self._seconds()
+        self._deadline = self._sent_at + self._timeouts.connack
+        authenticates = self._connect.authentication_method is not None
+        awaited = {PacketType.CONNACK, PacketType.AUTH} if authenticates else {PacketType.CONNACK}
+        self._upstream_reader = PacketReader(
+            frozenset(awaited), self._limits.max_connect_size, EndReason.UPSTREAM_PROTOCOL_ERROR
+        )
+        upstream.write(self._connect_packet.raw)
+        self._bytes_up = len(self._connect_packet.raw)
+        self.record.packets_up = 1
+        self._connect_packet = None
+        if authenticates:
+            rest = self._device_reader.take_rest()
+            self._device_reader = PacketReader(_AUTHENTICATING, self._limits.max_connect_size, EndReason.PROTOCOL_ERROR)
+            self._device_reader.feed(rest)
+            self._device.release()
+            self._authenticate()
+
+    def upstream_failed(self, failure: SessionEnd) -> None:
+        """There will be no verified channel."""
+        if self._state is not State.ENDED:
+            self._dialling = None
+            self._end(failure.reason, failure.detail)
+
+    def upstream_received(self, data: bytes) -> None:
+        """Take bytes from the broker."""
+        if self._state is State.RELAYING:
+            self._relay_down(data)
+        elif self._state is State.WAIT_CONNACK:
+            assert self._upstream_reader is not None  # noqa: S101  made with the state; narrows the type
+            self._upstream_reader.feed(data)
+            self._read_connack(self._upstream_reader)
+
+    def upstream_broken(self, failure: SessionEnd) -> None:
+        """The verified channel has come to an end, in good order or not."""
+        if self._state is State.WAIT_CONNACK and failure.reason is EndReason.UPSTREAM_LOST:
+            self._end(EndReason.UPSTREAM_CLOSED, failure.detail)
+        elif self._state is not State.ENDED:
+            self._end(failure.reason, failure.detail)
+
+    def upstream_gone(self) -> None:
+        """The upstream's connection is no more; `upstream_broken` has been called before if it was not our doing."""
+        self._upstream = None
+        if self._state is State.ENDED:
+            self._check_gone()
+
+    # ---- from the gateway
+
+    def sweep(self, now: float) -> None:
+        """Find out whether a deadline has passed; called every second or so, `now` in seconds on the injected clock."""
+        if self._state is State.RELAYING:
+            # A device that is not read, because the broker does not keep up, is not silent: we are deaf.
+            if self._heard or not self._device.reading:
+                self._heard = False
+                self._last_heard = now
+            elif self._keep_alive_limit and now - self._last_heard > self._keep_alive_limit:
+                self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
+        elif now >= self._deadline:
+            self._deadline_passed()
+
+    def stop(self, reason: EndReason) -> None:
+        """End the session for a reason of the gateway's own."""
+        self._end(reason)
+
+    def fail(self, detail: str) -> None:
+        """End the session because the gateway made a mistake; nothing more is sent to either side."""
+        self._end(EndReason.INTERNAL_ERROR, detail)
+        self.abort()
+
+    def abort(self) -> None:
+        """Cut off what is still open."""
+        if self._upstream is not None:
+            self._upstream.abort()
+        if self._device_present:
+            self._device.abort()
+
+    # ---- the steps
+
+    def _enter(self, state: State) -> None:
+        if state not in TRANSITIONS[self._state]:
+            raise AssertionError(f"a session cannot go from {self._state.name} to {state.name}")
+        self._state = state
+
+    def _read_connect(self) -> None:
+        try:
+            packet = self._device_reader.next_packet()
+            if packet is None:
+                return
+            connect = parse_connect(packet)
+        except UnsupportedVersion as error:
+            self._end(error.reason, error.detail, answer=error.answer)
+            return
+        except PacketError as error:
+            self._end(error.reason, error.detail)
+            return
+        self._enter(State.DIALLING)
+        self._device.hold()
+        # DIALLING has no deadline of its own: each of its steps has one, and `dial` keeps them.
+        self._deadline = float("inf")
+        self._connect = connect
+        self._connect_packet = packet
+        self.record.client_identifier = connect.client_identifier
+        self.record.protocol_version = connect.version.label
+        self.record.connect_seconds = self._seconds() - self.record.started
+        dialling = self._dial(self)
+        if self._state is State.DIALLING:
+            self._dialling = dialling
+
+    def _authenticate(self) -> None:
+        """Pass AUTH on, and DISCONNECT, until CONNACK comes (MQTT 5.0 §4.12)."""
+        connect, upstream = self._connect, self._upstream
+        if connect is None or upstream is None or connect.authentication_method is None:
+            return
+        while self._state is State.WAIT_CONNACK:
+            try:
+                packet = self._device_reader.next_packet()
+            except PacketError as error:
+                code = error.reason_code
+                self._end(error.reason, error.detail, answer=connack_refusal(connect.version, 3, code))
+                return
+            if packet is None:
+                return
+            upstream.write(packet.raw)
+            self._bytes_up += len(packet.raw)
+            self.record.packets_up += 1
+            if packet.type is PacketType.DISCONNECT:
+                self._end(EndReason.DEVICE_DISCONNECT)
+
+    def _read_connack(self, reader: PacketReader) -> None:
+        assert self._connect is not None  # noqa: S101  a session that waits for CONNACK has a CONNECT; narrows the type
+        while self._state is State.WAIT_CONNACK:
+            try:
+                packet = reader.next_packet()
+                if packet is None:
+                    return
+                connack = None if packet.type is PacketType.AUTH else parse_connack(packet, self._connect.version)
+            except PacketError as error:
+                self._end(EndReason.UPSTREAM_PROTOCOL_ERROR, error.detail)
+                return
+            self._device.write(packet.raw)
+            self._bytes_down += len(packet.raw)
+            self.record.packets_down += 1
+            if connack is None:
+                continue
+            if not connack.accepted:
+                words = describe_connack(self._connect.version, connack.code)
+                detail = f"CONNACK 0x{connack.code:02X}, {words}"
+                if connack.reason_string:
+                    detail += f": {connack.reason_string}"
+                self._end(EndReason.UPSTREAM_REFUSED, detail, answered=True)
+                return
+            now = self._seconds()
+            self.record.connack_seconds = now - self._sent_at
+            if connack.assigned_client_identifier is not None:
+                self.record.client_identifier = connack.assigned_client_identifier
+            keep_alive = connack.server_keep_alive
+            self._relay(self._connect.keep_alive if keep_alive is None else keep_alive, reader, now)
+
+    def _relay(self, keep_alive: int, reader: PacketReader, now: float) -> None:
+        """Let both directions flow; what waited behind CONNECT and CONNACK goes first."""
+        assert self._connect is not None  # noqa: S101  see _read_connack
+        version, limit = self._connect.version, self._limits.max_packet_size
+        self._from_device = Framer(Sender.DEVICE, version, limit)
+        self._from_broker = Framer(Sender.BROKER, version, limit)
+        self._keep_alive_limit = keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
+        self._last_heard = now
+        self._enter(State.RELAYING)
+        self._journal.session_started(self.record)
+        waiting_down, waiting_up = reader.take_rest(), self._device_reader.take_rest()
+        self._upstream_reader = None
+        if waiting_down:
+            self.upstream_received(waiting_down)
+        if waiting_up:
+            self.device_received(waiting_up)
+        if self._state is State.RELAYING:
+            self._device.release()
+
+    def _relay_up(self, data: bytes) -> None:
+        framer = self._from_device
+        assert framer is not None  # noqa: S101  made with the state; narrows the type
+        self._heard = True
+        passed = framer.feed(data)
+        if passed and self._upstream is not None:
+            self._upstream.write(passed)
+            self._bytes_up += len(passed)
+        if framer.error is not None:
+            self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
+        elif framer.disconnected:
+            self._end(EndReason.DEVICE_DISCONNECT)
+
+    def _relay_down(self, data: bytes) -> None:
+        framer = self._from_broker
+        assert framer is not None  # noqa: S101  made with the state; narrows the type
+        passed = framer.feed(data)
+        if passed:
+            self._device.write(passed)
+            self._bytes_down += len(passed)
+        if framer.error is not None:
+            self._end(EndReason.UPSTREAM_PROTOCOL_ERROR, framer.error.detail)
+        elif framer.disconnected:
+            code = framer.disconnect_code or 0
+            self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
+
+    def _deadline_passed(self) -> None:
+        if self._state is State.WAIT_CONNECT:
+            self._end(EndReason.CONNECT_TIMEOUT, f"{self._device_reader.buffered} bytes came")
+        elif self._state is State.WAIT_CONNACK:
+            self._end(EndReason.UPSTREAM_SILENT, f"no CONNACK within {self._timeouts.connack:g} s")
+        elif self._state is State.ENDED:
+            self.abort()
+
+    # ---- the end
+
+    def _end(
+        self,
+        reason: EndReason,
+        detail: str = "",
+        *,
+        answer: bytes | None = None,
+        code: int | None = None,
+        answered: bool = False,
+    ) -> None:
+        """End the session: tell the device, close both sides, write the record.
+
+        `answer` overrides what the device is told; `answered` means that it has been told already; `code` is the
+        reason code of the DISCONNECT, if it is not the reason's usual one.
+        """
+        if self._state is State.ENDED:
+            return
+        told = answer if answer is not None else b"" if answered else self._farewell(reason, code)
+        self._enter(State.ENDED)
+        self._write_record(reason, detail)
+        self._deadline = self._seconds() + self._timeouts.close
+        dialling, self._dialling = self._dialling, None
+        if dialling is not None:
+            dialling.cancel()
+        self._connect_packet = None
+        self._upstream_reader = None
+        if self._device_present:
+            if told:
+                self._device.write(told)
+            self._device.close()
+        if self._upstream is not None:
+            self._upstream.close()
+        self._journal.session_ended(self.record)
+        self._check_gone()
+
+    def _farewell(self, reason: EndReason, code: int | None) -> bytes:
+        """Return what a device is told about an end that is not of its own making, in its own protocol version.
+
+        Before CONNACK that is a CONNACK; after it, MQTT 5.0 has DISCONNECT and 3.x has nothing but the close.
+        """
+        if self._connect is None or reason in {EndReason.DEVICE_DISCONNECT, EndReason.DEVICE_LOST}:
+            return b""
+        version, words = self._connect.version, f"{reason}: {reason.meaning}"
+        limit = self._connect.maximum_packet_size or self._limits.max_packet_size
+        if self._from_broker is None:
+            full, short = (
+                connack_refusal(version, _CONNACK_SERVER_UNAVAILABLE, ReasonCode.SERVER_UNAVAILABLE, text)
+                for text in (words, "")
+            )
+        elif version is not ProtocolVersion.MQTT_5_0 or not self._from_broker.at_boundary:
+            # A DISCONNECT in the middle of a packet that is half relayed would be taken for that packet's body.
+            return b""
+        else:
+            code = _DISCONNECT_CODES.get(reason, ReasonCode.UNSPECIFIED_ERROR) if code is None else code
+            full, short = (disconnect(code, text) for text in (words, ""))
+        # A Reason String must not make the packet larger than the device takes [MQTT-3.14.2-3].
+        return full if len(full) <= limit else short
+
+    def _write_record(self, reason: EndReason, detail: str) -> None:
+        record = self.record
+        record.reason = reason
+        record.detail = detail
+        record.duration = self._seconds() - record.started
+        record.bytes_up = self._bytes_up
+        record.bytes_down = self._bytes_down
+        if self._from_device is not None and self._from_broker is not None:
+            record.packets_up += self._from_device.packets
+            record.packets_down += self._from_broker.packets
+
+    def _check_gone(self) -> None:
+        if not self._device_present and self._upstream is None and not self._is_gone:
+            self._is_gone = True
+            self._gone(self)

@@ -1,0 +1,123 @@
+"""What both sides of a session have in common: flow control and an orderly close.
+
+In: a transport's producer calls, the session's `hold`, `release`, `close`.  Out: pauses and resumptions of the
+transport, a half-close that loses nothing.
+"""
+
+from __future__ import annotations
+
+import socket
+
+from twisted.internet.interfaces import IConsumer, IPushProducer, ISystemHandle, ITCPTransport
+from twisted.internet.protocol import Protocol
+from zope.interface import implementer
+
+_KEEPALIVE_PROBES = 3
+
+
+class RelayTransport(ITCPTransport, IConsumer, IPushProducer):
+    """What a side asks of its transport: bytes out, half-close, abort, and flow control both ways."""
+
+
+@implementer(IPushProducer)
+class RelaySide(Protocol):
+    """A network connection that is read only while the session and the other side's buffer permit it.
+
+    There are two reasons not to read, kept apart so that neither undoes the other: the session holds (`hold`), or the
+    other side's transport is full (`pauseProducing`, called by that transport, whose producer this is).
+    """
+
+    transport: RelayTransport
+
+    _held = False
+    _choked = False
+    _closing = False
+    _lost = False
+
+    @property
+    def reading(self) -> bool:
+        """Whether bytes are being read."""
+        return not (self._held or self._choked)
+
+    def hold(self) -> None:
+        """Stop reading until `release`."""
+        self._held = True
+        self._apply()
+
+    def release(self) -> None:
+        """Read again, unless the other side is full."""
+        self._held = False
+        self._apply()
+
+    def pauseProducing(self) -> None:
+        """The other side's transport is full."""
+        self._choked = True
+        self._apply()
+
+    def resumeProducing(self) -> None:
+        """The other side's transport has room again."""
+        self._choked = False
+        self._apply()
+
+    def stopProducing(self) -> None:
+        """The other side's transport is gone; the session hears of it from that side."""
+
+    def link(self, other: RelaySide) -> None:
+        """Let each side's full buffer stop the other side's reading."""
+        self.transport.registerProducer(other, True)
+        other.transport.registerProducer(self, True)
+
+    def abort(self) -> None:
+        """End the connection now."""
+        if not self._lost:
+            self._closing = True
+            self.transport.abortConnection()
+
+    def finish(self) -> None:
+        """Send what is waiting, then FIN; drop what still comes until the peer's FIN.
+
+        Closing a socket with unread bytes makes the kernel send RST, which can destroy what the peer has not read yet:
+        the CONNACK that tells a device the truth, or the DISCONNECT that keeps a Will from being published.  So the
+        socket is read on until the peer closes too; the session's deadline bounds that.
+        """
+        if self._closing or self._lost:
+            return
+        self._closing = True
+        self.transport.unregisterProducer()
+        self._held = self._choked = False
+        self.transport.resumeProducing()
+        self.transport.loseWriteConnection()
+
+    def lost(self) -> None:
+        """The connection is no more."""
+        self._lost = True
+        self._closing = True
+
+    def _apply(self) -> None:
+        if self._closing:
+            return
+        if self.reading:
+            self.transport.resumeProducing()
+        else:
+            self.transport.pauseProducing()
+
+
+def tune(transport: RelayTransport, user_timeout: float) -> None:
+    """Send small packets at once, and notice within `user_timeout` seconds that the peer is dead.
+
+    Keepalive probes find a peer that is gone while nothing is sent, TCP_USER_TIMEOUT (RFC 5482) one that no longer
+    acknowledges.  A UNIX socket needs neither.
+    """
+    if not ISystemHandle.providedBy(transport):
+        return
+    handle = ISystemHandle(transport).getHandle()
+    if not isinstance(handle, socket.socket) or handle.family not in {socket.AF_INET, socket.AF_INET6}:
+        return
+    idle = max(1, int(user_timeout / 2))
+    interval = max(1, int((user_timeout - idle) / _KEEPALIVE_PROBES))
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(user_timeout * 1000))

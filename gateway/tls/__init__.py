@@ -1,0 +1,1 @@
+"""The verified channel to the broker: trust, identity, and TLS without sockets."""

@@ -1,0 +1,295 @@
+"""TLS to the broker without sockets: bytes in, bytes out, and nothing sent before the broker is verified.
+
+In: ciphertext from the network, plaintext to send.  Out: ciphertext for the network, plaintext received, and facts
+about the verified peer.  Raises `UpstreamFailure` for whatever goes wrong; every unexpected thing is a refusal.
+
+The states, in order, without a way back::
+
+    HANDSHAKING  →  VERIFIED  →  CLOSED
+         └──────── any failure ────┘
+
+Only VERIFIED lets plaintext through to OpenSSL: `send` in any other state raises, it never keeps bytes for later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from base64 import b64encode
+from enum import Enum, auto
+from ipaddress import ip_address
+
+from cryptography import x509
+from cryptography.x509 import verification
+from OpenSSL import SSL, crypto
+
+from gateway.config import TLS
+from gateway.errors import EndReason, GatewayError, UpstreamFailure
+from gateway.record import Peer
+from gateway.text import printable
+from gateway.tls.failures import handshake_failure, verification_failure
+from gateway.tls.identity import Identity
+from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
+
+# Below malloc's threshold for mapping pages anew at each call (128 KiB), above what a reactor's read brings (64 KiB).
+_READ_SIZE = 0x10000
+# A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); pyOpenSSL sends one record a call.
+_RECORD_SIZE = 0x4000
+
+
+class NotVerified(GatewayError):
+    """Plaintext was given to a channel that is not verified: a mistake in the gateway, caught before any byte left."""
+
+
+class ChannelState(Enum):
+    """Where a channel stands."""
+
+    HANDSHAKING = auto()
+    VERIFIED = auto()
+    CLOSED = auto()
+
+
+class TLSChannel:
+    """One TLS connection to one broker, client side.
+
+    `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
+    came.  `presented` is the broker's certificate as soon as OpenSSL has looked at it, verified or not: for people who
+    want to know why it was refused.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_approved",
+        "_connection",
+        "_failure",
+        "_identity",
+        "_matched",
+        "_policy",
+        "peer",
+        "presented",
+        "received_close",
+        "state",
+    )
+
+    def __init__(self, policy: TLSPolicy, identity: Identity) -> None:
+        self._policy = policy
+        self._identity = identity
+        self._failure: UpstreamFailure | None = None
+        self._approved = False
+        self._matched = ""
+        self.peer: Peer | None = None
+        self.presented: x509.Certificate | None = None
+        self.received_close = False
+        self.state = ChannelState.HANDSHAKING
+        self._connection = SSL.Connection(policy.context, None)
+        self._connection.set_app_data(self)
+        if identity.sni is not None:
+            self._connection.set_tlsext_host_name(identity.sni)
+        self._connection.set_connect_state()
+
+    def start(self) -> None:
+        """Begin the handshake; `outgoing` then holds the ClientHello."""
+        self._handshake()
+
+    def receive(self, ciphertext: bytes) -> bytes:
+        """Take bytes from the network and return the plaintext that they complete, empty before VERIFIED.
+
+        Raises `UpstreamFailure` when the handshake, the verification or a record fails; `outgoing` may then hold an
+        alert.  After that, and after `close`, everything received is dropped.
+        """
+        if self.state is ChannelState.CLOSED:
+            return b""
+        self._connection.bio_write(ciphertext)
+        if self.state is ChannelState.HANDSHAKING and not self._handshake():
+            return b""
+        return self._read()
+
+    def send(self, plaintext: bytes) -> None:
+        """Encrypt; `outgoing` then holds the records.  Raises `NotVerified` unless the channel is VERIFIED."""
+        if self.state is not ChannelState.VERIFIED:
+            raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
+        try:
+            if len(plaintext) <= _RECORD_SIZE:
+                self._connection.send(plaintext)
+                return
+            with memoryview(plaintext) as view:
+                for start in range(0, len(view), _RECORD_SIZE):
+                    self._connection.send(view[start : start + _RECORD_SIZE])
+        except SSL.Error as error:
+            raise self._fail(UpstreamFailure(EndReason.UPSTREAM_LOST, _words(error))) from None
+
+    def outgoing(self) -> bytes:
+        """Return what is to be sent to the network, and forget it."""
+        parts: list[bytes] = []
+        while True:
+            try:
+                part = self._connection.bio_read(_READ_SIZE)
+            except SSL.Error:
+                break
+            parts.append(part)
+            if len(part) < _READ_SIZE:
+                break
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def close(self) -> None:
+        """End the channel: `outgoing` then holds close_notify if it was VERIFIED (RFC 8446 §6.1)."""
+        if self.state is ChannelState.VERIFIED:
+            # An error means that the broker has ended it in a worse way already: there is nobody to say goodbye to.
+            with contextlib.suppress(SSL.Error):
+                self._connection.shutdown()
+        self.state = ChannelState.CLOSED
+
+    def dispose(self) -> None:
+        """Let go of OpenSSL's part, whose way back to this object is a cycle that would outlive the session."""
+        self.state = ChannelState.CLOSED
+        self._connection.set_app_data(None)
+
+    def _handshake(self) -> bool:
+        """Go on with the handshake; return whether the channel is VERIFIED now."""
+        try:
+            self._connection.do_handshake()
+        except SSL.WantReadError:
+            return False
+        except SSL.Error as error:
+            raise self._fail(self._failure or handshake_failure(_queue(error))) from None
+        try:
+            self.peer = self._confirm()
+        except UpstreamFailure as failure:
+            raise self._fail(failure) from None
+        except Exception as error:  # noqa: BLE001  anything unexpected during verification means refusal
+            raise self._fail(_unexpected(error)) from None
+        self.state = ChannelState.VERIFIED
+        return True
+
+    def _read(self) -> bytes:
+        parts: list[bytes] = []
+        try:
+            while True:
+                parts.append(self._connection.recv(_READ_SIZE))
+        except SSL.WantReadError:
+            pass
+        except SSL.ZeroReturnError:
+            self.received_close = True
+        except SSL.Error as error:
+            failure = handshake_failure(_queue(error))
+            if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
+                # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that
+                # breaks a verified channel is a lost upstream.
+                failure = UpstreamFailure(EndReason.UPSTREAM_LOST, failure.detail)
+            raise self._fail(failure) from None
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _fail(self, failure: UpstreamFailure) -> UpstreamFailure:
+        self.state = ChannelState.CLOSED
+        return failure
+
+    def judge(self, certificate: crypto.X509, error: int, depth: int, accepted: bool) -> bool:
+        """Answer OpenSSL's question about one certificate of the chain, from the root down to the broker's own.
+
+        Its own verdict is never overruled.  The identity is judged here too, so that a wrong broker gets an alert in
+        place of the handshake's end.
+        """
+        if depth == 0:
+            self.presented = certificate.to_cryptography()
+        if not accepted:
+            self._failure = self._failure or verification_failure(error, depth)
+            return False
+        if depth == 0:
+            assert self.presented is not None  # noqa: S101  set above; narrows the type
+            self._matched = self._identity.match(self.presented)
+            self._approved = True
+        return True
+
+    def refuse(self, failure: UpstreamFailure) -> None:
+        """Remember why the chain is refused; the first reason counts."""
+        self._approved = False
+        self._failure = self._failure or failure
+
+    def _confirm(self) -> Peer:
+        """Look once more at the peer, since a handshake can end without the callback being asked."""
+        if self._failure is not None:
+            raise self._failure
+        connection = self._connection
+        peer_certificate = connection.get_peer_certificate()
+        chain = connection.get_verified_chain()
+        if peer_certificate is None or not chain or not self._approved:
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a verified chain")
+        leaf = peer_certificate.to_cryptography()
+        matched = self._identity.match(leaf)
+        if matched != self._matched:
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the certificate changed during the handshake")
+        alpn = connection.get_alpn_proto_negotiated().decode("ascii", "backslashreplace")
+        if self._policy.alpn and alpn not in self._policy.alpn:
+            offered = ", ".join(self._policy.alpn)
+            raise UpstreamFailure(EndReason.TLS_ALPN_MISMATCH, f"offered {offered}; the broker chose {alpn or 'none'}")
+        if self._policy.pins:
+            self._check_pins([certificate.to_cryptography() for certificate in chain])
+        if self._policy.strict:
+            presented = connection.get_peer_cert_chain() or []
+            self._second_opinion(leaf, [certificate.to_cryptography() for certificate in presented[1:]])
+        return Peer(
+            subject=printable(leaf.subject.rfc4514_string()),
+            issuer=printable(leaf.issuer.rfc4514_string()),
+            matched_san=matched,
+            not_after=leaf.not_valid_after_utc,
+            tls_version=connection.get_protocol_version_name(),
+            cipher=connection.get_cipher_name() or "",
+            alpn=printable(alpn),
+        )
+
+    def _check_pins(self, chain: list[x509.Certificate]) -> None:
+        pins = [spki_pin(certificate) for certificate in chain]
+        if self._policy.pins.isdisjoint(pins):
+            shown = b64encode(pins[0]).decode("ascii")
+            raise UpstreamFailure(EndReason.TLS_PIN_MISMATCH, f"the broker's key has the pin sha256/{shown}")
+
+    def _second_opinion(self, leaf: x509.Certificate, intermediates: list[x509.Certificate]) -> None:
+        """Have cryptography's verifier agree (RFC 5280 as the CA/Browser Forum profiles it)."""
+        subject = (
+            x509.IPAddress(ip_address(self._identity.name))
+            if self._identity.sni is None
+            else x509.DNSName(self._identity.name)
+        )
+        roots = self._policy.roots or platform_roots()
+        try:
+            builder = verification.PolicyBuilder().store(verification.Store(list(roots)))
+            builder.build_server_verifier(subject).verify(leaf, intermediates)
+        except verification.VerificationError as error:
+            raise UpstreamFailure(EndReason.TLS_STRICT_REFUSED, printable(str(error))) from None
+
+
+def make_policy(tls: TLS) -> TLSPolicy:
+    """Build the policy for `tls` whose verification is the channels' own.  Raises `ConfigError`."""
+    return load_policy(tls, _verify)
+
+
+def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, accepted: int) -> bool:
+    """Answer OpenSSL for the channel that owns `connection`; any exception whatever is a refusal.
+
+    pyOpenSSL keeps what a callback raises on the Context, which all sessions share: it would end the next session that
+    happens to fail.  So nothing is raised here.
+    """
+    channel = connection.get_app_data()
+    if not isinstance(channel, TLSChannel):
+        return False
+    try:
+        return channel.judge(certificate, error, depth, bool(accepted))
+    except UpstreamFailure as failure:
+        channel.refuse(failure)
+    except Exception as problem:  # noqa: BLE001  anything unexpected during verification means refusal
+        channel.refuse(_unexpected(problem))
+    return False
+
+
+def _unexpected(error: Exception) -> UpstreamFailure:
+    return UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, printable(f"{type(error).__name__}: {error}"))
+
+
+def _queue(error: SSL.Error) -> list[object]:
+    """Return OpenSSL's error queue from a pyOpenSSL exception: its only argument, or an errno and its name."""
+    if len(error.args) == 1 and isinstance(error.args[0], list):
+        return error.args[0]
+    return list(error.args)
+
+
+def _words(error: SSL.Error) -> str:
+    return handshake_failure(_queue(error)).detail

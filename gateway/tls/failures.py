@@ -1,0 +1,113 @@
+"""OpenSSL's words put into the gateway's.
+
+In: verification codes, error queues, alerts.  Out: an `UpstreamFailure` whose reason a person can act on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gateway.errors import EndReason, UpstreamFailure
+
+# X509_V_ERR_* (openssl/x509_vfy.h) that deserve a reason or words of their own; whatever is not here is an untrusted
+# chain with OpenSSL's number, which fails closed.
+_VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
+    2: (EndReason.TLS_UNTRUSTED_CHAIN, "the issuer's certificate is not to be found"),
+    3: (EndReason.TLS_CRL_UNUSABLE, "there is no CRL of the issuer"),
+    7: (EndReason.TLS_UNTRUSTED_CHAIN, "the signature is wrong"),
+    8: (EndReason.TLS_CRL_UNUSABLE, "the CRL's signature is wrong"),
+    9: (EndReason.TLS_NOT_YET_VALID, "not valid yet"),
+    10: (EndReason.TLS_EXPIRED, "expired"),
+    11: (EndReason.TLS_CRL_UNUSABLE, "the CRL is not valid yet"),
+    12: (EndReason.TLS_CRL_UNUSABLE, "the CRL has expired"),
+    13: (EndReason.TLS_NOT_YET_VALID, "its notBefore field is malformed"),
+    14: (EndReason.TLS_EXPIRED, "its notAfter field is malformed"),
+    15: (EndReason.TLS_CRL_UNUSABLE, "the CRL's lastUpdate field is malformed"),
+    16: (EndReason.TLS_CRL_UNUSABLE, "the CRL's nextUpdate field is malformed"),
+    18: (EndReason.TLS_UNTRUSTED_CHAIN, "self-signed, and not among the trusted roots"),
+    19: (EndReason.TLS_UNTRUSTED_CHAIN, "the chain ends in a root that is not among the trusted ones"),
+    20: (
+        EndReason.TLS_UNTRUSTED_CHAIN,
+        "its issuer is neither a trusted root nor sent by the broker",
+    ),
+    21: (EndReason.TLS_UNTRUSTED_CHAIN, "the broker sent one certificate, and no trusted root issued it"),
+    22: (EndReason.TLS_UNTRUSTED_CHAIN, "the chain is too long"),
+    23: (EndReason.TLS_REVOKED, "revoked"),
+    24: (EndReason.TLS_UNTRUSTED_CHAIN, "an issuer is not a CA, or has no public key"),
+    25: (EndReason.TLS_UNTRUSTED_CHAIN, "the path length that a CA allows is exceeded"),
+    26: (EndReason.TLS_WRONG_PURPOSE, "not meant for a TLS server (extendedKeyUsage)"),
+    32: (EndReason.TLS_UNTRUSTED_CHAIN, "an issuer may not sign certificates (keyUsage)"),
+    33: (EndReason.TLS_CRL_UNUSABLE, "the CRL's issuer is not to be found"),
+    35: (EndReason.TLS_CRL_UNUSABLE, "the issuer may not sign CRLs (keyUsage)"),
+    36: (EndReason.TLS_CRL_UNUSABLE, "the CRL has a critical extension that is unknown"),
+    44: (EndReason.TLS_CRL_UNUSABLE, "the CRL is for another scope"),
+    47: (EndReason.TLS_UNTRUSTED_CHAIN, "a CA's name constraints forbid this name"),
+    48: (EndReason.TLS_UNTRUSTED_CHAIN, "a CA's name constraints forbid this name"),
+    54: (EndReason.TLS_CRL_UNUSABLE, "the CRL's own chain cannot be verified"),
+    66: (EndReason.TLS_WEAK_CERTIFICATE, "the key is too small"),
+    67: (EndReason.TLS_WEAK_CERTIFICATE, "a CA's key is too small"),
+    68: (EndReason.TLS_WEAK_CERTIFICATE, "the signature's hash is too weak"),
+    79: (EndReason.TLS_UNTRUSTED_CHAIN, "an issuer is not a CA (basicConstraints)"),
+    # The rules that only X509_STRICT applies (RFC 5280 §4.2, §6).
+    80: (EndReason.TLS_STRICT_REFUSED, "a path length on a certificate that is not a CA"),
+    81: (EndReason.TLS_STRICT_REFUSED, "a path length without the key usage keyCertSign"),
+    82: (EndReason.TLS_STRICT_REFUSED, "the key usage keyCertSign on a certificate that is not a CA"),
+    83: (EndReason.TLS_STRICT_REFUSED, "its issuer's name is empty"),
+    84: (EndReason.TLS_STRICT_REFUSED, "a CA's subject is empty"),
+    85: (EndReason.TLS_STRICT_REFUSED, "no authority key identifier"),
+    86: (EndReason.TLS_STRICT_REFUSED, "no subject key identifier"),
+    87: (EndReason.TLS_STRICT_REFUSED, "its subjectAltName is empty"),
+    88: (EndReason.TLS_STRICT_REFUSED, "its subject is empty and its subjectAltName is not critical"),
+    89: (EndReason.TLS_STRICT_REFUSED, "a CA's basicConstraints are not critical"),
+    90: (EndReason.TLS_STRICT_REFUSED, "its authority key identifier is critical"),
+    91: (EndReason.TLS_STRICT_REFUSED, "its subject key identifier is critical"),
+    92: (EndReason.TLS_STRICT_REFUSED, "a CA without key usage"),
+    93: (EndReason.TLS_STRICT_REFUSED, "extensions in a certificate below version 3"),
+    94: (EndReason.TLS_STRICT_REFUSED, "an elliptic curve given by explicit parameters"),
+}
+
+# Parts of OpenSSL's reason strings, in the order in which they are looked for.  The strings changed between 1.1.1, 3.x
+# and 4.0 ("sslv3 alert bad certificate" became "ssl/tls alert bad certificate"), their endings did not.
+_HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
+    ("wrong version number", EndReason.TLS_NOT_TLS),
+    ("http request", EndReason.TLS_NOT_TLS),
+    ("unknown protocol", EndReason.TLS_NOT_TLS),
+    ("packet length too long", EndReason.TLS_NOT_TLS),
+    ("record too small", EndReason.TLS_NOT_TLS),
+    ("bad record type", EndReason.TLS_NOT_TLS),
+    ("unsupported protocol", EndReason.TLS_VERSION),
+    ("version too low", EndReason.TLS_VERSION),
+    ("alert protocol version", EndReason.TLS_VERSION),
+    ("no application protocol", EndReason.TLS_ALPN_MISMATCH),
+    ("alert certificate required", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert bad certificate", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert unsupported certificate", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert certificate revoked", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert certificate expired", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert certificate unknown", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert unknown ca", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert access denied", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("alert decrypt error", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ("unexpected eof", EndReason.TLS_CLOSED),
+    ("key too small", EndReason.TLS_WEAK_CERTIFICATE),
+    ("md too weak", EndReason.TLS_WEAK_CERTIFICATE),
+)
+
+
+def verification_failure(code: int, depth: int) -> UpstreamFailure:
+    """Return the failure for X509_V_ERR_* `code` at `depth` of the chain (0: the broker's own certificate)."""
+    reason, words = _VERIFY_ERRORS.get(code, (EndReason.TLS_UNTRUSTED_CHAIN, "verification failed"))
+    whose = "the broker's certificate" if depth == 0 else f"the CA certificate {depth} above the broker's"
+    return UpstreamFailure(reason, f"{whose}: {words} (OpenSSL error {code})")
+
+
+def handshake_failure(queue: Sequence[object]) -> UpstreamFailure:
+    """Return the failure for OpenSSL's error queue: pyOpenSSL's (library, function, reason)s or errno pair."""
+    words = "; ".join(
+        str(entry[2] or entry[0]) if isinstance(entry, tuple) and len(entry) == 3 else str(entry) for entry in queue
+    )
+    lowered = words.lower()
+    for part, reason in _HANDSHAKE_ERRORS:
+        if part in lowered:
+            return UpstreamFailure(reason, words)
+    return UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, words or "OpenSSL gave no reason")

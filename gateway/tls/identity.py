@@ -1,0 +1,97 @@
+"""Is this certificate the broker's?  RFC 9525 by way of service-identity.
+
+In: a parsed certificate and the name that was asked for.  Out: the subjectAltName entry that matched, or
+`UpstreamFailure` that says why none did.
+"""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+from attrs import frozen
+from cryptography import x509
+from service_identity import CertificateError, VerificationError
+from service_identity.cryptography import extract_patterns
+from service_identity.hazmat import DNS_ID, DNSPattern, IPAddress_ID, IPAddressPattern, verify_service_identity
+
+from gateway.errors import EndReason, UpstreamFailure
+from gateway.text import printable
+
+_SHOWN_NAMES = 8
+
+
+@frozen(slots=True)
+class Identity:
+    """A broker's name, as it is verified and as it is sent.
+
+    `name` is an A-label host name in lower case or an IP address in its canonical form; `sni` is what goes into the
+    ClientHello, `None` for an IP address (RFC 6066 §3 knows no literal addresses).
+    """
+
+    name: str
+    sni: bytes | None
+    service_id: DNS_ID | IPAddress_ID
+
+    @classmethod
+    def of(cls, name: str) -> Identity:
+        """Make the identity for a normalised name.  Raises `ValueError` for what is neither address nor host name."""
+        try:
+            address = ip_address(name)
+        except ValueError:
+            return cls(name, name.encode("ascii"), DNS_ID(name))
+        return cls(str(address), None, IPAddress_ID(str(address)))
+
+    def match(self, certificate: x509.Certificate) -> str:
+        """Return the subjectAltName entry that is this identity (RFC 9525 §6), as `DNS:…` or `IP:…`.
+
+        Raises `UpstreamFailure` with `tls-name-mismatch`: no entry matches, there is none that could (the common name
+        is never looked at, RFC 9525 §2), or an entry is malformed, which makes the whole certificate unfit.
+        """
+        try:
+            matches = verify_service_identity(extract_patterns(certificate), [self.service_id], [])
+        except CertificateError as error:
+            raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, self._unfit(certificate, str(error))) from None
+        except VerificationError:
+            raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, self._mismatch(certificate)) from None
+        pattern = matches[0].cert_pattern
+        if isinstance(pattern, DNSPattern):
+            return f"DNS:{pattern.pattern.decode('ascii', 'backslashreplace')}"
+        if isinstance(pattern, IPAddressPattern):
+            return f"IP:{pattern.pattern}"
+        raise UpstreamFailure(
+            EndReason.TLS_NAME_MISMATCH, f"matched by a {type(pattern).__name__}, which names no host"
+        )
+
+    def _unfit(self, certificate: x509.Certificate, why: str) -> str:
+        if not subject_alt_names(certificate):
+            return f"the certificate has no subjectAltName, and its common name is not used; wanted {self.name}"
+        names = shown_names(certificate)
+        if "wildcard" in why:
+            return f"the certificate has a wildcard that is too wide or misplaced ({names}); wanted {self.name}"
+        return f"the certificate has no usable subjectAltName ({names}); wanted {self.name}"
+
+    def _mismatch(self, certificate: x509.Certificate) -> str:
+        kind = "an IP address" if self.sni is None else "a host name"
+        return f"the certificate is for {shown_names(certificate)}; wanted {self.name}, {kind}"
+
+
+def subject_alt_names(certificate: x509.Certificate) -> list[str]:
+    """Return the subjectAltName entries as `DNS:…`, `IP:…`, `email:…`, `URI:…`, `other`; empty if there are none."""
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return []
+    labels: dict[type[x509.GeneralName], str] = {
+        x509.DNSName: "DNS",
+        x509.IPAddress: "IP",
+        x509.RFC822Name: "email",
+        x509.UniformResourceIdentifier: "URI",
+    }
+    return [f"{labels[type(name)]}:{name.value}" if type(name) in labels else "other" for name in names]
+
+
+def shown_names(certificate: x509.Certificate) -> str:
+    """Return the first few subjectAltName entries on one printable line."""
+    names = subject_alt_names(certificate)
+    shown = ", ".join(printable(name, 80) for name in names[:_SHOWN_NAMES])
+    return shown + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "") or "no name"

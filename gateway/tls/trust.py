@@ -1,0 +1,232 @@
+"""What the gateway trusts and what it shows: certificates, keys and CRLs, made into one OpenSSL Context.
+
+In: the `[tls]` section of the configuration, files.  Out: a `TLSPolicy` that all sessions to a broker share, or
+`ConfigError` with everything that is wrong with the files.  One Context for all sessions is what keeps a session at
+some kilobytes: a Context of its own would load the roots anew each time.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TypeVar
+
+from attrs import frozen
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from OpenSSL import SSL, crypto
+
+from gateway.config import TLS
+from gateway.errors import ConfigError
+
+PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
+VerifyCallback = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
+_T = TypeVar("_T")
+
+# @SECLEVEL=2 refuses RSA below 2048 bits and SHA-1 signatures in the chain, whatever the platform's default is.
+# TLS 1.2 is held to what TLS 1.3 has anyway: forward secrecy and authenticated encryption.
+_CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:@SECLEVEL=2"
+# Where Debian and Red Hat keep their bundles, for builds of OpenSSL that look elsewhere (as in wheels).
+_PLATFORM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
+_MIN_VERSIONS = {"1.2": SSL.TLS1_2_VERSION, "1.3": SSL.TLS1_3_VERSION}
+
+
+@frozen(slots=True)
+class ClientIdentity:
+    """The certificate chain (leaf first) and the key that the gateway shows to the broker."""
+
+    chain: tuple[x509.Certificate, ...]
+    key: PrivateKey
+
+
+@frozen(slots=True)
+class TLSPolicy:
+    """All that a session's TLS needs and that sessions share.
+
+    `roots` is empty if the platform's roots are used.  `strict` asks for the second opinion.
+    """
+
+    context: SSL.Context
+    roots: tuple[x509.Certificate, ...]
+    alpn: tuple[str, ...]
+    pins: frozenset[bytes]
+    strict: bool
+    client: ClientIdentity | None
+
+
+def read_certificates(path: Path) -> list[x509.Certificate]:
+    """Read all PEM certificates of a file.  Raises `ValueError` that says what is wrong with it."""
+    data = _read(path)
+    if b"-----BEGIN" not in data:
+        raise ValueError("holds no PEM; a DER file becomes PEM with `openssl x509 -inform der -in FILE -out FILE.pem`")
+    try:
+        return x509.load_pem_x509_certificates(data)
+    except ValueError as error:
+        raise ValueError(f"holds no readable PEM certificate ({error})") from None
+
+
+def read_crls(path: Path) -> list[x509.CertificateRevocationList]:
+    """Read all PEM CRLs of a file.  Raises `ValueError` that says what is wrong with it."""
+    begin = b"-----BEGIN X509 CRL-----"
+    parts = _read(path).split(begin)[1:]
+    if not parts:
+        raise ValueError("holds no PEM CRL; DER becomes PEM with `openssl crl -inform der -in FILE -out FILE.pem`")
+    try:
+        return [x509.load_pem_x509_crl(begin + part) for part in parts]
+    except ValueError as error:
+        raise ValueError(f"holds a CRL that cannot be read ({error})") from None
+
+
+def read_private_key(path: Path) -> PrivateKey:
+    """Read a PEM private key.  Raises `ValueError` that says what is wrong with it, and never shows any of it."""
+    data = _read(path)
+    if b"PRIVATE KEY-----" not in data:
+        raise ValueError("holds no PEM private key")
+    try:
+        key = load_pem_private_key(data, password=None)
+    except TypeError:
+        raise ValueError(
+            "holds an encrypted private key, and nobody is there to type the passphrase at start; "
+            "decrypt it with `openssl pkey` and protect it by its file mode"
+        ) from None
+    except ValueError:
+        raise ValueError("holds a private key that cannot be read") from None
+    if not isinstance(key, PrivateKey):
+        # TRY004: it is the file that is wrong, not an argument's type.
+        raise ValueError(f"holds a private key of a kind that TLS does not use ({type(key).__name__})")  # noqa: TRY004
+    return key
+
+
+def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
+    """Return the configured roots and the problems met on the way."""
+    roots: list[x509.Certificate] = []
+    problems: list[str] = []
+    for path in tls.ca_file:
+        roots += _collect(problems, "tls.ca_file", path, read_certificates)
+    if tls.ca_dir is not None:
+        before = len(roots)
+        try:
+            files = sorted(path for path in tls.ca_dir.iterdir() if path.suffix in {".pem", ".crt", ".cer"})
+        except OSError as error:
+            problems.append(f"tls.ca_dir: {tls.ca_dir}: {error.strerror}")
+            files = []
+        for path in files:
+            roots += _collect(problems, "tls.ca_dir", path, read_certificates)
+        if len(roots) == before and not problems:
+            problems.append(f"tls.ca_dir: {tls.ca_dir} holds no certificate (*.pem, *.crt or *.cer)")
+    return tuple(roots), problems
+
+
+def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
+    """Return the gateway's own certificate and key, if it has any, and the problems met on the way."""
+    if tls.client_cert is None:
+        return None, []
+    problems: list[str] = []
+    key_path = tls.client_key or tls.client_cert
+    chain = _collect(problems, "tls.client_cert", tls.client_cert, read_certificates)
+    keys = _collect(problems, "tls.client_key", key_path, lambda path: [read_private_key(path)])
+    if not chain or not keys:
+        return None, problems
+    if _spki(chain[0].public_key()) != _spki(keys[0].public_key()):
+        problems.append(
+            f"tls.client_key: {key_path} is not the key of the first certificate in {tls.client_cert}; "
+            "the device's own certificate comes first, then those of its CAs"
+        )
+        return None, problems
+    return ClientIdentity(tuple(chain), keys[0]), problems
+
+
+def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
+    """Build the policy that `tls` describes; `verify` is asked about each certificate (OpenSSL's SSL_CTX_set_verify).
+
+    Raises `ConfigError` with every problem in every file.
+    """
+    roots, problems = read_roots(tls)
+    client, client_problems = read_client_identity(tls)
+    problems += client_problems
+    crls: list[x509.CertificateRevocationList] = []
+    for path in tls.crl_file:
+        crls += _collect(problems, "tls.crl_file", path, read_crls)
+    if problems:
+        raise ConfigError(problems)
+
+    context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+    context.set_min_proto_version(_MIN_VERSIONS[tls.min_version])
+    context.set_cipher_list(_CIPHERS)
+    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
+    context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+    context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+    context.set_verify(SSL.VERIFY_PEER, verify)
+    store = context.get_cert_store()
+    if store is None:
+        raise ConfigError(["tls: OpenSSL gave a Context without a certificate store"])
+    if tls.ca_file or tls.ca_dir is not None:
+        for root in roots:
+            store.add_cert(crypto.X509.from_cryptography(root))
+    else:
+        context.set_default_verify_paths()
+    if crls:
+        for crl in crls:
+            store.add_crl(crl)
+        store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
+    if tls.verification == "strict":
+        store.set_flags(crypto.X509StoreFlags.X509_STRICT)
+    if tls.alpn:
+        context.set_alpn_protos([name.encode("ascii") for name in tls.alpn])
+    if client is not None:
+        context.use_certificate(client.chain[0])
+        for certificate in client.chain[1:]:
+            context.add_extra_chain_cert(certificate)
+        context.use_privatekey(client.key)
+        context.check_privatekey()
+    return TLSPolicy(
+        context=context,
+        roots=roots,
+        alpn=tls.alpn,
+        pins=tls.pin_digests,
+        strict=tls.verification == "strict",
+        client=client,
+    )
+
+
+def spki_pin(certificate: x509.Certificate) -> bytes:
+    """Return the pin of a certificate's key: the SHA-256 of its SubjectPublicKeyInfo (RFC 7469 §2.4), 32 bytes."""
+    return sha256(_spki(certificate.public_key())).digest()
+
+
+@cache
+def platform_roots() -> tuple[x509.Certificate, ...]:
+    """Return the platform's roots, for the second opinion; OpenSSL itself reads them from the same place.
+
+    Raises `OSError` or `ValueError` if there are none to be read, which refuses the session that asked.
+    """
+    paths = ssl.get_default_verify_paths()
+    candidates = (paths.cafile, *_PLATFORM_BUNDLES)
+    bundle = next((Path(path) for path in candidates if path and Path(path).is_file()), None)
+    if bundle is None:
+        raise ValueError("this machine has no bundle of root certificates; install ca-certificates or set tls.ca_file")
+    return tuple(read_certificates(bundle))
+
+
+def _spki(public_key: PublicKeyTypes) -> bytes:
+    return public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from None
+
+
+def _collect(problems: list[str], key: str, path: Path, read: Callable[[Path], list[_T]]) -> list[_T]:
+    try:
+        return read(path)
+    except ValueError as error:
+        problems.append(f"{key}: {path} {error}")
+        return []

@@ -1,0 +1,298 @@
+"""The upstream's side: from a host name to a verified TLS channel, and MQTT over it.
+
+In: a session that wants its broker.  Out: `Session.upstream_verified` with a side that is verified, or
+`Session.upstream_failed` with the reason; then decrypted bytes one way and encrypted bytes the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from attrs import frozen
+from twisted.internet import error
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as DeferredTimeout
+from twisted.internet.interfaces import IAddress, IReactorTime
+from twisted.internet.protocol import Factory, connectionDone
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway.config import Timeouts, Upstream
+from gateway.device import DeviceProtocol
+from gateway.errors import EndReason, UpstreamFailure
+from gateway.network import Address, Network
+from gateway.race import AllFailed, interleave, race
+from gateway.record import Peer
+from gateway.session import Session
+from gateway.side import RelaySide, tune
+from gateway.tls.channel import ChannelState, TLSChannel
+from gateway.tls.identity import Identity
+from gateway.tls.trust import TLSPolicy
+
+_log = Logger(namespace="gateway")
+
+
+class UpstreamProtocol(RelaySide):
+    """One TLS connection to the broker.
+
+    `verified` fires with the `Peer` when the handshake is done, the chain is trusted and the identity matches, and
+    fails with `UpstreamFailure` otherwise; cancelling it ends the connection.  Only then is there a session to talk to.
+    """
+
+    def __init__(self, channel: TLSChannel, user_timeout: float) -> None:
+        self._channel = channel
+        self._user_timeout = user_timeout
+        self._session: Session | None = None
+        self.verified: Deferred[Peer] = Deferred(lambda _: self.abort())
+
+    def connectionMade(self) -> None:
+        """Send the ClientHello."""
+        tune(self.transport, self._user_timeout)
+        try:
+            self._channel.start()
+        except UpstreamFailure as failure:
+            self._refuse(failure)
+        else:
+            self._flush()
+
+    def serve(self, session: Session, device: DeviceProtocol, peer: Peer) -> None:
+        """Become the upstream of `session`."""
+        self._session = session
+        self.link(device)
+        session.upstream_verified(self, peer)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Decrypt what came and give it to the session."""
+        if self._closing:
+            return
+        try:
+            self._receive(data)
+        except Exception as problem:  # noqa: BLE001  a mistake in one session must not end the others
+            _log.failure("a mistake of the gateway in an upstream connection")
+            if self._session is not None:
+                self._session.fail(type(problem).__name__)
+            else:
+                self._refuse(UpstreamFailure(EndReason.INTERNAL_ERROR, type(problem).__name__))
+
+    def _receive(self, data: bytes) -> None:
+        channel = self._channel
+        try:
+            plaintext = channel.receive(data)
+        except UpstreamFailure as failure:
+            self._flush()
+            if self._session is None:
+                self._refuse(failure)
+            else:
+                self._session.upstream_broken(failure)
+            return
+        self._flush()
+        if self._session is None:
+            if channel.state is not ChannelState.VERIFIED or channel.peer is None:
+                return
+            self.verified.callback(channel.peer)
+        session = self._session
+        if session is None:
+            # Whoever waited has gone meanwhile.
+            self.abort()
+            return
+        if plaintext:
+            session.upstream_received(plaintext)
+        if channel.received_close:
+            session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "the broker closed the connection"))
+
+    def write(self, data: bytes) -> None:
+        """Encrypt and send.  Raises `NotVerified` before the broker is verified."""
+        try:
+            self._channel.send(data)
+        except UpstreamFailure as failure:
+            if self._session is not None:
+                self._session.upstream_broken(failure)
+        self._flush()
+
+    def close(self) -> None:
+        """Send what is waiting, then close_notify and FIN."""
+        if not self._closing:
+            self._channel.close()
+            self._flush()
+            self.finish()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Tell whoever waits."""
+        closing = self._closing
+        self.lost()
+        self._channel.dispose()
+        session, self._session = self._session, None
+        clean = reason.check(error.ConnectionDone) is not None
+        if session is not None:
+            if not closing:
+                detail = "the broker closed the connection without close_notify" if clean else str(reason.value)
+                session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, detail))
+            session.upstream_gone()
+        elif not closing and not self.verified.called:
+            detail = "closed by the upstream" if clean else str(reason.value)
+            self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, detail))
+
+    def _refuse(self, failure: UpstreamFailure) -> None:
+        """End a connection that is not to be trusted; its alert is sent, and nothing else ever was."""
+        self._flush()
+        self._closing = True
+        self.transport.loseConnection()
+        if not self.verified.called:
+            self.verified.errback(failure)
+
+    def _flush(self) -> None:
+        ciphertext = self._channel.outgoing()
+        if ciphertext:
+            self.transport.write(ciphertext)
+
+
+@frozen(slots=True)
+class Target:
+    """One configured broker: where it is dialled and who it must prove to be."""
+
+    upstream: Upstream
+    identity: Identity
+    policy: TLSPolicy
+
+    @property
+    def label(self) -> str:
+        """`host:port`, for records."""
+        host = f"[{self.upstream.host}]" if ":" in self.upstream.host else self.upstream.host
+        return f"{host}:{self.upstream.port}"
+
+
+class Dialler:
+    """Opens upstream connections: the configured brokers in order, until one is verified."""
+
+    def __init__(self, targets: Sequence[Target], network: Network, clock: IReactorTime, timeouts: Timeouts) -> None:
+        self._targets = targets
+        self._network = network
+        self._clock = clock
+        self._timeouts = timeouts
+
+    def dial(self, session: Session, device: DeviceProtocol) -> Deferred[None]:
+        """Find an upstream for `session`, whose device's side is `device`.  Cancelling it leaves nothing behind."""
+        dialling = Deferred.fromCoroutine(self._dial(session, device))
+
+        def failed(failure: Failure) -> None:
+            if failure.check(CancelledError) is None:
+                _log.failure("session {number}: a mistake of the gateway", failure, number=session.record.number)
+                session.fail(failure.type.__name__ if failure.type is not None else "unknown")
+
+        dialling.addErrback(failed)
+        return dialling
+
+    async def _dial(self, session: Session, device: DeviceProtocol) -> None:
+        failures: list[tuple[Target, UpstreamFailure]] = []
+        for target in self._targets:
+            session.record.upstream = target.label
+            try:
+                protocol, peer = await self.reach(target, session)
+            except UpstreamFailure as failure:
+                failures.append((target, failure))
+            else:
+                protocol.serve(session, device, peer)
+                return
+        # The broker that was tried last gives the reason, all of them the detail.
+        last = failures[-1][1]
+        if len(failures) > 1:
+            detail = "; ".join(f"{target.label}: {failure}" for target, failure in failures)
+            last = UpstreamFailure(last.reason, detail)
+        session.upstream_failed(last)
+
+    async def reach(self, target: Target, session: Session) -> tuple[UpstreamProtocol, Peer]:
+        """Resolve, connect, shake hands, verify.  Returns a verified connection; raises `UpstreamFailure`."""
+        record, seconds = session.record, self._clock.seconds
+        record.upstream_address = ""
+        record.dns_seconds = record.tcp_seconds = record.tls_seconds = None
+
+        began = seconds()
+        addresses = await resolve(self._network, target.upstream, self._clock, self._timeouts)
+        resolved = seconds()
+        record.dns_seconds = resolved - began
+
+        def build() -> UpstreamProtocol:
+            return UpstreamProtocol(TLSChannel(target.policy, target.identity), self._timeouts.tcp_user)
+
+        protocol = await connect(self._network, addresses, build, self._clock, self._timeouts)
+        connected = seconds()
+        record.tcp_seconds = connected - resolved
+        record.upstream_address = shown_address(protocol.transport.getPeer())
+
+        peer = await handshake(protocol, self._clock, self._timeouts)
+        record.tls_seconds = seconds() - connected
+        return protocol, peer
+
+
+async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
+    """Return the broker's addresses in the order in which they are to be tried.  Raises `UpstreamFailure`."""
+    try:
+        addresses = await network.resolve(upstream.host, upstream.port).addTimeout(timeouts.dns, clock)
+    except DeferredTimeout:
+        raise UpstreamFailure(EndReason.DNS_FAILED, f"{upstream.host}: no answer within {timeouts.dns:g} s") from None
+    if not addresses:
+        raise UpstreamFailure(EndReason.DNS_FAILED, f"{upstream.host}: no address")
+    return interleave(addresses)
+
+
+async def connect(
+    network: Network,
+    addresses: Sequence[Address],
+    build: Callable[[], UpstreamProtocol],
+    clock: IReactorTime,
+    timeouts: Timeouts,
+) -> UpstreamProtocol:
+    """Return a connection to whichever address answers first.  Raises `UpstreamFailure`."""
+    endpoints = [network.endpoint(address, timeouts.tcp) for address in addresses]
+    try:
+        protocol = await race(endpoints, _UpstreamFactory(build), clock).addTimeout(timeouts.tcp, clock)
+    except DeferredTimeout:
+        shown = ", ".join(shown_address(address) for address in addresses)
+        raise UpstreamFailure(EndReason.TCP_TIMEOUT, f"{shown}: no answer within {timeouts.tcp:g} s") from None
+    except AllFailed as failed:
+        raise _tcp_failure(failed.failures) from None
+    assert isinstance(protocol, UpstreamProtocol)  # noqa: S101  the factory builds nothing else; narrows the type
+    return protocol
+
+
+async def handshake(protocol: UpstreamProtocol, clock: IReactorTime, timeouts: Timeouts) -> Peer:
+    """Wait until the broker is verified.  Raises `UpstreamFailure`."""
+    try:
+        return await protocol.verified.addTimeout(timeouts.tls, clock)
+    except DeferredTimeout:
+        raise UpstreamFailure(EndReason.TLS_TIMEOUT, f"no end of the handshake within {timeouts.tls:g} s") from None
+
+
+def shown_address(address: IAddress | None) -> str:
+    """Return an address as `host:port`, with brackets for IPv6."""
+    host, port = getattr(address, "host", None), getattr(address, "port", None)
+    if host is None:
+        return str(getattr(address, "name", "") or "local")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _tcp_failure(failures: list[Failure]) -> UpstreamFailure:
+    """Give the reason of the address that failed first, since that was the preferred one, and the details of all."""
+    reasons = [_tcp_reason(failure) for failure in failures]
+    details = dict.fromkeys(str(failure.value) for failure in failures)
+    return UpstreamFailure(reasons[0], "; ".join(details))
+
+
+def _tcp_reason(failure: Failure) -> EndReason:
+    if failure.check(error.ConnectionRefusedError):
+        return EndReason.TCP_REFUSED
+    if failure.check(error.TimeoutError, error.TCPTimedOutError):
+        return EndReason.TCP_TIMEOUT
+    return EndReason.TCP_UNREACHABLE
+
+
+class _UpstreamFactory(Factory):
+    noisy = False
+
+    def __init__(self, build: Callable[[], UpstreamProtocol]) -> None:
+        self._build = build
+
+    def buildProtocol(self, addr: IAddress | None) -> UpstreamProtocol:
+        """Make the protocol for a connection that stands."""
+        del addr
+        return self._build()
