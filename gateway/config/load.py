@@ -26,7 +26,7 @@ _LARGEST_FILE = 1_048_576  # bytes; whoever names a device or a disk image by mi
 
 def load_file(path: Path) -> Config:
     """Read a TOML file (UTF-8); relative paths in it start at its directory. Raises ConfigError."""
-    shown = quoted(str(path))
+    shown = quoted(str(path), limit=4096)
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
@@ -60,7 +60,6 @@ def from_flags(
     upstream: Sequence[str] = (),
     server_name: Sequence[str] = (),
     ca_file: Sequence[str] = (),
-    ca_dir: str | None = None,
     client_cert: str | None = None,
     client_key: str | None = None,
     crl_file: Sequence[str] = (),
@@ -75,7 +74,6 @@ def from_flags(
     """
     tls = {
         "ca_file": list(ca_file),
-        "ca_dir": ca_dir,
         "client_cert": client_cert,
         "client_key": client_key,
         "crl_file": list(crl_file),

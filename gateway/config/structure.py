@@ -15,10 +15,10 @@ from types import GenericAlias
 from typing import Any, Literal, get_args, get_origin
 
 import attrs
-from cattrs import (
+from cattrs import Converter
+from cattrs.errors import (
     AttributeValidationNote,
     BaseValidationError,
-    Converter,
     ForbiddenExtraKeysError,
     IterableValidationNote,
 )

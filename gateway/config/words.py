@@ -11,9 +11,9 @@ from datetime import date, time
 from gateway.text import printable
 
 
-def quoted(text: str) -> str:
-    """Give `text` in double quotes on one line: what does not print is escaped, what is long is cut."""
-    return '"' + printable(text, limit=60).replace('"', '\\"') + '"'
+def quoted(text: str, limit: int = 60) -> str:
+    """Give `text` in double quotes on one line: what does not print is escaped; `limit` characters are shown."""
+    return '"' + printable(text, limit).replace('"', '\\"') + '"'
 
 
 def number(value: float) -> str:
