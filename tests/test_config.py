@@ -118,20 +118,6 @@ def test_pins_become_digests(prefix: str) -> None:
     assert TLS(pin=(prefix + PIN,)).pin_digests == {DIGEST}
 
 
-def test_the_key_may_be_in_the_file_of_the_certificate() -> None:
-    """Without client_key, the certificate's file is looked into."""
-    assert TLS(client_cert=Path("a")).client_key_file == Path("a")
-    assert TLS(client_cert=Path("a"), client_key=Path("b")).client_key_file == Path("b")
-    assert TLS().client_key_file is None
-
-
-def test_the_platform_is_trusted_only_when_nothing_else_is_named() -> None:
-    """A CA of one's own takes the place of the platform's."""
-    assert TLS().platform_roots
-    assert not TLS(ca_file=(Path("ca.pem"),)).platform_roots
-    assert not TLS(ca_dir=Path("ca")).platform_roots
-
-
 @pytest.mark.parametrize(("rate", "burst"), [(0.0, 1), (0.1, 1), (1.0, 1), (2.5, 3), (100.0, 100)])
 def test_a_burst_is_what_one_second_allows(rate: float, burst: int) -> None:
     """However slow the rate, one session can be opened."""
@@ -256,19 +242,10 @@ def test_hosts_have_one_spelling(host: str, connect: str, verify: str) -> None:
     assert (upstream.connect_name, upstream.verify_name) == (connect, verify)
 
 
-@pytest.mark.parametrize(
-    ("upstream", "sni"),
-    [
-        (Upstream("broker.example.com."), "broker.example.com"),
-        (Upstream("192.168.7.2"), None),
-        (Upstream("::1"), None),
-        (Upstream("192.168.7.2", server_name="Broker.example"), "broker.example"),
-        (Upstream("broker.example", server_name="192.168.7.2"), None),
-    ],
-)
-def test_addresses_are_never_sent_as_sni(upstream: Upstream, sni: str | None) -> None:
-    """RFC 6066 §3: literal addresses are not permitted, nor is the trailing dot."""
-    assert upstream.sni == sni
+def test_the_name_to_verify_may_be_another_than_the_host() -> None:
+    """A broker can be reached by an address that its certificate does not know."""
+    assert Upstream("192.168.7.2", server_name="Broker.example.").verify_name == "broker.example"
+    assert Upstream("broker.example", server_name="[2001:DB8::1]").verify_name == "2001:db8::1"
 
 
 def test_addresses_are_shown_with_brackets_where_needed() -> None:

@@ -46,7 +46,7 @@ def connect_name(text: str) -> str:
 
 
 def is_address(name: str) -> bool:
-    """Say whether a normalised name is an IP address: those are verified as such and are never sent as SNI."""
+    """Say whether a normalised name is an IP address."""
     return bool(_address(name))
 
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 import attrs
 
 from gateway.config.listen import describe_endpoint, endpoint_identity
-from gateway.config.names import connect_name, is_address, normalise_name
+from gateway.config.names import connect_name, normalise_name
 from gateway.config.words import number, quoted
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -168,11 +168,6 @@ class Upstream:
         return normalise_name(self.server_name or self.host.partition("%")[0])
 
     @property
-    def sni(self) -> str | None:
-        """The name to send in the ClientHello (RFC 6066 §3), None if what is verified is an IP address."""
-        return None if is_address(self.verify_name) else self.verify_name
-
-    @property
     def address(self) -> str:
         """`HOST:PORT` for people, with brackets around IPv6."""
         name = self.connect_name
@@ -197,16 +192,6 @@ class TLS:
         """Refuse a key without the certificate that makes it useful."""
         if self.client_key is not None and self.client_cert is None:
             raise MisfitError(".client_key", "there is no client_cert: name the certificate that belongs to this key")
-
-    @property
-    def platform_roots(self) -> bool:
-        """Whether the roots of the platform are trusted, since no others are named."""
-        return not self.ca_file and self.ca_dir is None
-
-    @property
-    def client_key_file(self) -> Path | None:
-        """The file that holds the private key: that of the certificate if none is named."""
-        return self.client_key or self.client_cert
 
     @property
     def pin_digests(self) -> frozenset[bytes]:
