@@ -121,10 +121,10 @@ REASON_WORDS_5 = {
 def describe_connack(version: ProtocolVersion, code: int) -> str:
     """Give the code of a CONNACK in words (MQTT 3.1.1 §3.2.2.3, MQTT 5.0 §3.2.2.2).
 
-    A broker without 5.0 refuses a 5.0 CONNECT with a code of 3.x; 5.0 uses none of those numbers, so both are known.
+    A broker without 5.0 refuses a 5.0 CONNECT with a code of 3.x; no CONNACK of 5.0 uses those numbers, so both are known.
     """
-    words = CONNACK_WORDS_3 if version < ProtocolVersion.MQTT_5_0 else CONNACK_WORDS_3 | REASON_WORDS_5
-    return words.get(code, f"unknown code 0x{code:02X}")
+    of_3 = version < ProtocolVersion.MQTT_5_0 or ReasonCode.SUCCESS < code < ReasonCode.UNSPECIFIED_ERROR
+    return (CONNACK_WORDS_3 if of_3 else REASON_WORDS_5).get(code, f"unknown code 0x{code:02X}")
 
 
 def describe_disconnect(code: int) -> str:
