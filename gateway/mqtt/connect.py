@@ -72,7 +72,7 @@ WILL_PROPERTIES: frozenset[int] = frozenset(
 """What the Will of MQTT 5.0 may carry (§3.1.3.2)."""
 
 
-class UnsupportedVersion(PacketError):  # noqa: N818  # named for what was asked, like SessionEnd
+class UnsupportedVersion(PacketError):
     """The device asked, under MQTT's name, for a protocol level that the gateway does not speak.
 
     `answer` is the CONNACK that says so in the form that the asking device most likely reads (MQTT 3.1.1 §3.1.2.2,

@@ -121,7 +121,7 @@ REASON_WORDS_5 = {
 def describe_connack(version: ProtocolVersion, code: int) -> str:
     """Give the code of a CONNACK in words (MQTT 3.1.1 §3.2.2.3, MQTT 5.0 §3.2.2.2).
 
-    A broker without 5.0 refuses a 5.0 CONNECT with a code of 3.x; no CONNACK of 5.0 uses those numbers, so both are known.
+    A broker without 5.0 refuses a 5.0 CONNECT with a code of 3.x, a number that no CONNACK of 5.0 carries.
     """
     of_3 = version < ProtocolVersion.MQTT_5_0 or ReasonCode.SUCCESS < code < ReasonCode.UNSPECIFIED_ERROR
     return (CONNACK_WORDS_3 if of_3 else REASON_WORDS_5).get(code, f"unknown code 0x{code:02X}")
