@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import socket
 import ssl
 import threading
@@ -342,4 +341,4 @@ class Device:
 def open_descriptors() -> int:
     """Return how many descriptors this process has open."""
     gc.collect()
-    return len(os.listdir("/proc/self/fd"))
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
