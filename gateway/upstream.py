@@ -154,12 +154,6 @@ class Target:
     identity: Identity
     policy: TLSPolicy
 
-    @property
-    def label(self) -> str:
-        """`host:port`, for records."""
-        host = f"[{self.upstream.host}]" if ":" in self.upstream.host else self.upstream.host
-        return f"{host}:{self.upstream.port}"
-
 
 class Dialler:
     """Opens upstream connections: the configured brokers in order, until one is verified."""
@@ -185,7 +179,7 @@ class Dialler:
     async def _dial(self, session: Session, device: DeviceProtocol) -> None:
         failures: list[tuple[Target, UpstreamFailure]] = []
         for target in self._targets:
-            session.record.upstream = target.label
+            session.record.upstream = target.upstream.address
             try:
                 protocol, peer = await self.reach(target, session)
             except UpstreamFailure as failure:
@@ -196,7 +190,7 @@ class Dialler:
         # The broker that was tried last gives the reason, all of them the detail.
         last = failures[-1][1]
         if len(failures) > 1:
-            detail = "; ".join(f"{target.label}: {failure}" for target, failure in failures)
+            detail = "; ".join(f"{target.upstream.address}: {failure}" for target, failure in failures)
             last = UpstreamFailure(last.reason, detail)
         session.upstream_failed(last)
 
@@ -227,7 +221,7 @@ class Dialler:
 async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
     """Return the broker's addresses in the order in which they are to be tried.  Raises `UpstreamFailure`."""
     try:
-        addresses = await network.resolve(upstream.host, upstream.port).addTimeout(timeouts.dns, clock)
+        addresses = await network.resolve(upstream.connect_name, upstream.port).addTimeout(timeouts.dns, clock)
     except DeferredTimeout:
         raise UpstreamFailure(EndReason.DNS_FAILED, f"{upstream.host}: no answer within {timeouts.dns:g} s") from None
     if not addresses:
