@@ -94,7 +94,7 @@ _NEVER_ZERO = frozenset({PropertyId.RECEIVE_MAXIMUM, PropertyId.MAXIMUM_PACKET_S
 
 
 def _name(identifier: int) -> str:
-    return PropertyId(identifier).name.replace("_", " ").title()
+    return PropertyId(identifier).name.replace("_", " ").title().replace("Qos", "QoS")
 
 
 def _names(values: Mapping[int, int | str | bytes]) -> str:
