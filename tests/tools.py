@@ -1,0 +1,23 @@
+"""Programs that some tests need and Python does not bring: `require_tool("mosquitto")`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+# The Debian package of each program whose package is named otherwise.
+_PACKAGES = {"mosquitto_pub": "mosquitto-clients", "mosquitto_sub": "mosquitto-clients", "systemd-analyze": "systemd"}
+
+
+def require_tool(name: str) -> str:
+    """Return the path of a program; where it is missing, fail in CI (`CI=true`) and skip on a user's machine."""
+    # Debian keeps brokers and other daemons in directories that a user's PATH often leaves out.
+    path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
+    if path is not None:
+        return path
+    advice = f"{name} is not installed: apt install {_PACKAGES.get(name, name)}"
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{advice} (in CI everything is there, so that nothing is skipped)")
+    pytest.skip(advice)
