@@ -77,7 +77,7 @@ class EndReason(StrEnum):
     )
     PACKET_TOO_LARGE = (
         "packet-too-large",
-        "The device sent a packet above the configured maximum size.",
+        "A packet was above the configured maximum size.",
         "Raise limits.max_packet_size, or limits.max_connect_size if the packet was a CONNECT.",
     )
     UNSUPPORTED_PROTOCOL_VERSION = (

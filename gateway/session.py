@@ -358,7 +358,7 @@ class Session:
                     return
                 connack = None if packet.type is PacketType.AUTH else parse_connack(packet, self._connect.version)
             except PacketError as error:
-                self._end(EndReason.UPSTREAM_PROTOCOL_ERROR, error.detail)
+                self._end(error.reason, error.detail)
                 return
             self._device.write(packet.raw)
             self._bytes_down += len(packet.raw)
@@ -419,7 +419,7 @@ class Session:
             self._device.write(passed)
             self._bytes_down += len(passed)
         if framer.error is not None:
-            self._end(EndReason.UPSTREAM_PROTOCOL_ERROR, framer.error.detail)
+            self._end(framer.error.reason, framer.error.detail)
         elif framer.disconnected:
             code = framer.disconnect_code or 0
             self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
