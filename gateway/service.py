@@ -28,6 +28,7 @@ from gateway.session import Journal as SessionJournal
 from gateway.session import Session
 from gateway.tls.channel import make_policy
 from gateway.tls.identity import Identity
+from gateway.transport import RelayReactor
 from gateway.upstream import Dialler, Target, shown_address
 
 _log = Logger(namespace="gateway")
@@ -161,24 +162,24 @@ class GatewayService(Service):
         """Take a reactor that provides IReactorTime, IReactorTCP and IReactorPluggableNameResolver."""
         self.config = config
         self.ports: list[IListeningPort] = []
-        self._reactor = reactor
+        self._relay = RelayReactor(reactor)
         max_sessions = config.admission.max_sessions or raise_descriptor_limit()
         self.gateway = Gateway(
-            config, reactor, ReactorNetwork(reactor), journal or Journal(reactor.seconds), max_sessions
+            config, reactor, ReactorNetwork(self._relay), journal or Journal(reactor.seconds), max_sessions
         )
 
     def privilegedStartService(self) -> None:
         """Open the listeners, with the rights to open ports below 1024."""
         super().privilegedStartService()
+        self._relay.start()
         problems: list[str] = []
         for index, listener in enumerate(self.config.listen):
             try:
-                self.ports.append(listen(self._reactor, listener, self.gateway.factory(listener)))
+                self.ports.append(listen(self._relay, listener, self.gateway.factory(listener)))
             except (OSError, ValueError, TypeError, KeyError, ListenFailed) as error:
                 problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}")
         if problems:
-            for port in self.ports:
-                port.stopListening()
+            self._relay.stop()
             raise ConfigError(problems)
 
     def startService(self) -> None:
@@ -197,7 +198,7 @@ class GatewayService(Service):
         super().stopService()
         waiting = [maybeDeferred(port.stopListening) for port in self.ports]
         self.ports = []
-        return DeferredList([*waiting, self.gateway.stop()])
+        return DeferredList([*waiting, self.gateway.stop()]).addCallback(lambda _: self._relay.stop())
 
 
 class ListenFailed(Exception):
