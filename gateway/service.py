@@ -74,7 +74,8 @@ class Gateway:
         self._sweeper.clock = clock
 
     def start(self) -> None:
-        """Begin to keep deadlines."""
+        """Begin to let devices in and to keep deadlines."""
+        self._stopping = False
         self._sweeper.start(SWEEP_INTERVAL, now=False)
 
     def stop(self) -> Deferred[None]:
@@ -196,7 +197,7 @@ class GatewayService(Service):
     def stopService(self) -> Deferred[Any]:
         """Close the listeners, end the sessions; fires when nothing is left."""
         super().stopService()
-        waiting = [maybeDeferred(port.stopListening) for port in self.ports]
+        waiting: list[Deferred[Any]] = [maybeDeferred(port.stopListening) for port in self.ports]
         self.ports = []
         return DeferredList([*waiting, self.gateway.stop()]).addCallback(lambda _: self._relay.stop())
 

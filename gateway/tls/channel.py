@@ -30,10 +30,13 @@ from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.identity import Identity
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
 
-# Below malloc's threshold for mapping pages anew at each call (128 KiB), above what a reactor's read brings (64 KiB).
-_READ_SIZE = 0x10000
-# A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); pyOpenSSL sends one record a call.
+# A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); pyOpenSSL sends and receives one record a call.
 _RECORD_SIZE = 0x4000
+_RECORD_HEADER_SIZE = 5
+# More than encryption adds to a record: header, content type, tag, and the explicit nonce of TLS 1.2.
+_RECORD_OVERHEAD = 64
+# Of handshake messages and alerts, at a time.
+_FLIGHT_SIZE = 0x2000
 
 
 class NotVerified(GatewayError):
@@ -63,6 +66,9 @@ class TLSChannel:
         "_failure",
         "_identity",
         "_matched",
+        "_missing",
+        "_outgoing_size",
+        "_partial_header",
         "_policy",
         "peer",
         "presented",
@@ -76,6 +82,11 @@ class TLSChannel:
         self._failure: UpstreamFailure | None = None
         self._approved = False
         self._matched = ""
+        # Where the ciphertext that came so far ends: bytes missing of the current record, or the header's first bytes.
+        self._missing = 0
+        self._partial_header = b""
+        # How much may wait in OpenSSL to be sent, in bytes; 0 if nothing does.
+        self._outgoing_size = 0
         self.peer: Peer | None = None
         self.presented: x509.Certificate | None = None
         self.received_close = False
@@ -98,17 +109,20 @@ class TLSChannel:
         """
         if self.state is ChannelState.CLOSED:
             return b""
+        records = self._completed_records(ciphertext)
         self._connection.bio_write(ciphertext)
         if self.state is ChannelState.HANDSHAKING and not self._handshake():
             return b""
-        return self._read()
+        return self._read(records)
 
     def send(self, plaintext: bytes) -> None:
         """Encrypt; `outgoing` then holds the records.  Raises `NotVerified` unless the channel is VERIFIED."""
         if self.state is not ChannelState.VERIFIED:
             raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
+        size = len(plaintext)
+        self._outgoing_size += size + (size // _RECORD_SIZE + 1) * _RECORD_OVERHEAD
         try:
-            if len(plaintext) <= _RECORD_SIZE:
+            if size <= _RECORD_SIZE:
                 self._connection.send(plaintext)
                 return
             with memoryview(plaintext) as view:
@@ -119,15 +133,16 @@ class TLSChannel:
 
     def outgoing(self) -> bytes:
         """Return what is to be sent to the network, and forget it."""
+        size, self._outgoing_size = self._outgoing_size, 0
+        if not size:
+            return b""
         parts: list[bytes] = []
-        while True:
-            try:
-                part = self._connection.bio_read(_READ_SIZE)
-            except SSL.Error:
-                break
-            parts.append(part)
-            if len(part) < _READ_SIZE:
-                break
+        try:
+            # A full read may have left something.
+            while not parts or len(parts[-1]) == size:
+                parts.append(self._connection.bio_read(size))
+        except SSL.Error:
+            pass  # OpenSSL's way to say that there is nothing.
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
@@ -136,6 +151,7 @@ class TLSChannel:
             # An error means that the broker has ended it in a worse way already: there is nobody to say goodbye to.
             with contextlib.suppress(SSL.Error):
                 self._connection.shutdown()
+            self._outgoing_size += _FLIGHT_SIZE
         self.state = ChannelState.CLOSED
 
     def dispose(self) -> None:
@@ -145,6 +161,7 @@ class TLSChannel:
 
     def _handshake(self) -> bool:
         """Go on with the handshake; return whether the channel is VERIFIED now."""
+        self._outgoing_size += _FLIGHT_SIZE
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
@@ -160,16 +177,42 @@ class TLSChannel:
         self.state = ChannelState.VERIFIED
         return True
 
-    def _read(self) -> bytes:
+    def _completed_records(self, ciphertext: bytes) -> int:
+        """Return how many TLS records `ciphertext` completes (RFC 8446 §5.1), and remember where it ends.
+
+        Knowing that, the channel asks OpenSSL once for each record, and not once more to hear, by an exception that
+        costs more than all the rest, that there is nothing else.
+        """
+        if self._partial_header:
+            ciphertext = self._partial_header + ciphertext
+            self._partial_header = b""
+        size = len(ciphertext)
+        end = self._missing
+        completed = 1 if 0 < end <= size else 0
+        while end + _RECORD_HEADER_SIZE <= size:
+            end += _RECORD_HEADER_SIZE + (ciphertext[end + 3] << 8 | ciphertext[end + 4])
+            if end <= size:
+                completed += 1
+        if end < size:
+            self._partial_header = ciphertext[end:]
+            self._missing = 0
+        else:
+            self._missing = end - size
+        return completed
+
+    def _read(self, records: int) -> bytes:
+        """Return the plaintext of up to `records` whole records."""
         parts: list[bytes] = []
         try:
-            while True:
-                parts.append(self._connection.recv(_READ_SIZE))
+            for _ in range(records):
+                parts.append(self._connection.recv(_RECORD_SIZE))  # noqa: PERF401  what came before an error counts
         except SSL.WantReadError:
-            pass
+            # Some of them were no application data: a KeyUpdate, say, which wants to be answered.
+            self._outgoing_size += _FLIGHT_SIZE
         except SSL.ZeroReturnError:
             self.received_close = True
         except SSL.Error as error:
+            self._outgoing_size += _FLIGHT_SIZE
             failure = handshake_failure(_queue(error))
             if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
                 # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that
