@@ -228,10 +228,11 @@ class Session:
         self._upstream_reader = PacketReader(
             frozenset(awaited), self._limits.max_connect_size, EndReason.UPSTREAM_PROTOCOL_ERROR
         )
-        upstream.write(self._connect_packet.raw)
-        self._bytes_up = len(self._connect_packet.raw)
+        packet, self._connect_packet = self._connect_packet.raw, None
+        self._bytes_up = len(packet)
         self.record.packets_up = 1
-        self._connect_packet = None
+        # The channel may break under this and end the session before it returns, so this is the last use of the packet.
+        upstream.write(packet)
         if authenticates:
             rest = self._device_reader.take_rest()
             self._device_reader = PacketReader(_AUTHENTICATING, self._limits.max_connect_size, EndReason.PROTOCOL_ERROR)
