@@ -1,0 +1,1 @@
+"""The command line: `mqtts-gateway check`, `init` and `demo`."""

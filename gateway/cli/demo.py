@@ -1,0 +1,47 @@
+"""`mqtts-gateway demo`: the whole way from a plain-MQTT sensor to a TLS broker, on this machine alone.
+
+In: the command line.  Out: an exit status; what is shown is in `gateway.cli.demo_show`, which needs the extra `demo`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+_EXTRA = ("amqtt", "paho.mqtt.client", "trustme")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of `demo`."""
+    parser.add_argument(
+        "--listen",
+        type=_port,
+        default=0,
+        metavar="PORT",
+        help="accept plain MQTT on this port of 127.0.0.1 (default: a free one)",
+    )
+    parser.add_argument("--once", action="store_true", help="end when all has been shown, without waiting for clients")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the demo to its end; return 0 if it went well or was ended by the user after it had, otherwise 1."""
+    for name in _EXTRA:
+        try:
+            import_module(name)
+        except ImportError:
+            package = name.partition(".")[0]
+            print(f"mqtts-gateway demo: {package} is missing: pip install 'mqtts-gateway[demo]'", file=sys.stderr)
+            return 1
+    # Not at the top: these modules need the extra, and other subcommands need neither them nor a reactor.
+    from twisted.internet import reactor
+
+    from gateway.cli.demo_show import Show
+
+    return Show(reactor, port=arguments.listen, once=arguments.once).run()
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: use 0 to 65535, 0 for a free one")
+    return int(text)
