@@ -10,16 +10,15 @@ from typing import Any, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
-from twisted.internet.endpoints import serverFromString
 from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime
 from twisted.internet.protocol import Factory
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
 from gateway.config import Config, Listener
 from gateway.device import DeviceProtocol
 from gateway.errors import ConfigError, EndReason
+from gateway.listening import ListenFailed, listen
 from gateway.network import Network, ReactorNetwork
 from gateway.ops.journal import Journal
 from gateway.policy.admission import Doorkeeper, plain_address
@@ -177,7 +176,7 @@ class GatewayService(Service):
         for index, listener in enumerate(self.config.listen):
             try:
                 self.ports.append(listen(self._relay, listener, self.gateway.factory(listener)))
-            except (OSError, ValueError, TypeError, KeyError, ListenFailed) as error:
+            except ListenFailed as error:
                 problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}")
         if problems:
             self._relay.stop()
@@ -200,22 +199,6 @@ class GatewayService(Service):
         waiting: list[Deferred[Any]] = [maybeDeferred(port.stopListening) for port in self.ports]
         self.ports = []
         return DeferredList([*waiting, self.gateway.stop()]).addCallback(lambda _: self._relay.stop())
-
-
-class ListenFailed(Exception):
-    """An endpoint did not open at once."""
-
-
-def listen(reactor: Any, listener: Listener, factory: Factory) -> IListeningPort:
-    """Open a listener now.  Raises `ListenFailed`, or `ValueError` for a description that is none."""
-    results: list[Any] = []
-    serverFromString(reactor, listener.description).listen(factory).addBoth(results.append)
-    if not results:
-        raise ListenFailed("this kind of endpoint does not open at once")
-    if isinstance(results[0], Failure):
-        raise ListenFailed(str(results[0].value)) from None
-    port: IListeningPort = results[0]
-    return port
 
 
 def raise_descriptor_limit() -> int:

@@ -179,11 +179,7 @@ def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
     if tls.alpn:
         context.set_alpn_protos([name.encode("ascii") for name in tls.alpn])
     if client is not None:
-        context.use_certificate(client.chain[0])
-        for certificate in client.chain[1:]:
-            context.add_extra_chain_cert(certificate)
-        context.use_privatekey(client.key)
-        context.check_privatekey()
+        _show(context, client, tls)
     return TLSPolicy(
         context=context,
         roots=roots,
@@ -192,6 +188,20 @@ def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
         strict=tls.verification == "strict",
         client=client,
     )
+
+
+def _show(context: SSL.Context, client: ClientIdentity, tls: TLS) -> None:
+    try:
+        context.use_certificate(client.chain[0])
+        for certificate in client.chain[1:]:
+            context.add_extra_chain_cert(certificate)
+        context.use_privatekey(client.key)
+        context.check_privatekey()
+    except SSL.Error as error:
+        queue = error.args[0] if error.args else []
+        words = "; ".join(str(reason) for _, _, reason in queue) or "no reason given"
+        remedy = "use at least RSA 2048 or P-256, signed with SHA-256"
+        raise ConfigError([f"tls.client_cert: {tls.client_cert} is refused by OpenSSL ({words}); {remedy}"]) from None
 
 
 def spki_pin(certificate: x509.Certificate) -> bytes:
