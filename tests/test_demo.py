@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
+from twisted.internet.threads import blockingCallFromThread
 
 from gateway.cli import demo
+from gateway.cli.demo_show import Impostor
 from tests.harness import Device, eventually
 from tests.mqtt_packets import connect
 
@@ -113,6 +117,19 @@ def test_the_message_arrives_and_the_impostor_learns_nothing(start_demo: Callabl
     assert "Traceback" not in shown
     assert running.left_behind() == []
     assert gone(int(running.wait_for(r"\(process (\d+)\)")))
+
+
+def test_the_impostor_counts_what_it_is_told(reactor: Any, ca: trustme.CA) -> None:
+    """Its zero means something: a client that verifies nothing is counted to the byte."""
+    impostor = Impostor(ca.issue_cert("elsewhere.example"))
+    port = blockingCallFromThread(reactor, reactor.listenSSL, 0, impostor, impostor, interface="127.0.0.1")
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port.getHost().port))) as client:
+        client.sendall(b"secret")
+        eventually(lambda: impostor.received == 6, "six bytes are counted")
+    blockingCallFromThread(reactor, port.stopListening)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

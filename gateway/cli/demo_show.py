@@ -28,7 +28,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
 from twisted.internet.defer import CancelledError, Deferred, DeferredQueue, maybeDeferred
 from twisted.internet.defer import TimeoutError as DeferredTimeout
-from twisted.internet.interfaces import IListeningPort
+from twisted.internet.interfaces import IListeningPort, IOpenSSLServerConnectionCreator
 from twisted.internet.protocol import Factory, ProcessProtocol, Protocol, connectionDone
 from twisted.internet.threads import deferToThread
 from twisted.logger import (
@@ -39,6 +39,7 @@ from twisted.logger import (
     textFileLogObserver,
 )
 from twisted.python.failure import Failure
+from zope.interface import implementer
 
 from gateway.config import from_mapping
 from gateway.errors import EndReason, GatewayError
@@ -260,7 +261,7 @@ class Show:
 
     async def _show_refusal(self, stack: AsyncExitStack, ca: trustme.CA, ca_file: Path) -> None:
         say = self._say
-        impostor = _Impostor(ca.issue_cert(OTHER_NAME))
+        impostor = Impostor(ca.issue_cert(OTHER_NAME))
         listening = self._reactor.listenSSL(0, impostor, impostor, interface=LOOPBACK)
         stack.push_async_callback(_awaited, listening.stopListening)
         where = f"{LOOPBACK}:{_port_of(listening)}"
@@ -400,7 +401,7 @@ class _Client:
 
 
 class _ImpostorConnection(Protocol):
-    factory: _Impostor
+    factory: Impostor
 
     def dataReceived(self, data: bytes) -> None:
         self.factory.received += len(data)
@@ -410,11 +411,9 @@ class _ImpostorConnection(Protocol):
             self.factory.gone.callback(None)
 
 
-class _Impostor(Factory):
-    """A TLS server that has a certificate of the trusted CA for another name, and counts what it is told.
-
-    It is its own context factory (`IOpenSSLContextFactory`).  `gone` fires when the first connection has ended.
-    """
+@implementer(IOpenSSLServerConnectionCreator)
+class Impostor(Factory):
+    """A TLS server that counts the bytes that it is told.  `gone` fires when the first connection has ended."""
 
     protocol: Any = _ImpostorConnection
     noisy = False
@@ -425,8 +424,9 @@ class _Impostor(Factory):
         self._context = SSL.Context(SSL.TLS_SERVER_METHOD)
         certificate.configure_cert(self._context)
 
-    def getContext(self) -> SSL.Context:  # noqa: N802  IOpenSSLContextFactory's name
-        return self._context
+    def serverConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:  # noqa: ARG002, N802, N803  zope's names
+        """See `IOpenSSLServerConnectionCreator`."""
+        return SSL.Connection(self._context, None)
 
 
 class _Journal:
