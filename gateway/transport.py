@@ -52,6 +52,7 @@ class _SendsAtOnce:
     """
 
     _writing = False
+    _send_failed = False
 
     def startWriting(self) -> None:
         self._writing = True
@@ -64,12 +65,20 @@ class _SendsAtOnce:
     def write(self, data: bytes) -> None:
         if not self._writing and self.connected:  # type: ignore[attr-defined]  # the same
             sent = self.writeSomeData(data)  # type: ignore[attr-defined]  # the same
-            # An exception is not an end yet: Twisted meets it again and ends the connection in its own way.
             if isinstance(sent, int):
                 if sent == len(data):
                     return
                 data = data[sent:]
+            else:
+                # Not the end yet: what the peer sent before is still to be read, and no caller of `write` expects to
+                # find the connection gone.  But the kernel tells of an error once, so that the end would look orderly.
+                self._send_failed = True
         super().write(data)  # type: ignore[misc]  # the same
+
+    def connectionLost(self, reason: Failure) -> None:
+        if self._send_failed and reason.check(ConnectionDone):
+            reason = Failure(ConnectionLost())
+        super().connectionLost(reason)  # type: ignore[misc]  # the same
 
 
 class _TCPServer(_SendsAtOnce, tcp.Server):
