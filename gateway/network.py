@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from typing import Any, Protocol
 
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.interfaces import IAddress, IHostResolution, IResolutionReceiver, IStreamClientEndpoint
 from zope.interface import implementer
@@ -42,24 +42,26 @@ class ReactorNetwork:
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
         """See `Network.resolve`."""
-        answer: Deferred[list[Address]] = Deferred()
         try:
             version = ip_address(host).version
         except ValueError:
             pass
         else:
-            answer.callback([IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)])
-            return answer
+            return succeed([IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)])
         key = (host, port)
+        under_way = key in self._waiting
         waiting = self._waiting.setdefault(key, [])
+        # Whoever gives up is forgotten; the look-up goes on, and others may still join it.
+        answer: Deferred[list[Address]] = Deferred(waiting.remove)
         waiting.append(answer)
-        if len(waiting) == 1:
+        if not under_way:
             receiver = _Receiver(lambda addresses: self._resolved(key, addresses))
             self._reactor.nameResolver.resolveHostName(receiver, host, port)
         return answer
 
     def _resolved(self, key: tuple[str, int], addresses: list[Address]) -> None:
-        for answer in self._waiting.pop(key, []):
+        for answer in list(self._waiting.pop(key)):
+            # What one of them does with it may make another give up.
             if not answer.called:
                 answer.callback(list(addresses))
 

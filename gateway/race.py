@@ -82,7 +82,7 @@ class _Race:
         self._running.remove(attempt)
         if self._over:
             # Two connected in the same turn of the reactor, or one connected although it was given up.
-            protocol.transport.abortConnection()  # type: ignore[attr-defined]  # IProtocol does not declare its transport
+            protocol.abort()  # type: ignore[attr-defined]  # the factories of the gateway make sides
             return
         self._stop()
         self._result.callback(protocol)

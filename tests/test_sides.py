@@ -1,0 +1,1005 @@
+"""The two sides, happy eyeballs, name look-ups and the dialler: Twisted's protocols on transports in memory.
+
+The broker at the far end of the memory is real TLS of the standard library's; the clock is virtual.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from twisted.internet import error
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import CancelledError, Deferred, fail
+from twisted.internet.interfaces import IProtocol
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+
+from gateway.config import Timeouts, from_mapping
+from gateway.device import DeviceProtocol
+from gateway.errors import EndReason, UpstreamFailure
+from gateway.network import ReactorNetwork
+from gateway.race import ATTEMPT_DELAY, AllFailed, interleave, race
+from gateway.record import Peer, SessionRecord
+from gateway.tls.channel import NotVerified, TLSChannel, make_policy
+from gateway.tls.identity import Identity
+from gateway.upstream import Dialler, Target, UpstreamProtocol, shown_address
+from tests.harness import ServerTLS
+
+LOST = Failure(error.ConnectionLost())
+DONE = Failure(error.ConnectionDone())
+
+
+class Transport(StringTransport):
+    """Twisted's transport in memory, which remembers how it was ended."""
+
+    half_closed = False
+    aborted = False
+
+    def unregisterProducer(self) -> None:
+        # Twisted's real transports do not mind when there is none.
+        self.producer = None
+
+    def loseWriteConnection(self) -> None:  # noqa: N802  Twisted's name
+        self.half_closed = True
+
+    def abortConnection(self) -> None:
+        self.aborted = True
+
+    @property
+    def read(self) -> bool:
+        return bool(self.producerState == "producing")
+
+
+class RememberingSession:
+    """What the sides see of a session."""
+
+    def __init__(self) -> None:
+        self.record = SessionRecord(7, "192.0.2.7:40000", 0.0)
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+    def named(self, name: str) -> list[Any]:
+        return [call[1] if len(call) > 1 else None for call in self.calls if call[0] == name]
+
+    @property
+    def received(self) -> bytes:
+        return b"".join(self.named("upstream_received"))
+
+
+class MemoryBroker:
+    """The far end of an upstream connection: a TLS server without a socket."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self._in, self._out, server_side=True)
+        self.received = b""
+        self.ended_cleanly = False
+        self._shaken = False
+
+    def talk(self, upstream: UpstreamProtocol) -> None:
+        """Carry bytes to and fro until neither side has any; an aborted connection carries none."""
+        transport: Any = upstream.transport
+        while not transport.aborted and (self._take(transport.value(), transport) or self._out.pending):
+            if self._out.pending:
+                upstream.dataReceived(self._out.read())
+
+    def _take(self, ciphertext: bytes, transport: Transport) -> bool:
+        transport.clear()
+        self._in.write(ciphertext)
+        try:
+            if not self._shaken:
+                self.tls.do_handshake()
+                self._shaken = True
+            while data := self.tls.read(65536):
+                self.received += data
+            self.ended_cleanly = True
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLZeroReturnError:
+            self.ended_cleanly = True
+        return bool(ciphertext)
+
+    def encrypt(self, plaintext: bytes, *, close: bool = False) -> bytes:
+        """Return the records that carry `plaintext`, and then close_notify."""
+        self.tls.write(plaintext)
+        if close:
+            with pytest.raises(ssl.SSLWantReadError):
+                self.tls.unwrap()
+        return self._out.read()
+
+
+class World:
+    """Makes upstreams and their brokers."""
+
+    def __init__(self, ca_file: Path, server_tls: ServerTLS) -> None:
+        config = from_mapping({"upstream": [{"host": "localhost"}], "tls": {"ca_file": str(ca_file)}})
+        self.policy = make_policy(config.tls)
+        self.context = server_tls.context()
+
+    def upstream(self, name: str = "localhost") -> tuple[UpstreamProtocol, Transport, MemoryBroker]:
+        """A connection whose ClientHello has been sent."""
+        protocol, transport = UpstreamProtocol(TLSChannel(self.policy, Identity.of(name)), 60.0), Transport()
+        protocol.makeConnection(transport)
+        return protocol, transport, MemoryBroker(self.context)
+
+    def serving(self) -> tuple[UpstreamProtocol, Transport, MemoryBroker, Any, DeviceProtocol]:
+        """A connection that serves a session."""
+        upstream, transport, broker = self.upstream()
+        session: Any = RememberingSession()
+        device = device_side(session)
+        upstream.verified.addCallback(lambda peer: upstream.serve(session, device, peer))
+        broker.talk(upstream)
+        assert session.named("upstream_verified") == [upstream]
+        return upstream, transport, broker, session, device
+
+
+@pytest.fixture(scope="module")
+def world(ca_file: Path, server_tls: ServerTLS) -> World:
+    return World(ca_file, server_tls)
+
+
+def device_side(session: Any) -> DeviceProtocol:
+    protocol = DeviceProtocol(lambda device: session, 60.0)
+    protocol.makeConnection(Transport())
+    return protocol
+
+
+def transport_of(side: Protocol) -> Transport:
+    transport: Any = side.transport
+    return transport  # type: ignore[no-any-return]
+
+
+# ---- flow control
+
+
+def test_a_side_is_read_only_when_neither_the_session_nor_the_other_side_objects() -> None:
+    """Two reasons not to read, neither of which undoes the other."""
+    side = device_side(RememberingSession())
+    transport = transport_of(side)
+    side.hold()
+    side.pauseProducing()
+    side.resumeProducing()
+    assert not transport.read
+    side.release()
+    assert transport.read
+    side.pauseProducing()
+    side.hold()
+    side.release()
+    assert not transport.read
+    assert not side.reading
+    side.resumeProducing()
+    assert transport.read
+    assert side.reading
+
+
+def test_each_sides_full_buffer_stops_the_other_sides_reading(world: World) -> None:
+    """Each is the streaming producer of the other's transport."""
+    upstream, transport, _, _, device = world.serving()
+    assert transport.producer is device
+    assert transport_of(device).producer is upstream
+    assert transport.streaming
+    transport.producer.pauseProducing()
+    assert not transport_of(device).read
+    assert transport.read
+    transport.producer.resumeProducing()
+    assert transport_of(device).read
+
+
+def test_a_side_that_closes_reads_on_and_drops_what_comes() -> None:
+    """Unread bytes would turn the close into a reset, which can destroy what the peer has not read yet."""
+    session = RememberingSession()
+    side = device_side(session)
+    transport = transport_of(side)
+    transport.registerProducer(device_side(RememberingSession()), True)
+    side.hold()
+    side.pauseProducing()
+    side.write(b"last words")
+    side.close()
+    assert transport.value() == b"last words"
+    assert transport.half_closed
+    assert transport.producer is None
+    assert transport.read
+    side.dataReceived(b"late")
+    assert not session.named("device_received")
+
+
+def test_a_side_that_closes_is_not_held_or_paused_again() -> None:
+    """Late calls of the session and of the other side's transport find the door closed."""
+    side = device_side(RememberingSession())
+    side.close()
+    side.pauseProducing()
+    side.hold()
+    assert transport_of(side).read
+
+
+def test_a_side_closes_once(world: World) -> None:
+    """A second close sends nothing and unregisters nobody's producer."""
+    upstream, transport, *_ = world.serving()
+    upstream.close()
+    sent = transport.value()
+    transport.half_closed = False
+    upstream.close()
+    assert transport.value() == sent
+    assert not transport.half_closed
+
+
+@pytest.mark.parametrize("ending", ["close", "abort", "pauseProducing", "resumeProducing", "hold", "release"])
+def test_a_side_that_is_lost_leaves_its_transport_alone(ending: str) -> None:
+    """Twisted's transport is an empty shell by then: any call could raise."""
+    session = RememberingSession()
+    side = device_side(session)
+    side.connectionLost(LOST)
+    side.transport = None  # type: ignore[assignment]
+    getattr(side, ending)()
+    assert session.named("device_gone") == [LOST.getErrorMessage()]
+
+
+def test_bytes_after_an_abort_are_dropped() -> None:
+    """A session may abort its side in the middle of what it receives."""
+    session = RememberingSession()
+    side = device_side(session)
+    side.abort()
+    assert transport_of(side).aborted
+    side.dataReceived(b"late")
+    assert not session.named("device_received")
+
+
+# ---- the device's side
+
+
+def test_a_devices_clean_close_is_told_apart_from_its_loss() -> None:
+    """In the record's detail; both are losses to MQTT."""
+    clean, lost = RememberingSession(), RememberingSession()
+    device_side(clean).connectionLost(DONE)
+    device_side(lost).connectionLost(LOST)
+    assert clean.named("device_gone") == ["closed"]
+    assert "non-clean" in lost.named("device_gone")[0]
+
+
+def test_a_mistake_of_the_gateway_ends_only_the_session_it_was_made_in(logged_errors: list[dict[str, Any]]) -> None:
+    """The traceback is in the log, the session is told to fail, and the exception goes no further."""
+
+    class Broken(RememberingSession):
+        def device_received(self, data: bytes) -> None:
+            raise ZeroDivisionError("secret in the message")
+
+    session = Broken()
+    device_side(session).dataReceived(b"\x10")
+    assert session.named("fail") == ["ZeroDivisionError"]
+    assert logged_errors.pop()["log_failure"].check(ZeroDivisionError)
+
+
+# ---- the upstream's side: before it is verified
+
+
+def test_no_byte_is_taken_before_the_broker_is_verified(world: World) -> None:
+    """`write` raises, it does not keep; only the handshake is on the wire, at each of its steps."""
+    upstream, transport, broker = world.upstream()
+    with pytest.raises(NotVerified):
+        upstream.write(b"CONNECT")
+    broker._take(transport.value(), transport)
+    flight = broker._out.read()
+    for index in range(len(flight) - 1):
+        upstream.dataReceived(flight[index : index + 1])
+        with pytest.raises(NotVerified):
+            upstream.write(b"CONNECT")
+    assert not upstream.verified.called
+    upstream.dataReceived(flight[-1:])
+    broker.talk(upstream)
+    assert upstream.verified.called
+    assert broker.received == b""
+    upstream.verified.addErrback(lambda failure: None)
+
+
+def test_a_wrong_broker_is_refused_with_an_alert_and_nothing_else(world: World) -> None:
+    """The waiting session hears why."""
+    upstream, transport, broker = world.upstream("other.example")
+    failures: list[Failure] = []
+    upstream.verified.addErrback(failures.append)
+    broker._take(transport.value(), transport)
+    upstream.dataReceived(broker._out.read())
+    assert failures[0].value.reason is EndReason.TLS_NAME_MISMATCH  # type: ignore[attr-defined]
+    assert transport.disconnecting
+    with pytest.raises(ssl.SSLError, match="ALERT"):
+        broker._take(transport.value(), transport)
+    upstream.dataReceived(b"late")
+    upstream.connectionLost(DONE)
+    assert len(failures) == 1
+
+
+@pytest.mark.parametrize(("reason", "words"), [(DONE, "closed by the upstream"), (LOST, "non-clean")])
+def test_a_connection_that_ends_in_the_handshake_fails_the_wait(world: World, reason: Failure, words: str) -> None:
+    """With `tls-closed`."""
+    upstream, *_ = world.upstream()
+    failures: list[Failure] = []
+    upstream.verified.addErrback(failures.append)
+    upstream.connectionLost(reason)
+    assert failures[0].value.reason is EndReason.TLS_CLOSED  # type: ignore[attr-defined]
+    assert words in failures[0].value.detail  # type: ignore[attr-defined]
+
+
+def test_cancelling_the_wait_cuts_the_connection(world: World) -> None:
+    """And its end is then news to nobody."""
+    upstream, transport, broker = world.upstream()
+    failures: list[Failure] = []
+    upstream.verified.addErrback(failures.append)
+    upstream.verified.cancel()
+    assert transport.aborted
+    assert failures[0].check(CancelledError)
+    broker.talk(upstream)
+    upstream.dataReceived(b"late")
+    upstream.connectionLost(Failure(error.ConnectionAborted()))
+    assert len(failures) == 1
+
+
+def test_a_connection_that_nobody_waits_for_any_more_is_cut(world: World) -> None:
+    """Whoever waited took the peer and did not serve: nothing may be left open."""
+    upstream, transport, broker = world.upstream()
+    upstream.verified.addCallback(lambda peer: None)
+    broker.talk(upstream)
+    assert transport.aborted
+
+
+def test_a_mistake_in_the_handshake_is_a_refusal(
+    world: World, logged_errors: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anything unexpected is; the traceback is in the log."""
+    upstream, transport, broker = world.upstream()
+    failures: list[Failure] = []
+    upstream.verified.addErrback(failures.append)
+    monkeypatch.setattr(TLSChannel, "receive", lambda channel, data: 1 / 0)
+    broker.talk(upstream)
+    assert failures[0].value.reason is EndReason.INTERNAL_ERROR  # type: ignore[attr-defined]
+    assert transport.disconnecting
+    assert logged_errors.pop()["log_failure"].check(ZeroDivisionError)
+
+
+# ---- the upstream's side: serving a session
+
+
+def test_a_session_gets_its_upstream_when_it_is_verified(world: World) -> None:
+    """With the peer's facts; then bytes pass both ways."""
+    upstream, _, broker, session, _ = world.serving()
+    (peer,) = [call[2] for call in session.calls if call[0] == "upstream_verified"]
+    assert isinstance(peer, Peer)
+    assert peer.matched_san == "DNS:localhost"
+    upstream.write(b"up" * 20_000)
+    broker.talk(upstream)
+    assert broker.received == b"up" * 20_000
+    for start in range(0, len(ciphertext := broker.encrypt(b"down" * 5_000)), 1000):
+        upstream.dataReceived(ciphertext[start : start + 1000])
+    assert session.received == b"down" * 5_000
+
+
+def test_what_the_broker_said_before_it_closed_is_heard_first(world: World) -> None:
+    """Data and close_notify in one piece: the session gets the data, then the end."""
+    upstream, _, broker, session, _ = world.serving()
+    upstream.dataReceived(broker.encrypt(b"last words", close=True))
+    assert [name for name, *_ in session.calls[1:]] == ["upstream_received", "upstream_broken"]
+    assert session.received == b"last words"
+    assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_LOST
+
+
+def test_an_orderly_close_sends_close_notify_then_fin(world: World) -> None:
+    """After all that was written."""
+    upstream, transport, broker, session, _ = world.serving()
+    upstream.write(b"DISCONNECT")
+    upstream.close()
+    broker.talk(upstream)
+    assert broker.received == b"DISCONNECT"
+    assert broker.ended_cleanly
+    assert transport.half_closed
+    upstream.connectionLost(DONE)
+    assert not session.named("upstream_broken")
+    assert len(session.named("upstream_gone")) == 1
+
+
+@pytest.mark.parametrize(("reason", "words"), [(DONE, "without close_notify"), (LOST, "non-clean")])
+def test_a_lost_upstream_is_told_once(world: World, reason: Failure, words: str) -> None:
+    """First that it broke, and why; then that it is gone."""
+    upstream, _, _, session, _ = world.serving()
+    upstream.connectionLost(reason)
+    assert [name for name, *_ in session.calls[1:]] == ["upstream_broken", "upstream_gone"]
+    assert words in session.named("upstream_broken")[0].detail
+
+
+def test_a_forged_record_ends_the_session(world: World) -> None:
+    """The broker gets an alert, the session hears that the upstream is lost, and none of it is plaintext."""
+    upstream, transport, broker, session, _ = world.serving()
+    record = bytearray(broker.encrypt(b"x" * 100))
+    record[-1] ^= 1
+    upstream.dataReceived(bytes(record))
+    assert session.received == b""
+    assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_LOST
+    assert transport.value()
+    upstream.close()
+    assert transport.half_closed
+
+
+def test_plaintext_after_an_abort_is_dropped(world: World) -> None:
+    """The session aborted its upstream while more of it was on its way."""
+    upstream, _, broker, session, _ = world.serving()
+    upstream.abort()
+    upstream.dataReceived(broker.encrypt(b"late"))
+    assert session.received == b""
+
+
+def test_a_channel_that_breaks_under_a_write_ends_the_session(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL may refuse to encrypt; the session hears of it as of any other loss."""
+    upstream, _, _, session, _ = world.serving()
+    failure = UpstreamFailure(EndReason.UPSTREAM_LOST, "bad length")
+
+    def send(channel: TLSChannel, plaintext: bytes) -> None:
+        raise failure
+
+    monkeypatch.setattr(TLSChannel, "send", send)
+    upstream.write(b"x")
+    assert session.named("upstream_broken") == [failure]
+
+
+def test_a_mistake_while_the_broker_is_read_ends_only_that_session(
+    world: World, logged_errors: list[dict[str, Any]]
+) -> None:
+    """The same as for the device's side."""
+    upstream, _, broker, session, _ = world.serving()
+    session.upstream_received = lambda data: 1 / 0
+    upstream.dataReceived(broker.encrypt(b"x"))
+    assert session.named("fail") == ["ZeroDivisionError"]
+    assert logged_errors.pop()["log_failure"].check(ZeroDivisionError)
+
+
+def test_a_lost_upstream_lets_go_of_its_session_and_of_openssl(world: World) -> None:
+    """What is left of it refers to neither."""
+    upstream, _, _, _, _ = world.serving()
+    channel = upstream._channel
+    upstream.connectionLost(LOST)
+    assert upstream._session is None
+    assert channel._connection.get_app_data() is None
+
+
+# ---- happy eyeballs
+
+
+class Endpoint:
+    """A client endpoint whose attempt is answered by the test."""
+
+    def __init__(self, *, obedient: bool = True) -> None:
+        self.attempts: list[Deferred[IProtocol]] = []
+        self.cancelled = False
+        self._obedient = obedient
+        self.factory: Any = None
+
+    def connect(self, factory: Any) -> Deferred[IProtocol]:
+        self.factory = factory
+        self.attempts.append(Deferred(self._cancel))
+        return self.attempts[0]
+
+    def _cancel(self, attempt: Deferred[IProtocol]) -> None:
+        self.cancelled = True
+        if not self._obedient:
+            attempt.callback(self.protocol())
+
+    @property
+    def tried(self) -> bool:
+        return bool(self.attempts)
+
+    def protocol(self) -> Any:
+        protocol = Protocol() if self.factory is None else self.factory.buildProtocol(None)
+        protocol.makeConnection(Transport())
+        return protocol
+
+    def succeed(self) -> Any:
+        protocol = self.protocol()
+        self.attempts[0].callback(protocol)
+        return protocol
+
+    def fail(self, problem: Exception | None = None) -> None:
+        self.attempts[0].errback(problem or error.ConnectionRefusedError())
+
+
+class Contest:
+    """A race between endpoints on a virtual clock."""
+
+    def __init__(self, *endpoints: Any) -> None:
+        self.clock = Clock()
+        self.result: list[Any] = []
+        self.deferred = race(endpoints, None, self.clock)  # type: ignore[arg-type]
+        self.deferred.addBoth(self.result.append)
+
+    def over(self) -> bool:
+        return not self.clock.getDelayedCalls()
+
+
+def addresses(*hosts: str) -> list[IPv4Address | IPv6Address]:
+    return [IPv6Address("TCP", host, 8883) if ":" in host else IPv4Address("TCP", host, 8883) for host in hosts]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], []),
+        (["192.0.2.1"], ["192.0.2.1"]),
+        (
+            ["2001:db8::1", "2001:db8::2", "192.0.2.1", "192.0.2.2"],
+            ["2001:db8::1", "192.0.2.1", "2001:db8::2", "192.0.2.2"],
+        ),
+        (["192.0.2.1", "192.0.2.2", "2001:db8::1"], ["192.0.2.1", "2001:db8::1", "192.0.2.2"]),
+        (
+            ["2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3"],
+            ["2001:db8::1", "192.0.2.1", "192.0.2.2", "192.0.2.3"],
+        ),
+    ],
+)
+def test_families_alternate_beginning_with_the_preferred_one(given: list[str], wanted: list[str]) -> None:
+    """RFC 8305 §4; within a family the resolver's order stays."""
+    assert [address.host for address in interleave(addresses(*given))] == wanted
+
+
+def test_attempts_begin_a_quarter_of_a_second_apart() -> None:
+    """RFC 8305 §5: not before, and whether or not the first has failed by then."""
+    first, second, third = Endpoint(), Endpoint(), Endpoint()
+    contest = Contest(first, second, third)
+    assert (first.tried, second.tried) == (True, False)
+    contest.clock.advance(ATTEMPT_DELAY - 0.01)
+    assert not second.tried
+    contest.clock.advance(0.01)
+    assert (second.tried, third.tried) == (True, False)
+    contest.clock.advance(ATTEMPT_DELAY)
+    assert third.tried
+    assert contest.over()
+
+
+def test_a_failure_starts_the_next_attempt_at_once() -> None:
+    """And the quarter of a second counts anew from there."""
+    first, second, third = Endpoint(), Endpoint(), Endpoint()
+    contest = Contest(first, second, third)
+    contest.clock.advance(0.2)
+    first.fail()
+    assert second.tried
+    contest.clock.advance(0.2)
+    assert not third.tried
+    contest.clock.advance(0.05)
+    assert third.tried
+
+
+def test_a_failure_starts_the_next_attempt_also_while_another_runs() -> None:
+    """The first is slow, the second fails: the third need not wait."""
+    first, second, third = Endpoint(), Endpoint(), Endpoint()
+    contest = Contest(first, second, third)
+    contest.clock.advance(ATTEMPT_DELAY)
+    second.fail()
+    assert third.tried
+    assert contest.over()
+
+
+def test_the_first_that_connects_wins_and_the_others_are_given_up() -> None:
+    """Nothing is left: no attempt, no timer."""
+    first, second, third = Endpoint(), Endpoint(), Endpoint()
+    contest = Contest(first, second, third)
+    contest.clock.advance(ATTEMPT_DELAY)
+    winner = second.succeed()
+    assert contest.result == [winner]
+    assert first.cancelled
+    assert not third.tried
+    assert contest.over()
+
+
+def test_an_attempt_that_fails_before_it_returns_is_no_trouble() -> None:
+    """Endpoints may fail, and win, synchronously."""
+
+    class Instant(Endpoint):
+        def connect(self, factory: Any) -> Deferred[IProtocol]:
+            super().connect(factory)
+            return fail(error.ConnectionRefusedError())
+
+    contest = Contest(Instant(), Instant(), last := Endpoint())
+    assert last.tried
+    winner = last.succeed()
+    assert contest.result == [winner]
+    assert contest.over()
+    failed = Contest(Instant(), Instant())
+    assert len(failed.result[0].value.failures) == 2
+    assert failed.over()
+
+
+def test_all_failures_are_reported_in_their_order() -> None:
+    """When nobody is left."""
+    first, second = Endpoint(), Endpoint()
+    contest = Contest(first, second)
+    contest.clock.advance(ATTEMPT_DELAY)
+    second.fail(error.NoRouteError())
+    assert not contest.result
+    first.fail()
+    failure = contest.result[0]
+    assert failure.check(AllFailed)
+    assert [type(each.value) for each in failure.value.failures] == [error.NoRouteError, error.ConnectionRefusedError]
+    assert contest.over()
+
+
+def test_cancelling_a_race_leaves_nothing_behind() -> None:
+    """All attempts are given up, and no further one begins."""
+    first, second, third = Endpoint(), Endpoint(), Endpoint()
+    contest = Contest(first, second, third)
+    contest.clock.advance(ATTEMPT_DELAY)
+    contest.deferred.cancel()
+    assert first.cancelled
+    assert second.cancelled
+    assert contest.over()
+    contest.clock.advance(10)
+    assert not third.tried
+    assert contest.result[0].check(CancelledError)
+
+
+def test_a_loser_that_connects_although_it_was_given_up_is_cut(world: World) -> None:
+    """It happens when two connect at one moment; the connection is ended, and nobody hears of it."""
+
+    class Factory:
+        def buildProtocol(self, addr: object) -> UpstreamProtocol:
+            return UpstreamProtocol(TLSChannel(world.policy, Identity.of("localhost")), 60.0)
+
+    first, second = Endpoint(obedient=False), Endpoint()
+    clock = Clock()
+    kept: list[Any] = []
+    results: list[Any] = []
+    first.protocol = lambda: (kept.append(Endpoint.protocol(first)), kept[0])[1]  # type: ignore[method-assign,func-returns-value]
+    race([first, second], Factory(), clock).addBoth(results.append)  # type: ignore[list-item,arg-type]
+    clock.advance(ATTEMPT_DELAY)
+    winner = second.succeed()
+    assert results == [winner]
+    (loser,) = kept
+    assert loser.transport.aborted
+    loser.connectionLost(Failure(error.ConnectionAborted()))
+    assert not loser.verified.called
+
+
+# ---- names
+
+
+class Resolver:
+    """A name resolver that the test answers."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, str, int]] = []
+
+    def resolveHostName(self, receiver: Any, host: str, port: int) -> None:
+        self.asked.append((receiver, host, port))
+        receiver.resolutionBegan(None)
+
+    def answer(self, index: int, *hosts: str) -> None:
+        receiver = self.asked[index][0]
+        for address in addresses(*hosts):
+            receiver.addressResolved(address)
+        receiver.resolutionComplete()
+
+
+class ResolvingReactor:
+    def __init__(self) -> None:
+        self.nameResolver = Resolver()
+
+
+def lookup(network: ReactorNetwork, host: str = "broker.example", port: int = 8883) -> tuple[Any, list[Any]]:
+    results: list[Any] = []
+    answer = network.resolve(host, port)
+    answer.addBoth(results.append)
+    return answer, results
+
+
+def test_look_ups_of_one_name_at_one_time_are_one_look_up() -> None:
+    """In a reconnect storm a thousand sessions ask for the same broker; each gets a list of its own."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    found = [lookup(network)[1] for _ in range(1000)]
+    lookup(network, "other.example")
+    assert [host for _, host, _ in reactor.nameResolver.asked] == ["broker.example", "other.example"]
+    reactor.nameResolver.answer(0, "192.0.2.1", "2001:db8::1", "192.0.2.1")
+    assert all(results == [addresses("192.0.2.1", "2001:db8::1")] for results in found)
+    found[0][0].clear()
+    assert found[1][0]
+
+
+def test_an_answer_is_not_kept() -> None:
+    """The next session asks anew, so that a broker that moves is found."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    lookup(network)
+    reactor.nameResolver.answer(0, "192.0.2.1")
+    _, second = lookup(network)
+    assert len(reactor.nameResolver.asked) == 2
+    reactor.nameResolver.answer(1, "192.0.2.2")
+    assert second == [addresses("192.0.2.2")]
+
+
+def test_a_look_up_that_is_given_up_disturbs_no_one_else() -> None:
+    """The others get their answer, and nothing is kept of the one that went."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    first, gone = lookup(network)
+    _, second = lookup(network)
+    first.cancel()
+    reactor.nameResolver.answer(0, "192.0.2.1")
+    assert gone[0].check(CancelledError)
+    assert second == [addresses("192.0.2.1")]
+    assert not network._waiting
+
+
+def test_look_ups_that_are_given_up_do_not_heap_up() -> None:
+    """A resolver that hangs holds one look-up, not a thousand sessions that have gone."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    for _ in range(1000):
+        answer, _ = lookup(network)
+        answer.cancel()
+    assert not any(network._waiting.values())
+    assert len(reactor.nameResolver.asked) == 1
+
+
+def test_a_session_may_make_another_give_up_when_it_gets_its_answer() -> None:
+    """The one that gave up is passed over, the third gets its answer."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    first, _ = lookup(network)
+    second, gone = lookup(network)
+    _, third = lookup(network)
+    first.addCallback(lambda _: second.cancel())
+    reactor.nameResolver.answer(0, "192.0.2.1")
+    assert gone[0].check(CancelledError)
+    assert third == [addresses("192.0.2.1")]
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "::1", "fe80::1%eth0"])
+def test_an_address_is_not_looked_up(host: str) -> None:
+    """It is one."""
+    reactor = ResolvingReactor()
+    _, results = lookup(ReactorNetwork(reactor), host)
+    assert results == [addresses(host)]
+    assert not reactor.nameResolver.asked
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        (IPv4Address("TCP", "192.0.2.1", 1883), "192.0.2.1:1883"),
+        (IPv6Address("TCP", "2001:db8::1", 1883), "[2001:db8::1]:1883"),
+        (None, "local"),
+    ],
+)
+def test_addresses_are_shown_as_people_write_them(address: Any, shown: str) -> None:
+    """With brackets for IPv6."""
+    assert shown_address(address) == shown
+
+
+# ---- the dialler
+
+
+@attrs.define
+class FakeNetwork:
+    """Names and endpoints that the test answers."""
+
+    names: dict[str, Deferred[Any]] = attrs.Factory(dict)
+    endpoints: dict[str, Endpoint] = attrs.Factory(dict)
+
+    def resolve(self, host: str, port: int) -> Deferred[Any]:
+        return self.names.setdefault(host, Deferred())
+
+    def endpoint(self, address: Any, timeout: float) -> Any:
+        return self.endpoints.setdefault(address.host, Endpoint())
+
+
+class Dialling:
+    """A session that wants its broker: `one.example`, or else `two.example`."""
+
+    def __init__(self, world: World, *hosts: str, **timeouts: float) -> None:
+        hosts = hosts or ("one.example",)
+        config = from_mapping({"upstream": [{"host": host, "server_name": "localhost"} for host in hosts]})
+        targets = [Target(upstream, Identity.of(upstream.verify_name), world.policy) for upstream in config.upstream]
+        self.world = world
+        self.clock = Clock()
+        self.network = FakeNetwork()
+        self.session: Any = RememberingSession()
+        self.device = device_side(self.session)
+        dialler = Dialler(targets, self.network, self.clock, attrs.evolve(Timeouts(), **timeouts))
+        self.deferred = dialler.dial(self.session, self.device)
+
+    def resolved(self, host: str = "one.example", *hosts: str) -> None:
+        self.network.names[host].callback(addresses(*hosts))
+
+    def connected(self, host: str) -> tuple[UpstreamProtocol, MemoryBroker]:
+        return self.network.endpoints[host].succeed(), MemoryBroker(self.world.context)
+
+    @property
+    def failure(self) -> UpstreamFailure:
+        (failure,) = self.session.named("upstream_failed")
+        assert not self.clock.getDelayedCalls()
+        return failure  # type: ignore[no-any-return]
+
+
+def test_a_broker_is_reached_in_four_steps_that_are_timed(world: World) -> None:
+    """DNS, TCP, TLS and verification; then the session has its upstream."""
+    dialling = Dialling(world)
+    dialling.clock.advance(1)
+    dialling.resolved("one.example", "192.0.2.1")
+    dialling.clock.advance(2)
+    upstream, broker = dialling.connected("192.0.2.1")
+    dialling.clock.advance(3)
+    broker.talk(upstream)
+    assert dialling.session.named("upstream_verified") == [upstream]
+    record = dialling.session.record
+    assert (record.dns_seconds, record.tcp_seconds, record.tls_seconds) == (1, 2, 3)
+    assert (record.upstream, record.upstream_address) == ("one.example:8883", "192.168.1.1:54321")
+    assert not dialling.clock.getDelayedCalls()
+
+
+def test_a_name_that_does_not_resolve_is_named(world: World) -> None:
+    """`dns-failed`, with the host."""
+    dialling = Dialling(world)
+    dialling.resolved("one.example")
+    assert dialling.failure.reason is EndReason.DNS_FAILED
+    assert "one.example" in dialling.failure.detail
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"), [("dns", EndReason.DNS_FAILED), ("tcp", EndReason.TCP_TIMEOUT), ("tls", EndReason.TLS_TIMEOUT)]
+)
+def test_each_step_has_its_timeout(world: World, step: str, reason: EndReason) -> None:
+    """And leaves nothing behind when it has passed."""
+    dialling = Dialling(world, dns=3, tcp=3, tls=3)
+    if step != "dns":
+        dialling.resolved("one.example", "192.0.2.1", "192.0.2.2")
+        dialling.clock.advance(1)
+    upstream = dialling.connected("192.0.2.2")[0] if step == "tls" else None
+    dialling.clock.pump([0.5] * 5)
+    assert step == "tcp" or not dialling.session.named("upstream_failed")
+    dialling.clock.pump([0.5] * 2)
+    assert dialling.failure.reason is reason
+    assert "3 s" in dialling.failure.detail
+    if step == "tcp":
+        assert dialling.network.endpoints["192.0.2.1"].cancelled
+        assert dialling.network.endpoints["192.0.2.2"].cancelled
+    if upstream is not None:
+        assert transport_of(upstream).aborted
+
+
+@pytest.mark.parametrize(
+    ("problem", "reason"),
+    [
+        (error.ConnectionRefusedError(), EndReason.TCP_REFUSED),
+        (error.TimeoutError(), EndReason.TCP_TIMEOUT),
+        (error.TCPTimedOutError(), EndReason.TCP_TIMEOUT),
+        (error.NoRouteError(), EndReason.TCP_UNREACHABLE),
+        (OSError("no such network"), EndReason.TCP_UNREACHABLE),
+    ],
+)
+def test_the_preferred_addresss_failure_gives_the_reason(world: World, problem: Exception, reason: EndReason) -> None:
+    """The detail names all."""
+    dialling = Dialling(world)
+    dialling.resolved("one.example", "192.0.2.1", "192.0.2.2")
+    dialling.network.endpoints["192.0.2.1"].fail(problem)
+    dialling.network.endpoints["192.0.2.2"].fail(error.UserError("another"))
+    assert dialling.failure.reason is reason
+    assert str(problem) in dialling.failure.detail
+    assert "another" in dialling.failure.detail
+
+
+@pytest.mark.parametrize("step", ["dns", "tcp", "tls", "hang"])
+def test_the_next_broker_is_tried_when_one_fails(world: World, step: str) -> None:
+    """Whatever step it failed at; the record is about the broker that was reached."""
+    dialling = Dialling(world, "one.example", "two.example")
+    if step == "dns":
+        dialling.resolved("one.example")
+    else:
+        dialling.resolved("one.example", "192.0.2.1")
+        if step == "tcp":
+            dialling.network.endpoints["192.0.2.1"].fail()
+        else:
+            upstream, _ = dialling.connected("192.0.2.1")
+            if step == "tls":
+                upstream.dataReceived(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            else:
+                dialling.clock.advance(10)
+                assert transport_of(upstream).aborted
+    dialling.clock.advance(1)
+    dialling.resolved("two.example", "192.0.2.9")
+    upstream, broker = dialling.connected("192.0.2.9")
+    broker.talk(upstream)
+    assert dialling.session.named("upstream_verified") == [upstream]
+    assert not dialling.session.named("upstream_failed")
+    assert dialling.session.record.upstream == "two.example:8883"
+    assert dialling.session.record.dns_seconds == 1
+    assert not dialling.clock.getDelayedCalls()
+
+
+def test_when_all_brokers_fail_the_detail_tells_of_each(world: World) -> None:
+    """The last one gives the reason, in fixed words."""
+    dialling = Dialling(world, "one.example", "two.example")
+    dialling.resolved("one.example")
+    dialling.resolved("two.example", "192.0.2.9")
+    dialling.network.endpoints["192.0.2.9"].fail()
+    assert dialling.failure.reason is EndReason.TCP_REFUSED
+    assert "one.example:8883: dns-failed" in dialling.failure.detail
+    assert "two.example:8883: tcp-refused" in dialling.failure.detail
+
+
+def test_the_record_is_about_the_broker_that_was_tried_last(world: World) -> None:
+    """Times and addresses of the one before it would mislead."""
+    dialling = Dialling(world, "one.example", "two.example")
+    dialling.resolved("one.example", "192.0.2.1")
+    dialling.connected("192.0.2.1")[0].connectionLost(DONE)
+    dialling.resolved("two.example")
+    record = dialling.session.record
+    assert dialling.failure.reason is EndReason.DNS_FAILED
+    assert (record.upstream, record.upstream_address) == ("two.example:8883", "")
+    assert (record.dns_seconds, record.tcp_seconds, record.tls_seconds) == (None, None, None)
+
+
+def test_the_address_families_of_a_broker_take_turns(world: World) -> None:
+    """A name with many addresses of a family that is broken costs a quarter of a second, not one for each."""
+    dialling = Dialling(world)
+    dialling.resolved("one.example", "2001:db8::1", "2001:db8::2", "192.0.2.1")
+    dialling.clock.advance(ATTEMPT_DELAY)
+    assert [host for host, endpoint in dialling.network.endpoints.items() if endpoint.tried] == [
+        "2001:db8::1",
+        "192.0.2.1",
+    ]
+    dialling.deferred.cancel()
+
+
+def test_the_time_that_dialling_takes_is_bounded(world: World) -> None:
+    """Each broker's steps have their timeouts, and nothing waits beyond their sum."""
+    dialling = Dialling(world, "one.example", "two.example", dns=2, tcp=3, tls=4)
+    for host in ("one.example", "two.example"):
+        dialling.clock.advance(1.5)
+        dialling.resolved(host, f"{host}.1", f"{host}.2", f"{host}.3")
+        dialling.clock.pump([0.25] * 10)
+        dialling.connected(f"{host}.3")
+        dialling.clock.pump([0.25] * 16)
+    assert dialling.failure.reason is EndReason.TLS_TIMEOUT
+    assert dialling.clock.seconds() <= 2 * (2 + 3 + 4)
+
+
+@pytest.mark.parametrize("step", ["dns", "tcp", "tls"])
+def test_cancelling_at_any_step_leaves_nothing_behind(world: World, step: str) -> None:
+    """The device has gone: no attempt, no timer, no connection, and the session is not told a thing."""
+    dialling = Dialling(world, "one.example", "two.example")
+    upstream = None
+    if step != "dns":
+        dialling.resolved("one.example", "192.0.2.1", "192.0.2.2")
+        dialling.clock.advance(0.3)
+    if step == "tls":
+        upstream, broker = dialling.connected("192.0.2.1")
+        broker._take(transport_of(upstream).value(), transport_of(upstream))
+    dialling.deferred.cancel()
+    assert not dialling.clock.getDelayedCalls()
+    assert not dialling.session.calls
+    assert "two.example" not in dialling.network.names
+    if step == "tcp":
+        assert all(endpoint.cancelled for endpoint in dialling.network.endpoints.values())
+    if upstream is not None:
+        assert transport_of(upstream).aborted
+        upstream.connectionLost(Failure(error.ConnectionAborted()))
+
+
+def test_a_mistake_while_dialling_fails_only_that_session(world: World, logged_errors: list[dict[str, Any]]) -> None:
+    """The traceback is in the log."""
+    dialling = Dialling(world)
+    dialling.network.names["one.example"].callback(17)
+    assert dialling.session.named("fail") == ["TypeError"]
+    assert logged_errors.pop()["log_failure"].check(TypeError)
+
+
+def test_nobody_but_the_verified_broker_is_served(world: World) -> None:
+    """An upstream that breaks in its handshake never meets the session."""
+    dialling = Dialling(world)
+    dialling.resolved("one.example", "192.0.2.1")
+    upstream, _ = dialling.connected("192.0.2.1")
+    upstream.connectionLost(DONE)
+    assert dialling.failure.reason is EndReason.TLS_CLOSED
+    assert not dialling.session.named("upstream_verified")
