@@ -55,8 +55,8 @@ class TLSChannel:
     """One TLS connection to one broker, client side.
 
     `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
-    came.  `presented` is the broker's certificate as soon as OpenSSL has looked at it, verified or not: for people who
-    want to know why it was refused.
+    came.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that VERIFIED asks
+    for.
     """
 
     __slots__ = (
@@ -71,7 +71,6 @@ class TLSChannel:
         "_partial_header",
         "_policy",
         "peer",
-        "presented",
         "received_close",
         "state",
     )
@@ -88,7 +87,6 @@ class TLSChannel:
         # How much may wait in OpenSSL to be sent, in bytes; 0 if nothing does.
         self._outgoing_size = 0
         self.peer: Peer | None = None
-        self.presented: x509.Certificate | None = None
         self.received_close = False
         self.state = ChannelState.HANDSHAKING
         self._connection = SSL.Connection(policy.context, None)
@@ -96,6 +94,24 @@ class TLSChannel:
         if identity.sni is not None:
             self._connection.set_tlsext_host_name(identity.sni)
         self._connection.set_connect_state()
+
+    @property
+    def approved(self) -> bool:
+        """Whether chain and identity were approved."""
+        return self._approved
+
+    def sent_chain(self) -> list[x509.Certificate]:
+        """Return what the broker sent, its own certificate first, verified or not: for people who want to know why.
+
+        Raises what `cryptography` raises for certificates that it cannot read.
+        """
+        return [certificate.to_cryptography() for certificate in self._connection.get_peer_cert_chain() or []]
+
+    def agreed(self) -> tuple[str, str, str]:
+        """Return the TLS version, the cipher and the application protocol that the handshake agreed on."""
+        connection = self._connection
+        alpn = connection.get_alpn_proto_negotiated().decode("ascii", "backslashreplace")
+        return connection.get_protocol_version_name(), connection.get_cipher_name() or "", alpn
 
     def start(self) -> None:
         """Begin the handshake; `outgoing` then holds the ClientHello."""
@@ -231,14 +247,11 @@ class TLSChannel:
         Its own verdict is never overruled.  The identity is judged here too, so that a wrong broker gets an alert in
         place of the handshake's end.
         """
-        if depth == 0:
-            self.presented = certificate.to_cryptography()
         if not accepted:
             self._failure = self._failure or verification_failure(error, depth)
             return False
         if depth == 0:
-            assert self.presented is not None  # noqa: S101  set above; narrows the type
-            self._matched = self._identity.match(self.presented)
+            self._matched = self._identity.match(certificate.to_cryptography())
             self._approved = True
         return True
 
@@ -260,7 +273,7 @@ class TLSChannel:
         matched = self._identity.match(leaf)
         if matched != self._matched:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the certificate changed during the handshake")
-        alpn = connection.get_alpn_proto_negotiated().decode("ascii", "backslashreplace")
+        tls_version, cipher, alpn = self.agreed()
         if self._policy.alpn and alpn not in self._policy.alpn:
             offered = ", ".join(self._policy.alpn)
             raise UpstreamFailure(EndReason.TLS_ALPN_MISMATCH, f"offered {offered}; the broker chose {alpn or 'none'}")
@@ -274,8 +287,8 @@ class TLSChannel:
             issuer=printable(leaf.issuer.rfc4514_string()),
             matched_san=matched,
             not_after=leaf.not_valid_after_utc,
-            tls_version=connection.get_protocol_version_name(),
-            cipher=connection.get_cipher_name() or "",
+            tls_version=tls_version,
+            cipher=cipher,
             alpn=printable(alpn),
         )
 

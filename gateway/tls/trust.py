@@ -111,7 +111,7 @@ def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
     if tls.ca_dir is not None:
         before = len(roots)
         try:
-            files = sorted(path for path in tls.ca_dir.iterdir() if path.suffix in {".pem", ".crt", ".cer"})
+            files = ca_dir_files(tls.ca_dir)
         except OSError as error:
             problems.append(f"tls.ca_dir: {tls.ca_dir}: {error.strerror}")
             files = []
@@ -120,6 +120,11 @@ def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
         if len(roots) == before and not problems:
             problems.append(f"tls.ca_dir: {tls.ca_dir} holds no certificate (*.pem, *.crt or *.cer)")
     return tuple(roots), problems
+
+
+def ca_dir_files(directory: Path) -> list[Path]:
+    """Return the files of a `ca_dir` that are read.  Raises `OSError`."""
+    return sorted(path for path in directory.iterdir() if path.suffix in {".pem", ".crt", ".cer"})
 
 
 def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
@@ -209,18 +214,23 @@ def spki_pin(certificate: x509.Certificate) -> bytes:
     return sha256(_spki(certificate.public_key())).digest()
 
 
+def platform_bundle() -> Path:
+    """Return the file with the platform's roots.  Raises `ValueError` if there is none."""
+    paths = ssl.get_default_verify_paths()
+    candidates = (paths.cafile, *_PLATFORM_BUNDLES)
+    bundle = next((Path(path) for path in candidates if path and Path(path).is_file()), None)
+    if bundle is None:
+        raise ValueError("this machine has no bundle of root certificates; install ca-certificates or set tls.ca_file")
+    return bundle
+
+
 @cache
 def platform_roots() -> tuple[x509.Certificate, ...]:
     """Return the platform's roots, for the second opinion; OpenSSL itself reads them from the same place.
 
     Raises `OSError` or `ValueError` if there are none to be read, which refuses the session that asked.
     """
-    paths = ssl.get_default_verify_paths()
-    candidates = (paths.cafile, *_PLATFORM_BUNDLES)
-    bundle = next((Path(path) for path in candidates if path and Path(path).is_file()), None)
-    if bundle is None:
-        raise ValueError("this machine has no bundle of root certificates; install ca-certificates or set tls.ca_file")
-    return tuple(read_certificates(bundle))
+    return tuple(read_certificates(platform_bundle()))
 
 
 def _spki(public_key: PublicKeyTypes) -> bytes:
