@@ -18,6 +18,9 @@ _ARGUMENTS = {  # in the order in which they may stand without a name
     "tcp6": ("port", "backlog", "interface"),
     "unix": ("address", "mode", "backlog", "lockfile"),
 }
+# How many connections the kernel keeps until they are accepted (it has a limit of its own, net.core.somaxconn).  When
+# all devices come back at once, Twisted's 50 make most of them wait a second or more to try again.
+_BACKLOG = 1024
 _REFUSED = {
     "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
     "tls": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
@@ -26,7 +29,7 @@ _REFUSED = {
 
 
 def describe_endpoint(text: str) -> str:
-    r"""Give the Twisted description: `1883` is `tcp:port=1883`, `[::1]:1883` is `tcp:port=1883:interface=\:\:1`.
+    r"""Give the Twisted description: `[::1]:1883` is `tcp:port=1883:backlog=1024:interface=\:\:1`.
 
     Port 0 lets the system choose. Raises ValueError with the reason.
     """
@@ -34,7 +37,7 @@ def describe_endpoint(text: str) -> str:
     if short is None or short["host"] in (*_ARGUMENTS, *_REFUSED):
         _check_description(text)
         return text
-    description = f"tcp:port={_port(short['port'])}"
+    description = f"tcp:port={_port(short['port'])}:backlog={_BACKLOG}"
     return f"{description}:interface={_escaped(_interface(short['host']))}" if short["host"] else description
 
 

@@ -1,0 +1,340 @@
+"""What is logged about sessions: every field, one line that nobody can forge, few lines in a storm, and no secret."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from io import StringIO
+from typing import Any
+
+import attrs
+import pytest
+from twisted.internet.task import Clock
+from twisted.logger import LogLevel, formatEvent, globalLogPublisher, jsonFileLogObserver
+
+from gateway.errors import EndReason
+from gateway.ops.journal import FULL_RECORDS, WINDOW, Journal
+from gateway.record import SessionRecord
+from tests import mqtt_packets as mqtt
+from tests.facts import PEER
+from tests.harness import Broker, BrokerConnection, Device, RunningGateway, accept_session
+
+RECORD = SessionRecord(
+    number=7,
+    device_address="192.168.1.9:40123",
+    started=100.0,
+    listener="hall 3",
+    client_identifier="pump-3",
+    protocol_version="5.0",
+    upstream="broker.example:8883",
+    upstream_address="192.0.2.1:8883",
+    peer=PEER,
+    connect_seconds=0.001,
+    dns_seconds=0.002,
+    tcp_seconds=0.003,
+    tls_seconds=0.004,
+    connack_seconds=0.005,
+    duration=3.5,
+    bytes_up=1000,
+    bytes_down=2000,
+    packets_up=10,
+    packets_down=20,
+    reason=EndReason.DEVICE_LOST,
+    detail="closed",
+)
+
+# Who, by which way, to whom, how long each step took, how much passed, and why it ended.
+FIELDS = {
+    "session": 7,
+    "device_address": "192.168.1.9:40123",
+    "listener": "hall 3",
+    "client_identifier": "pump-3",
+    "protocol_version": "5.0",
+    "upstream": "broker.example:8883",
+    "upstream_address": "192.0.2.1:8883",
+    "subject": "CN=broker",
+    "matched_san": "DNS:broker.example",
+    "issuer": "CN=Test CA",
+    "not_after": "2030-01-02T00:00:00+00:00",
+    "tls_version": "TLSv1.3",
+    "cipher": "TLS_AES_256_GCM_SHA384",
+    "connect_seconds": 0.001,
+    "dns_seconds": 0.002,
+    "tcp_seconds": 0.003,
+    "tls_seconds": 0.004,
+    "connack_seconds": 0.005,
+    "duration": 3.5,
+    "bytes_up": 1000,
+    "bytes_down": 2000,
+    "packets_up": 10,
+    "packets_down": 20,
+    "reason": "device-lost",
+    "detail": "closed",
+}
+
+
+@pytest.fixture
+def events() -> Iterator[list[dict[str, Any]]]:
+    """Every event that is logged while the test runs."""
+    seen: list[dict[str, Any]] = []
+    globalLogPublisher.addObserver(seen.append)
+    yield seen
+    globalLogPublisher.removeObserver(seen.append)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def journal(clock: Clock) -> Journal:
+    return Journal(clock.seconds)
+
+
+def unfinished(reason: EndReason = EndReason.TCP_REFUSED, **fields: Any) -> SessionRecord:
+    """A session that never stood."""
+    return attrs.evolve(RECORD, peer=None, connack_seconds=None, reason=reason, **fields)
+
+
+def lines(events: list[dict[str, Any]]) -> list[str]:
+    return [formatEvent(event) for event in events]
+
+
+def test_both_records_carry_every_field(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """Under its own name, as a plain value, the broker's facts beside the others."""
+    journal.session_started(attrs.evolve(RECORD, reason=None, duration=None, detail=""))
+    journal.session_ended(RECORD)
+    start, end = events
+    assert (start["event"], end["event"]) == ("session-start", "session-end")
+    assert {name: end[name] for name in FIELDS} == FIELDS
+    at_start = FIELDS | {"reason": None, "duration": None, "detail": ""}
+    assert {name: start[name] for name in FIELDS} == at_start
+
+
+def test_records_are_json(journal: Journal) -> None:
+    """Twisted's JSON observer writes each field as it is, with no object among them."""
+    written = StringIO()
+    observer = jsonFileLogObserver(written, recordSeparator="")
+    globalLogPublisher.addObserver(observer)
+    journal.session_ended(RECORD)
+    globalLogPublisher.removeObserver(observer)
+    parsed = json.loads(written.getvalue())
+    assert {name: parsed[name] for name in FIELDS} == FIELDS
+
+
+def test_a_line_tells_a_person_what_matters(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """Who, where to, verified as what, how long, how much, and why it ended."""
+    journal.session_started(RECORD)
+    journal.session_ended(RECORD)
+    journal.session_ended(unfinished())
+    start, end, failed = lines(events)
+    for part in ("session 7", "192.168.1.9:40123", '"pump-3"', "MQTT 5.0", "DNS:broker.example", "TLSv1.3", "tls 4 ms"):
+        assert part in start
+    for part in ("session 7", "device-lost", "closed", "10 packets 1000 bytes", "20 packets 2000 bytes", "3.5 s"):
+        assert part in end
+    for part in ("tcp-refused", "broker.example:8883", EndReason.TCP_REFUSED.remedy):
+        assert part in failed
+
+
+@pytest.mark.parametrize(
+    ("record", "level"),
+    [
+        (RECORD, LogLevel.info),
+        (unfinished(), LogLevel.warn),
+        (unfinished(EndReason.GATEWAY_STOPPING), LogLevel.info),
+    ],
+)
+def test_what_needs_attention_is_a_warning(
+    journal: Journal, events: list[dict[str, Any]], record: SessionRecord, level: Any
+) -> None:
+    """A session that could not stand is; one that stood and ended is not."""
+    journal.session_ended(record)
+    assert events[0]["log_level"] is level
+
+
+def test_a_mistake_of_the_gateway_is_an_error(
+    journal: Journal, events: list[dict[str, Any]], logged_errors: list[dict[str, Any]]
+) -> None:
+    """Also when the session stood."""
+    journal.session_ended(attrs.evolve(RECORD, reason=EndReason.INTERNAL_ERROR))
+    assert events[0]["log_level"] is LogLevel.error
+    logged_errors.clear()
+
+
+def test_a_storm_is_a_handful_of_lines_and_a_summary(
+    journal: Journal, clock: Clock, events: list[dict[str, Any]]
+) -> None:
+    """A thousand failures of one cause; another cause among them is not lost."""
+    for number in range(1000):
+        journal.session_ended(unfinished(number=number))
+    journal.session_ended(unfinished(EndReason.DNS_FAILED))
+    assert len(events) == FULL_RECORDS + 1
+    assert "dns-failed" in lines(events)[-1]
+    clock.advance(WINDOW - 1)
+    journal.sweep()
+    assert len(events) == FULL_RECORDS + 1
+    clock.advance(1)
+    journal.sweep()
+    (summary,) = events[FULL_RECORDS + 1 :]
+    assert (summary["event"], summary["count"], summary["reason"]) == ("records-withheld", 995, "tcp-refused")
+    assert f"995 more in the last 60 s: tcp-refused. {EndReason.TCP_REFUSED.meaning}" in lines(events)[-1]
+
+
+def test_after_a_window_the_first_failures_are_told_in_full_again(
+    journal: Journal, clock: Clock, events: list[dict[str, Any]]
+) -> None:
+    """And quiet windows say nothing."""
+    for _ in range(3):
+        journal.session_ended(unfinished())
+    clock.advance(WINDOW)
+    journal.sweep()
+    clock.advance(WINDOW)
+    journal.sweep()
+    assert len(events) == 3
+    for _ in range(FULL_RECORDS):
+        journal.session_ended(unfinished())
+    assert len(events) == 3 + FULL_RECORDS
+
+
+def test_a_storm_at_the_door_is_a_handful_of_lines_too(
+    journal: Journal, clock: Clock, events: list[dict[str, Any]]
+) -> None:
+    """With the address and the remedy."""
+    for number in range(1000):
+        journal.refused(EndReason.NETWORK_NOT_ALLOWED, f"8.8.8.8:{number}")
+    assert len(events) == FULL_RECORDS
+    assert lines(events)[0].startswith("8.8.8.8:0 not let in: network-not-allowed. Add its network")
+    clock.advance(WINDOW)
+    journal.sweep()
+    assert events[-1]["count"] == 995
+
+
+def test_sessions_that_stood_are_always_recorded(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """A thousand devices that vanish are a thousand facts."""
+    for number in range(100):
+        journal.session_ended(attrs.evolve(RECORD, number=number))
+    assert len(events) == 100
+
+
+HOSTILE = "a\nsession 8 10.0.0.1 is connected\r\x1b[2J\x1b]0;x\x07\u202egnp.exe\u2028\x85\ud800\x00{line}\\n"
+
+
+def test_a_hostile_client_identifier_cannot_forge_a_line(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """No new line, no escape sequence, no reversed text, no format: each is shown as what it is."""
+    for record in (RECORD, unfinished()):
+        hostile = attrs.evolve(record, client_identifier=HOSTILE, detail=HOSTILE)
+        journal.session_started(hostile)
+        journal.session_ended(hostile)
+    assert len(events) == 4
+    for line in lines(events):
+        assert line.isprintable()
+        assert r"a\nsession 8" in line
+        assert r"\x1b[2J" in line
+        assert r"\u202egnp" in line
+        assert r"{line}\\n" in line
+    assert events[0]["client_identifier"] == HOSTILE
+
+
+def test_a_long_client_identifier_does_not_flood_the_log(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """MQTT allows 65,535 bytes of it."""
+    journal.session_ended(attrs.evolve(RECORD, client_identifier="x" * 65535, detail="y" * 65535))
+    assert len(lines(events)[0]) < 1000
+
+
+SECRETS = ("hunter2-password", "payload-of-the-will", "payload-up", "payload-down", "saslsecret")
+
+
+def shown(events: list[dict[str, Any]]) -> str:
+    """All that an observer can get out of events: lines, fields, tracebacks."""
+    return "\n".join(formatEvent(event) + repr(event) + str(event.get("log_failure", "")) for event in events)
+
+
+def test_no_secret_reaches_a_log(
+    start_gateway: Callable[..., RunningGateway], start_broker: Callable[..., Broker], events: list[dict[str, Any]]
+) -> None:
+    """Passwords, Wills, payloads and authentication data are in no event of a run with all kinds of ends."""
+
+    def serve(connection: BrokerConnection) -> None:
+        packet = connection.read_packet()
+        if b"refused" in packet:
+            connection.send(mqtt.connack(version=5, code=0x86))
+        elif b"garbage" in packet:
+            connection.send(b"payload-down")
+        else:
+            connection.send(mqtt.connack(version=5) + mqtt.publish(payload=b"payload-down", version=5))
+            if b"disconnected" in packet:
+                connection.send(mqtt.disconnect(code=0x8E))
+            connection.read_to_end()
+
+    gateway = start_gateway(upstream=start_broker(serve=serve).port)
+    credentials: dict[str, Any] = {
+        "version": 5,
+        "username": "user",
+        "password": b"hunter2-password",
+        "will_topic": "will",
+        "will_payload": b"payload-of-the-will",
+        "properties": mqtt.text(0x15, "SASL") + b"\x16" + mqtt.binary(b"saslsecret"),
+    }
+    endings: dict[str, bytes] = {
+        "well": mqtt.publish(payload=b"payload-up", version=5) + mqtt.disconnect(),
+        "malformed": mqtt.publish(payload=b"payload-up", version=5) + b"\x00payload-up",
+        "lost": mqtt.publish(payload=b"payload-up", version=5)[:-1],
+        "refused": b"",
+        "garbage": b"",
+        "disconnected": b"",
+    }
+    for name, ending in endings.items():
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect(name, **credentials))
+            if ending:
+                assert device.read(5) == mqtt.connack(version=5)
+                device.send(ending)
+            if name == "lost":
+                device.close()
+            else:
+                device.read_to_end()
+    for broken in (
+        mqtt.connect(**credentials, extra=b"hunter2-password"),
+        mqtt.connect(**credentials, flags=0xFF),
+        mqtt.connect(**credentials, name=b"hunter"),
+        mqtt.connect(**credentials, level=9),
+    ):
+        with Device(gateway.port) as device:
+            device.send(broken)
+            device.read_to_end()
+    gateway.wait_ended(len(endings) + 4)
+    gateway.wait_empty()
+    assert len({record.reason for record in gateway.ended}) >= 7
+    everything = shown(events) + repr(gateway.ended)
+    assert "malformed-packet" in everything
+    for secret in SECRETS:
+        assert secret not in everything
+
+
+def test_no_secret_reaches_a_traceback(
+    start_gateway: Callable[..., RunningGateway],
+    start_broker: Callable[..., Broker],
+    events: list[dict[str, Any]],
+    logged_errors: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when the gateway makes a mistake while it holds them."""
+    gateway = start_gateway(upstream=start_broker(serve=accept_session).port)
+
+    def mistake(session: Any, *_: object) -> None:
+        raise ZeroDivisionError
+
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect(username="u", password=b"hunter2-password"))
+        assert device.read(4) == mqtt.connack()
+        monkeypatch.setattr("gateway.session.Session._relay_up", mistake)
+        device.send(mqtt.publish(payload=b"payload-up"))
+        assert device.read_to_end() == b""
+    assert gateway.wait_ended().reason is EndReason.INTERNAL_ERROR
+    gateway.wait_empty()
+    everything = shown(events)
+    assert "ZeroDivisionError" in everything
+    for secret in SECRETS:
+        assert secret not in everything
+    logged_errors.clear()
