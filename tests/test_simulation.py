@@ -1,0 +1,374 @@
+"""The simulation: seeds find nothing wrong with the gateway, and find what is made wrong with it on purpose.
+
+`SIMULATION_SEEDS` says how many seeds are run (default 1000).  A seed that fails is printed with the command that runs
+it alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gateway.errors import SessionEnd
+from gateway.mqtt.framer import Framer
+from gateway.policy.admission import Doorkeeper
+from gateway.race import _Race
+from gateway.session import Session, State
+from gateway.side import RelaySide
+from gateway.tls import channel
+from gateway.tls.channel import ChannelState, TLSChannel
+from gateway.tls.identity import Identity
+from gateway.upstream import Dialler, Peer, UpstreamProtocol
+from tests import mqtt_packets as mqtt
+from tests.simulation.identities import Identities
+from tests.simulation.run import report, run
+from tests.simulation.world import simulate
+
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "1000"))
+# Within so many seeds each mutant must be found.
+MUTANT_SEEDS = 400
+
+
+@pytest.fixture(scope="module")
+def identities(tmp_path_factory: pytest.TempPathFactory) -> Identities:
+    """Return the brokers' certificates."""
+    return Identities(tmp_path_factory.mktemp("simulation"))
+
+
+def test_no_seed_finds_anything(identities: Identities) -> None:
+    """Whatever the network, the devices and the brokers do, the invariants hold and nothing is left behind."""
+    failed = [report(outcome) for outcome in run(range(SEEDS), identities) if outcome.violations]
+    assert not failed, "\n".join(failed)
+
+
+def test_a_seed_is_the_same_each_time(identities: Identities) -> None:
+    """What a seed finds can be found again: the traces of two runs are equal, line by line."""
+    for seed in range(25):
+        first, second = simulate(seed, identities), simulate(seed, identities)
+        assert first.trace == second.trace
+        assert first.steps == second.steps
+
+
+def test_seeds_differ(identities: Identities) -> None:
+    """A simulation that does the same for every seed would find nothing either."""
+    assert len({tuple(outcome.trace) for outcome in run(range(25), identities)}) == 25
+
+
+Mutate = Callable[[pytest.MonkeyPatch], None]
+MUTANTS: dict[str, tuple[set[str], Mutate]] = {}
+
+
+def mutant(*oracles: str) -> Callable[[Mutate], Mutate]:
+    """Register a way to break the gateway, and the oracles of which one must notice it first."""
+
+    def register(mutate: Mutate) -> Mutate:
+        MUTANTS[mutate.__name__] = (set(oracles), mutate)
+        return mutate
+
+    return register
+
+
+@mutant("verified", "truth")
+def any_name_will_do(patch: pytest.MonkeyPatch) -> None:
+    """The certificate's names are not looked at."""
+    patch.setattr(Identity, "match", lambda *_: "DNS:any")
+
+
+@mutant("verified", "truth")
+def any_chain_will_do(patch: pytest.MonkeyPatch) -> None:
+    """OpenSSL's verdict on the chain is overruled."""
+    judge = TLSChannel.judge
+
+    def lenient(self: TLSChannel, certificate: Any, error: int, depth: int, accepted: bool) -> bool:
+        return judge(self, certificate, error, depth, True)
+
+    patch.setattr(TLSChannel, "judge", lenient)
+
+
+@mutant("verified")
+def connect_waits_in_the_channel(patch: pytest.MonkeyPatch) -> None:
+    """CONNECT is given to the channel before it is verified, which keeps it until then."""
+    made, send, handshake = UpstreamProtocol.connectionMade, TLSChannel.send, TLSChannel._handshake
+    kept: dict[int, bytes] = {}
+
+    def connection_made(self: UpstreamProtocol) -> None:
+        made(self)
+        # Who waits for the handshake is told at once that it is done.
+        self.transport.reactor.callLater(0.0, self.verified.callback, None)
+
+    def keep(self: TLSChannel, plaintext: bytes) -> None:
+        if self.state is ChannelState.HANDSHAKING:
+            kept[id(self)] = kept.get(id(self), b"") + plaintext
+        else:
+            send(self, plaintext)
+
+    def flush(self: TLSChannel) -> bool:
+        done = handshake(self)
+        if done:
+            send(self, kept.pop(id(self), b""))
+        return done
+
+    patch.setattr(UpstreamProtocol, "connectionMade", connection_made)
+    patch.setattr(TLSChannel, "send", keep)
+    patch.setattr(TLSChannel, "_handshake", flush)
+
+
+@mutant("truth", "end-to-end")
+def accepts_in_the_brokers_name(patch: pytest.MonkeyPatch) -> None:
+    """The device gets CONNACK before the broker has answered."""
+    verified = UpstreamProtocol.serve
+
+    def serve(self: UpstreamProtocol, session: Session, device: Any, peer: Peer) -> None:
+        assert session._connect is not None
+        device.write(mqtt.connack(version=session._connect.version))
+        verified(self, session, device, peer)
+
+    patch.setattr(UpstreamProtocol, "serve", serve)
+
+
+@mutant("truth")
+def says_nothing_when_there_is_no_upstream(patch: pytest.MonkeyPatch) -> None:
+    """The device is closed without the CONNACK that says why."""
+    patch.setattr(Session, "_farewell", lambda *_: b"")
+
+
+@mutant("truth", "end-to-end")
+def refuses_in_the_wrong_version(patch: pytest.MonkeyPatch) -> None:
+    """Every device gets the CONNACK of 3.x."""
+    farewell = Session._farewell
+    patch.setattr(Session, "_farewell", lambda *arguments: farewell(*arguments) and b"\x20\x02\x00\x03")
+
+
+@mutant("truth", "loss", "end-to-end")
+def closes_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Both sides close without reading on, so that unread bytes make the kernel send RST."""
+
+    def finish(self: RelaySide) -> None:
+        if not self._closing and not self._lost:
+            self._closing = True
+            self.transport.unregisterProducer()
+            self.transport.loseConnection()
+
+    patch.setattr(RelaySide, "finish", finish)
+
+
+@mutant("end-to-end")
+def acknowledges_in_the_brokers_name(patch: pytest.MonkeyPatch) -> None:
+    """A PUBLISH with QoS 1 is acknowledged by the gateway."""
+    relay_up = Session._relay_up
+
+    def acknowledging(self: Session, data: bytes) -> None:
+        relay_up(self, data)
+        if data[:1] == b"\x32" and self._state is State.RELAYING:
+            self._device.write(mqtt.acknowledgement(0x40))
+
+    patch.setattr(Session, "_relay_up", acknowledging)
+
+
+@mutant("end-to-end")
+def writes_into_the_middle_of_a_packet(patch: pytest.MonkeyPatch) -> None:
+    """A 5.0 device gets DISCONNECT while a packet is half relayed."""
+    patch.setattr(Framer, "at_boundary", property(lambda _: True))
+
+
+@mutant("end-to-end")
+def passes_what_breaks_the_rules(patch: pytest.MonkeyPatch) -> None:
+    """Bytes go past the framer."""
+
+    def relay_up(self: Session, data: bytes) -> None:
+        if self._upstream is not None:
+            self._heard = True
+            self._upstream.write(data)
+
+    patch.setattr(Session, "_relay_up", relay_up)
+
+
+@mutant("loss", "end-to-end")
+def says_goodbye_for_a_lost_device(patch: pytest.MonkeyPatch) -> None:
+    """A device that vanished is passed on as one that sent DISCONNECT."""
+    device_gone = Session.device_gone
+
+    def gone(self: Session, detail: str) -> None:
+        if self._state is State.RELAYING and self._upstream is not None:
+            self._upstream.write(mqtt.disconnect())
+        device_gone(self, detail)
+
+    patch.setattr(Session, "device_gone", gone)
+
+
+@mutant("loss", "end-to-end")
+def cuts_the_upstream_off(patch: pytest.MonkeyPatch) -> None:
+    """The upstream ends by RST, and DISCONNECT with it."""
+    patch.setattr(UpstreamProtocol, "close", RelaySide.abort)
+
+
+@mutant("hold")
+def passes_on_before_connack(patch: pytest.MonkeyPatch) -> None:
+    """What the device sent behind CONNECT goes out with it."""
+    verified = Session.upstream_verified
+
+    def upstream_verified(self: Session, upstream: Any, peer: Peer) -> None:
+        verified(self, upstream, peer)
+        if self._state is State.WAIT_CONNACK:
+            upstream.write(self._device_reader.take_rest())
+
+    patch.setattr(Session, "upstream_verified", upstream_verified)
+
+
+@mutant("memory")
+def reads_on_while_dialling(patch: pytest.MonkeyPatch) -> None:
+    """The device is read while there is no upstream yet."""
+    patch.setattr(RelaySide, "hold", lambda _: None)
+
+
+@mutant("memory")
+def knows_no_backpressure(patch: pytest.MonkeyPatch) -> None:
+    """A slow reader on one side does not stop the reading on the other."""
+    patch.setattr(RelaySide, "link", lambda *_: None)
+
+
+@mutant("end-to-end", "liveness")
+def stays_choked(patch: pytest.MonkeyPatch) -> None:
+    """A side that was stopped is not read again."""
+    patch.setattr(RelaySide, "resumeProducing", lambda _: None)
+
+
+@mutant("one-upstream", "end-to-end")
+def tries_again_behind_the_devices_back(patch: pytest.MonkeyPatch) -> None:
+    """When the broker closes before CONNACK, CONNECT is sent to it once more."""
+    verified, broken = Session.upstream_verified, Session.upstream_broken
+    packets: dict[int, Any] = {}
+
+    def upstream_verified(self: Session, upstream: Any, peer: Peer) -> None:
+        packets.setdefault(self.record.number, self._connect_packet)
+        verified(self, upstream, peer)
+
+    def upstream_broken(self: Session, failure: SessionEnd) -> None:
+        packet = packets.pop(self.record.number, None)
+        if self._state is State.WAIT_CONNACK and packet is not None:
+            self._device.transport.unregisterProducer()
+            self._state, self._connect_packet = State.DIALLING, packet
+            self._dialling = self._dial(self)
+        else:
+            broken(self, failure)
+
+    patch.setattr(Session, "upstream_verified", upstream_verified)
+    patch.setattr(Session, "upstream_broken", upstream_broken)
+
+
+@mutant("secrets")
+def logs_the_connect(patch: pytest.MonkeyPatch) -> None:
+    """The record's detail quotes CONNECT."""
+    write_record = Session._write_record
+
+    def write(self: Session, reason: Any, detail: str) -> None:
+        write_record(self, reason, f"{detail} {self._connect and self._connect.password!r}")
+
+    patch.setattr(Session, "_write_record", write)
+
+
+@mutant("liveness")
+def forgets_to_let_a_session_go(patch: pytest.MonkeyPatch) -> None:
+    """The end of the upstream's connection is not looked at."""
+    patch.setattr(Session, "upstream_gone", lambda _: None)
+
+
+@mutant("liveness")
+def forgets_to_count_out(patch: pytest.MonkeyPatch) -> None:
+    """Sessions are counted in, and never out."""
+    patch.setattr(Doorkeeper, "leave", lambda *_: None)
+
+
+@mutant("liveness")
+def keeps_no_keep_alive(patch: pytest.MonkeyPatch) -> None:
+    """A silent device is not noticed."""
+    sweep = Session.sweep
+
+    def lenient(self: Session, now: float) -> None:
+        self._heard = True
+        sweep(self, now)
+
+    patch.setattr(Session, "sweep", lenient)
+
+
+@mutant("liveness")
+def is_impatient(patch: pytest.MonkeyPatch) -> None:
+    """A device is taken for silent after its Keep Alive, not after one and a half times that."""
+    relay = Session._relay
+    patch.setattr(Session, "_relay", lambda self, keep_alive, *rest: relay(self, keep_alive * 0.5, *rest))
+
+
+@mutant("liveness")
+def dials_on_for_a_device_that_is_gone(patch: pytest.MonkeyPatch) -> None:
+    """The attempt to reach the upstream is not given up when its session ends, or the gateway."""
+    dial = Dialler.dial
+
+    def unstoppable(self: Dialler, session: Session, device: Any) -> Any:
+        dialling = dial(self, session, device)
+        dialling.cancel = lambda: None
+        return dialling
+
+    patch.setattr(Dialler, "dial", unstoppable)
+
+
+@mutant("liveness")
+def keeps_the_losers_of_the_race(patch: pytest.MonkeyPatch) -> None:
+    """Connections that were not needed stay open."""
+    patch.setattr(_Race, "_stop", lambda self: setattr(self, "_over", True))
+    patch.setattr(_Race, "_won", _won_without_abort)
+
+
+def _won_without_abort(self: Any, protocol: Any, attempt: Any) -> None:
+    self._running.remove(attempt)
+    if not self._over:
+        self._stop()
+        self._result.callback(protocol)
+
+
+@mutant("liveness")
+def tries_the_first_upstream_only(patch: pytest.MonkeyPatch) -> None:
+    """There is no failover."""
+    dial = Dialler._dial
+
+    async def first_only(self: Dialler, session: Session, device: Any) -> None:
+        self._targets = self._targets[:1]
+        await dial(self, session, device)
+
+    patch.setattr(Dialler, "_dial", first_only)
+
+
+@mutant("liveness")
+def waits_for_connack_forever(patch: pytest.MonkeyPatch) -> None:
+    """No deadline is kept but the keep-alive."""
+    patch.setattr(Session, "_deadline_passed", lambda _: None)
+
+
+@mutant("liveness")
+def has_callbacks_pile_up(patch: pytest.MonkeyPatch) -> None:
+    """The verification callback keeps its channels."""
+    kept: list[Any] = []
+    verify = channel._verify
+
+    def keep(connection: Any, *arguments: Any) -> bool:
+        kept.append(connection.get_app_data())
+        return verify(connection, *arguments)
+
+    patch.setattr(channel, "_verify", keep)
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_broken_gateway_is_found(
+    name: str, identities: Identities, monkeypatch: pytest.MonkeyPatch, logged_errors: list[dict[str, Any]]
+) -> None:
+    """A gateway that is broken in this way fails a seed, and by the oracle that watches for it."""
+    oracles, mutate = MUTANTS[name]
+    mutate(monkeypatch)
+    outcomes = run(range(MUTANT_SEEDS), identities)
+    violations = next((outcome.violations for outcome in outcomes if outcome.violations), [])
+    # What a broken gateway logs is expected.
+    logged_errors.clear()
+    assert violations, f"{MUTANT_SEEDS} seeds did not find it: {mutate.__doc__}"
+    assert oracles & {violation.oracle for violation in violations}, violations
