@@ -182,8 +182,12 @@ class TLSChannel:
             self._connection.do_handshake()
         except SSL.WantReadError:
             return False
+        except SSL.ZeroReturnError:
+            raise self._fail(UpstreamFailure(EndReason.TLS_CLOSED, "close_notify in the handshake")) from None
         except SSL.Error as error:
-            raise self._fail(self._failure or handshake_failure(_queue(error))) from None
+            raise self._fail(self._failure or handshake_failure(_queue(error), approved=self._approved)) from None
+        except Exception as error:  # noqa: BLE001  pyOpenSSL raises here what was raised in its callback
+            raise self._fail(_unexpected(error)) from None
         try:
             self.peer = self._confirm()
         except UpstreamFailure as failure:
@@ -229,7 +233,7 @@ class TLSChannel:
             self.received_close = True
         except SSL.Error as error:
             self._outgoing_size += _FLIGHT_SIZE
-            failure = handshake_failure(_queue(error))
+            failure = handshake_failure(_queue(error), approved=True)
             if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
                 # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that
                 # breaks a verified channel is a lost upstream.
@@ -348,4 +352,4 @@ def _queue(error: SSL.Error) -> list[object]:
 
 
 def _words(error: SSL.Error) -> str:
-    return handshake_failure(_queue(error)).detail
+    return handshake_failure(_queue(error), approved=True).detail

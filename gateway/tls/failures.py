@@ -14,6 +14,7 @@ from gateway.errors import EndReason, UpstreamFailure
 _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     2: (EndReason.TLS_UNTRUSTED_CHAIN, "the issuer's certificate is not to be found"),
     3: (EndReason.TLS_CRL_UNUSABLE, "there is no CRL of the issuer"),
+    5: (EndReason.TLS_CRL_UNUSABLE, "the CRL's signature cannot be read"),
     7: (EndReason.TLS_UNTRUSTED_CHAIN, "the signature is wrong"),
     8: (EndReason.TLS_CRL_UNUSABLE, "the CRL's signature is wrong"),
     9: (EndReason.TLS_NOT_YET_VALID, "not valid yet"),
@@ -38,6 +39,7 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     26: (EndReason.TLS_WRONG_PURPOSE, "not meant for a TLS server (extendedKeyUsage)"),
     32: (EndReason.TLS_UNTRUSTED_CHAIN, "an issuer may not sign certificates (keyUsage)"),
     33: (EndReason.TLS_CRL_UNUSABLE, "the CRL's issuer is not to be found"),
+    34: (EndReason.TLS_UNTRUSTED_CHAIN, "a critical extension is unknown"),
     35: (EndReason.TLS_CRL_UNUSABLE, "the issuer may not sign CRLs (keyUsage)"),
     36: (EndReason.TLS_CRL_UNUSABLE, "the CRL has a critical extension that is unknown"),
     44: (EndReason.TLS_CRL_UNUSABLE, "the CRL is for another scope"),
@@ -71,12 +73,8 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
 _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
     ("wrong version number", EndReason.TLS_NOT_TLS),
     ("http request", EndReason.TLS_NOT_TLS),
-    ("unknown protocol", EndReason.TLS_NOT_TLS),
-    ("packet length too long", EndReason.TLS_NOT_TLS),
-    ("record too small", EndReason.TLS_NOT_TLS),
-    ("bad record type", EndReason.TLS_NOT_TLS),
+    ("https proxy request", EndReason.TLS_NOT_TLS),
     ("unsupported protocol", EndReason.TLS_VERSION),
-    ("version too low", EndReason.TLS_VERSION),
     ("alert protocol version", EndReason.TLS_VERSION),
     ("no application protocol", EndReason.TLS_ALPN_MISMATCH),
     ("alert certificate required", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
@@ -87,10 +85,8 @@ _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
     ("alert certificate unknown", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
     ("alert unknown ca", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
     ("alert access denied", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
-    ("alert decrypt error", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
-    ("unexpected eof", EndReason.TLS_CLOSED),
-    ("key too small", EndReason.TLS_WEAK_CERTIFICATE),
-    ("md too weak", EndReason.TLS_WEAK_CERTIFICATE),
+    # Only when the verification refused and could not say why, since its own reason goes before OpenSSL's.
+    ("certificate verify failed", EndReason.TLS_VERIFICATION_ERROR),
 )
 
 
@@ -101,12 +97,18 @@ def verification_failure(code: int, depth: int) -> UpstreamFailure:
     return UpstreamFailure(reason, f"{whose}: {words} (OpenSSL error {code})")
 
 
-def handshake_failure(queue: Sequence[object]) -> UpstreamFailure:
-    """Return the failure for OpenSSL's error queue: pyOpenSSL's (library, function, reason)s or errno pair."""
+def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFailure:
+    """Return the failure for OpenSSL's error queue: pyOpenSSL's (library, function, reason)s or errno pair.
+
+    `approved` says whether the broker's certificate had been approved.  Then only the client certificate can make a
+    broker send the alert handshake_failure (RFC 5246 §7.4.6); before, it is ciphers or extensions.
+    """
     words = "; ".join(
         str(entry[2] or entry[0]) if isinstance(entry, tuple) and len(entry) == 3 else str(entry) for entry in queue
     )
     lowered = words.lower()
+    if approved and "alert handshake failure" in lowered:
+        return UpstreamFailure(EndReason.TLS_CLIENT_CERTIFICATE_REFUSED, words)
     for part, reason in _HANDSHAKE_ERRORS:
         if part in lowered:
             return UpstreamFailure(reason, words)
