@@ -62,12 +62,15 @@ class Server:
         *,
         maximum: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3,
         ciphers: str = "",
+        group: Path | None = None,
         client_ca: Certified | None = None,
     ) -> None:
         context = certified.server().context()
         context.maximum_version = maximum
         if ciphers:
             context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+        if group is not None:
+            context.load_dh_params(group)
         if client_ca is not None:
             context.verify_mode = ssl.CERT_REQUIRED
             context.load_verify_locations(cadata=client_ca.pem.decode())
@@ -498,6 +501,30 @@ def test_weak_ciphers_are_not_offered(tmp_path: Path, cipher: str) -> None:
         channel.receive(answer)
     assert caught.value.reason is EndReason.TLS_HANDSHAKE_FAILED
     assert "handshake failure" in caught.value.detail
+
+
+# The 1024-bit group of RFC 2409 §6.2, which many old servers are set up with.
+OAKLEY_GROUP_2 = bytes.fromhex(
+    "FFFFFFFFFFFFFFFFC90FDAA22168C234C4C6628B80DC1CD129024E088A67CC74020BBEA63B139B22514A08798E3404DD"
+    "EF9519B3CD3A431B302B0A6DF25F14374FE1356D6D51C245E485B576625E7EC6F44C42E9A637ED6B0BFF5CB6F406B7ED"
+    "EE386BFB5A899FA5AE9F24117C4B1FE649286651ECE65381FFFFFFFFFFFFFFFF"
+)
+
+
+def test_a_small_diffie_hellman_group_is_not_blamed_on_the_certificate(tmp_path: Path) -> None:
+    """A broker with a weak group fails in the handshake, and OpenSSL's words say that it is the group."""
+    # A SEQUENCE of two INTEGERs, the prime and the generator 2 (PKCS #3 §9).
+    parameters = b64encode(bytes.fromhex("308187028181 00") + OAKLEY_GROUP_2 + b"\x02\x01\x02")
+    pem = b"-----BEGIN DH PARAMETERS-----\n%b\n-----END DH PARAMETERS-----\n" % parameters
+    group = write(tmp_path / "dh.pem", pem)
+    root = certify_ca(key=rsa_key())
+    server = Server(
+        certify(root, key=rsa_key()), maximum=ssl.TLSVersion.TLSv1_2, ciphers="DHE-RSA-AES128-GCM-SHA256", group=group
+    )
+    policy = make_policy(TLS(ca_file=(write(tmp_path / "root.pem", root.pem),)))
+    failure = refused(TLSChannel(policy, LOCALHOST), server)
+    assert failure.reason is EndReason.TLS_HANDSHAKE_FAILED
+    assert "dh key too small" in failure.detail
 
 
 @BOTH_TLS_VERSIONS
