@@ -55,8 +55,8 @@ class TLSChannel:
     """One TLS connection to one broker, client side.
 
     `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
-    came.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that VERIFIED asks
-    for.
+    came.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that VERIFIED
+    asks for.
     """
 
     __slots__ = (
