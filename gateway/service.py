@@ -132,7 +132,11 @@ class Gateway:
     def _sweep(self) -> None:
         now = self._clock.seconds()
         for session in list(self.sessions):
-            session.sweep(now)
+            try:
+                session.sweep(now)
+            except Exception as error:  # noqa: BLE001  a mistake in one session must not end the deadlines of all
+                _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
+                session.fail(type(error).__name__)
         self.doorkeeper.sweep()
         self._journal.sweep()
 
