@@ -77,7 +77,7 @@ def _dns_name(text: str) -> str:
         mapped = text.lower() if text.isascii() else idna.uts46_remap(text, std3_rules=False)
         name = ".".join(_a_label(label, text) for label in mapped.removesuffix(".").split("."))
     except (idna.IDNAError, UnicodeError) as error:
-        raise ValueError(f"{quoted(text)} is no DNS name (IDNA: {printable(str(error))})") from None
+        raise ValueError(f"{quoted(text)} is no DNS name (IDNA: {printable(str(error), 80)})") from None
     if len(name) > 253:
         raise ValueError(f"{quoted(text)} is no DNS name: it has {len(name)} characters, above the maximum of 253")
     if _NUMBER.fullmatch(name.rpartition(".")[2]):
