@@ -72,6 +72,7 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
 # and 4.0 ("sslv3 alert bad certificate" became "ssl/tls alert bad certificate"), their endings did not.
 _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
     ("wrong version number", EndReason.TLS_NOT_TLS),
+    ("packet length too long", EndReason.TLS_NOT_TLS),  # OpenSSL 3.4 to 3.5.2 look at a record's length first
     ("http request", EndReason.TLS_NOT_TLS),
     ("https proxy request", EndReason.TLS_NOT_TLS),
     ("unsupported protocol", EndReason.TLS_VERSION),
