@@ -218,9 +218,9 @@ def passes_on_before_connack(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Session, "upstream_verified", upstream_verified)
 
 
-@mutant("memory")
+@mutant("memory", "truth")
 def reads_on_while_dialling(patch: pytest.MonkeyPatch) -> None:
-    """The device is read while there is no upstream yet."""
+    """The device is read while there is no upstream yet: its bytes pile up, or its FIN is taken for its end."""
     patch.setattr(RelaySide, "hold", lambda _: None)
 
 
