@@ -1,0 +1,125 @@
+"""The wheel, as a user gets it: installed into an environment of its own, with the sources out of reach.
+
+Needs the package index, which whoever runs this has just used to install pytest.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Broker, Device, eventually
+from tests.mqtt_packets import connect, publish
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = "twisted/plugins/mqtts_gateway_plugin.py"
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str | Path) -> str:
+    """Run a command from the root directory; return what it wrote, fail with it."""
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"{command} ended with {result.returncode}:\n{result.stdout}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the wheel, built from this tree."""
+    directory = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", directory, ROOT)
+    (built,) = directory.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of programs of a new environment that has nothing but the wheel and what it needs."""
+    environment = tmp_path_factory.mktemp("environment")
+    run(sys.executable, "-m", "venv", environment)
+    programs = environment / "bin"
+    run(programs / "python", "-m", "pip", "install", "--quiet", wheel)
+    return programs
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Return a function that starts a program from the root directory and returns the file with its output."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def starter(*command: str | Path) -> Path:
+        log = tmp_path / "log"
+        with log.open("wb") as output:
+            processes.append(subprocess.Popen(command, cwd="/", stdout=output, stderr=subprocess.STDOUT))
+        return log
+
+    yield starter
+    for process in processes:
+        process.terminate()
+        process.wait(20)
+
+
+def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(wheel: Path) -> None:
+    """No tests, no caches, no certificates; the configuration's template is there."""
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "gateway").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if ".dist-info/" not in name} == sources | {PLUGIN}
+    assert "gateway/config/template.toml" in names
+
+
+def test_pip_is_content(installed: Path) -> None:
+    """Everything that the wheel needs is there, in versions that get on."""
+    assert "No broken requirements found" in run(installed / "python", "-m", "pip", "check")
+
+
+def test_twistd_knows_the_gateway(installed: Path) -> None:
+    """From anywhere."""
+    assert re.search(r"^ +mqtts-gateway +\S", run(installed / "twistd", "--help"), re.MULTILINE)
+
+
+def test_it_relays_a_session(
+    installed: Path, start: Callable[..., Path], start_broker: Callable[..., Broker], ca_file: Path
+) -> None:
+    """CONNECT and PUBLISH reach the broker through its TLS, the broker's CONNACK the device."""
+    broker = start_broker()
+    log = start(
+        *(installed / "twistd", "--nodaemon", "--pidfile=", "mqtts-gateway", "--listen", "127.0.0.1:0"),
+        *("--upstream", f"localhost:{broker.port}", "--ca-file", str(ca_file)),
+    )
+    listening = re.compile(r"listening for plain MQTT on 127\.0\.0\.1:(\d+)")
+    port = int(eventually(lambda: listening.search(log.read_text()), f"it listens; it said {log.read_text()}")[1])
+    with Device(port) as device:
+        device.send(connect())
+        assert device.read(4) == b"\x20\x02\x00\x00"
+        device.send(publish(payload=b"21.5"))
+        eventually(lambda: broker.received == connect() + publish(payload=b"21.5"), "the broker has got both packets")
+
+
+def test_the_command_is_there(installed: Path) -> None:
+    """`mqtts-gateway` is on the environment's path and explains itself."""
+    assert "demo" in run(installed / "mqtts-gateway", "--help")
+
+
+def test_uninstalled_it_leaves_no_plugin(installed: Path) -> None:
+    """The last test: `twistd` knows nothing of it any more."""
+    run(installed / "python", "-m", "pip", "uninstall", "--quiet", "--yes", "mqtts-gateway")
+    assert "mqtts-gateway" not in run(installed / "twistd", "--help")
+    assert list(installed.parent.rglob(Path(PLUGIN).name)) == []
