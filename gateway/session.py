@@ -287,8 +287,9 @@ class Session:
         self._end(reason)
 
     def fail(self, detail: str) -> None:
-        """End the session because the gateway made a mistake; nothing more is sent to either side."""
-        self._end(EndReason.INTERNAL_ERROR, detail)
+        """End the session because the gateway made a mistake; no packet is sent to either side any more."""
+        # After a mistake nobody knows whether the device has half a packet, which a DISCONNECT would seem to go on.
+        self._end(EndReason.INTERNAL_ERROR, detail, answered=True)
         self.abort()
 
     def abort(self) -> None:

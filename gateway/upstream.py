@@ -6,6 +6,7 @@ In: a session that wants its broker.  Out: `Session.upstream_verified` with a si
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 from attrs import frozen
@@ -107,7 +108,9 @@ class UpstreamProtocol(RelaySide):
         except UpstreamFailure as failure:
             if self._session is not None:
                 self._session.upstream_broken(failure)
-        self._flush()
+        ciphertext = self._channel.outgoing()
+        if ciphertext:
+            self.transport.write(ciphertext)
 
     def close(self) -> None:
         """Send what is waiting, then close_notify and FIN."""
@@ -258,10 +261,10 @@ async def handshake(protocol: UpstreamProtocol, clock: IReactorTime, timeouts: T
 
 
 def shown_address(address: IAddress | None) -> str:
-    """Return an address as `host:port`, with brackets for IPv6."""
+    """Return an address as `host:port`, with brackets for IPv6; that of a UNIX socket as its path, if it has one."""
     host, port = getattr(address, "host", None), getattr(address, "port", None)
     if host is None:
-        return str(getattr(address, "name", "") or "local")
+        return os.fsdecode(getattr(address, "name", None) or "local")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

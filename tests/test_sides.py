@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 from twisted.internet import error
-from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.defer import CancelledError, Deferred, fail
 from twisted.internet.interfaces import IProtocol
 from twisted.internet.protocol import Protocol
@@ -325,6 +325,22 @@ def test_a_connection_that_ends_in_the_handshake_fails_the_wait(world: World, re
     upstream.connectionLost(reason)
     assert failures[0].value.reason is EndReason.TLS_CLOSED  # type: ignore[attr-defined]
     assert words in failures[0].value.detail  # type: ignore[attr-defined]
+
+
+def test_a_handshake_that_cannot_begin_is_a_refusal(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenSSL may refuse its own configuration as late as here."""
+    failure = UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, "no protocols available")
+
+    def start(channel: TLSChannel) -> None:
+        raise failure
+
+    monkeypatch.setattr(TLSChannel, "start", start)
+    upstream, transport, _ = world.upstream()
+    failures: list[Failure] = []
+    upstream.verified.addErrback(failures.append)
+    assert failures[0].value is failure
+    assert transport.disconnecting
+    upstream.connectionLost(DONE)
 
 
 def test_cancelling_the_wait_cuts_the_connection(world: World) -> None:
@@ -769,6 +785,8 @@ def test_an_address_is_not_looked_up(host: str) -> None:
     [
         (IPv4Address("TCP", "192.0.2.1", 1883), "192.0.2.1:1883"),
         (IPv6Address("TCP", "2001:db8::1", 1883), "[2001:db8::1]:1883"),
+        (UNIXAddress("/run/mqtt.sock"), "/run/mqtt.sock"),
+        (UNIXAddress(None), "local"),
         (None, "local"),
     ],
 )
