@@ -205,6 +205,31 @@ def test_a_refused_broker_gets_an_alert_and_nothing_else(policy: TLSPolicy, maxi
     assert channel.peer is None
 
 
+def raise_mistake(*_: object) -> str:
+    """Fail as code with a mistake in it does."""
+    raise ZeroDivisionError
+
+
+@BOTH_TLS_VERSIONS
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (Identity, "match", raise_mistake),
+        (TLSChannel, "judge", raise_mistake),
+        (SSL.Connection, "get_app_data", lambda *_: None),
+    ],
+    ids=["match raises", "judge raises", "no channel found"],
+)
+def test_a_mistake_in_the_callback_fails_the_handshake_itself(
+    policy: TLSPolicy, monkeypatch: pytest.MonkeyPatch, maximum: ssl.TLSVersion, owner: type, name: str, broken: object
+) -> None:
+    """The callback refuses on any exception, though a second look would follow: the broker sees no handshake's end."""
+    monkeypatch.setattr(owner, name, broken)
+    server = Server(maximum=maximum)
+    assert refused(TLSChannel(policy, LOCALHOST), server).reason is EndReason.TLS_VERIFICATION_ERROR
+    assert "alert" in str(server.error).lower()
+
+
 @pytest.mark.parametrize("end", [TLSChannel.close, TLSChannel.dispose])
 def test_nothing_can_be_sent_after_the_end(policy: TLSPolicy, end: Callable[[TLSChannel], None]) -> None:
     """A channel that was closed takes nothing more, in either direction."""
