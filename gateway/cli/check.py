@@ -1,0 +1,188 @@
+"""`mqtts-gateway check`: the way of a session, step by step, with what to do about each that fails.
+
+In: the flags of `twistd mqtts-gateway`.  Out: a report on stdout, and the exit status: 0, 1 if a step failed, 2 for
+warnings under --strict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Coroutine
+from datetime import UTC, datetime
+from typing import Any
+
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
+from twisted.internet.error import ReactorNotRunning
+from twisted.internet.protocol import Factory
+from twisted.python.failure import Failure
+
+from gateway.cli.certificates import now
+from gateway.cli.files import file_steps
+from gateway.cli.login import Login, make_login
+from gateway.cli.openssl import s_client_command
+from gateway.cli.probe import Probe, upstream_steps
+from gateway.cli.report import Report, Status, Step, TextView, complain
+from gateway.config import TLS, Config, Listener
+from gateway.errors import ConfigError
+from gateway.flags import CONFIG, FLAGS, config_from
+from gateway.listening import ListenFailed, listen
+from gateway.network import ReactorNetwork
+from gateway.tls.channel import make_policy
+from gateway.tls.identity import Identity
+from gateway.tls.trust import TLSPolicy
+from gateway.transport import RelayReactor
+from gateway.upstream import Target
+
+# Shortly before this version's release: no clock that is right shows less.
+_EARLIEST = datetime(2026, 10, 1, tzinfo=UTC)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of `check`."""
+    gateway = parser.add_argument_group("the gateway, as `twistd mqtts-gateway` takes it")
+    for flag in FLAGS:
+        text = flag.help.replace("%", "%%")
+        gateway.add_argument(flag.option, dest=flag.name, action="append", metavar=flag.value, help=text)
+    login = parser.add_argument_group("the session that is tried")
+    login.add_argument("--client-id", metavar="ID", help="its Client Identifier (default: one of its own)")
+    login.add_argument("--username", metavar="NAME", help="its user name (default: none)")
+    login.add_argument("--password-file", metavar="FILE", help="the file with its password (default: none)")
+    output = parser.add_argument_group("the report")
+    output.add_argument("--offline", action="store_true", help="leave out all that needs the broker")
+    output.add_argument("--quiet", action="store_true", help="show warnings and failures only")
+    output.add_argument("--json", action="store_true", help="one JSON document in place of lines")
+    output.add_argument("--strict", action="store_true", help="exit with status 2 if there are warnings")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Check, and report; return the exit status."""
+    try:
+        login = make_login(arguments.client_id, arguments.username, arguments.password_file)
+    except ValueError as error:
+        complain(str(error))
+        return 1
+    given = {flag.name: getattr(arguments, flag.name) or [] for flag in FLAGS}
+    view = TextView(sys.stdout, quiet=arguments.quiet)
+    report = Report((lambda _: None) if arguments.json else view.show)
+    from twisted.internet import reactor  # not at the top: it is chosen and installed by the first import
+
+    run_in_reactor(reactor, examine(reactor, given, None if arguments.offline else login, report))
+    if arguments.json:
+        print(report.as_json(quiet=arguments.quiet, strict=arguments.strict))
+    elif not arguments.quiet:
+        for command in report.commands:
+            print(command)
+    return report.exit_status(strict=arguments.strict)
+
+
+def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None]) -> None:
+    """Run a coroutine to its end.  Raises what it raises, and `KeyboardInterrupt` if the reactor was stopped before.
+
+    As `twisted.internet.task.react`, which however takes an interruption for success.
+    """
+    results: list[object] = []
+
+    def begin() -> None:
+        task = Deferred.fromCoroutine(coroutine)
+        reactor.addSystemEventTrigger("before", "shutdown", task.cancel)
+        task.addBoth(results.append)
+        task.addBoth(lambda _: stop())
+
+    def stop() -> None:
+        with contextlib.suppress(ReactorNotRunning):  # that is what it says while it stops, too
+            reactor.stop()
+
+    reactor.callWhenRunning(begin)
+    reactor.run()
+    result = results[0] if results else None
+    if isinstance(result, Failure):
+        if result.check(CancelledError):
+            raise KeyboardInterrupt
+        result.raiseException()
+
+
+async def examine(reactor: Any, given: dict[str, list[str]], login: Login | None, report: Report) -> None:
+    """Take all steps; without `login` those that need no broker."""
+    try:
+        config = config_from(given)
+    except ConfigError as error:
+        for problem in error.problems:
+            report.add(Step("configuration", Status.FAIL, problem))
+        _skip(["file", "listen"], "the configuration cannot be used", report)
+        report.add(_clock())
+        if login is not None:
+            _skip(upstream_steps(TLS()), "the configuration cannot be used", report)
+        return
+    source = given[CONFIG.name][0] if given[CONFIG.name] else "the flags"
+    counts = f"{_count(config.listen, 'listener')}, {_count(config.upstream, 'upstream')}"
+    report.add(Step("configuration", Status.PASS, f"{source}: {counts}"))
+    policy = _files(config, report)
+    relay = RelayReactor(reactor)
+    relay.start()
+    try:
+        for listener in config.listen:
+            report.add(await _listen(relay, listener))
+        report.add(_clock())
+        if login is None:
+            return
+        for upstream in config.upstream:
+            if policy is None:
+                _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
+                continue
+            target = Target(upstream, Identity.of(upstream.verify_name), policy)
+            await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add).run()
+            client_chain = policy.client is not None and len(policy.client.chain) > 1
+            report.commands.append(s_client_command(upstream, config.tls, client_chain=client_chain))
+    finally:
+        relay.stop()
+
+
+def _files(config: Config, report: Report) -> TLSPolicy | None:
+    """Look at the files, and make of them what sessions use: `None` if that cannot be made."""
+    failed = False
+    for step in file_steps(config.tls):
+        report.add(step)
+        failed = failed or step.status is Status.FAIL
+    try:
+        return make_policy(config.tls)
+    except ConfigError as error:
+        if not failed:
+            for problem in error.problems:
+                report.add(Step("file", Status.FAIL, problem))
+        return None
+
+
+async def _listen(reactor: Any, listener: Listener) -> Step:
+    endpoint = listener.endpoint
+    if endpoint.startswith("systemd:"):
+        return Step("listen", Status.SKIP, f"{endpoint}: systemd opens it and passes it on to the service")
+    try:
+        port = listen(reactor, listener, Factory())
+    except ListenFailed as error:
+        message = f"{endpoint}: {error.cause}"
+        if error.in_use:
+            remedy = f"If that is the gateway itself, all is well; otherwise {error.remedy}."
+            return Step("listen", Status.WARN, message, remedy)
+        return Step("listen", Status.FAIL, message, error.remedy)
+    await maybeDeferred(port.stopListening)
+    return Step("listen", Status.PASS, f"{endpoint} can be listened on")
+
+
+def _clock() -> Step:
+    time = now()
+    message = f"{time:%Y-%m-%d %H:%M} UTC"
+    if time >= _EARLIEST:
+        return Step("clock", Status.PASS, message)
+    remedy = "Set it, by NTP for instance: certificates are judged by it."
+    return Step("clock", Status.FAIL, f"{message} is before this version was made", remedy)
+
+
+def _skip(names: list[str], why: str, report: Report, upstream: str = "") -> None:
+    for name in names:
+        report.add(Step(name, Status.SKIP, why, upstream=upstream))
+
+
+def _count(things: tuple[object, ...], kind: str) -> str:
+    return f"{len(things)} {kind}{'s' if len(things) > 1 else ''}"

@@ -1,0 +1,217 @@
+"""The files of a configuration, looked at one by one.
+
+In: the `[tls]` section.  Out: a `Step` for each file.
+
+A file that others may write is a FAIL: whoever can change it decides whom the gateway trusts, or what it shows.  A
+private key that others may read is a FAIL too: every account of the machine can pass for the gateway.  One that its
+group may read is a WARN, unless root owns it: root:SERVICE 0640 is how a key is usually handed to a service.
+"""
+
+from __future__ import annotations
+
+import getpass
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from gateway.cli.certificates import expiry, first_to_expire, is_ca, issuer, now, subject
+from gateway.cli.report import Status, Step
+from gateway.config import TLS
+from gateway.tls.trust import ca_dir_files, platform_bundle, read_certificates, read_crls, read_private_key
+
+_STEP = "file"
+_T = TypeVar("_T")
+
+
+def _whatever_it_holds(look: Callable[[Path, _T], Step]) -> Callable[[Path, _T], Step]:
+    """Make a function's failure to understand a file the step that says so."""
+
+    def step(path: Path, content: _T) -> Step:
+        try:
+            return look(path, content)
+        except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
+            return _step(Status.FAIL, path, f"holds a malformed certificate ({error})", "Have it issued anew.")
+
+    return step
+
+
+def file_steps(tls: TLS) -> Iterator[Step]:
+    """Look at each file that `tls` names."""
+    if tls.ca_file or tls.ca_dir is not None:
+        for path in tls.ca_file:
+            yield _roots(path)
+    else:
+        yield _platform_roots()
+    if tls.ca_dir is not None:
+        yield from _directory(tls.ca_dir)
+    if tls.client_cert is not None:
+        yield from _client(tls.client_cert, tls.client_key or tls.client_cert)
+    for path in tls.crl_file:
+        yield _crls(path)
+
+
+def _roots(path: Path) -> Step:
+    certificates = _read(path, read_certificates)
+    return certificates if isinstance(certificates, Step) else _roots_step(path, certificates)
+
+
+@_whatever_it_holds
+def _roots_step(path: Path, certificates: Sequence[x509.Certificate]) -> Step:
+    expired = [certificate for certificate in certificates if expiry(certificate)[0] is Status.FAIL]
+    if len(expired) == len(certificates):
+        return _step(Status.FAIL, path, f"no CA certificate is valid: {_dated(expired)}", "Fetch the CA's current one.")
+    if expired:
+        message = f"{len(expired)} of {_count(certificates)} not valid: {_dated(expired)}"
+        return _step(Status.WARN, path, message, "Take out what is not valid any more.")
+    others = [certificate for certificate in certificates if not is_ca(certificate)]
+    if others:
+        message = f"{subject(others[0])} is no CA certificate (basicConstraints)"
+        return _step(Status.WARN, path, message, "Name the CA, unless this is what the broker itself shows.")
+    message = f"{_count(certificates)}; {_dated(certificates)}"
+    status, _ = expiry(first_to_expire(certificates))
+    return _step(status, path, message, "Fetch the CA's next certificate in time." if status is Status.WARN else "")
+
+
+def _platform_roots() -> Step:
+    try:
+        bundle = platform_bundle()
+        # Counted, not parsed: these files hold old certificates that a parser complains of, and that is nobody's here.
+        count = bundle.read_bytes().count(b"-----BEGIN CERTIFICATE-----")
+    except (OSError, ValueError) as error:
+        return Step(_STEP, Status.FAIL, str(error), "Without roots no broker is trusted.")
+    return _step(Status.PASS, bundle, f"{count} certificates: the platform's, since neither ca_file nor ca_dir is set")
+
+
+def _directory(directory: Path) -> Iterator[Step]:
+    try:
+        files = ca_dir_files(directory)
+    except OSError as error:
+        yield _step(Status.FAIL, directory, f"cannot be read: {error.strerror}", _reader())
+        return
+    if not files:
+        yield _step(Status.FAIL, directory, "holds no *.pem, *.crt or *.cer", "Put the CA's certificate there.")
+    for path in files:
+        yield _roots(path)
+
+
+def _client(certificate_path: Path, key_path: Path) -> Iterator[Step]:
+    chain = _read(certificate_path, read_certificates)
+    if isinstance(chain, Step):
+        yield chain
+        return
+    yield _chain(certificate_path, chain)
+    key = _read(key_path, lambda path: [read_private_key(path)])
+    if isinstance(key, Step):
+        yield key
+        return
+    if key[0].public_key() != chain[0].public_key():
+        message = f"is not the key of the first certificate in {certificate_path}, {subject(chain[0])}"
+        remedy = "The gateway's own certificate comes first, then those of its CAs; or name the key that belongs to it."
+        yield _step(Status.FAIL, key_path, message, remedy)
+        return
+    mode = key_path.stat().st_mode
+    if mode & stat.S_IROTH:
+        message = f"private key that everybody on this machine may read (mode {stat.S_IMODE(mode):04o})"
+        yield _step(Status.FAIL, key_path, message, f"chmod o= {key_path}; and have a new one issued.")
+    elif mode & stat.S_IRGRP and key_path.stat().st_uid != 0:
+        message = f"private key that its group may read (mode {stat.S_IMODE(mode):04o})"
+        yield _step(Status.WARN, key_path, message, f"chmod g= {key_path}, or let root own it: root:SERVICE 0640.")
+    else:
+        message = f"private key of {certificate_path.name}, mode {stat.S_IMODE(mode):04o}"
+        yield _step(Status.PASS, key_path, message)
+
+
+@_whatever_it_holds
+def _chain(path: Path, chain: Sequence[x509.Certificate]) -> Step:
+    leaf = chain[0]
+    for lower, upper in pairwise(chain):
+        if not _issued(lower, upper):
+            message = f"{subject(lower)} was not issued by what follows it, {subject(upper)}"
+            return _step(Status.FAIL, path, message, "Own certificate first, then each one's issuer; no others.")
+    status, words = expiry(leaf)
+    message = f"client certificate {subject(leaf)}, issuer {issuer(leaf)}, {_count(chain)} in order; {words}"
+    if status is not Status.PASS:
+        return _step(status, path, message, "Renew it; brokers refuse one that is not valid.")
+    if not _is_for_clients(leaf):
+        remedy = "Have it issued with the extended key usage clientAuth; many brokers refuse one without."
+        return _step(Status.WARN, path, f"{message}; not meant for TLS clients (extendedKeyUsage)", remedy)
+    return _step(Status.PASS, path, message)
+
+
+def _crls(path: Path) -> Step:
+    crls = _read(path, read_crls)
+    if isinstance(crls, Step):
+        return crls
+    time = now()
+    dated = [(crl.next_update_utc, crl.issuer.rfc4514_string()) for crl in crls]
+    late = [name for next_update, name in dated if next_update is not None and next_update < time]
+    if late:
+        remedy = "Fetch the current CRL: until then every broker below this CA is refused (tls-crl-unusable)."
+        return _step(Status.FAIL, path, f"the CRL of {late[0]} has expired", remedy)
+    known = [(next_update, name) for next_update, name in dated if next_update is not None]
+    if not known:
+        return _step(Status.PASS, path, f"{_count(crls, 'CRL')}, with no date of the next update")
+    next_update, name = min(known)
+    words = f"the next update of that of {name} is due by {next_update:%Y-%m-%d %H:%M} UTC"
+    return _step(Status.PASS, path, f"{_count(crls, 'CRL')}; {words}")
+
+
+def _read(path: Path, read: Callable[[Path], list[_T]]) -> list[_T] | Step:
+    """Return what a file holds, or the step that says why it cannot be used."""
+    try:
+        found = read(path)
+        mode = path.stat().st_mode
+    except OSError as error:
+        return _step(Status.FAIL, path, f"cannot be read: {error.strerror}", _reader())
+    except ValueError as error:
+        return _step(Status.FAIL, path, str(error), _reader() if "cannot be read: " in str(error) else "")
+    if mode & stat.S_IWOTH:
+        message = f"everybody on this machine may write it (mode {stat.S_IMODE(mode):04o})"
+        return _step(Status.FAIL, path, message, f"chmod o-w {path}; and look at what it holds now.")
+    return found
+
+
+def _step(status: Status, path: Path, message: str, remedy: str = "") -> Step:
+    return Step(_STEP, status, f"{path}: {message}", remedy)
+
+
+def _reader() -> str:
+    return f"This check runs as {_user()}; run it as the user that the gateway runs as, and let that one read the file."
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "a user without a name"
+
+
+def _count(things: Sequence[object], kind: str = "certificate") -> str:
+    return f"{len(things)} {kind}{'s' if len(things) > 1 else ''}"
+
+
+def _dated(certificates: Sequence[x509.Certificate]) -> str:
+    first = first_to_expire(certificates)
+    return f"{subject(first)}: {expiry(first)[1]}"
+
+
+def _issued(lower: x509.Certificate, upper: x509.Certificate) -> bool:
+    try:
+        lower.verify_directly_issued_by(upper)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
+
+
+def _is_for_clients(certificate: x509.Certificate) -> bool:
+    try:
+        usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    except x509.ExtensionNotFound:
+        return True
+    return not {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}.isdisjoint(usage)

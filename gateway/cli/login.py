@@ -1,0 +1,81 @@
+"""The CONNECT that a check sends.
+
+In: what the user chose of it.  Out: `Login`, with the packet; `ValueError` for what no CONNECT can carry.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+from pathlib import Path
+
+from attrs import field, frozen
+
+from gateway.mqtt.packets import MAX_STRING_BYTES, PacketType, encode_remaining_length, encode_string
+
+_ALPHABET = string.ascii_lowercase + string.digits
+# With the prefix 23, the longest Client Identifier that every broker has to take (MQTT 3.1.1 §3.1.3.1).
+_RANDOM_CHARACTERS = 3
+_KEEP_ALIVE = 60  # seconds; the session is over long before
+_USERNAME_FLAG, _PASSWORD_FLAG, _CLEAN_SESSION_FLAG = 0x80, 0x40, 0x02
+
+
+@frozen
+class Login:
+    """What CONNECT says; `chose_identifier` tells whether the Client Identifier is the user's choice."""
+
+    client_identifier: str
+    chose_identifier: bool
+    username: str | None
+    password: bytes | None = field(repr=False)
+
+    @property
+    def packet(self) -> bytes:
+        """CONNECT of MQTT 3.1.1 with a clean session (§3.1).  Raises `ValueError` for a field that is too long."""
+        flags = _CLEAN_SESSION_FLAG
+        payload = encode_string(self.client_identifier)
+        if self.username is not None:
+            flags |= _USERNAME_FLAG
+            payload += encode_string(self.username)
+        if self.password is not None:
+            flags |= _PASSWORD_FLAG
+            payload += len(self.password).to_bytes(2, "big") + self.password
+        body = encode_string("MQTT") + bytes((4, flags)) + _KEEP_ALIVE.to_bytes(2, "big") + payload
+        return bytes((PacketType.CONNECT << 4,)) + encode_remaining_length(len(body)) + body
+
+
+def make_login(client_identifier: str | None, username: str | None, password_file: str | None) -> Login:
+    """Make the login; without a Client Identifier it gets one of its own, which disturbs no device.
+
+    The password is the file's content without the line end.  Raises `ValueError` that names the option.
+    """
+    if password_file is not None and username is None:
+        raise ValueError("--password-file: give --username, too; MQTT 3.1.1 knows no password without user name")
+    password = None if password_file is None else _read_password(Path(password_file))
+    random = "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARACTERS))
+    for option, text in (("--client-id", client_identifier), ("--username", username)):
+        try:
+            encode_string(text or "")
+        except UnicodeEncodeError:
+            raise ValueError(f"{option}: it is not UTF-8, and MQTT takes nothing else") from None
+        except ValueError as error:
+            raise ValueError(f"{option}: {error}") from None
+    return Login(
+        f"mqtts-gateway-check-{random}" if client_identifier is None else client_identifier,
+        client_identifier is not None,
+        username,
+        password,
+    )
+
+
+def _read_password(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_STRING_BYTES + 3)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"--password-file: {path} cannot be read: {reason}") from None
+    password = content.removesuffix(b"\n").removesuffix(b"\r")
+    if len(password) > MAX_STRING_BYTES:
+        raise ValueError(f"--password-file: {path} holds more than the {MAX_STRING_BYTES} bytes that MQTT can carry")
+    return password

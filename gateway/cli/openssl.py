@@ -1,0 +1,59 @@
+"""The `openssl s_client` command that tries what a session tries.
+
+In: the configuration.  Out: a line for a shell.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from gateway.config import TLS, Upstream
+from gateway.tls.identity import Identity
+from gateway.tls.trust import ca_dir_files, platform_bundle
+
+
+def s_client_command(upstream: Upstream, tls: TLS, *, client_chain: bool) -> str:
+    """Return the command; `client_chain` says whether the file of the client certificate holds its CAs', too.
+
+    s_client takes one file of roots and CRLs, so that several become one by a substitution that bash and zsh know.
+    Raises `OSError` or `ValueError` if the roots are not to be found.
+    """
+    identity = Identity.of(upstream.verify_name)
+    words = ["openssl", "s_client", "-connect", upstream.address]
+    if identity.sni is None:
+        words += ["-noservername", "-verify_ip", identity.name]
+    else:
+        words += ["-servername", identity.name, "-verify_hostname", identity.name]
+    words.append("-verify_return_error")
+    if tls.verification == "strict":
+        words.append("-x509_strict")
+    if tls.min_version == "1.3":
+        words.append("-tls1_3")
+    if tls.alpn:
+        words += ["-alpn", ",".join(tls.alpn)]
+    if tls.client_cert is not None:
+        words += ["-cert", str(tls.client_cert), "-key", str(tls.client_key or tls.client_cert)]
+        if client_chain:
+            words += ["-cert_chain", str(tls.client_cert)]
+    if tls.crl_file:
+        words += ["-crl_check", "-crl_check_all"]
+    return " ".join([shlex.join(words), *_trusted(_files(tls))])
+
+
+def _files(tls: TLS) -> list[Path]:
+    """Return the files that s_client is to read beyond what it would read anyway."""
+    files = [*tls.ca_file, *(ca_dir_files(tls.ca_dir) if tls.ca_dir is not None else ())]
+    if tls.crl_file and not files:
+        # With a file of its own s_client leaves the platform's roots out.
+        files = [platform_bundle()]
+    return [*files, *tls.crl_file]
+
+
+def _trusted(files: Sequence[Path]) -> list[str]:
+    if not files:
+        return []
+    if len(files) == 1:
+        return ["-CAfile", shlex.quote(str(files[0]))]
+    return ["-CAfile", f"<(cat {shlex.join(map(str, files))})"]

@@ -1,0 +1,283 @@
+"""A session of the check's own: through the gateway's code to a broker and back, with a report of each step.
+
+In: a target, a CONNECT.  Out: `Step`s, as they are taken.
+
+The session, its device's protocol and its upstream's are the real ones, so that what works here works there, and that
+not one MQTT byte leaves before the broker is verified.  Only the device is made up: `_Device` is its transport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import evolve
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import LoopingCall
+from twisted.python.failure import Failure
+
+from gateway.cli.login import Login
+from gateway.cli.report import Status, Step
+from gateway.cli.verdict import failed, tls_steps
+from gateway.config import TLS, Config
+from gateway.device import DeviceProtocol
+from gateway.errors import EndReason, UpstreamFailure
+from gateway.mqtt.packets import PacketType
+from gateway.network import Network
+from gateway.record import Peer, SessionRecord
+from gateway.service import SWEEP_INTERVAL
+from gateway.session import Session
+from gateway.text import printable
+from gateway.tls.channel import TLSChannel
+from gateway.upstream import Target, UpstreamProtocol, connect, handshake, resolve, shown_address
+
+_DISCONNECT = bytes((PacketType.DISCONNECT << 4, 0))
+_SHOWN_ADDRESSES = 8
+
+# Return codes of CONNACK (MQTT 3.1.1 §3.2.2.3), and what to do about those that refuse.
+_IDENTIFIER_REJECTED, _BAD_CREDENTIALS, _NOT_AUTHORIZED = 2, 4, 5
+_CONNACK_REMEDIES = {
+    1: "The broker takes no MQTT 3.1.1, so devices must speak another version to it.",
+    2: "Give one that the broker takes: --client-id.",
+    3: "Look at the broker's log: it answers, but does not serve.",
+    4: "Ask the broker's administrator for user name and password that are right.",
+    5: "Ask the broker's administrator what this user name, Client Identifier and client certificate may do.",
+}
+
+
+def upstream_steps(tls: TLS) -> list[str]:
+    """Return the names of the steps to a broker, in their order."""
+    optional = [*(["pin"] if tls.pin else []), *(["strict"] if tls.verification == "strict" else [])]
+    before = ["dns", "tcp", "client-hello", "certificate", "chain", "identity", "tls"]
+    return [*before, *optional, "connect", "connack"]
+
+
+class Probe:
+    """One session to one broker; `run` once."""
+
+    def __init__(
+        self,
+        target: Target,
+        config: Config,
+        network: Network,
+        clock: IReactorTime,
+        login: Login,
+        add: Callable[[Step], None],
+    ) -> None:
+        self._target = target
+        self._config = config
+        self._network = network
+        self._clock = clock
+        self._login = login
+        self._add_step = add
+        self._left = upstream_steps(config.tls)
+        self._failed_at = ""
+        self._gone: Deferred[None] = Deferred()
+        self._device = DeviceProtocol(self._open_session, config.timeouts.tcp_user)
+        self._transport = _Device(self._device, clock)
+        self._session: Session
+
+    async def run(self) -> None:
+        """Have the session, from its CONNECT to its end."""
+        self._device.makeConnection(self._transport)
+        sweeper = LoopingCall(lambda: self._session.sweep(self._clock.seconds()))
+        sweeper.clock = self._clock
+        sweeper.start(SWEEP_INTERVAL, now=False)
+        try:
+            self._device.dataReceived(self._login.packet)
+            await self._gone
+        finally:
+            sweeper.stop()
+            self._session.stop(EndReason.GATEWAY_STOPPING)
+            self._session.abort()
+        self._conclude(self._session.record)
+
+    # ---- what a session asks for
+
+    def _open_session(self, device: DeviceProtocol) -> Session:
+        self._session = Session(
+            SessionRecord(1, "mqtts-gateway check", self._clock.seconds()),
+            device,
+            self._dial,
+            self,
+            lambda _: self._finish(None),
+            self._clock.seconds,
+            self._config.limits,
+            self._config.timeouts,
+        )
+        return self._session
+
+    def session_started(self, record: SessionRecord) -> None:
+        """See `gateway.session.Journal`: the broker accepted, and that is all that is wanted of it."""
+        del record
+        self._clock.callLater(0, self._device.dataReceived, _DISCONNECT)
+
+    def session_ended(self, record: SessionRecord) -> None:
+        """See `gateway.session.Journal`; the end is reported when nothing of the session is left."""
+
+    def _dial(self, session: Session) -> Deferred[None]:
+        dialling = Deferred.fromCoroutine(self._reach(session))
+        dialling.addErrback(lambda failure: None if failure.check(CancelledError) else self._finish(failure))
+        return dialling
+
+    def _finish(self, failure: Failure | None) -> None:
+        if self._gone.called:
+            return
+        if failure is None:
+            self._gone.callback(None)
+        else:
+            self._gone.errback(failure)
+
+    # ---- the way of `Dialler.reach`, aloud
+
+    async def _reach(self, session: Session) -> None:
+        try:
+            protocol, channel = await self._connect()
+            peer = await self._handshake(protocol, channel)
+        except UpstreamFailure as failure:
+            session.upstream_failed(failure)
+            return
+        protocol.serve(session, self._device, peer)
+        if session.record.packets_up:
+            name = f'"{printable(self._login.client_identifier)}"'
+            credentials = "a" if self._login.username is not None else "no"
+            self._pass("connect", f"MQTT 3.1.1, Client Identifier {name}, clean session, {credentials} user name")
+
+    async def _connect(self) -> tuple[UpstreamProtocol, TLSChannel]:
+        target, clock, timeouts = self._target, self._clock, self._config.timeouts
+        began = clock.seconds()
+        try:
+            addresses = await resolve(self._network, target.upstream, clock, timeouts)
+        except UpstreamFailure as failure:
+            self._add(failed("dns", failure))
+            raise
+        resolved = clock.seconds()
+        hosts = [address.host for address in addresses]
+        more = f" and {len(hosts) - _SHOWN_ADDRESSES} more" if len(hosts) > _SHOWN_ADDRESSES else ""
+        message = f"{target.upstream.connect_name} is at {', '.join(hosts[:_SHOWN_ADDRESSES])}{more}"
+        self._pass("dns", message, resolved - began, addresses=hosts)
+
+        channels: dict[UpstreamProtocol, TLSChannel] = {}
+
+        def build() -> UpstreamProtocol:
+            channel = TLSChannel(target.policy, target.identity)
+            protocol = UpstreamProtocol(channel, timeouts.tcp_user)
+            channels[protocol] = channel
+            return protocol
+
+        try:
+            protocol = await connect(self._network, addresses, build, clock, timeouts)
+        except UpstreamFailure as failure:
+            self._add(failed("tcp", failure))
+            raise
+        address = shown_address(protocol.transport.getPeer())
+        self._pass("tcp", f"connected to {address}", clock.seconds() - resolved, address=address)
+        sni = "no SNI, which IP addresses have not" if target.identity.sni is None else f"SNI {target.identity.name}"
+        alpn = f"ALPN {', '.join(target.policy.alpn)}" if target.policy.alpn else "no ALPN"
+        self._pass("client-hello", f"sent with {sni}, {alpn}, TLS {self._config.tls.min_version} or above")
+        return protocol, channels[protocol]
+
+    async def _handshake(self, protocol: UpstreamProtocol, channel: TLSChannel) -> Peer:
+        target = self._target
+        try:
+            peer = await handshake(protocol, self._clock, self._config.timeouts)
+        except UpstreamFailure as failure:
+            for step in tls_steps(channel, target.identity, target.policy, failure):
+                self._add(step)
+            raise
+        for step in tls_steps(channel, target.identity, target.policy, None):
+            self._add(step)
+        return peer
+
+    # ---- what is said about it
+
+    def _conclude(self, record: SessionRecord) -> None:
+        """Say what became of CONNECT, and what was not reached."""
+        if "connect" not in self._left:
+            self._add(self._connack(record))
+        elif not self._failed_at:
+            reason = record.reason or EndReason.INTERNAL_ERROR
+            self._add(failed(self._left[0], UpstreamFailure(reason, record.detail)))
+        for name in list(self._left):
+            self._add(Step(name, Status.SKIP, f"not reached: {self._failed_at} failed"))
+
+    def _connack(self, record: SessionRecord) -> Step:
+        reason = record.reason or EndReason.INTERNAL_ERROR
+        detail = printable(record.detail)
+        if record.connack_seconds is not None:
+            facts = {"code": 0, "seconds": record.connack_seconds}
+            if reason is EndReason.DEVICE_DISCONNECT:
+                message = f"0x00, connection accepted{_in(record.connack_seconds)}"
+                return Step("connack", Status.PASS, message, facts=facts)
+            message = f"0x00, connection accepted; but then {reason}: {detail}"
+            return Step("connack", Status.WARN, message, reason.remedy, facts=facts)
+        if reason is not EndReason.UPSTREAM_REFUSED:
+            return failed("connack", UpstreamFailure(reason, detail))
+        code = self._transport.received[3]  # the session has seen that this is a CONNACK of four bytes
+        message = detail.removeprefix("CONNACK ")
+        status, remedy = self._refusal(code)
+        return Step("connack", status, message, remedy, facts={"reason": reason, "code": code})
+
+    def _refusal(self, code: int) -> tuple[Status, str]:
+        """Tell a refusal of what this CONNECT happened to carry from one that every device will meet."""
+        login = self._login
+        if code in {_BAD_CREDENTIALS, _NOT_AUTHORIZED} and login.username is None:
+            words = "The way is open; the broker wants credentials: devices bring their own."
+            return Status.WARN, f"{words} --username and --password-file try some."
+        if code == _IDENTIFIER_REJECTED and not login.chose_identifier:
+            words = "The way is open; the broker wants another Client Identifier: devices bring their own."
+            return Status.WARN, f"{words} --client-id tries one."
+        return Status.FAIL, _CONNACK_REMEDIES.get(code, EndReason.UPSTREAM_REFUSED.remedy)
+
+    def _pass(self, name: str, message: str, seconds: float | None = None, **facts: object) -> None:
+        if seconds is not None:
+            message += _in(seconds)
+            facts["seconds"] = seconds
+        self._add(Step(name, Status.PASS, message, facts=facts))
+
+    def _add(self, step: Step) -> None:
+        self._left.remove(step.name)
+        if step.status is Status.FAIL and not self._failed_at:
+            self._failed_at = step.name
+        self._add_step(evolve(step, upstream=self._target.upstream.address))
+
+
+class _Device:
+    """The transport of a device that exists only here: it keeps what it is sent, and goes when it is told to."""
+
+    def __init__(self, protocol: DeviceProtocol, clock: IReactorTime) -> None:
+        self.received = b""
+        self._protocol = protocol
+        self._clock = clock
+        self._present = True
+
+    def write(self, data: bytes) -> None:
+        """Keep bytes."""
+        self.received += data
+
+    def loseWriteConnection(self) -> None:  # noqa: N802  Twisted's name
+        """Close, as a device does when the gateway has."""
+        self.abortConnection()
+
+    def abortConnection(self) -> None:
+        """Be gone, not before the caller has finished what it does."""
+        if self._present:
+            self._present = False
+            self._clock.callLater(0, self._protocol.connectionLost, Failure(ConnectionDone()))
+
+    def registerProducer(self, producer: object, streaming: bool) -> None:
+        """Nothing written here ever waits, so nobody has to be paused."""
+
+    def unregisterProducer(self) -> None:
+        """See `registerProducer`."""
+
+    def pauseProducing(self) -> None:
+        """Nothing comes by itself."""
+
+    def resumeProducing(self) -> None:
+        """See `pauseProducing`."""
+
+
+def _in(seconds: float) -> str:
+    return f" ({seconds * 1000:.0f} ms)"
