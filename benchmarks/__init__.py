@@ -1,0 +1,1 @@
+"""Measures the gateway beside the relays that people use today: `python -m benchmarks`."""
