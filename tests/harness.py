@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from queue import Empty, Queue
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import trustme
 from twisted.internet import reactor as _reactor
-from twisted.internet.threads import blockingCallFromThread
+from twisted.internet.defer import maybeDeferred
+from twisted.python.failure import Failure
 
 from gateway.config import from_mapping
 from gateway.ops.journal import Journal
@@ -104,8 +106,16 @@ class RunningGateway:
         self.idle_descriptors = open_descriptors()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in the reactor's thread."""
-        return blockingCallFromThread(self._reactor, function, *arguments)
+        """Call a function in the reactor's thread, and wait for what it returns, but not for ever."""
+        outcomes: Queue[Any] = Queue()
+        self._reactor.callFromThread(lambda: maybeDeferred(function, *arguments).addBoth(outcomes.put))
+        try:
+            outcome = outcomes.get(timeout=PATIENCE)
+        except Empty:
+            raise AssertionError(f"no answer within {PATIENCE:g} s from {function}") from None
+        if isinstance(outcome, Failure):
+            outcome.raiseException()
+        return outcome
 
     @property
     def ended(self) -> list[SessionRecord]:
