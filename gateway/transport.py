@@ -30,6 +30,7 @@ from twisted.internet.interfaces import (
     IReadWriteDescriptor,
     IWriteDescriptor,
 )
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.protocol import ClientFactory, Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -42,9 +43,13 @@ _WRITE = select.EPOLLOUT
 _DISCONNECTED = select.EPOLLHUP | select.EPOLLERR
 # Events taken from the kernel at a time; the reactor's timers and threads have their turn in between.
 _BATCH = 256
+# Bytes read at a time: below malloc's threshold for mapping pages anew at each call (128 KiB).
+_CHUNK_SIZE = 0x10000
+# Twisted's own limit on a send: more than that waits its turn, so that one connection does not keep the others waiting.
+_SENT_AT_ONCE = tcp.Connection.SEND_LIMIT
 
 
-class _SendsAtOnce:
+class _SendsAtOnce(tcp.Connection):
     """Mixed into Twisted's transports: `write` sends what the kernel takes and leaves the rest to Twisted.
 
     Twisted asks for writability as long as it has something to do later, be it to send, to half-close or to close:
@@ -56,29 +61,47 @@ class _SendsAtOnce:
 
     def startWriting(self) -> None:
         self._writing = True
-        super().startWriting()  # type: ignore[misc]  # this is mixed into abstract.FileDescriptor
+        super().startWriting()
 
     def stopWriting(self) -> None:
         self._writing = False
-        super().stopWriting()  # type: ignore[misc]  # the same
+        super().stopWriting()
+
+    def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's bases do not agree on it
+        # As Twisted's, without the two calls in between.
+        try:
+            data = self.socket.recv(_CHUNK_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
 
     def write(self, data: bytes) -> None:
-        if not self._writing and self.connected:  # type: ignore[attr-defined]  # the same
-            sent = self.writeSomeData(data)  # type: ignore[attr-defined]  # the same
-            if isinstance(sent, int):
-                if sent == len(data):
-                    return
-                data = data[sent:]
-            else:
+        # A pull producer is asked for more when Twisted's buffer runs empty, so all of it must run through that.
+        pushed = self.producer is None or self.streamingProducer
+        if not self._writing and pushed and self.connected and len(data) <= _SENT_AT_ONCE:
+            try:
+                sent = self.socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
                 # Not the end yet: what the peer sent before is still to be read, and no caller of `write` expects to
                 # find the connection gone.  But the kernel tells of an error once, so that the end would look orderly.
                 self._send_failed = True
-        super().write(data)  # type: ignore[misc]  # the same
+                sent = 0
+            if sent == len(data):
+                return
+            data = data[sent:]
+        super().write(data)
 
     def connectionLost(self, reason: Failure) -> None:
         if self._send_failed and reason.check(ConnectionDone):
             reason = Failure(ConnectionLost())
-        super().connectionLost(reason)  # type: ignore[misc]  # the same
+        super().connectionLost(reason)
 
 
 class _TCPServer(_SendsAtOnce, tcp.Server):
@@ -256,7 +279,7 @@ class RelayReactor:
         fresh = self._fresh
         for descriptor, events in self._epoll.poll(0, _BATCH):
             selectable = selectables.get(descriptor)
-            if selectable is not None and descriptor not in fresh:
+            if selectable is not None and not (fresh and descriptor in fresh):
                 self._report(selectable, events)
 
     def connectionLost(self, reason: Failure) -> None:
@@ -272,7 +295,10 @@ class RelayReactor:
         why: BaseException | None = None
         reading = False
         try:
-            if events & _DISCONNECTED and not events & _READ:
+            if events == _READ:
+                reading = True
+                why = selectable.doRead()
+            elif events & _DISCONNECTED and not events & _READ:
                 # What was sent before has been read; a connection that is read ends so in good order.
                 reading = self._events[selectable.fileno()] & _READ != 0
                 why = ConnectionDone() if reading else ConnectionLost()

@@ -136,11 +136,12 @@ class TLSChannel:
         if self.state is not ChannelState.VERIFIED:
             raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
         size = len(plaintext)
-        self._outgoing_size += size + (size // _RECORD_SIZE + 1) * _RECORD_OVERHEAD
         try:
             if size <= _RECORD_SIZE:
+                self._outgoing_size += size + _RECORD_OVERHEAD
                 self._connection.send(plaintext)
                 return
+            self._outgoing_size += size + (size // _RECORD_SIZE + 1) * _RECORD_OVERHEAD
             with memoryview(plaintext) as view:
                 for start in range(0, len(view), _RECORD_SIZE):
                     self._connection.send(view[start : start + _RECORD_SIZE])
@@ -152,14 +153,15 @@ class TLSChannel:
         size, self._outgoing_size = self._outgoing_size, 0
         if not size:
             return b""
-        parts: list[bytes] = []
+        outgoing = b""
         try:
-            # A full read may have left something.
-            while not parts or len(parts[-1]) == size:
-                parts.append(self._connection.bio_read(size))
+            part = outgoing = self._connection.bio_read(size)
+            while len(part) == size:  # A full read may have left something.
+                part = self._connection.bio_read(size)
+                outgoing += part
         except SSL.Error:
-            pass  # OpenSSL's way to say that there is nothing.
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            pass  # pyOpenSSL's way to say that there is nothing.
+        return outgoing
 
     def close(self) -> None:
         """End the channel: `outgoing` then holds close_notify if it was VERIFIED (RFC 8446 §6.1)."""
@@ -208,6 +210,8 @@ class TLSChannel:
             self._partial_header = b""
         size = len(ciphertext)
         end = self._missing
+        if not end and size == _RECORD_HEADER_SIZE + (ciphertext[3] << 8 | ciphertext[4] if size > 4 else 0):
+            return 1  # The usual case: one record, whole.
         completed = 1 if 0 < end <= size else 0
         while end + _RECORD_HEADER_SIZE <= size:
             end += _RECORD_HEADER_SIZE + (ciphertext[end + 3] << 8 | ciphertext[end + 4])
@@ -224,6 +228,8 @@ class TLSChannel:
         """Return the plaintext of up to `records` whole records."""
         parts: list[bytes] = []
         try:
+            if records == 1:
+                return self._connection.recv(_RECORD_SIZE)
             for _ in range(records):
                 parts.append(self._connection.recv(_RECORD_SIZE))  # noqa: PERF401  what came before an error counts
         except SSL.WantReadError:
