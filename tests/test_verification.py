@@ -298,7 +298,7 @@ REFUSED = {
     ),
     "MD5 signature": Case(WEAK, lambda: signed_with("MD5", certify(rsa_root())).server(), roots=lambda: (rsa_root(),)),
     "SAN that no parser takes": Case(
-        EndReason.TLS_VERIFICATION_ERROR,
+        EndReason.TLS_NAME_MISMATCH,
         lambda: with_bytes_replaced(certify(ROOT), b"localhost", b"localhos\xff").server(),
     ),
     "revoked": Case(EndReason.TLS_REVOKED, REVOKED.server, {"crls": [revocation_list(ROOT, REVOKED)]}),

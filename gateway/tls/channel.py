@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from base64 import b64encode
 from enum import Enum, auto
+from functools import lru_cache
 from ipaddress import ip_address
 
 from cryptography import x509
@@ -292,9 +293,10 @@ class TLSChannel:
         if self._policy.strict:
             presented = connection.get_peer_cert_chain() or []
             self._second_opinion(leaf, [certificate.to_cryptography() for certificate in presented[1:]])
+        subject, issuer = _shown_subject_and_issuer(leaf)
         return Peer(
-            subject=printable(leaf.subject.rfc4514_string()),
-            issuer=printable(leaf.issuer.rfc4514_string()),
+            subject=subject,
+            issuer=issuer,
             matched_san=matched,
             not_after=leaf.not_valid_after_utc,
             tls_version=tls_version,
@@ -321,6 +323,12 @@ class TLSChannel:
             builder.build_server_verifier(subject).verify(leaf, intermediates)
         except verification.VerificationError as error:
             raise UpstreamFailure(EndReason.TLS_STRICT_REFUSED, printable(str(error))) from None
+
+
+@lru_cache(maxsize=32)
+def _shown_subject_and_issuer(certificate: x509.Certificate) -> tuple[str, str]:
+    """Return both names as RFC 4514 writes them; a thousand sessions of one broker have the same."""
+    return printable(certificate.subject.rfc4514_string()), printable(certificate.issuer.rfc4514_string())
 
 
 def make_policy(tls: TLS) -> TLSPolicy:

@@ -6,6 +6,7 @@ In: a parsed certificate and the name that was asked for.  Out: the subjectAltNa
 
 from __future__ import annotations
 
+from functools import lru_cache
 from ipaddress import ip_address
 
 from attrs import frozen
@@ -30,7 +31,6 @@ class Identity:
 
     name: str
     sni: bytes | None
-    service_id: DNS_ID | IPAddress_ID
 
     @classmethod
     def of(cls, name: str) -> Identity:
@@ -38,8 +38,9 @@ class Identity:
         try:
             address = ip_address(name)
         except ValueError:
-            return cls(name, name.encode("ascii"), DNS_ID(name))
-        return cls(str(address), None, IPAddress_ID(str(address)))
+            DNS_ID(name)
+            return cls(name, name.encode("ascii"))
+        return cls(str(address), None)
 
     def match(self, certificate: x509.Certificate) -> str:
         """Return the subjectAltName entry that is this identity (RFC 9525 §6), as `DNS:…` or `IP:…`.
@@ -48,19 +49,16 @@ class Identity:
         is never looked at, RFC 9525 §2), or an entry is malformed, which makes the whole certificate unfit.
         """
         try:
-            matches = verify_service_identity(extract_patterns(certificate), [self.service_id], [])
+            return _matching_entry(self.name, certificate)
         except CertificateError as error:
             raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, self._unfit(certificate, str(error))) from None
         except VerificationError:
             raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, self._mismatch(certificate)) from None
-        pattern = matches[0].cert_pattern
-        if isinstance(pattern, DNSPattern):
-            return f"DNS:{pattern.pattern.decode('ascii', 'backslashreplace')}"
-        if isinstance(pattern, IPAddressPattern):
-            return f"IP:{pattern.pattern}"
-        raise UpstreamFailure(
-            EndReason.TLS_NAME_MISMATCH, f"matched by a {type(pattern).__name__}, which names no host"
-        )
+        except ValueError as error:
+            # Of the parser: the extensions are no DER, or say something that they may not.
+            raise UpstreamFailure(
+                EndReason.TLS_NAME_MISMATCH, printable(f"the certificate's extensions cannot be read: {error}")
+            ) from None
 
     def _unfit(self, certificate: x509.Certificate, why: str) -> str:
         if not subject_alt_names(certificate):
@@ -73,6 +71,26 @@ class Identity:
     def _mismatch(self, certificate: x509.Certificate) -> str:
         kind = "an IP address" if self.sni is None else "a host name"
         return f"the certificate is for {shown_names(certificate)}; wanted {self.name}, {kind}"
+
+
+@lru_cache(maxsize=32)
+def _matching_entry(name: str, certificate: x509.Certificate) -> str:
+    """Return the entry of a certificate that is `name`; raises what service-identity raises.
+
+    The answer depends on nothing but the arguments (certificates are equal if their bytes are), and a thousand sessions
+    of one broker ask the same question.  Whether the certificate is trusted, in time and not revoked is no part of it:
+    OpenSSL judges that anew for each session.
+    """
+    try:
+        service_id: DNS_ID | IPAddress_ID = IPAddress_ID(str(ip_address(name)))
+    except ValueError:
+        service_id = DNS_ID(name)
+    pattern = verify_service_identity(extract_patterns(certificate), [service_id], [])[0].cert_pattern
+    if isinstance(pattern, DNSPattern):
+        return f"DNS:{pattern.pattern.decode('ascii', 'backslashreplace')}"
+    if isinstance(pattern, IPAddressPattern):
+        return f"IP:{pattern.pattern}"
+    raise CertificateError(f"a {type(pattern).__name__} names no host")
 
 
 def subject_alt_names(certificate: x509.Certificate) -> list[str]:

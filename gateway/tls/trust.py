@@ -7,6 +7,7 @@ some kilobytes: a Context of its own would load the roots anew each time.
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from collections.abc import Callable
 from functools import cache
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 _CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:@SECLEVEL=2"
 # Where Debian and Red Hat keep their bundles, for builds of OpenSSL that look elsewhere (as in wheels).
 _PLATFORM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
+_CERTIFICATE_BEGIN = b"-----BEGIN CERTIFICATE-----"
 _MIN_VERSIONS = {"1.2": SSL.TLS1_2_VERSION, "1.3": SSL.TLS1_3_VERSION}
 
 
@@ -230,7 +232,14 @@ def platform_roots() -> tuple[x509.Certificate, ...]:
 
     Raises `OSError` or `ValueError` if there are none to be read, which refuses the session that asked.
     """
-    return tuple(read_certificates(platform_bundle()))
+    # One by one: bundles have held certificates that a stricter parser refuses, and the others are none the worse.
+    roots = []
+    for part in _read(platform_bundle()).split(_CERTIFICATE_BEGIN)[1:]:
+        with contextlib.suppress(ValueError):
+            roots.append(x509.load_pem_x509_certificate(_CERTIFICATE_BEGIN + part))
+    if not roots:
+        raise ValueError(f"{platform_bundle()} holds no readable certificate")
+    return tuple(roots)
 
 
 def _spki(public_key: PublicKeyTypes) -> bytes:
