@@ -23,13 +23,10 @@ from gateway.cli.demo_show import Impostor
 from tests.harness import Device, eventually
 from tests.mqtt_packets import connect
 
-_COMMAND = """
-import argparse, sys
-from gateway.cli import demo
-parser = argparse.ArgumentParser()
-demo.add_arguments(parser)
-sys.exit(demo.run(parser.parse_args()))
-"""
+# The console script's own words; the script itself stands wherever pip has put it.
+_COMMAND = (sys.executable, "-c", "import sys; from gateway.cli.main import console; sys.exit(console())", "demo")
+# An unbuffered Python would hide what happens to output that waits in a buffer.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
 class RunningDemo:
@@ -41,10 +38,10 @@ class RunningDemo:
         self._output = directory / "output"
         with self._output.open("wb") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, *options],
+                [*_COMMAND, *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"TMPDIR": str(self.temporary)} | (environment or {}),
+                env=_ENVIRONMENT | {"TMPDIR": str(self.temporary)} | (environment or {}),
             )
 
     @property
@@ -201,10 +198,10 @@ def test_output_that_nobody_takes_ends_the_demo(tmp_path: Path) -> None:
     """It neither runs on unseen nor counts as shown."""
     with Path("/dev/full").open("wb") as full:
         running = subprocess.run(
-            [sys.executable, "-c", _COMMAND],
+            _COMMAND,
             stdout=full,
             stderr=subprocess.PIPE,
-            env=os.environ | {"TMPDIR": str(tmp_path)},
+            env=_ENVIRONMENT | {"TMPDIR": str(tmp_path)},
         )
     assert (running.returncode, running.stderr.decode()) == (
         1,

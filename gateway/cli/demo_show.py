@@ -143,6 +143,9 @@ class Show:
         try:
             print(f"{who:>11}  {what}", flush=True)
         except OSError as error:  # the reader of our output has gone
+            # What is still buffered would fail once more when the interpreter ends.
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             self._give_up(f"cannot write to standard output: {error.strerror}")
 
     async def _main(self) -> None:
