@@ -98,12 +98,10 @@ class RunningGateway:
         self.config = from_mapping(
             {"listen": [{"endpoint": "127.0.0.1:0"}], "upstream": upstream, "tls": trust | (tls or {}), **sections}
         )
-        self._descriptors = open_descriptors()
         self.journal = RecordingJournal(reactor.seconds)
         self.service = self.call(GatewayService, self.config, reactor, self.journal)
         self.call(self.service.startService)
         self.port: int = self.service.ports[0].getHost().port
-        self.idle_descriptors = open_descriptors()
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the reactor's thread, and wait for what it returns, but not for ever."""
@@ -189,6 +187,9 @@ class Broker:
         self.handshake_errors: list[Exception] = []
         self.accepted = 0
         self._stopped = False
+        # What was accepted and has not become a connection yet; the threads that see to it.
+        self._shaking: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -207,8 +208,14 @@ class Broker:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        for raw in list(self._shaking):
+            # A close does not wake a thread that reads; this does.
+            with contextlib.suppress(OSError):
+                raw.shutdown(socket.SHUT_RDWR)
         for connection in self.connections:
             connection.close()
+        for thread in self._threads:
+            thread.join(1)
 
     def _accept(self) -> None:
         while not self._stopped:
@@ -217,7 +224,10 @@ class Broker:
             except OSError:
                 return
             self.accepted += 1
-            threading.Thread(target=self._run, args=(raw,), daemon=True).start()
+            self._shaking.add(raw)
+            thread = threading.Thread(target=self._run, args=(raw,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
 
     def _run(self, raw: socket.socket) -> None:
         raw.settimeout(PATIENCE)
@@ -229,6 +239,8 @@ class Broker:
             self.handshake_errors.append(error)
             raw.close()
             return
+        finally:
+            self._shaking.discard(raw)
         connection = BrokerConnection(wrapped)
         self.connections.append(connection)
         # The far end may go at any time; what was received until then is recorded.
@@ -273,6 +285,8 @@ class BrokerConnection:
 
     def close(self) -> None:
         """Close the connection without ceremony."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
             self.socket.close()
 
