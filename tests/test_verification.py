@@ -514,6 +514,7 @@ class _OpenSSLSocket:
 
     def __init__(self, connection: SSL.Connection) -> None:
         self.close = connection.close
+        self.shutdown = connection.sock_shutdown
         self.sendall = connection.sendall
         self._connection = connection
 
