@@ -43,8 +43,10 @@ _WRITE = select.EPOLLOUT
 _DISCONNECTED = select.EPOLLHUP | select.EPOLLERR
 # Events taken from the kernel at a time; the reactor's timers and threads have their turn in between.
 _BATCH = 256
-# Bytes read at a time: below malloc's threshold for mapping pages anew at each call (128 KiB).
-_CHUNK_SIZE = 0x10000
+# Bytes read at a time.  Python allocates what is asked for and gives back what did not come, so that a large read is for
+# those who send much; it stays below malloc's threshold for mapping pages anew at each call (128 KiB).
+_SMALL_READ = 0x1000
+_LARGE_READ = 0x10000
 # Twisted's own limit on a send: more than that waits its turn, so that one connection does not keep the others waiting.
 _SENT_AT_ONCE = tcp.Connection.SEND_LIMIT
 
@@ -58,6 +60,7 @@ class _SendsAtOnce(tcp.Connection):
 
     _writing = False
     _send_failed = False
+    _wanted = _SMALL_READ
 
     def startWriting(self) -> None:
         self._writing = True
@@ -69,14 +72,20 @@ class _SendsAtOnce(tcp.Connection):
 
     def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's bases do not agree on it
         # As Twisted's, without the two calls in between.
+        wanted = self._wanted
         try:
-            data = self.socket.recv(_CHUNK_SIZE)
+            data = self.socket.recv(wanted)
         except BlockingIOError:
             return None
         except OSError:
             return CONNECTION_LOST
-        if not data:
-            return CONNECTION_DONE
+        size = len(data)
+        if size == wanted:
+            self._wanted = _LARGE_READ
+        elif size < _SMALL_READ:
+            if not size:
+                return CONNECTION_DONE
+            self._wanted = _SMALL_READ
         self.protocol.dataReceived(data)
         return None
 
