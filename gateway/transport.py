@@ -43,8 +43,8 @@ _WRITE = select.EPOLLOUT
 _DISCONNECTED = select.EPOLLHUP | select.EPOLLERR
 # Events taken from the kernel at a time; the reactor's timers and threads have their turn in between.
 _BATCH = 256
-# Bytes read at a time.  Python allocates what is asked for and gives back what did not come, so a large read is for those
-# who send much; it stays below malloc's threshold for mapping pages anew at each call (128 KiB).
+# Bytes read at a time.  Python allocates what is asked for and gives back what did not come, so a large read is for
+# those who send much; it stays below malloc's threshold for mapping pages anew at each call (128 KiB).
 _SMALL_READ = 0x1000
 _LARGE_READ = 0x10000
 # Twisted's own limit on a send: more than that waits its turn, so that one connection does not keep the others waiting.
