@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,9 +78,7 @@ def test_it_writes_over_nothing_unless_forced(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["/nonexistent/c.toml"], "/nonexistent/c.toml cannot be written: No such file or directory"),
         (["/dev/full", "--force"], "/dev/full cannot be written: No space left on device"),
-        (["/", "--force"], "/ cannot be written: Is a directory"),
         (["a\0b"], "cannot be written: "),
         (["-", "--upstream", "b:70000"], "--upstream: port: 70000 is not a port"),
     ],
@@ -90,6 +90,27 @@ def test_what_cannot_be_done_is_one_line(capfd: pytest.CaptureFixture[str], argu
     assert out == ""
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=["new", "forced"])
+def test_a_missing_directory_is_made_first(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    """The line ends with the command that makes it, and after that command `init` goes well."""
+    path = tmp_path / "not yet" / "there" / "c.toml"
+    assert console(["init", str(path), *options]) == 1
+    before, _, command = capfd.readouterr().err.partition("; make the directory first: ")
+    assert before == f"mqtts-gateway: {path} cannot be written: No such file or directory"
+    subprocess.run(shlex.split(command), check=True)
+    assert console(["init", str(path), *options]) == 0
+
+
+@pytest.mark.parametrize("options", [[], ["--force"]], ids=["new", "forced"])
+def test_a_directory_is_no_file(tmp_path: Path, capfd: pytest.CaptureFixture[str], options: list[str]) -> None:
+    """Above all, --force is not recommended: it would not help."""
+    assert console(["init", str(tmp_path), *options]) == 1
+    assert capfd.readouterr() == ("", f"mqtts-gateway: {tmp_path} is a directory: name a file in it\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_could_not_be_written_whole_is_taken_away(

@@ -45,11 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
     try:
         _write(path, text, force=arguments.force)
-    except FileExistsError:
-        complain(f"{path} is there already; --force writes over it")
-        return 1
     except (OSError, ValueError) as error:
-        complain(f"{path} cannot be written: {error.strerror if isinstance(error, OSError) else error}")
+        complain(f"{path} {_what_is_wrong(path, error)}")
         return 1
     print(_next_steps(path, host_is_set=arguments.upstream is not None))
     return 0
@@ -77,6 +74,18 @@ def _write(path: Path, text: str, *, force: bool) -> None:
         except OSError:
             path.unlink()
             raise
+
+
+def _what_is_wrong(path: Path, error: OSError | ValueError) -> str:
+    # With `x`, open() says of a directory too that it is there already.
+    if isinstance(error, FileExistsError | IsADirectoryError) and path.is_dir():
+        return "is a directory: name a file in it"
+    if isinstance(error, FileExistsError):
+        return "is there already; --force writes over it"
+    cause = error.strerror if isinstance(error, OSError) else error
+    if isinstance(error, FileNotFoundError) and not path.parent.exists():
+        return f"cannot be written: {cause}; make the directory first: mkdir -p {shlex.quote(str(path.parent))}"
+    return f"cannot be written: {cause}"
 
 
 def _next_steps(path: Path, *, host_is_set: bool) -> str:
