@@ -10,6 +10,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gateway.cli.demo_show import Impostor
 from tests.harness import Device, eventually
 from tests.mqtt_packets import connect
 
+ROOT = Path(__file__).resolve().parent.parent
 # The console script's own words; the script itself stands wherever pip has put it.
 _COMMAND = (sys.executable, "-c", "import sys; from gateway.cli.main import console; sys.exit(console())", "demo")
 # An unbuffered Python would hide what happens to output that waits in a buffer.
@@ -210,15 +212,18 @@ def test_output_that_nobody_takes_ends_the_demo(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("missing", ["amqtt", "paho.mqtt.client", "trustme"])
+@pytest.mark.parametrize(
+    ("module", "package"), [("amqtt", "amqtt"), ("paho.mqtt.client", "paho-mqtt"), ("trustme", "trustme")]
+)
 def test_a_missing_extra_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], missing: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], module: str, package: str
 ) -> None:
-    """The line says what to type."""
-    monkeypatch.setitem(sys.modules, missing, None)
+    """The line says what to type, and names the packages of the extra."""
+    monkeypatch.setitem(sys.modules, module, None)
     assert demo.run(argparse.Namespace(listen=0, once=True)) == 1
-    package = missing.partition(".")[0]
-    expected = f"mqtts-gateway demo: {package} is missing: pip install 'mqtts-gateway[demo]'\n"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = " ".join(each.partition(">")[0] for each in project["optional-dependencies"]["demo"])
+    expected = f"mqtts-gateway demo: {package} is missing: pip install {packages}, or '.[demo]' in a clone\n"
     assert capsys.readouterr() == ("", expected)
 
 

@@ -9,7 +9,8 @@ import argparse
 import sys
 from importlib import import_module
 
-_EXTRA = ("amqtt", "paho.mqtt.client", "trustme")
+_EXTRA = {"amqtt": "amqtt", "paho.mqtt.client": "paho-mqtt", "trustme": "trustme"}  # module: package
+_INSTALL = f"pip install {' '.join(_EXTRA.values())}, or '.[demo]' in a clone"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the demo to its end; return 0 if it went well or was ended by the user after it had, otherwise 1."""
-    for name in _EXTRA:
+    for name, package in _EXTRA.items():
         try:
             import_module(name)
         except ImportError:
-            package = name.partition(".")[0]
-            print(f"mqtts-gateway demo: {package} is missing: pip install 'mqtts-gateway[demo]'", file=sys.stderr)
+            print(f"mqtts-gateway demo: {package} is missing: {_INSTALL}", file=sys.stderr)
             return 1
     # Not at the top: these modules need the extra, and other subcommands need neither them nor a reactor.
     from twisted.internet import reactor
