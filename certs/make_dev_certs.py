@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Makes a development CA, a broker's certificate and devices' certificates.
 
-In: names, a directory.  Out: PEM files, and the lines of configuration that use them.  Needs trustme, which comes with
-`pip install 'mqtts-gateway[demo]'`.
+In: names, a directory.  Out: PEM files, and the lines of configuration that use them.  Needs trustme.
 
 The CA's own key is never written: nobody can issue more certificates in its name, and a new set is one command away.
 """
@@ -19,7 +18,7 @@ from pathlib import Path
 try:
     import trustme
 except ImportError:
-    sys.exit("trustme is missing: pip install 'mqtts-gateway[demo]'")
+    sys.exit("trustme is missing: pip install trustme, or '.[demo]' in a clone")
 
 _DEFAULT_NAMES = ("localhost", "127.0.0.1", "::1")
 _DEFAULT_DIRECTORY = Path(__file__).parent / "dev"
@@ -30,9 +29,8 @@ def main() -> int:
     """Make what the command line asks for; return the exit status."""
     arguments = _parser().parse_args()
     directory: Path = arguments.out
-    not_after = datetime.now(UTC) + timedelta(days=arguments.days)
     try:
-        files = _make(arguments.broker or _DEFAULT_NAMES, arguments.device, not_after)
+        files = _make(arguments.broker or _DEFAULT_NAMES, arguments.device, arguments.days)
     except ValueError as error:
         print(f"cannot issue a certificate for such a name: {error}", file=sys.stderr)
         return 1
@@ -73,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=_DEFAULT_DIRECTORY, metavar="DIR", help="default: %(default)s")
     parser.add_argument(
-        "--days", type=_days, default=30, metavar="N", help="how long broker and devices are valid (default: 30)"
+        "--days", type=_days, default=365, metavar="N", help="how long broker and devices are valid (default: 365)"
     )
     return parser
 
@@ -90,13 +88,17 @@ def _days(text: str) -> int:
     return int(text)
 
 
-def _make(names: list[str] | tuple[str, ...], devices: list[str], not_after: datetime) -> dict[str, bytes]:
+def _make(names: list[str] | tuple[str, ...], devices: list[str], days: int) -> dict[str, bytes]:
     """Return the files' contents by name.  Raises `ValueError` for a name that no certificate can carry."""
+    now = datetime.now(UTC)
+    # The hour is for clocks that are slow.  Without a beginning trustme says 2000, and `mqtts-gateway check` warns of a
+    # certificate that has most of its life behind it.
+    valid = {"not_before": now - timedelta(hours=1), "not_after": now + timedelta(days=days)}
     ca = trustme.CA(organization_name="mqtts-gateway", organization_unit_name="development CA")
     files = {"ca.pem": ca.cert_pem.bytes()}
-    files |= _leaf("broker", ca.issue_cert(*names, common_name="broker", not_after=not_after))
+    files |= _leaf("broker", ca.issue_cert(*names, common_name="broker", **valid))
     for device in devices:
-        files |= _leaf(f"device-{device}", ca.issue_cert(device, common_name=device, not_after=not_after))
+        files |= _leaf(f"device-{device}", ca.issue_cert(device, common_name=device, **valid))
     return files
 
 

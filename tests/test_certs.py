@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import trustme
 from cryptography import x509
 
+from gateway.cli.certificates import expiry
+from gateway.cli.report import Status
 from gateway.config import from_mapping
 from gateway.tls.channel import make_policy
 from tests.tools import require_tool
@@ -82,6 +85,42 @@ def test_the_files_work(tmp_path: Path) -> None:
     left = broker.not_valid_after_utc - datetime.now(UTC)
     assert timedelta(days=4) < left <= timedelta(days=5)
     assert str(out) in result.stdout
+
+
+def test_a_fresh_set_has_nothing_to_warn_of(tmp_path: Path) -> None:
+    """`mqtts-gateway check --strict` is content with the files, and with how long the broker's certificate has left."""
+    assert make(tmp_path, "--device", "a").returncode == 0
+    files = {"ca-file": "ca.pem", "client-cert": "device-a.pem", "client-key": "device-a.key"}
+    options = [f"--{flag}={tmp_path / name}" for flag, name in files.items()]
+    command = [sys.executable, "-m", "gateway.cli.main", "check", "--offline", "--strict", "--quiet", *options]
+    result = subprocess.run(
+        [*command, "--listen=127.0.0.1:0", "--upstream=localhost"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    broker = x509.load_pem_x509_certificate((tmp_path / "broker.pem").read_bytes())
+    assert expiry(broker)[0] is Status.PASS
+
+
+def test_a_short_life_is_no_reason_to_warn(tmp_path: Path) -> None:
+    """The life of a certificate begins when it is made, a little earlier for clocks that are slow."""
+    assert make(tmp_path, "--days", "5").returncode == 0
+    broker = x509.load_pem_x509_certificate((tmp_path / "broker.pem").read_bytes())
+    assert timedelta(minutes=59) < datetime.now(UTC) - broker.not_valid_before_utc < timedelta(hours=2)
+    assert expiry(broker)[0] is Status.PASS
+
+
+def test_without_trustme_it_says_what_to_install(tmp_path: Path) -> None:
+    """The package that is missing, not a name that no package index knows."""
+    (tmp_path / "trustme.py").write_text("raise ImportError\n")
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr == "trustme is missing: pip install trustme, or '.[demo]' in a clone\n"
 
 
 def test_keys_are_for_their_owner_alone_and_the_ca_has_none(tmp_path: Path) -> None:
