@@ -245,7 +245,7 @@ def test_a_broker_that_says_nothing(offered: Callable[..., tuple[Checked, Broker
 def test_a_broker_that_closes_in_the_handshake(offered: Callable[..., tuple[Checked, Broker]]) -> None:
     """ClientHello was answered by a close."""
     done, _ = offered(plaintext=True, serve=lambda connection: connection.read())
-    done.failed("certificate", "tls-closed", remedy="broker's log")
+    done.failed("certificate", "tls-closed", remedy="look at its log")
 
 
 # ---- the certificate
@@ -273,11 +273,12 @@ def test_an_untrusted_chain_shows_what_was_presented(offered: Callable[..., tupl
     [
         (["DNS:other.example"], {}, "is for DNS:other.example; wanted localhost", "server_name"),
         ([], {}, "has no subjectAltName", "issued anew with the subjectAltName DNS:localhost; a common name"),
+        (["email:a@b.example"], {}, "usable subjectAltName (email:a@b.example)", "Have the certificate issued anew"),
         (["IP:127.0.0.1"], {}, "is for IP:127.0.0.1; wanted localhost, a host name", "DNS:localhost"),
         (["DNS:localhost"], {"host": "127.0.0.1"}, "wanted 127.0.0.1, an IP address", "subjectAltName IP:127.0.0.1"),
         (["DNS:*.lan"], {"server_name": "broker.lan"}, "wildcard that is too wide", "at least two labels"),
     ],
-    ids=["other name", "no SAN", "IP for a name", "name for an IP", "wildcard"],
+    ids=["other name", "no SAN", "no name of a host", "IP for a name", "name for an IP", "wildcard"],
 )
 def test_an_identity_that_does_not_match(
     offered: Callable[..., tuple[Checked, Broker]],

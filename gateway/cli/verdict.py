@@ -112,6 +112,8 @@ def _identity_remedy(certificate: x509.Certificate, identity: Identity, failure:
     anew = f"the certificate issued anew with the subjectAltName {wanted}"
     if not names:
         return f"Have {anew}; a common name says nothing about hosts (RFC 9525 §2)."
+    if not any(name.startswith(("DNS:", "IP:")) for name in names):
+        return f"Have {anew}; none of the names that it has is a host name or an IP address."
     if "wildcard" in failure.detail:
         return f"Have {anew}; a wildcard stands alone to the left of at least two labels, as in *.example.com."
     return (
