@@ -577,7 +577,8 @@ def test_files_that_are_no_configuration_have_one_clear_line(tmp_path: Path, con
 
 def test_files_that_cannot_be_read_have_one_clear_line(tmp_path: Path) -> None:
     """Missing files and directories are told apart."""
-    assert file_problem(tmp_path / "none.toml").endswith("cannot be read: No such file or directory")
+    missing = "cannot be read: No such file or directory; `mqtts-gateway init FILE` writes one"
+    assert file_problem(tmp_path / "none.toml").endswith(missing)
     assert file_problem(tmp_path).endswith("cannot be read: Is a directory")
     assert file_problem(Path("a\0b")).startswith(r'"a\x00b" cannot be read: ')
 

@@ -30,6 +30,9 @@ def load_file(path: Path) -> Config:
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError as error:
+        remedy = "`mqtts-gateway init FILE` writes one"
+        raise ConfigError([f"{shown} cannot be read: {error.strerror}; {remedy}"]) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError([f"{shown} cannot be read: {reason}"]) from None
