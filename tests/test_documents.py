@@ -1,0 +1,114 @@
+"""The documents: what they say of the code is so, and what they point to is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import EndReason
+from tests.test_floors import FLOORS, ROOT
+
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name / "README.md" for name in ("certs", "benchmarks")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+ENDINGS = ROOT / "docs" / "endings.md"
+
+
+def links(text: str) -> list[str]:
+    """Return the targets of a document's links, apart from those that lead to other hosts."""
+    targets = re.findall(r"\]\(([^()\s]+)\)", text)
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def anchors(text: str) -> set[str]:
+    """Return what the headings of a document are called in links, as GitHub makes it of them."""
+    headings = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code_spans(text: str) -> list[str]:
+    """Return what stands in backticks within lines; blocks of code are drawings and sessions."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def drawn_floors(text: str) -> dict[int, set[str]]:
+    """Return the modules and packages on each floor of the drawing; a line without a number continues the one above."""
+    floors: dict[int, set[str]] = {}
+    number = None
+    for line in re.search(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1].splitlines():
+        if found := re.match(r" floor (\d)", line):
+            number = int(found[1])
+        names = (re.fullmatch(r"(?:gateway/)?(\w+)(?:\.py|/)", word) for word in line.split())
+        floors.setdefault(number, set()).update(f"gateway.{name[1]}" for name in names if name)
+    return floors
+
+
+@pytest.mark.parametrize("reason", EndReason)
+def test_every_ending_has_its_row(reason: EndReason) -> None:
+    """Word, meaning and remedy stand in docs/endings.md as the records and `check` have them."""
+    row = f"| `{reason}` | {reason.meaning} | {reason.remedy} |"
+    assert row in ENDINGS.read_text().splitlines(), f"docs/endings.md lacks this row, or has another: {row}"
+
+
+def test_endings_that_are_gone_have_no_row() -> None:
+    """Each word has one row, in the order of the code."""
+    words = re.findall(r"^\| `([^`]*)` \|", ENDINGS.read_text(), re.MULTILINE)
+    assert words == [str(reason) for reason in EndReason]
+
+
+@pytest.mark.parametrize("floor", sorted(set(FLOORS.values())))
+def test_the_drawing_has_every_module_on_its_floor(floor: int) -> None:
+    """docs/architecture.md draws what tests/test_floors.py holds the imports to; the package itself is the house."""
+    expected = {module for module, own in FLOORS.items() if own == floor and module != "gateway"}
+    assert drawn_floors(ARCHITECTURE.read_text())[floor] == expected
+
+
+def test_the_command_for_one_test_finds_one() -> None:
+    """What CONTRIBUTING.md says selects a test that exists."""
+    (command,) = (span for span in code_spans(CONTRIBUTING.read_text()) if " -k " in span)
+    python, *arguments = shlex.split(command)
+    assert python == ".venv/bin/python"
+    # CI's own options would have this run write over the results of the one that it is part of.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    collect = [sys.executable, *arguments, "--collect-only", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(collect, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout  # 5 if nothing was selected
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_within_the_repository_lead_somewhere(document: Path) -> None:
+    """The file is there, and so is the heading, if one is named."""
+    broken = []
+    for link in links(document.read_text()):
+        name, _, heading = link.partition("#")
+        target = document.parent / name if name else document
+        if not target.exists() or (heading and heading not in anchors(target.read_text())):
+            broken.append(link)
+    assert broken == []
+
+
+def test_a_broken_link_would_be_found() -> None:
+    """The README's links are seen, and headings are called what GitHub calls them."""
+    assert {"docs/configuration.md", "LICENSE"} <= set(links((ROOT / "README.md").read_text()))
+    assert links("[a](b.md#c) and [d](https://example.com/) and [`e`](../f)") == ["b.md#c", "../f"]
+    assert anchors("# What `check` does, and why\n") == {"what-check-does-and-why"}
+
+
+@pytest.mark.parametrize("document", [ARCHITECTURE, CONTRIBUTING], ids=lambda path: path.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    """Paths in backticks, on their own or in a command."""
+    words = [word for span in code_spans(document.read_text()) for word in span.split()]
+    directories = ("tests/", "gateway/", "docs/", "certs/", "benchmarks/", "systemd/")
+    named = {word for word in words if word.startswith(directories)}
+    assert named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
