@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.session import Session
-from gateway.side import RelaySide, tune
+from gateway.side import RelaySide, how_lost, tune
 
 _log = Logger(namespace="gateway")
 
@@ -52,5 +51,4 @@ class DeviceProtocol(RelaySide):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """Tell the session."""
         self.lost()
-        detail = "closed" if reason.check(ConnectionDone) else str(reason.value)
-        self._session.device_gone(detail)
+        self._session.device_gone(how_lost(reason))

@@ -144,7 +144,7 @@ class EndReason(StrEnum):
     TLS_CLOSED = (
         "tls-closed",
         "The upstream closed the connection during the TLS handshake.",
-        "Look at the broker's log: it may demand a client certificate, SNI or ALPN.",
+        "Check that this is the broker's TLS port (8883 is usual, 1883 is plaintext); if so, look at its log for why.",
     )
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",

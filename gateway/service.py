@@ -18,7 +18,7 @@ from twisted.logger import Logger
 
 from gateway.config import Config, Listener
 from gateway.device import DeviceProtocol
-from gateway.errors import ConfigError, EndReason
+from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.listening import ListenFailed, listen
 from gateway.network import Network, ReactorNetwork
 from gateway.ops.journal import Journal
@@ -47,8 +47,14 @@ class GatewayJournal(SessionJournal, Protocol):
     def refused(self, reason: EndReason, device_address: str) -> None:
         """A connection was closed at once."""
 
+    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
+        """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
+
     def sweep(self) -> None:
         """About a second has passed."""
+
+    def flush(self) -> None:
+        """The gateway stops: what was kept for later is to be told now."""
 
 
 class Gateway:
@@ -71,7 +77,7 @@ class Gateway:
         self._all_gone: Deferred[None] | None = None
         policy = make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
-        self._dialler = Dialler(targets, network, clock, config.timeouts)
+        self._dialler = Dialler(targets, network, clock, config.timeouts, journal.passed_over)
         self._sweeper = LoopingCall(self._sweep)
         self._sweeper.clock = clock
 
@@ -129,6 +135,7 @@ class Gateway:
         if self._all_gone is not None and not self.sessions:
             if self._sweeper.running:
                 self._sweeper.stop()
+            self._journal.flush()
             gone, self._all_gone = self._all_gone, None
             gone.callback(None)
 

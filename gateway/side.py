@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import socket
 
+from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ISystemHandle, ITCPTransport
 from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
 from zope.interface import implementer
 
 _KEEPALIVE_PROBES = 3
@@ -100,6 +102,13 @@ class RelaySide(Protocol):
             self.transport.resumeProducing()
         else:
             self.transport.pauseProducing()
+
+
+def how_lost(reason: Failure) -> str:
+    """Return, in a word or two, how a connection was lost: `closed`, `reset`, or what the kernel says."""
+    if reason.check(ConnectionDone):
+        return "closed"
+    return str(reason.value.args[0]) if isinstance(reason.value, ConnectionLost) and reason.value.args else "reset"
 
 
 def tune(transport: RelayTransport, user_timeout: float) -> None:

@@ -77,8 +77,11 @@ class _SendsAtOnce(tcp.Connection):
             data = self.socket.recv(wanted)
         except BlockingIOError:
             return None
-        except OSError:
+        except ConnectionResetError:
             return CONNECTION_LOST
+        except OSError as error:
+            # The peer no longer acknowledges, or the network has gone: what the kernel says is worth telling.
+            return ConnectionLost(error.strerror)
         size = len(data)
         if size == wanted:
             self._wanted = _LARGE_READ

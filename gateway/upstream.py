@@ -25,7 +25,7 @@ from gateway.network import Address, Network
 from gateway.race import AllFailed, interleave, race
 from gateway.record import Peer
 from gateway.session import Session
-from gateway.side import RelaySide, tune
+from gateway.side import RelaySide, how_lost, tune
 from gateway.tls.channel import ChannelState, TLSChannel
 from gateway.tls.identity import Identity
 from gateway.tls.trust import TLSPolicy
@@ -125,15 +125,13 @@ class UpstreamProtocol(RelaySide):
         self.lost()
         self._channel.dispose()
         session, self._session = self._session, None
-        clean = reason.check(error.ConnectionDone) is not None
         if session is not None:
             if not closing:
-                detail = "the broker closed the connection without close_notify" if clean else str(reason.value)
+                detail = f"{how_lost(reason)} by the broker, without close_notify"
                 session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, detail))
             session.upstream_gone()
         elif not closing and not self.verified.called:
-            detail = "closed by the upstream" if clean else str(reason.value)
-            self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, detail))
+            self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, f"{how_lost(reason)} by the upstream"))
 
     def _refuse(self, failure: UpstreamFailure) -> None:
         """End a connection that is not to be trusted; its alert is sent, and nothing else ever was."""
@@ -161,11 +159,20 @@ class Target:
 class Dialler:
     """Opens upstream connections: the configured brokers in order, until one is verified."""
 
-    def __init__(self, targets: Sequence[Target], network: Network, clock: IReactorTime, timeouts: Timeouts) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        network: Network,
+        clock: IReactorTime,
+        timeouts: Timeouts,
+        passed_over: Callable[[str, UpstreamFailure], None],
+    ) -> None:
+        """Take where to go, and whom to tell (address, failure) when a broker failed and a later one served."""
         self._targets = targets
         self._network = network
         self._clock = clock
         self._timeouts = timeouts
+        self._passed_over = passed_over
 
     def dial(self, session: Session, device: DeviceProtocol) -> Deferred[None]:
         """Find an upstream for `session`, whose device's side is `device`.  Cancelling it leaves nothing behind."""
@@ -188,6 +195,8 @@ class Dialler:
             except UpstreamFailure as failure:
                 failures.append((target, failure))
             else:
+                for passed, why in failures:
+                    self._passed_over(passed.upstream.address, why)
                 protocol.serve(session, device, peer)
                 return
         # The broker that was tried last gives the reason, all of them the detail.

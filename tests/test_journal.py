@@ -12,8 +12,8 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import LogLevel, formatEvent, globalLogPublisher, jsonFileLogObserver
 
-from gateway.errors import EndReason
-from gateway.ops.journal import FULL_RECORDS, WINDOW, Journal
+from gateway.errors import EndReason, UpstreamFailure
+from gateway.ops.journal import FULL_RECORDS, FULL_RECORDS_OF_STANDING, WINDOW, Journal
 from gateway.record import SessionRecord
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
@@ -178,7 +178,10 @@ def test_a_storm_is_a_handful_of_lines_and_a_summary(
     journal.sweep()
     (summary,) = events[FULL_RECORDS + 1 :]
     assert (summary["event"], summary["count"], summary["reason"]) == ("records-withheld", 995, "tcp-refused")
-    assert f"995 more in the last 60 s: tcp-refused. {EndReason.TCP_REFUSED.meaning}" in lines(events)[-1]
+    assert (
+        f"995 more sessions did not stand in the last 60 s: tcp-refused. {EndReason.TCP_REFUSED.meaning}"
+        in lines(events)[-1]
+    )
 
 
 def test_after_a_window_the_first_failures_are_told_in_full_again(
@@ -210,11 +213,56 @@ def test_a_storm_at_the_door_is_a_handful_of_lines_too(
     assert events[-1]["count"] == 995
 
 
-def test_sessions_that_stood_are_always_recorded(journal: Journal, events: list[dict[str, Any]]) -> None:
-    """A thousand devices that vanish are a thousand facts."""
-    for number in range(100):
-        journal.session_ended(attrs.evolve(RECORD, number=number))
-    assert len(events) == 100
+def test_of_a_storm_of_standing_sessions_a_hundred_are_recorded_and_the_rest_counted(
+    journal: Journal, events: list[dict[str, Any]]
+) -> None:
+    """A broker that restarts ends all its sessions at once; the log of an edge box is small."""
+    for number in range(1000):
+        journal.session_ended(attrs.evolve(RECORD, number=number, reason=EndReason.UPSTREAM_LOST))
+    assert len(events) == FULL_RECORDS_OF_STANDING
+    journal.flush()
+    assert events[-1]["count"] == 1000 - FULL_RECORDS_OF_STANDING
+    assert "standing sessions ended" in events[-1]["what"]
+
+
+def test_sessions_that_their_devices_end_are_always_recorded(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """That is no failure, and a device that connects for each message is counted by its records."""
+    for number in range(1000):
+        journal.session_ended(attrs.evolve(RECORD, number=number, reason=EndReason.DEVICE_DISCONNECT))
+    assert len(events) == 1000
+
+
+@pytest.mark.parametrize(
+    ("reason", "level", "remedy"),
+    [
+        (EndReason.UPSTREAM_LOST, "info", False),
+        (EndReason.MALFORMED_PACKET, "warn", True),
+        (EndReason.PACKET_TOO_LARGE, "warn", True),
+    ],
+)
+def test_a_standing_session_that_ends_by_a_fault_warns_and_says_what_to_do(
+    journal: Journal, events: list[dict[str, Any]], reason: EndReason, level: str, remedy: bool
+) -> None:
+    """What is everyday life is told without a remedy."""
+    journal.session_ended(attrs.evolve(RECORD, reason=reason))
+    assert events[0]["log_level"].name == level
+    assert (reason.remedy in lines(events)[0]) is remedy
+
+
+def test_a_broker_that_was_passed_over_is_told_once_a_minute_or_so(
+    journal: Journal, events: list[dict[str, Any]]
+) -> None:
+    """A preferred broker whose certificate went bad must not go unseen because the next one serves."""
+    failure = UpstreamFailure(EndReason.TLS_EXPIRED, "the broker's certificate: expired\n")
+    for _ in range(50):
+        journal.passed_over("first.example:8883", failure)
+    assert len(events) == FULL_RECORDS
+    assert lines(events)[0].startswith(
+        r"upstream first.example:8883 passed over: tls-expired (the broker's certificate: expired\n). Renew"
+    )
+    journal.flush()
+    assert events[-1]["count"] == 50 - FULL_RECORDS
+    assert "first.example:8883" in events[-1]["what"]
 
 
 HOSTILE = "a\nsession 8 10.0.0.1 is connected\r\x1b[2J\x1b]0;x\x07\u202egnp.exe\u2028\x85\ud800\x00{line}\\n"

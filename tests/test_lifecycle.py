@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import succeed
+from twisted.logger import Logger
 
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
 from gateway.network import ReactorNetwork
+from gateway.ops.journal import FULL_RECORDS
 from gateway.service import GatewayService
 from gateway.session import Session
 from tests import mqtt_packets as mqtt
@@ -622,3 +624,17 @@ def test_tls_below_the_minimum_never_carries_a_session(start_gateway: StartGatew
     assert gateway.wait_ended().reason is EndReason.TLS_VERSION
     assert broker.received == b""
     broker.stop()
+
+
+def test_a_gateway_that_stops_tells_what_it_had_kept_for_later(start_gateway: Callable[..., RunningGateway]) -> None:
+    """A restart in the middle of a storm must not erase its size."""
+    events: list[dict[str, Any]] = []
+    gateway = start_gateway(upstream=closed_port())
+    gateway.journal._log = Logger(namespace="gateway", observer=events.append)
+    for _ in range(FULL_RECORDS + 2):
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect())
+            device.read_to_end()
+    gateway.wait_ended(FULL_RECORDS + 2)
+    gateway.stop()
+    assert [event["count"] for event in events if event["event"] == "records-withheld"] == [2]

@@ -34,6 +34,7 @@ from tests.harness import ServerTLS
 
 LOST = Failure(error.ConnectionLost())
 DONE = Failure(error.ConnectionDone())
+DEAD = Failure(error.ConnectionLost("Connection timed out"))
 
 
 class Transport(StringTransport):
@@ -240,7 +241,7 @@ def test_a_side_that_is_lost_leaves_its_transport_alone(ending: str) -> None:
     side.connectionLost(LOST)
     side.transport = None  # type: ignore[assignment]
     getattr(side, ending)()
-    assert session.named("device_gone") == [LOST.getErrorMessage()]
+    assert session.named("device_gone") == ["reset"]
 
 
 def test_bytes_after_an_abort_are_dropped() -> None:
@@ -262,7 +263,7 @@ def test_a_devices_clean_close_is_told_apart_from_its_loss() -> None:
     device_side(clean).connectionLost(DONE)
     device_side(lost).connectionLost(LOST)
     assert clean.named("device_gone") == ["closed"]
-    assert "non-clean" in lost.named("device_gone")[0]
+    assert lost.named("device_gone") == ["reset"]
 
 
 def test_a_mistake_of_the_gateway_ends_only_the_session_it_was_made_in(logged_errors: list[dict[str, Any]]) -> None:
@@ -316,7 +317,9 @@ def test_a_wrong_broker_is_refused_with_an_alert_and_nothing_else(world: World) 
     assert len(failures) == 1
 
 
-@pytest.mark.parametrize(("reason", "words"), [(DONE, "closed by the upstream"), (LOST, "non-clean")])
+@pytest.mark.parametrize(
+    ("reason", "words"), [(DONE, "closed by the upstream"), (LOST, "reset"), (DEAD, "Connection timed out")]
+)
 def test_a_connection_that_ends_in_the_handshake_fails_the_wait(world: World, reason: Failure, words: str) -> None:
     """With `tls-closed`."""
     upstream, *_ = world.upstream()
@@ -419,7 +422,9 @@ def test_an_orderly_close_sends_close_notify_then_fin(world: World) -> None:
     assert len(session.named("upstream_gone")) == 1
 
 
-@pytest.mark.parametrize(("reason", "words"), [(DONE, "without close_notify"), (LOST, "non-clean")])
+@pytest.mark.parametrize(
+    ("reason", "words"), [(DONE, "closed by the broker"), (LOST, "reset"), (DEAD, "Connection timed out")]
+)
 def test_a_lost_upstream_is_told_once(world: World, reason: Failure, words: str) -> None:
     """First that it broke, and why; then that it is gone."""
     upstream, _, _, session, _ = world.serving()
@@ -824,7 +829,14 @@ class Dialling:
         self.network = FakeNetwork()
         self.session: Any = RememberingSession()
         self.device = device_side(self.session)
-        dialler = Dialler(targets, self.network, self.clock, attrs.evolve(Timeouts(), **timeouts))
+        self.passed_over: list[tuple[str, UpstreamFailure]] = []
+        dialler = Dialler(
+            targets,
+            self.network,
+            self.clock,
+            attrs.evolve(Timeouts(), **timeouts),
+            lambda upstream, failure: self.passed_over.append((upstream, failure)),
+        )
         self.deferred = dialler.dial(self.session, self.device)
 
     def resolved(self, host: str = "one.example", *hosts: str) -> None:
@@ -907,7 +919,15 @@ def test_the_preferred_addresss_failure_gives_the_reason(world: World, problem: 
     assert "another" in dialling.failure.detail
 
 
-@pytest.mark.parametrize("step", ["dns", "tcp", "tls", "hang"])
+PASSED_OVER = {
+    "dns": EndReason.DNS_FAILED,
+    "tcp": EndReason.TCP_REFUSED,
+    "tls": EndReason.TLS_NOT_TLS,
+    "hang": EndReason.TLS_TIMEOUT,
+}
+
+
+@pytest.mark.parametrize("step", list(PASSED_OVER))
 def test_the_next_broker_is_tried_when_one_fails(world: World, step: str) -> None:
     """Whatever step it failed at; the record is about the broker that was reached."""
     dialling = Dialling(world, "one.example", "two.example")
@@ -930,6 +950,9 @@ def test_the_next_broker_is_tried_when_one_fails(world: World, step: str) -> Non
     broker.talk(upstream)
     assert dialling.session.named("upstream_verified") == [upstream]
     assert not dialling.session.named("upstream_failed")
+    ((address, failure),) = dialling.passed_over
+    assert address == "one.example:8883"
+    assert failure.reason is PASSED_OVER[step]
     assert dialling.session.record.upstream == "two.example:8883"
     assert dialling.session.record.dns_seconds == 1
     assert not dialling.clock.getDelayedCalls()

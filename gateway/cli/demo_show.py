@@ -42,7 +42,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.config import from_mapping
-from gateway.errors import EndReason, GatewayError
+from gateway.errors import EndReason, GatewayError, UpstreamFailure
 from gateway.record import SessionRecord
 from gateway.service import GatewayService
 from gateway.text import printable
@@ -461,7 +461,14 @@ class _Journal:
         """See `gateway.service.GatewayJournal`."""
         self._say(f"{device_address} not let in: {reason}. {reason.remedy}")
 
+    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
+        """See `gateway.service.GatewayJournal`."""
+        self._say(f"{upstream} passed over: {failure}")
+
     def sweep(self) -> None:
+        """See `gateway.service.GatewayJournal`."""
+
+    def flush(self) -> None:
         """See `gateway.service.GatewayJournal`."""
 
 

@@ -12,31 +12,42 @@ from collections.abc import Callable
 from attrs import asdict
 from twisted.logger import Logger
 
-from gateway.errors import EndReason
+from gateway.errors import EndReason, UpstreamFailure
 from gateway.record import SessionRecord
 from gateway.text import printable
 
-# Of each cause, this many sessions that never stood are logged in full per window; the rest are counted.
+# Of each cause, this many records are written in full per window; the rest are counted.  What stood is worth more: a
+# broker that restarts ends all its sessions at once, and a hundred lines show which.
 FULL_RECORDS = 5
+FULL_RECORDS_OF_STANDING = 100
 WINDOW = 60.0  # seconds
 
+# Ends that want nobody's attention.
 _ORDINARY = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING})
+# Ends of standing sessions that are everyday life where devices have batteries and brokers have updates.
+_USUAL = _ORDINARY | {
+    EndReason.DEVICE_LOST,
+    EndReason.KEEPALIVE_TIMEOUT,
+    EndReason.UPSTREAM_DISCONNECT,
+    EndReason.UPSTREAM_LOST,
+}
 
 
 class Journal:
     """Writes a record at the start and one at the end of each session, and one for each connection not let in.
 
-    A session starts when the broker accepts it.  One that fails before has the end record only, and of those (and of
-    connections not let in) the first few of each cause in a minute are written; then a line says how many more there
-    were.  Sessions that stood are always written.
+    A session starts when the broker accepts it.  One that fails before has the end record only.  In a storm of one
+    cause, the first records of each minute are written, more of them for sessions that stood; then a line says how many
+    more there were.  A session that its device ended with DISCONNECT always has both its records.
     """
 
     def __init__(self, seconds: Callable[[], float], log: Logger | None = None) -> None:
         self._seconds = seconds
         self._log = log or Logger(namespace="gateway")
         self._window_began = seconds()
-        self._written: Counter[EndReason] = Counter()
-        self._withheld: Counter[EndReason] = Counter()
+        # By what the records have in common: the reason, and whose it is.
+        self._written: Counter[tuple[str, EndReason]] = Counter()
+        self._withheld: Counter[tuple[str, EndReason]] = Counter()
 
     def session_started(self, record: SessionRecord) -> None:
         """See `gateway.session.Journal`."""
@@ -46,16 +57,24 @@ class Journal:
         """See `gateway.session.Journal`."""
         reason = record.reason
         assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type
-        if not record.established and not self._is_due(reason):
+        if record.established:
+            due = reason is EndReason.DEVICE_DISCONNECT or self._is_due(
+                "standing sessions ended", reason, FULL_RECORDS_OF_STANDING
+            )
+            quiet = reason in _USUAL
+        else:
+            due = self._is_due("sessions did not stand", reason)
+            quiet = reason in _ORDINARY
+        if not due:
             return
-        level = self._log.info if record.established or reason in _ORDINARY else self._log.warn
+        level = self._log.info if quiet else self._log.warn
         if reason is EndReason.INTERNAL_ERROR:
             level = self._log.error
         level("{line}", line=_end_line(record), event="session-end", **_fields(record))
 
     def refused(self, reason: EndReason, device_address: str) -> None:
         """A connection was closed at once."""
-        if self._is_due(reason):
+        if self._is_due("connections not let in", reason):
             self._log.warn(
                 "{device_address} not let in: {reason}. {remedy}",
                 event="connection-refused",
@@ -64,16 +83,34 @@ class Journal:
                 remedy=reason.remedy,
             )
 
-    def sweep(self) -> None:
-        """Close the window if it is over: say how many records were withheld."""
-        now = self._seconds()
-        if now - self._window_began < WINDOW:
-            return
-        for reason, count in sorted(self._withheld.items()):
+    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
+        """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
+        reason = failure.reason
+        if self._is_due(f"times {upstream} was passed over", reason):
             self._log.warn(
-                "{count} more in the last {window} s: {reason}. {meaning} {remedy}",
+                "upstream {upstream} passed over: {reason}{shown}. {remedy}",
+                event="upstream-passed-over",
+                upstream=upstream,
+                reason=reason.value,
+                detail=failure.detail,
+                shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
+                remedy=reason.remedy,
+            )
+
+    def sweep(self) -> None:
+        """Close the window if it is over."""
+        if self._seconds() - self._window_began >= WINDOW:
+            self.flush()
+
+    def flush(self) -> None:
+        """Close the window: say how many records were withheld."""
+        now = self._seconds()
+        for (what, reason), count in sorted(self._withheld.items()):
+            self._log.warn(
+                "{count} more {what} in the last {window} s: {reason}. {meaning} {remedy}",
                 event="records-withheld",
                 count=count,
+                what=what,
                 window=round(now - self._window_began),
                 reason=reason.value,
                 meaning=reason.meaning,
@@ -83,11 +120,11 @@ class Journal:
         self._written.clear()
         self._withheld.clear()
 
-    def _is_due(self, reason: EndReason) -> bool:
-        if self._written[reason] < FULL_RECORDS:
-            self._written[reason] += 1
+    def _is_due(self, what: str, reason: EndReason, full: int = FULL_RECORDS) -> bool:
+        if self._written[what, reason] < full:
+            self._written[what, reason] += 1
             return True
-        self._withheld[reason] += 1
+        self._withheld[what, reason] += 1
         return False
 
 
@@ -110,7 +147,9 @@ def _who(record: SessionRecord) -> str:
 
 def _start_line(record: SessionRecord) -> str:
     peer = record.peer
-    verified = f", {peer.matched_san}, issuer {peer.issuer}, {peer.tls_version} {peer.cipher}" if peer else ""
+    verified = ""
+    if peer is not None:
+        verified = f", {peer.subject} as {peer.matched_san}, issuer {peer.issuer}, {peer.tls_version} {peer.cipher}"
     where = f"{record.upstream} ({record.upstream_address})" if record.upstream_address else record.upstream
     return f"{_who(record)} is connected to {where}{verified}; {_steps(record)}"
 
@@ -120,13 +159,14 @@ def _end_line(record: SessionRecord) -> str:
     detail = f" ({printable(record.detail, 400)})" if record.detail else ""
     line = f"{_who(record)} ended: {reason}{detail}"
     if record.established:
-        return (
-            f"{line}; {record.duration or 0.0:.1f} s, up {record.packets_up} packets {record.bytes_up} bytes, "
+        line += (
+            f"; {record.duration or 0.0:.1f} s, up {record.packets_up} packets {record.bytes_up} bytes, "
             f"down {record.packets_down} packets {record.bytes_down} bytes"
         )
-    upstream = f" [{record.upstream}]" if record.upstream else ""
-    remedy = f" {reason.remedy}" if reason is not None and reason not in _ORDINARY else ""
-    return f"{line}{upstream}.{remedy}"
+    elif record.upstream:
+        line += f" [{record.upstream}]"
+    usual = _USUAL if record.established else _ORDINARY
+    return line if reason is None or reason in usual else f"{line}. {reason.remedy}"
 
 
 def _steps(record: SessionRecord) -> str:
