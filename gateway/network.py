@@ -6,9 +6,13 @@ one that exists only in memory.
 
 from __future__ import annotations
 
+# Read now, since the resolver's threads cannot when the gateway has shed its rights or has no descriptor left.
+import encodings.idna  # noqa: F401  for its effect
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Protocol
 
+from attrs import define, field
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
@@ -28,6 +32,19 @@ class Network(Protocol):
         """Return the endpoint that connects to `address`, giving up after `timeout` seconds."""
 
 
+# Seconds for which a look-up may be joined.  Twisted's resolver does not answer at all when its thread ends in an
+# unforeseen way (no descriptor left, say): then the next session asks anew instead of waiting with the others for ever.
+_JOINED_FOR = 30.0
+
+
+@define(slots=True)
+class _LookUp:
+    """A look-up under way: when it began, and who waits for it."""
+
+    began: float
+    waiting: list[Deferred[list[Address]]] = field(factory=list)
+
+
 class ReactorNetwork:
     """The reactor's resolver, which runs in threads and so never blocks, and its TCP.
 
@@ -38,7 +55,7 @@ class ReactorNetwork:
     def __init__(self, reactor: Any) -> None:
         """Take a reactor that provides IReactorPluggableNameResolver, IReactorTCP and IReactorTime."""
         self._reactor = reactor
-        self._waiting: dict[tuple[str, int], list[Deferred[list[Address]]]] = {}
+        self._under_way: dict[tuple[str, int], _LookUp] = {}
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
         """See `Network.resolve`."""
@@ -49,18 +66,23 @@ class ReactorNetwork:
         else:
             return succeed([IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)])
         key = (host, port)
-        under_way = key in self._waiting
-        waiting = self._waiting.setdefault(key, [])
+        now = self._reactor.seconds()
+        look_up = self._under_way.get(key)
+        is_new = look_up is None or now - look_up.began >= _JOINED_FOR
+        if look_up is None or is_new:
+            look_up = self._under_way[key] = _LookUp(now)
         # Whoever gives up is forgotten; the look-up goes on, and others may still join it.
-        answer: Deferred[list[Address]] = Deferred(waiting.remove)
-        waiting.append(answer)
-        if not under_way:
-            receiver = _Receiver(lambda addresses: self._resolved(key, addresses))
+        answer: Deferred[list[Address]] = Deferred(look_up.waiting.remove)
+        look_up.waiting.append(answer)
+        if is_new:
+            receiver = _Receiver(partial(self._resolved, key, look_up))
             self._reactor.nameResolver.resolveHostName(receiver, host, port)
         return answer
 
-    def _resolved(self, key: tuple[str, int], addresses: list[Address]) -> None:
-        for answer in list(self._waiting.pop(key)):
+    def _resolved(self, key: tuple[str, int], look_up: _LookUp, addresses: list[Address]) -> None:
+        if self._under_way.get(key) is look_up:
+            del self._under_way[key]
+        for answer in list(look_up.waiting):
             # What one of them does with it may make another give up.
             if not answer.called:
                 answer.callback(list(addresses))

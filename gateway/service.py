@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import resource
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from twisted.application.service import Service
@@ -91,7 +92,7 @@ class Gateway:
         self._stopping = True
         gone: Deferred[None] = Deferred()
         for session in list(self.sessions):
-            session.stop(EndReason.GATEWAY_STOPPING)
+            self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING))
         self._all_gone = gone
         self._check_all_gone()
         return gone
@@ -142,13 +143,20 @@ class Gateway:
     def _sweep(self) -> None:
         now = self._clock.seconds()
         for session in list(self.sessions):
-            try:
-                session.sweep(now)
-            except Exception as error:  # noqa: BLE001  a mistake in one session must not end the deadlines of all
-                _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
-                session.fail(type(error).__name__)
-        self.doorkeeper.sweep()
-        self._journal.sweep()
+            self._guarded(session, lambda session: session.sweep(now))
+        try:
+            self.doorkeeper.sweep()
+            self._journal.sweep()
+        except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more
+            _log.failure("a mistake of the gateway in its sweep")
+
+    def _guarded(self, session: Session, do: Callable[[Session], None]) -> None:
+        """Do something to a session; a mistake that is made there ends that session and leaves the others alone."""
+        try:
+            do(session)
+        except Exception as error:  # noqa: BLE001  see above
+            _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
+            session.fail(type(error).__name__)
 
 
 class _DeviceFactory(Factory):
@@ -177,7 +185,15 @@ class GatewayService(Service):
         self.config = config
         self.ports: list[IListeningPort] = []
         self._relay = RelayReactor(reactor)
-        max_sessions = config.admission.max_sessions or raise_descriptor_limit()
+        carried = raise_descriptor_limit()
+        max_sessions = config.admission.max_sessions or carried
+        if max_sessions > carried:
+            _log.warn(
+                "admission.max_sessions is {wanted}, but the descriptor limit carries {carried}: raise LimitNOFILE",
+                wanted=max_sessions,
+                carried=carried,
+            )
+            max_sessions = carried
         self.gateway = Gateway(
             config, reactor, ReactorNetwork(self._relay), journal or Journal(reactor.seconds), max_sessions
         )

@@ -467,8 +467,10 @@ class Session:
             self._device.close()
         if self._upstream is not None:
             self._upstream.close()
-        self._journal.session_ended(self.record)
-        self._check_gone()
+        try:
+            self._journal.session_ended(self.record)
+        finally:
+            self._check_gone()
 
     def _farewell(self, reason: EndReason, code: int | None) -> bytes:
         """Return what a device is told about an end that is not of its own making, in its own protocol version.

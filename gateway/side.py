@@ -41,6 +41,11 @@ class RelaySide(Protocol):
         """Whether bytes are being read."""
         return not (self._held or self._choked)
 
+    @property
+    def choked(self) -> bool:
+        """Whether the other side's transport is full."""
+        return self._choked
+
     def hold(self) -> None:
         """Stop reading until `release`."""
         self._held = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from time import monotonic
 
 from twisted.application.service import IService
 from twisted.python import usage
@@ -74,6 +75,9 @@ def makeService(options: Options) -> IService:
     # Not at the top: twistd chooses the reactor after it has loaded this module.
     from twisted.internet import reactor
 
+    # Twisted's clock is the time of day.  A box without a clock battery has it set by an hour or by years once NTP
+    # answers, and every keepalive would have run out then, or no deadline would come until the clock had caught up.
+    reactor.seconds = monotonic  # type: ignore[method-assign]  # that is the place for it
     try:
         return _Service(options.config, reactor)
     except ConfigError as error:

@@ -175,7 +175,7 @@ class RelayReactor:
         self._events.clear()
         self._epoll.close()
         for selectable in left:
-            selectable.connectionLost(Failure(ConnectionLost()))
+            _lose(selectable.connectionLost, ConnectionLost())
 
     # ---- what endpoints ask for
 
@@ -330,7 +330,18 @@ class RelayReactor:
     def _disconnect(self, selectable: IReadWriteDescriptor, why: BaseException, reading: bool) -> None:
         self.removeReader(selectable)
         if reading and isinstance(why, ConnectionDone) and IHalfCloseableDescriptor.providedBy(selectable):
-            IHalfCloseableDescriptor(selectable).readConnectionLost(Failure(why))
+            _lose(IHalfCloseableDescriptor(selectable).readConnectionLost, why)
         else:
             self.removeWriter(selectable)
-            selectable.connectionLost(Failure(why))
+            _lose(selectable.connectionLost, why)
+
+
+def _lose(tell: Callable[[Failure], object], why: BaseException) -> None:
+    """Tell a descriptor that its connection is lost; a mistake that is made there stays there.
+
+    Let out, it would reach the real reactor, which would take it for the end of the whole relay.
+    """
+    try:
+        tell(Failure(why))
+    except Exception:  # noqa: BLE001  a mistake in one connection must not end the others
+        _log.failure("a mistake of the gateway at the end of a connection")

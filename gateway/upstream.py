@@ -32,6 +32,9 @@ from gateway.tls.trust import TLSPolicy
 
 _log = Logger(namespace="gateway")
 
+# Of some 30 bytes each; nobody needs one in a million records.
+_MAX_UNREAD_ANSWERS = 1000
+
 
 class UpstreamProtocol(RelaySide):
     """One TLS connection to the broker.
@@ -44,6 +47,8 @@ class UpstreamProtocol(RelaySide):
         self._channel = channel
         self._user_timeout = user_timeout
         self._session: Session | None = None
+        self._device: DeviceProtocol | None = None
+        self._unread_answers = 0
         self.verified: Deferred[Peer] = Deferred(lambda _: self.abort())
 
     def connectionMade(self) -> None:
@@ -59,6 +64,7 @@ class UpstreamProtocol(RelaySide):
     def serve(self, session: Session, device: DeviceProtocol, peer: Peer) -> None:
         """Become the upstream of `session`."""
         self._session = session
+        self._device = device
         self.link(device)
         session.upstream_verified(self, peer)
 
@@ -88,6 +94,9 @@ class UpstreamProtocol(RelaySide):
             return
         self._flush()
         if self._session is None:
+            if channel.broken is not None:
+                self._refuse(channel.broken)
+                return
             if channel.state is not ChannelState.VERIFIED or channel.peer is None:
                 return
             self.verified.callback(channel.peer)
@@ -98,7 +107,9 @@ class UpstreamProtocol(RelaySide):
             return
         if plaintext:
             session.upstream_received(plaintext)
-        if channel.received_close:
+        if channel.broken is not None:
+            session.upstream_broken(channel.broken)
+        elif channel.received_close:
             session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "the broker closed the connection"))
 
     def write(self, data: bytes) -> None:
@@ -125,6 +136,7 @@ class UpstreamProtocol(RelaySide):
         self.lost()
         self._channel.dispose()
         session, self._session = self._session, None
+        self._device = None
         if session is not None:
             if not closing:
                 detail = f"{how_lost(reason)} by the broker, without close_notify"
@@ -143,8 +155,21 @@ class UpstreamProtocol(RelaySide):
 
     def _flush(self) -> None:
         ciphertext = self._channel.outgoing()
-        if ciphertext:
-            self.transport.write(ciphertext)
+        if not ciphertext:
+            return
+        self.transport.write(ciphertext)
+        # TLS answers some messages by itself (KeyUpdate, RFC 8446 §4.6.3).  A broker that demands such answers and does
+        # not read them would fill this process's memory, past all backpressure.
+        self._unread_answers = self._unread_answers + 1 if self._is_full() else 0
+        if self._unread_answers > _MAX_UNREAD_ANSWERS and self._session is not None:
+            self._session.upstream_broken(
+                UpstreamFailure(EndReason.UPSTREAM_PROTOCOL_ERROR, "demands TLS answers and does not read them")
+            )
+            self.abort()
+
+    def _is_full(self) -> bool:
+        """Whether the broker does not keep up: the transport has told its producer, the device's side, to pause."""
+        return self._device is not None and self._device.choked
 
 
 @frozen(slots=True)

@@ -173,3 +173,14 @@ def test_twistd_ends_in_words_when_a_port_is_taken(taken_port: int, tmp_path: Pa
     eventually(lambda: words in log_file.read_text(), "the words in the log")
     assert "Traceback" not in log_file.read_text()
     eventually(lambda: not pid_file.exists(), "no PID file")
+
+
+def test_deadlines_do_not_follow_the_time_of_day() -> None:
+    """A box without a clock battery has its clock set by years; no keepalive may run out by that."""
+    script = (
+        "import time; from twisted.internet import reactor; from gateway import tap; options = tap.Options(); "
+        "options.parseOptions(['--upstream', 'broker.example', '--listen', '127.0.0.1:0']); tap.makeService(options); "
+        "assert reactor.seconds is time.monotonic; "
+        "assert abs(reactor.callLater(5, print).getTime() - time.monotonic() - 5) < 5"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -142,7 +142,6 @@ def test_a_burst_is_what_one_second_allows(rate: float, burst: int) -> None:
         (r"tcp6:port=1883:interface=\:\:1", r"tcp6:port=1883:interface=\:\:1"),
         ("unix:/run/x.sock:mode=660:lockfile=0", "unix:/run/x.sock:mode=660:lockfile=0"),
         ("systemd:domain=INET:name=mqtt", "systemd:domain=INET:name=mqtt"),
-        ("haproxy:tcp:1883", "haproxy:tcp:1883"),
     ],
 )
 def test_endpoints_become_twisted_descriptions(endpoint: str, description: str) -> None:
@@ -184,7 +183,7 @@ def test_twisted_understands_what_is_accepted(endpoint: str) -> None:
         ("ssl:8883:privateKey=k.pem", "plain MQTT"),
         ("ssl:8883", "plain MQTT"),
         ("tls:tcp:8883", "plain MQTT"),
-        ("haproxy:ssl:8883", "plain MQTT"),
+        ("haproxy:tcp:1883", "the proxy's address"),
         ("stdio:", "no listener"),
     ],
 )

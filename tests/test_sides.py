@@ -705,6 +705,10 @@ class Resolver:
 class ResolvingReactor:
     def __init__(self) -> None:
         self.nameResolver = Resolver()
+        self.now = 0.0
+
+    def seconds(self) -> float:
+        return self.now
 
 
 def lookup(network: ReactorNetwork, host: str = "broker.example", port: int = 8883) -> tuple[Any, list[Any]]:
@@ -749,7 +753,7 @@ def test_a_look_up_that_is_given_up_disturbs_no_one_else() -> None:
     reactor.nameResolver.answer(0, "192.0.2.1")
     assert gone[0].check(CancelledError)
     assert second == [addresses("192.0.2.1")]
-    assert not network._waiting
+    assert not network._under_way
 
 
 def test_look_ups_that_are_given_up_do_not_heap_up() -> None:
@@ -759,7 +763,7 @@ def test_look_ups_that_are_given_up_do_not_heap_up() -> None:
     for _ in range(1000):
         answer, _ = lookup(network)
         answer.cancel()
-    assert not any(network._waiting.values())
+    assert not any(look_up.waiting for look_up in network._under_way.values())
     assert len(reactor.nameResolver.asked) == 1
 
 
@@ -1044,3 +1048,37 @@ def test_nobody_but_the_verified_broker_is_served(world: World) -> None:
     upstream.connectionLost(DONE)
     assert dialling.failure.reason is EndReason.TLS_CLOSED
     assert not dialling.session.named("upstream_verified")
+
+
+def test_a_look_up_that_never_ends_is_joined_for_a_bounded_time_only() -> None:
+    """Twisted's resolver does not answer when its thread ends in an unforeseen way; the next session must ask anew."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    lookup(network)
+    reactor.now = 29.9
+    lookup(network)
+    assert len(reactor.nameResolver.asked) == 1
+    reactor.now = 30.0
+    _, results = lookup(network)
+    assert len(reactor.nameResolver.asked) == 2
+    reactor.nameResolver.answer(1, "192.0.2.1")
+    assert results == [addresses("192.0.2.1")]
+
+
+def test_a_broker_that_demands_tls_answers_and_does_not_read_them_is_cut_off(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenSSL answers each KeyUpdate, past all backpressure; a thousand unread ones are enough."""
+    upstream, _, _, session, device = world.serving()
+    monkeypatch.setattr(TLSChannel, "receive", lambda *_: b"")
+    monkeypatch.setattr(TLSChannel, "outgoing", lambda *_: b"answer")
+    for _ in range(3000):
+        upstream.dataReceived(b"key update")
+    assert not session.named("upstream_broken")
+    device.pauseProducing()
+    for _ in range(1000):
+        upstream.dataReceived(b"key update")
+    assert not session.named("upstream_broken")
+    upstream.dataReceived(b"key update")
+    assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_PROTOCOL_ERROR
+    assert transport_of(upstream).aborted

@@ -813,3 +813,17 @@ def test_a_platform_without_roots_is_told(monkeypatch: pytest.MonkeyPatch, tmp_p
     platform_roots.cache_clear()
     with pytest.raises(ValueError, match=r"install ca-certificates or set tls\.ca_file"):
         platform_roots()
+
+
+def test_what_came_whole_before_a_bad_record_is_not_lost(policy: TLSPolicy) -> None:
+    """It may be the broker's refusal, or why it goes."""
+    server = Server()
+    channel = established(policy, server)
+    good = server.send(b"refused")
+    bad = bytearray(server.send(b"forged"))
+    bad[-1] ^= 1
+    assert channel.receive(good + bytes(bad)) == b"refused"
+    assert channel.broken is not None
+    assert channel.broken.reason is EndReason.UPSTREAM_LOST
+    with pytest.raises(NotVerified):
+        channel.send(b"more")

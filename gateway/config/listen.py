@@ -22,6 +22,7 @@ _ARGUMENTS = {  # in the order in which they may stand without a name
 # all devices come back at once, Twisted's 50 make most of them wait a second or more to try again.
 _BACKLOG = 1024
 _REFUSED = {
+    "haproxy": "the gateway would take the proxy's address for the device's, and let in whom the proxy lets in",
     "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
     "tls": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
     "stdio": "one session on the standard streams is no listener",
@@ -65,9 +66,8 @@ def _check_description(text: str) -> None:
     kind, arguments = _parse(text)
     if not _KIND.fullmatch(kind) or ":" not in text:
         raise ValueError(f'{quoted(text)} is neither "PORT" nor "HOST:PORT" nor a Twisted endpoint description')
-    inner = arguments.get("1", "") if kind == "haproxy" else kind
-    if inner in _REFUSED:
-        raise ValueError(f"{quoted(text)} cannot be used: {_REFUSED[inner]}")
+    if kind in _REFUSED:
+        raise ValueError(f"{quoted(text)} cannot be used: {_REFUSED[kind]}")
     if kind not in _ARGUMENTS:
         return  # of a plugin: only Twisted knows which there are
     for name in arguments:

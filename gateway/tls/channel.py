@@ -56,8 +56,8 @@ class TLSChannel:
     """One TLS connection to one broker, client side.
 
     `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
-    came.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that VERIFIED
-    asks for.
+    came, `broken` if the channel failed behind plaintext that `receive` has returned.  `approved` says whether OpenSSL
+    trusts the chain and the identity matches, which is not all that VERIFIED asks for.
     """
 
     __slots__ = (
@@ -71,6 +71,7 @@ class TLSChannel:
         "_outgoing_size",
         "_partial_header",
         "_policy",
+        "broken",
         "peer",
         "received_close",
         "state",
@@ -89,6 +90,7 @@ class TLSChannel:
         self._outgoing_size = 0
         self.peer: Peer | None = None
         self.received_close = False
+        self.broken: UpstreamFailure | None = None
         self.state = ChannelState.HANDSHAKING
         self._connection = SSL.Connection(policy.context, None)
         self._connection.set_app_data(self)
@@ -245,7 +247,11 @@ class TLSChannel:
                 # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that
                 # breaks a verified channel is a lost upstream.
                 failure = UpstreamFailure(EndReason.UPSTREAM_LOST, failure.detail)
-            raise self._fail(failure) from None
+            failure = self._fail(failure)
+            if not parts:
+                raise failure from None
+            # What came whole before it is the broker's last word: a refusal, or why it goes.
+            self.broken = failure
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _fail(self, failure: UpstreamFailure) -> UpstreamFailure:

@@ -1,0 +1,210 @@
+"""The gateway's transports pass Twisted's own transport tests, and do what the gateway adds to them.
+
+Twisted builds its reactor tests by classes that are given a reactor; here they get an epoll reactor whose TCP and UNIX
+transports are the relay's.  They run in a process of their own (`tests/test_transport.py`): they install
+reactors and signal handlers and use up all descriptors, which no other thread of the process survives.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.error import ConnectionLost
+from twisted.internet.protocol import ClientFactory, Factory, Protocol, connectionDone
+from twisted.internet.test import test_tcp, test_unix
+from twisted.internet.test.reactormixins import ReactorBuilder
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from gateway.transport import RelayReactor
+from tests.harness import PATIENCE
+
+
+class RelayTestReactor(EPollReactor):
+    """An epoll reactor that listens and connects through a `RelayReactor`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.relay = RelayReactor(self)
+        # The gateway connects to addresses only; Twisted's tests connect to names too.
+        self.relay.resolve = self.resolve
+        self.relay.start()
+
+    def listenTCP(self, *arguments: Any, **named: Any) -> Any:
+        return self.relay.listenTCP(*arguments, **named)
+
+    def connectTCP(self, *arguments: Any, **named: Any) -> Any:
+        return self.relay.connectTCP(*arguments, **named)
+
+    def listenUNIX(self, *arguments: Any, **named: Any) -> Any:
+        return self.relay.listenUNIX(*arguments, **named)
+
+    def getReaders(self) -> list[Any]:
+        return super().getReaders() + [
+            selectable
+            for descriptor, selectable in self.relay._selectables.items()
+            if self.relay._events[descriptor] & select.EPOLLIN
+        ]
+
+    def adoptStreamPort(self, *arguments: Any, **named: Any) -> Any:
+        return self.relay.adoptStreamPort(*arguments, **named)
+
+
+@pytest.fixture(autouse=True)
+def logged_errors() -> None:
+    """Leave the log to Twisted's test cases, which watch it themselves and provoke errors."""
+
+
+class Recorder(Protocol):
+    """Keeps what comes."""
+
+    def __init__(self) -> None:
+        self.received = bytearray()
+        self.reason: Failure | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        self.received += data
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.reason = reason
+
+
+class _OnRelay(SynchronousTestCase):
+    reactorFactory = RelayTestReactor
+
+
+class SendsAtOnceTests(_OnRelay, ReactorBuilder):
+    """What the relay adds."""
+
+    def connected_pair(self) -> tuple[RelayTestReactor, Recorder, Recorder]:
+        """Return a reactor, and a server's and a client's protocol that are connected in it."""
+        reactor = self.buildReactor()
+        server, client = Recorder(), Recorder()
+        factory = Factory.forProtocol(lambda: server)
+        port = reactor.listenTCP(0, factory, interface="127.0.0.1")
+        client_factory = ClientFactory.forProtocol(lambda: client)
+        reactor.connectTCP("127.0.0.1", port.getHost().port, client_factory)
+        self.turn(reactor, lambda: server.connected and client.connected)
+        return reactor, server, client
+
+    def turn(self, reactor: RelayTestReactor, until: Callable[[], object]) -> None:
+        """Let the reactor work until something is so."""
+        deadline = time.monotonic() + PATIENCE
+        while not until():
+            assert time.monotonic() < deadline
+            reactor.iterate(0.01)
+
+    def test_a_write_has_left_when_it_returns(self) -> None:
+        """No turn of the reactor lies between a write and the send."""
+        _, server, client = self.connected_pair()
+        client.transport.write(b"now")
+        assert server.transport.getHandle().recv(10) == b"now"
+
+    def test_what_is_written_while_something_waits_does_not_overtake_it(self) -> None:
+        """Bytes arrive in the order in which they were written, however full the kernel was between."""
+        reactor, server, client = self.connected_pair()
+        server.transport.pauseProducing()
+        expected = b""
+        for number in range(400):
+            part = bytes([number % 251]) * 50_000 if number % 2 else b"small"
+            client.transport.write(part)
+            expected += part
+            if number % 50 == 0:
+                reactor.iterate(0)
+        server.transport.resumeProducing()
+        self.turn(reactor, lambda: len(server.received) == len(expected))
+        assert bytes(server.received) == expected
+
+    def test_a_send_that_fails_ends_the_connection_as_lost_and_not_within_the_write(self) -> None:
+        """The kernel tells of an error once; the end must not look orderly because a write was told."""
+        reactor, server, client = self.connected_pair()
+        client.transport.pauseProducing()
+        server.transport.abortConnection()
+        self.turn(reactor, lambda: server.reason is not None)
+        client.transport.write(b"into the void")
+        assert client.reason is None
+        client.transport.resumeProducing()
+        self.turn(reactor, lambda: client.reason is not None)
+        assert client.reason.check(ConnectionLost)
+
+    def test_nothing_overtakes_a_half_close(self) -> None:
+        """What waits is sent before FIN, and what is written after it is dropped."""
+        reactor, server, client = self.connected_pair()
+        server.transport.pauseProducing()
+        client.transport.write(b"x" * 8_000_000)
+        client.transport.loseWriteConnection()
+        client.transport.write(b"late")
+        server.transport.resumeProducing()
+        self.turn(reactor, lambda: server.reason is not None)
+        assert bytes(server.received).strip(b"x") in {b"", b"late"}
+        assert server.received.startswith(b"x" * 8_000_000)
+
+    def test_a_mistake_at_the_end_of_one_connection_leaves_the_others_alone(self) -> None:
+        """Were it let out, the real reactor would take it for the end of the whole relay."""
+        reactor, server, client = self.connected_pair()
+
+        def mistake(_: Failure) -> None:
+            raise KeyError("a mistake")
+
+        server.connectionLost = mistake  # type: ignore[method-assign]
+        client.transport.abortConnection()
+        self.turn(reactor, lambda: client.reason is not None)
+        self.turn(reactor, lambda: server.transport not in reactor.getReaders())
+        assert len(self.flushLoggedErrors(KeyError)) == 1
+        assert reactor.relay in reactor.getReaders()
+        assert not reactor.relay._epoll.closed
+
+    def test_stopping_ends_what_is_still_open(self) -> None:
+        """A relay reactor that stops leaves no connection and no descriptor behind."""
+        reactor, server, client = self.connected_pair()
+        reactor.relay.stop()
+        assert server.reason is not None
+        assert client.reason is not None
+
+
+class TCP4ClientTests(_OnRelay, test_tcp.TCP4ClientTestsBuilder):
+    """Twisted's tests of TCP clients."""
+
+    # The relay's events are not wrapped in a logging context each, on purpose: it costs as much as the framing.
+    test_logPrefix = None
+    # The relay has no connectSSL; TLS is gateway/tls's.
+    test_badContext = None
+
+
+class TCP4ConnectorTests(_OnRelay, test_tcp.TCP4ConnectorTestsBuilder):
+    """Twisted's tests of connectors."""
+
+
+class TCPConnectionTests(_OnRelay, test_tcp.TCPConnectionTestsBuilder):
+    """Twisted's tests of connections, half-close among them."""
+
+
+class TCPPortTests(_OnRelay, test_tcp.TCPPortTestsBuilder):
+    """Twisted's tests of listening ports."""
+
+
+class TCPFDPortTests(_OnRelay, test_tcp.TCPFDPortTestsBuilder):
+    """Twisted's tests of ports on sockets that somebody else opened, as systemd does."""
+
+
+class TCPTransportTests(_OnRelay, test_tcp.TCPTransportTestsBuilder):
+    """Twisted's tests of what a transport does with what is written to it."""
+
+
+class AbortConnectionTests(_OnRelay, test_tcp.AbortConnectionTests):
+    """Twisted's tests of abortConnection."""
+
+    # These three write, abort at once, and want nothing to have left.  Here it has: that is what sending at once means,
+    # and whoever aborts a connection has no claim on what the peer has seen of it.
+    test_dataReceivedAbort = None
+    test_clientAbortsConnectionTwice = None
+    test_clientAbortsConnectionThenLosesConnection = None
+
+
+class UNIXPortTests(_OnRelay, test_unix.UNIXPortTestsBuilder):
+    """Twisted's tests of UNIX ports."""
