@@ -31,6 +31,12 @@ _COMMAND = (sys.executable, "-c", "import sys; from gateway.cli.main import cons
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
 
 
+def _as_from_a_terminal() -> None:
+    """Undo what `nohup` and a shell's background jobs hand down: signals that are ignored stay ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class RunningDemo:
     """The demo's process; `output` is all that it has written so far."""
 
@@ -44,6 +50,7 @@ class RunningDemo:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=_ENVIRONMENT | {"TMPDIR": str(self.temporary)} | (environment or {}),
+                preexec_fn=_as_from_a_terminal,
             )
 
     @property
