@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import socket
 from collections.abc import Callable
 from ipaddress import ip_network
@@ -209,12 +210,23 @@ def test_a_unix_socket_has_no_network(gateway: Gateway, address: Any) -> None:
 
 def test_the_default_limit_is_what_the_descriptors_carry() -> None:
     """Two for each session, and some for all else; the soft limit is raised to the hard one."""
-    import resource
-
     sessions = raise_descriptor_limit()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert soft == hard
     assert 0 < hard - 2 * sessions <= 66
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(5, 5), (9_000_000, None)])
+def test_a_configured_limit_leaves_the_descriptor_limit_raised_and_keeps_below_it(
+    start_gateway: Callable[..., RunningGateway], wanted: int, expected: int | None
+) -> None:
+    """Fewer sessions than the descriptors carry need descriptors all the same; more cannot be had."""
+    carried = raise_descriptor_limit()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard // 2, hard))
+    gateway = start_gateway(upstream=1, admission={"max_sessions": wanted})
+    assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    assert gateway.service.gateway.doorkeeper._max_sessions == (expected or carried)
 
 
 # ---- on real sockets
