@@ -104,7 +104,6 @@ class CloudBroker:
         except asyncio.CancelledError:
             # The broker stops: nobody is waited for.
             writer.transport.abort()
-            raise
         finally:
             device = self._devices.get(facts.get("client_identifier", ""))
             if device is not None and device.writer is writer:
