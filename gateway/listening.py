@@ -1,13 +1,17 @@
 """Opening the addresses that devices connect to.
 
 In: a `Listener` of the configuration, a factory.  Out: an open port, or `ListenFailed` with the cause and the remedy.
+`Listeners` are all of a configuration, which another may follow without a gap.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from attrs import frozen
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IListeningPort
@@ -15,6 +19,7 @@ from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
 from gateway.config import Listener
+from gateway.errors import ConfigError
 
 _IN_USE = "`ss -ltnp` names what listens there: stop it, or choose another port"
 _REMEDIES = {
@@ -33,6 +38,82 @@ class ListenFailed(Exception):
         self.cause = cause
         self.remedy = remedy
         self.in_use = in_use
+
+
+class ListenerFactory(Factory):
+    """A factory of one listener's connections; `listener` changes when a new configuration does not move it."""
+
+    noisy = False
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+
+@frozen(slots=True)
+class _Open:
+    """A listener that is open, by the description that it was opened with."""
+
+    description: str
+    factory: ListenerFactory
+    port: IListeningPort
+
+
+class Listeners:
+    """The open listeners of a configuration, in its order."""
+
+    def __init__(self, reactor: Any, make_factory: Callable[[Listener], ListenerFactory]) -> None:
+        """Take a reactor that endpoints can listen with, and what makes the factory of a listener."""
+        self._reactor = reactor
+        self._make_factory = make_factory
+        self._open: list[_Open] = []
+
+    @property
+    def ports(self) -> list[IListeningPort]:
+        """What is open, in the order of the configuration."""
+        return [each.port for each in self._open]
+
+    def change(self, listeners: Sequence[Listener]) -> tuple[list[IListeningPort], list[Listener]]:
+        """Open what is new, then close what is gone; what stays the same stays open, and takes the new settings.
+
+        Returns the ports that were opened and the listeners that were closed.  Raises `ConfigError`, and then all is as
+        it was before.
+        """
+        staying = list(self._open)
+        opened: list[_Open] = []
+        wanted: list[tuple[Listener, _Open]] = []
+        problems: list[str] = []
+        for index, listener in enumerate(listeners):
+            same = next((each for each in staying if each.description == listener.description), None)
+            if same is not None:
+                staying.remove(same)
+                wanted.append((listener, same))
+                continue
+            factory = self._make_factory(listener)
+            try:
+                new = _Open(listener.description, factory, listen(self._reactor, listener, factory))
+            except ListenFailed as error:
+                problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}")
+            else:
+                opened.append(new)
+                wanted.append((listener, new))
+        if problems:
+            _close(opened)
+            raise ConfigError(problems)
+        for listener, each in wanted:
+            each.factory.listener = listener
+        self._open = [each for _, each in wanted]
+        _close(staying)
+        return [each.port for each in opened], [each.factory.listener for each in staying]
+
+    def close(self) -> list[Deferred[Any]]:
+        """Close all; each result fires when a listener is closed."""
+        closing, self._open = self._open, []
+        return _close(closing)
+
+
+def _close(listeners: Sequence[_Open]) -> list[Deferred[Any]]:
+    closed: list[Deferred[Any]] = [maybeDeferred(each.port.stopListening) for each in listeners]
+    return closed
 
 
 def listen(reactor: Any, listener: Listener, factory: Factory) -> IListeningPort:

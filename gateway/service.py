@@ -1,6 +1,9 @@
-"""The gateway as a whole: everything built from a `Config`, its start and its stop.
+"""The gateway as a whole: everything built from a `Config`, its start, its change to another, its stop.
 
 In: a `Config`, a reactor.  Out: listeners that turn connections into sessions, and a Twisted service around them.
+
+What is made of one configuration is a `Generation`.  A new one is made whole before anything of it is used; sessions
+keep the one that they began under.
 """
 
 from __future__ import annotations
@@ -10,31 +13,34 @@ import resource
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from attrs import frozen
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList, maybeDeferred
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime
-from twisted.internet.protocol import Factory
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
 from gateway.config import Config, Listener
 from gateway.device import DeviceProtocol
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
-from gateway.listening import ListenFailed, listen
+from gateway.listening import ListenerFactory, Listeners
 from gateway.network import Network, ReactorNetwork
 from gateway.ops.journal import Journal
 from gateway.policy.admission import Doorkeeper, plain_address
+from gateway.policy.drain import Drain
 from gateway.record import SessionRecord
 from gateway.session import Journal as SessionJournal
-from gateway.session import Session
+from gateway.session import Session, State
 from gateway.tls.channel import make_policy
 from gateway.tls.identity import Identity
+from gateway.tls.trust import TLSPolicy
 from gateway.transport import RelayReactor
 from gateway.upstream import Dialler, Target, shown_address
 
 _log = Logger(namespace="gateway")
 
 SWEEP_INTERVAL = 1.0  # seconds; deadlines are kept to this precision
+DRAIN_INTERVAL = 0.1  # seconds; so often some of the sessions are ended that end spread over a time
 # Descriptors that are no session's: listeners, logs, the reactor's own, attempts of happy eyeballs.
 _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
@@ -58,56 +64,117 @@ class GatewayJournal(SessionJournal, Protocol):
         """The gateway stops: what was kept for later is to be told now."""
 
 
+@frozen(slots=True, eq=False)
+class Generation:
+    """A configuration and what was made of it: what the sessions share that begin under it."""
+
+    config: Config
+    policy: TLSPolicy
+    dialler: Dialler
+
+
 class Gateway:
     """All sessions, and what they share.
 
     Everything that touches the world is a parameter, so that a whole gateway can run in memory on a virtual clock.
+    `carried` is how many sessions this process can carry; `swept` is called after each sweep.
     Raises `ConfigError` if certificates or keys cannot be used.
     """
 
     def __init__(
-        self, config: Config, clock: IReactorTime, network: Network, journal: GatewayJournal, max_sessions: int
+        self,
+        config: Config,
+        clock: IReactorTime,
+        network: Network,
+        journal: GatewayJournal,
+        carried: int,
+        swept: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config = config
         self.sessions: set[Session] = set()
-        self.doorkeeper = Doorkeeper(config.admission, max_sessions, clock.seconds)
         self._clock = clock
+        self._network = network
         self._journal = journal
+        self._carried = carried
+        self._swept = swept
         self._numbered = 0
-        self._stopping = False
-        self._all_gone: Deferred[None] | None = None
+        self._all_gone: list[Deferred[None]] = []
+        self._drain: Drain[Session] | None = None
+        self.generation = self.prepare(config)
+        self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
+        self._sweeper = LoopingCall(self._sweep)
+        self._drainer = LoopingCall(self._drain_some)
+        self._sweeper.clock = self._drainer.clock = clock
+
+    @property
+    def config(self) -> Config:
+        """The configuration under which new sessions begin."""
+        return self.generation.config
+
+    @property
+    def max_sessions(self) -> int:
+        """How many sessions there may be at a time."""
+        wanted = self.config.admission.max_sessions
+        return min(wanted, self._carried) if wanted else self._carried
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._drain is not None
+
+    def prepare(self, config: Config) -> Generation:
+        """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
         policy = make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
-        self._dialler = Dialler(targets, network, clock, config.timeouts, journal.passed_over)
-        self._sweeper = LoopingCall(self._sweep)
-        self._sweeper.clock = clock
+        dialler = Dialler(targets, self._network, self._clock, config.timeouts, self._journal.passed_over)
+        return Generation(config, policy, dialler)
+
+    def adopt(self, generation: Generation) -> None:
+        """Let new sessions begin under `generation`; those that stand go on under their own."""
+        self.generation = generation
+        self.doorkeeper.rule(generation.config.admission, self.max_sessions)
 
     def start(self) -> None:
         """Begin to let devices in and to keep deadlines."""
-        self._stopping = False
+        self._drain = None
         self._sweeper.start(SWEEP_INTERVAL, now=False)
 
-    def stop(self) -> Deferred[None]:
-        """End all sessions; fires when nothing of them is left, at the latest after `timeouts.close`."""
-        self._stopping = True
+    def stop(self, seconds: float = 0.0) -> Deferred[None]:
+        """End all sessions; those that stand are spread over `seconds`.
+
+        Fires when nothing of them is left, at the latest `timeouts.close` later.  To call it again is to be told, too,
+        and may make it quicker.
+        """
         gone: Deferred[None] = Deferred()
-        for session in list(self.sessions):
-            self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING))
-        self._all_gone = gone
+        self._all_gone.append(gone)
+        now = self._clock.seconds()
+        if self._drain is None:
+            sessions = list(self.sessions)
+            for session in sessions:
+                # Nobody's work is cut short here, and to wait would be to learn that there is no broker.
+                if session.state is not State.RELAYING:
+                    self._end(session)
+            self._drain = Drain((each for each in sessions if each.state is State.RELAYING), now, seconds)
+        else:
+            self._drain.hasten(now, seconds)
+        if not self._drainer.running:
+            self._drainer.start(DRAIN_INTERVAL)
+        else:
+            self._drain_some()
         self._check_all_gone()
         return gone
 
-    def factory(self, listener: Listener) -> Factory:
+    def factory(self, listener: Listener) -> ListenerFactory:
         """Return the factory whose connections become sessions of this gateway."""
-        return _DeviceFactory(self, listener.name)
+        return _DeviceFactory(self, listener)
 
     def admit(self, address: IAddress | None, listener: str) -> DeviceProtocol | None:
         """Return the protocol for a new connection, or `None` if it is not let in."""
         host = _host(address)
-        reason = EndReason.GATEWAY_STOPPING if self._stopping else self.doorkeeper.admit(host)
+        reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host)
         if reason is not None:
             self._journal.refused(reason, shown_address(address))
             return None
+        generation = self.generation
 
         def open_session(device: DeviceProtocol) -> Session:
             self._numbered += 1
@@ -115,17 +182,17 @@ class Gateway:
             session = Session(
                 record,
                 device,
-                lambda session: self._dialler.dial(session, device),
+                lambda session: generation.dialler.dial(session, device),
                 self._journal,
                 lambda session: self._gone(session, host),
                 self._clock.seconds,
-                self.config.limits,
-                self.config.timeouts,
+                generation.config.limits,
+                generation.config.timeouts,
             )
             self.sessions.add(session)
             return session
 
-        return DeviceProtocol(open_session, self.config.timeouts.tcp_user)
+        return DeviceProtocol(open_session, generation.config.timeouts.tcp_user)
 
     def _gone(self, session: Session, host: str | None) -> None:
         self.sessions.discard(session)
@@ -133,12 +200,14 @@ class Gateway:
         self._check_all_gone()
 
     def _check_all_gone(self) -> None:
-        if self._all_gone is not None and not self.sessions:
-            if self._sweeper.running:
-                self._sweeper.stop()
+        if self._all_gone and not self.sessions:
+            for loop in (self._sweeper, self._drainer):
+                if loop.running:
+                    loop.stop()
             self._journal.flush()
-            gone, self._all_gone = self._all_gone, None
-            gone.callback(None)
+            waiting, self._all_gone = self._all_gone, []
+            for gone in waiting:
+                gone.callback(None)
 
     def _sweep(self) -> None:
         now = self._clock.seconds()
@@ -147,8 +216,17 @@ class Gateway:
         try:
             self.doorkeeper.sweep()
             self._journal.sweep()
+            self._swept()
         except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more
             _log.failure("a mistake of the gateway in its sweep")
+
+    def _drain_some(self) -> None:
+        if self._drain is not None:
+            for session in self._drain.due(self._clock.seconds()):
+                self._end(session)
+
+    def _end(self, session: Session) -> None:
+        self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING))
 
     def _guarded(self, session: Session, do: Callable[[Session], None]) -> None:
         """Do something to a session; a mistake that is made there ends that session and leaves the others alone."""
@@ -159,58 +237,51 @@ class Gateway:
             session.fail(type(error).__name__)
 
 
-class _DeviceFactory(Factory):
+class _DeviceFactory(ListenerFactory):
     """Makes each connection to one listener a session."""
 
-    noisy = False
-
-    def __init__(self, gateway: Gateway, listener: str) -> None:
+    def __init__(self, gateway: Gateway, listener: Listener) -> None:
+        super().__init__(listener)
         self._gateway = gateway
-        self._listener = listener
 
     def buildProtocol(self, addr: IAddress | None) -> DeviceProtocol | None:
         """Admit a connection; `None` makes Twisted close it at once."""
-        return self._gateway.admit(addr, self._listener)
+        return self._gateway.admit(addr, self.listener.name)
 
 
 class GatewayService(Service):
     """The gateway under `twistd`.
 
-    `ports` are the open listeners, in the order of the configuration.  A listener that cannot be opened is a
-    `ConfigError` from `privilegedStartService`, so that the service never runs deaf.
+    A listener that cannot be opened is a `ConfigError` from `privilegedStartService`, so that the service never runs
+    deaf.
     """
 
     def __init__(self, config: Config, reactor: Any, journal: GatewayJournal | None = None) -> None:
         """Take a reactor that provides IReactorTime, IReactorTCP and IReactorPluggableNameResolver."""
-        self.config = config
-        self.ports: list[IListeningPort] = []
         self._relay = RelayReactor(reactor)
-        carried = raise_descriptor_limit()
-        max_sessions = config.admission.max_sessions or carried
-        if max_sessions > carried:
-            _log.warn(
-                "admission.max_sessions is {wanted}, but the descriptor limit carries {carried}: raise LimitNOFILE",
-                wanted=max_sessions,
-                carried=carried,
-            )
-            max_sessions = carried
         self.gateway = Gateway(
-            config, reactor, ReactorNetwork(self._relay), journal or Journal(reactor.seconds), max_sessions
+            config,
+            reactor,
+            ReactorNetwork(self._relay),
+            journal or Journal(reactor.seconds),
+            raise_descriptor_limit(),
         )
+        self._listeners = Listeners(self._relay, self.gateway.factory)
+
+    @property
+    def ports(self) -> list[IListeningPort]:
+        """The open listeners, in the order of the configuration."""
+        return self._listeners.ports
 
     def privilegedStartService(self) -> None:
         """Open the listeners, with the rights to open ports below 1024."""
         super().privilegedStartService()
         self._relay.start()
-        problems: list[str] = []
-        for index, listener in enumerate(self.config.listen):
-            try:
-                self.ports.append(listen(self._relay, listener, self.gateway.factory(listener)))
-            except ListenFailed as error:
-                problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}")
-        if problems:
+        try:
+            self._listeners.change(self.gateway.config.listen)
+        except ConfigError:
             self._relay.stop()
-            raise ConfigError(problems)
+            raise
 
     def startService(self) -> None:
         """Begin."""
@@ -219,17 +290,46 @@ class GatewayService(Service):
         super().startService()
         spare_the_collector()
         self.gateway.start()
+        self._tell_limits()
         for port in self.ports:
-            _log.info("listening for plain MQTT on {address}", address=shown_address(port.getHost()))
-        for upstream in self.config.upstream:
+            _tell_listening(port)
+        for upstream in self.gateway.config.upstream:
             _log.info("upstream {upstream}, verified as {name}", upstream=upstream.address, name=upstream.verify_name)
 
     def stopService(self) -> Deferred[Any]:
         """Close the listeners, end the sessions; fires when nothing is left."""
         super().stopService()
-        waiting: list[Deferred[Any]] = [maybeDeferred(port.stopListening) for port in self.ports]
-        self.ports = []
+        waiting = self._listeners.close()
         return DeferredList([*waiting, self.gateway.stop()]).addCallback(lambda _: self._relay.stop())
+
+    def change(self, config: Config) -> None:
+        """Let new sessions begin under another configuration; those that stand go on under their own.
+
+        Raises `ConfigError` with everything that is wrong with it, and then all is as it was before.
+        """
+        generation = self.gateway.prepare(config)
+        # Nothing of what follows lets the reactor run, so no connection comes in between.
+        opened, closed = self._listeners.change(config.listen)
+        self.gateway.adopt(generation)
+        self._tell_limits()
+        for port in opened:
+            _tell_listening(port)
+        for listener in closed:
+            _log.info("no longer listening on {endpoint}", endpoint=listener.endpoint)
+
+    def _tell_limits(self) -> None:
+        carried, wanted = self.gateway.max_sessions, self.gateway.config.admission.max_sessions
+        if wanted > carried:
+            _log.warn(
+                "admission.max_sessions is {wanted}, but the descriptor limit carries {carried}: raise LimitNOFILE",
+                wanted=wanted,
+                carried=carried,
+            )
+        _log.info("up to {carried} sessions at a time", carried=carried)
+
+
+def _tell_listening(port: IListeningPort) -> None:
+    _log.info("listening for plain MQTT on {address}", address=shown_address(port.getHost()))
 
 
 def spare_the_collector() -> None:

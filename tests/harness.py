@@ -95,9 +95,13 @@ class RunningGateway:
         if isinstance(upstream, int):
             upstream = [{"host": host, "port": upstream}]
         trust = {"ca_file": str(ca_file)} if ca_file is not None else {}
-        self.config = from_mapping(
-            {"listen": [{"endpoint": "127.0.0.1:0"}], "upstream": upstream, "tls": trust | (tls or {}), **sections}
-        )
+        self._mapping = {
+            "listen": [{"endpoint": "127.0.0.1:0"}],
+            "upstream": upstream,
+            "tls": trust | (tls or {}),
+            **sections,
+        }
+        self.config = from_mapping(self._mapping)
         self.journal = RecordingJournal(reactor.seconds)
         self.service = self.call(GatewayService, self.config, reactor, self.journal)
         self.call(self.service.startService)
@@ -129,6 +133,11 @@ class RunningGateway:
         """Wait until nothing of any session is left: no session, no count."""
         eventually(lambda: not self.service.gateway.sessions, f"no sessions, but {self.service.gateway.sessions}")
         assert self.service.gateway.doorkeeper._sessions == 0
+
+    def change(self, **sections: Any) -> None:
+        """Change to a configuration in which these sections are others."""
+        self._mapping |= sections
+        self.call(self.service.change, from_mapping(self._mapping))
 
     def stop(self) -> None:
         """Stop the gateway; nothing may be left of it."""

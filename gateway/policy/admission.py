@@ -31,6 +31,11 @@ class Doorkeeper:
         self._buckets: dict[str, tuple[float, float]] = {}
         self.refused: Counter[EndReason] = Counter()
 
+    def rule(self, admission: Admission, max_sessions: int) -> None:
+        """Decide by other rules from now on; the sessions and rates that were counted so far count on."""
+        self._admission = admission
+        self._max_sessions = max_sessions
+
     def admit(self, host: str | None) -> EndReason | None:
         """Let a connection from `host` in, or return why not.
 
