@@ -119,7 +119,8 @@ def test_listeners_come_and_go_and_take_new_names(start_gateway: StartGateway, s
     assert gateway.service.ports[1] is stays
     assert gateway.service.ports[0].getHost().port == added
     devices = [established(gateway.port), established(added)]
-    assert [record.listener for record in gateway.journal.started] == ["old hall", ""]
+    eventually(lambda: len(gateway.journal.started) == 2, "both have started")
+    assert {record.listener for record in gateway.journal.started} == {"old hall", ""}
     gateway.change(listen=[{"endpoint": "127.0.0.1:0"}])
     assert gateway.service.ports == [stays]
     eventually(lambda: not can_connect(added), "the listener that is gone is closed")
