@@ -652,6 +652,44 @@ def test_a_clock_before_the_release_is_wrong(
     assert "NTP" in step.remedy
 
 
+# ---- the files alone
+
+
+def checked_files(path: Path) -> subprocess.CompletedProcess[str]:
+    """What a service asks before it reloads."""
+    command = [sys.executable, "-m", "gateway.cli.main", "check", "--files", "--quiet", "--config", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+
+def test_the_files_alone_are_no_matter_of_the_network(
+    configuration: Callable[..., Path], start_broker: Callable[..., Broker]
+) -> None:
+    """A port that the running gateway holds is no warning, and nobody is called."""
+    broker = start_broker()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        path = configuration(broker.port, listen=f"127.0.0.1:{listener.getsockname()[1]}")
+        done = checked_files(path)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    report = Report(lambda _: None)
+    check.examine_files({flag.name: [] for flag in check.FLAGS} | {"config": [str(path)]}, report)
+    assert [(step.name, step.status) for step in report.steps] == [("configuration", "PASS"), ("file", "PASS")]
+    assert broker.accepted == 0
+
+
+def test_the_files_alone_name_every_problem(configuration: Callable[..., Path], tmp_path: Path) -> None:
+    """With status 1: in the file's keys, or in the files that it names."""
+    path = configuration(ca_file=["none.pem"], crl_file=["none.crl"])
+    done = checked_files(path)
+    assert done.returncode == 1
+    assert f"{tmp_path}/none.pem" in done.stdout
+    assert f"{tmp_path}/none.crl" in done.stdout
+    path.write_text(path.read_text().replace("port = ", "prot = ").replace("close = 0.3", "close = -1"))
+    done = checked_files(path)
+    assert done.returncode == 1
+    assert "upstream[0].prot" in done.stdout
+    assert "timeouts.close" in done.stdout
+
+
 # ---- the openssl command
 
 
