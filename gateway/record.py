@@ -7,6 +7,7 @@ as it came and escaped by whoever shows it.
 from __future__ import annotations
 
 from datetime import datetime
+from typing import NamedTuple
 
 from attrs import define, frozen
 
@@ -60,3 +61,12 @@ class SessionRecord:
     def established(self) -> bool:
         """Whether the broker accepted the session."""
         return self.connack_seconds is not None
+
+
+class Traffic(NamedTuple):
+    """What has passed: MQTT bytes and control packets, `up` from the device to the broker, without TLS."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    packets_up: int = 0
+    packets_down: int = 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from attrs import frozen
 from twisted.application.service import Service
@@ -22,14 +22,13 @@ from twisted.logger import Logger
 
 from gateway.config import Config, Listener
 from gateway.device import DeviceProtocol
-from gateway.errors import ConfigError, EndReason, UpstreamFailure
+from gateway.errors import ConfigError, EndReason
 from gateway.listening import ListenerFactory, Listeners
 from gateway.network import Network, ReactorNetwork
-from gateway.ops.journal import Journal
+from gateway.ops.journal import GatewayJournal, Journal
 from gateway.policy.admission import Doorkeeper, plain_address
 from gateway.policy.drain import Drain
 from gateway.record import SessionRecord
-from gateway.session import Journal as SessionJournal
 from gateway.session import Session, State
 from gateway.tls.channel import make_policy
 from gateway.tls.identity import Identity
@@ -46,22 +45,6 @@ _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
 # Objects that may come into being before young ones are looked at: some dozens of sessions' worth.
 _COLLECTOR_THRESHOLD = 20_000
-
-
-class GatewayJournal(SessionJournal, Protocol):
-    """Who is told what the gateway does."""
-
-    def refused(self, reason: EndReason, device_address: str) -> None:
-        """A connection was closed at once."""
-
-    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
-
-    def sweep(self) -> None:
-        """About a second has passed."""
-
-    def flush(self) -> None:
-        """The gateway stops: what was kept for later is to be told now."""
 
 
 @frozen(slots=True, eq=False)

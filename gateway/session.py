@@ -31,7 +31,7 @@ from gateway.mqtt.connect import Connect, UnsupportedVersion, parse_connect
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, describe_connack, describe_disconnect
 from gateway.mqtt.reader import Packet, PacketReader
-from gateway.record import Peer, SessionRecord
+from gateway.record import Peer, SessionRecord, Traffic
 
 
 class State(Enum):
@@ -184,6 +184,31 @@ class Session:
     def state(self) -> State:
         """Where the session stands."""
         return self._state
+
+    @property
+    def traffic(self) -> Traffic:
+        """What has passed so far."""
+        record, up, down = self.record, self._from_device, self._from_broker
+        # Once the session has ended, the record has the framers' packets too.
+        counted = self._state is not State.RELAYING or up is None or down is None
+        return Traffic(
+            self._bytes_up,
+            self._bytes_down,
+            record.packets_up + (0 if counted or up is None else up.packets),
+            record.packets_down + (0 if counted or down is None else down.packets),
+        )
+
+    @property
+    def last_heard(self) -> float | None:
+        """When the device last sent something, on the injected clock, to a sweep's precision; None before CONNACK."""
+        if self._state is not State.RELAYING:
+            return None
+        return self._seconds() if self._heard else self._last_heard
+
+    @property
+    def held_back(self) -> bool:
+        """Whether a standing session's device is not read, since the broker does not keep up."""
+        return self._state is State.RELAYING and not self._device.reading
 
     # ---- from the device
 

@@ -9,7 +9,7 @@ from twisted.internet.task import Clock
 
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.record import SessionRecord
+from gateway.record import SessionRecord, Traffic
 from gateway.session import TRANSITIONS, Session, State
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
@@ -951,3 +951,44 @@ def test_a_session_forgets_its_password() -> None:
     fails(unsent)
     assert unsent.session._connect_packet is None
     assert "hunter2" not in repr(unsent.session._connect) + repr(unsent.session.record)
+
+
+# ---- what can be seen of it
+
+
+def test_traffic_is_what_the_record_will_say() -> None:
+    """Counted while it passes, CONNECT and CONNACK included, and not once more when the session has ended."""
+    bench = Bench().connect()
+    assert bench.session.traffic == Traffic()
+    bench.session.upstream_verified(bench.upstream, PEER)
+    up, down = len(mqtt.connect()), len(mqtt.connack())
+    assert bench.session.traffic == Traffic(up, 0, 1, 0)
+    bench.session.upstream_received(mqtt.connack())
+    bench.session.device_received(mqtt.publish() * 3)
+    bench.session.upstream_received(mqtt.publish())
+    up, down = up + 3 * len(mqtt.publish()), down + len(mqtt.publish())
+    standing = bench.session.traffic
+    assert standing == Traffic(up, down, 4, 2)
+    bench.session.device_gone("closed")
+    record = bench.journal.ended[0]
+    assert bench.session.traffic == standing
+    assert standing == (record.bytes_up, record.bytes_down, record.packets_up, record.packets_down)
+
+
+def test_it_tells_when_the_device_was_last_heard_and_whether_it_is_held_back() -> None:
+    """A device that is silent, and one that is not read because the broker does not keep up."""
+    bench = Bench().verified()
+    assert bench.session.last_heard is None
+    assert not bench.session.held_back
+    bench.session.upstream_received(mqtt.connack())
+    bench.pass_seconds(5)
+    assert bench.session.last_heard == 0
+    bench.session.device_received(mqtt.publish())
+    assert bench.session.last_heard == 5
+    bench.pass_seconds(7)
+    assert bench.session.last_heard == 6
+    assert not bench.session.held_back
+    bench.device.choked = True
+    assert bench.session.held_back
+    bench.session.device_gone("closed")
+    assert not bench.session.held_back

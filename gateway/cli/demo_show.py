@@ -458,18 +458,18 @@ class _Journal:
             self.ended.callback(record)
 
     def refused(self, reason: EndReason, device_address: str) -> None:
-        """See `gateway.service.GatewayJournal`."""
+        """See `gateway.ops.journal.GatewayJournal`."""
         self._say(f"{device_address} not let in: {reason}. {reason.remedy}")
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """See `gateway.service.GatewayJournal`."""
+        """See `gateway.ops.journal.GatewayJournal`."""
         self._say(f"{upstream} passed over: {failure}")
 
     def sweep(self) -> None:
-        """See `gateway.service.GatewayJournal`."""
+        """See `gateway.ops.journal.GatewayJournal`."""
 
     def flush(self) -> None:
-        """See `gateway.service.GatewayJournal`."""
+        """See `gateway.ops.journal.GatewayJournal`."""
 
 
 async def _awaited(function: Callable[[], Any]) -> None:

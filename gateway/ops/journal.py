@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Protocol
 
 from attrs import asdict
 from twisted.logger import Logger
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.record import SessionRecord
+from gateway.session import Journal as SessionJournal
 from gateway.text import printable
 
 # Of each cause, this many records are written in full per window; the rest are counted.  What stood is worth more: a
@@ -31,6 +33,22 @@ _USUAL = _ORDINARY | {
     EndReason.UPSTREAM_DISCONNECT,
     EndReason.UPSTREAM_LOST,
 }
+
+
+class GatewayJournal(SessionJournal, Protocol):
+    """Who is told what the gateway does."""
+
+    def refused(self, reason: EndReason, device_address: str) -> None:
+        """A connection was closed at once."""
+
+    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
+        """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
+
+    def sweep(self) -> None:
+        """About a second has passed."""
+
+    def flush(self) -> None:
+        """The gateway stops: what was kept for later is to be told now."""
 
 
 class Journal:
