@@ -21,13 +21,13 @@ from gateway.mqtt.properties import Properties, PropertyId, parse_properties
 from gateway.mqtt.reader import Packet
 
 # Mosquitto sets this bit of the level in the CONNECT of a bridge; there is no such level in 5.0.
-_BRIDGE_BIT = 0x80
+BRIDGE_BIT = 0x80
 
 _VERSIONS = {
     (b"MQIsdp", 3): ProtocolVersion.MQTT_3_1,
-    (b"MQIsdp", 3 | _BRIDGE_BIT): ProtocolVersion.MQTT_3_1,
+    (b"MQIsdp", 3 | BRIDGE_BIT): ProtocolVersion.MQTT_3_1,
     (b"MQTT", 4): ProtocolVersion.MQTT_3_1_1,
-    (b"MQTT", 4 | _BRIDGE_BIT): ProtocolVersion.MQTT_3_1_1,
+    (b"MQTT", 4 | BRIDGE_BIT): ProtocolVersion.MQTT_3_1_1,
     (b"MQTT", 5): ProtocolVersion.MQTT_5_0,
 }
 _PROTOCOL_NAMES = frozenset(name for name, _ in _VERSIONS)
@@ -35,13 +35,13 @@ _PROTOCOL_NAMES = frozenset(name for name, _ in _VERSIONS)
 # How much of a wrong protocol name is worth showing, in bytes.
 _SHOWN_NAME = 16
 
-_USERNAME_FLAG = 0b1000_0000
-_PASSWORD_FLAG = 0b0100_0000
-_WILL_RETAIN_FLAG = 0b0010_0000
-_WILL_QOS_FLAGS = 0b0001_1000
-_WILL_FLAG = 0b0000_0100
-_CLEAN_START_FLAG = 0b0000_0010
-_RESERVED_FLAG = 0b0000_0001
+USERNAME_FLAG = 0b1000_0000
+PASSWORD_FLAG = 0b0100_0000
+WILL_RETAIN_FLAG = 0b0010_0000
+WILL_QOS_FLAGS = 0b0001_1000
+WILL_FLAG = 0b0000_0100
+CLEAN_START_FLAG = 0b0000_0010
+RESERVED_FLAG = 0b0000_0001
 
 CONNECT_PROPERTIES: frozenset[int] = frozenset(
     {
@@ -149,21 +149,21 @@ def parse_connect(packet: Packet) -> Connect:
         properties, offset = parse_properties(body, offset, CONNECT_PROPERTIES, "CONNECT")
     client_identifier, offset = decode_string(body, offset, "Client Identifier of CONNECT")
     will = None
-    if flags & _WILL_FLAG:
+    if flags & WILL_FLAG:
         will, offset = _parse_will(version, flags, body, offset)
     username = password = None
     # MQTT 3.1 §3.1: the Remaining Length takes precedence over these two flags, so either may be set for nothing.
     may_be_absent = version is ProtocolVersion.MQTT_3_1
-    if flags & _USERNAME_FLAG and not (may_be_absent and offset == len(body)):
+    if flags & USERNAME_FLAG and not (may_be_absent and offset == len(body)):
         username, offset = decode_string(body, offset, "user name of CONNECT")
-    if flags & _PASSWORD_FLAG and not (may_be_absent and offset == len(body)):
+    if flags & PASSWORD_FLAG and not (may_be_absent and offset == len(body)):
         password, offset = decode_binary(body, offset, "password of CONNECT")
     if offset != len(body):
         raise malformed(f"CONNECT with {len(body) - offset} bytes after its last field (MQTT {version.label} §3.1)")
     return Connect(
         version=version,
-        bridge=bool(level & _BRIDGE_BIT),
-        clean_start=bool(flags & _CLEAN_START_FLAG),
+        bridge=bool(level & BRIDGE_BIT),
+        clean_start=bool(flags & CLEAN_START_FLAG),
         keep_alive=keep_alive,
         client_identifier=client_identifier,
         will=will,
@@ -178,17 +178,17 @@ def _check_flags(version: ProtocolVersion, flags: int) -> None:
     spec = f"MQTT {version.label}"
     # MQTT 3.1 leaves the reserved bit, and the Will bits without a Will, unused: their value means nothing there.
     lenient = version is ProtocolVersion.MQTT_3_1
-    if flags & _RESERVED_FLAG and not lenient:
+    if flags & RESERVED_FLAG and not lenient:
         raise malformed(f"CONNECT with its reserved flag set ({spec} §3.1.2.3)")
-    if flags & _WILL_FLAG:
-        if flags & _WILL_QOS_FLAGS == _WILL_QOS_FLAGS:
+    if flags & WILL_FLAG:
+        if flags & WILL_QOS_FLAGS == WILL_QOS_FLAGS:
             raise malformed(f"CONNECT with Will QoS 3 ({spec} {'§3.1' if lenient else '§3.1.2.6'})")
     elif not lenient:
-        if flags & _WILL_QOS_FLAGS:
+        if flags & WILL_QOS_FLAGS:
             raise malformed(f"CONNECT with a Will QoS but no Will ({spec} §3.1.2.6)")
-        if flags & _WILL_RETAIN_FLAG:
+        if flags & WILL_RETAIN_FLAG:
             raise malformed(f"CONNECT with Will Retain but no Will ({spec} §3.1.2.7)")
-    if flags & _PASSWORD_FLAG and not flags & _USERNAME_FLAG and version is not ProtocolVersion.MQTT_5_0:
+    if flags & PASSWORD_FLAG and not flags & USERNAME_FLAG and version is not ProtocolVersion.MQTT_5_0:
         raise malformed(f"CONNECT with a password but no user name ({spec} {'§3.1' if lenient else '§3.1.2.9'})")
 
 
@@ -198,5 +198,5 @@ def _parse_will(version: ProtocolVersion, flags: int, body: bytes, offset: int) 
         properties, offset = parse_properties(body, offset, WILL_PROPERTIES, "the Will of CONNECT")
     topic, offset = decode_string(body, offset, "Will Topic of CONNECT")
     payload, offset = decode_binary(body, offset, "Will Payload of CONNECT")
-    qos = (flags & _WILL_QOS_FLAGS) >> 3
-    return Will(topic, payload, qos, bool(flags & _WILL_RETAIN_FLAG), properties), offset
+    qos = (flags & WILL_QOS_FLAGS) >> 3
+    return Will(topic, payload, qos, bool(flags & WILL_RETAIN_FLAG), properties), offset

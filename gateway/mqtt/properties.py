@@ -16,6 +16,8 @@ from gateway.mqtt.packets import (
     decode_integer,
     decode_remaining_length,
     decode_string,
+    encode_remaining_length,
+    encode_string,
     is_minimal,
     malformed,
     protocol_error,
@@ -23,13 +25,14 @@ from gateway.mqtt.packets import (
 
 
 class PropertyId(IntEnum):
-    """The identifiers of the properties that CONNECT, its Will and CONNACK carry (MQTT 5.0 §2.2.2.2)."""
+    """The identifiers of the properties of the packets that are read: all but ACKs' and AUTH's (MQTT 5.0 §2.2.2.2)."""
 
     PAYLOAD_FORMAT_INDICATOR = 0x01
     MESSAGE_EXPIRY_INTERVAL = 0x02
     CONTENT_TYPE = 0x03
     RESPONSE_TOPIC = 0x08
     CORRELATION_DATA = 0x09
+    SUBSCRIPTION_IDENTIFIER = 0x0B
     SESSION_EXPIRY_INTERVAL = 0x11
     ASSIGNED_CLIENT_IDENTIFIER = 0x12
     SERVER_KEEP_ALIVE = 0x13
@@ -43,6 +46,7 @@ class PropertyId(IntEnum):
     REASON_STRING = 0x1F
     RECEIVE_MAXIMUM = 0x21
     TOPIC_ALIAS_MAXIMUM = 0x22
+    TOPIC_ALIAS = 0x23
     MAXIMUM_QOS = 0x24
     RETAIN_AVAILABLE = 0x25
     USER_PROPERTY = 0x26
@@ -60,6 +64,7 @@ class _Kind(Enum):
     FOUR_BYTES = "four bytes"
     STRING = "UTF-8 string"
     BINARY = "binary data"
+    VARIABLE = "a Variable Byte Integer"
 
 
 _KINDS = {
@@ -68,6 +73,7 @@ _KINDS = {
     PropertyId.CONTENT_TYPE: _Kind.STRING,
     PropertyId.RESPONSE_TOPIC: _Kind.STRING,
     PropertyId.CORRELATION_DATA: _Kind.BINARY,
+    PropertyId.SUBSCRIPTION_IDENTIFIER: _Kind.VARIABLE,
     PropertyId.SESSION_EXPIRY_INTERVAL: _Kind.FOUR_BYTES,
     PropertyId.ASSIGNED_CLIENT_IDENTIFIER: _Kind.STRING,
     PropertyId.SERVER_KEEP_ALIVE: _Kind.TWO_BYTES,
@@ -81,6 +87,7 @@ _KINDS = {
     PropertyId.REASON_STRING: _Kind.STRING,
     PropertyId.RECEIVE_MAXIMUM: _Kind.TWO_BYTES,
     PropertyId.TOPIC_ALIAS_MAXIMUM: _Kind.TWO_BYTES,
+    PropertyId.TOPIC_ALIAS: _Kind.TWO_BYTES,
     PropertyId.MAXIMUM_QOS: _Kind.BIT,
     PropertyId.RETAIN_AVAILABLE: _Kind.BIT,
     PropertyId.MAXIMUM_PACKET_SIZE: _Kind.FOUR_BYTES,
@@ -89,8 +96,14 @@ _KINDS = {
     PropertyId.SHARED_SUBSCRIPTION_AVAILABLE: _Kind.BIT,
 }
 
-# Zero would allow nothing at all, and is a protocol error (MQTT 5.0 §3.1.2.11.3, §3.1.2.11.4).
-_NEVER_ZERO = frozenset({PropertyId.RECEIVE_MAXIMUM, PropertyId.MAXIMUM_PACKET_SIZE})
+# Zero would allow nothing at all, or name nothing (MQTT 5.0 §3.1.2.11.3, §3.1.2.11.4, §3.3.2.3.4).
+_NEVER_ZERO = frozenset(
+    {
+        PropertyId.RECEIVE_MAXIMUM,
+        PropertyId.MAXIMUM_PACKET_SIZE,
+        PropertyId.TOPIC_ALIAS,
+    }
+)
 
 
 def _name(identifier: int) -> str:
@@ -146,6 +159,38 @@ def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where:
     return _parse_section(data[start:end], permitted, where), end
 
 
+def end_of_properties(data: bytes, offset: int) -> int:
+    """Give the offset after a Property Length and its properties, which have been read before (MQTT 5.0 §2.2.2.1)."""
+    decoded = decode_remaining_length(data, offset)
+    if decoded is None:
+        raise malformed("the bytes end within a Property Length")
+    length, length_size = decoded
+    return offset + length_size + length
+
+
+def replace_string_property(properties: bytes, identifier: PropertyId, value: str | None) -> bytes:
+    """Give `properties`, which begin with their length and have been read before, with another value for a string.
+
+    None takes the property out. Where it is absent, nothing changes; all others stay as they are, byte for byte.
+    Raises ValueError for a value that is too long.
+    """
+    _, length_size = decode_remaining_length(properties, 0) or (0, 0)
+    offset = length_size
+    while offset < len(properties):
+        found, start = properties[offset], offset
+        offset += 1
+        if found == PropertyId.USER_PROPERTY:
+            for _ in ("key", "value"):
+                _, offset = decode_binary(properties, offset, "User Property")
+            continue
+        _, offset = _parse_value(properties, offset, PropertyId(found), "property")
+        if found == identifier:
+            written = b"" if value is None else bytes((identifier,)) + encode_string(value)
+            section = properties[length_size:start] + written + properties[offset:]
+            return encode_remaining_length(len(section)) + section
+    return properties
+
+
 def _parse_section(section: bytes, permitted: frozenset[int], where: str) -> Properties:
     values: dict[int, int | str | bytes] = {}
     user_properties: list[tuple[str, str]] = []
@@ -162,7 +207,8 @@ def _parse_section(section: bytes, permitted: frozenset[int], where: str) -> Pro
             value, offset = decode_string(section, offset, what)
             user_properties.append((key, value))
             continue
-        if identifier in values:
+        # A message that matches several subscriptions carries the identifiers of all (MQTT 5.0 §3.3.2.3.8).
+        if identifier in values and identifier != PropertyId.SUBSCRIPTION_IDENTIFIER:
             raise protocol_error(f"{where} holds {_name(identifier)} more than once (MQTT 5.0 §2.2.2)")
         values[identifier], offset = _parse_value(section, offset, PropertyId(identifier), what)
     if PropertyId.AUTHENTICATION_DATA in values and PropertyId.AUTHENTICATION_METHOD not in values:
@@ -176,6 +222,8 @@ def _parse_value(section: bytes, offset: int, identifier: PropertyId, what: str)
         return decode_string(section, offset, what)
     if kind is _Kind.BINARY:
         return decode_binary(section, offset, what)
+    if kind is _Kind.VARIABLE:
+        return _parse_variable(section, offset, what)
     size = {_Kind.BIT: 1, _Kind.TWO_BYTES: 2, _Kind.FOUR_BYTES: 4}[kind]
     number, offset = decode_integer(section, offset, size, what)
     if kind is _Kind.BIT and number > 1:
@@ -183,3 +231,16 @@ def _parse_value(section: bytes, offset: int, identifier: PropertyId, what: str)
     if number == 0 and identifier in _NEVER_ZERO:
         raise protocol_error(f"the {what} is 0 (MQTT 5.0 §2.2.2)")
     return number, offset
+
+
+def _parse_variable(section: bytes, offset: int, what: str) -> tuple[int, int]:
+    try:
+        decoded = decode_remaining_length(section, offset)
+    except ValueError:
+        decoded = None
+    if decoded is None or not is_minimal(*decoded):
+        raise malformed(f"the {what} is no Variable Byte Integer (MQTT 5.0 §1.5.5)")
+    number, size = decoded
+    if number == 0:
+        raise protocol_error(f"the {what} is 0 (MQTT 5.0 §2.2.2)")
+    return number, offset + size
