@@ -108,6 +108,63 @@ class EndReason(StrEnum):
         "Raise admission.new_sessions_per_second, or find out why the device reconnects so often.",
     )
 
+    # What the rules for devices do not permit.
+    DEVICE_UNKNOWN = (
+        "device-unknown",
+        "No rule is for this device, and unknown devices are refused.",
+        "Add a [[device]] for its Client Identifier, if it is one of yours.",
+    )
+    DEVICE_PASSWORD_WRONG = (
+        "device-password-wrong",
+        "The user name or the password in CONNECT is not what the device's rule asks for.",
+        "Set the device's password, or make a new hash for lan_password of its rule.",
+    )
+    DEVICE_NAME_UNUSABLE = (
+        "device-name-unusable",
+        "A name from the device has characters that no template takes, or is missing.",
+        "Give the device a name of letters, digits and . _ : @ -, or write its rule without that placeholder.",
+    )
+    SPOOFED = (
+        "spoofed",
+        "A Client Identifier came from an address that it is not bound to.",
+        "Find out what has this address; if the device has moved, change bound_to of its rule.",
+    )
+    CLIENT_ID_IN_USE = (
+        "client-id-in-use",
+        "A session with this Client Identifier stands, from another address.",
+        'Give each device a Client Identifier of its own, or set devices.same_client_id = "take-over".',
+    )
+    CLIENT_ID_PACED = (
+        "client-id-paced",
+        "This Client Identifier connects more often than it may.",
+        "Look for two devices with the same Client Identifier, or find out why the device reconnects so often.",
+    )
+    TAKEN_OVER = (
+        "taken-over",
+        "A new session with the same Client Identifier took the place of this one.",
+        "Nothing if the device reconnected; otherwise look for two devices with the same Client Identifier.",
+    )
+    RULE_REFUSED = (
+        "rule-refused",
+        "The device did what its rule does not permit.",
+        "The detail names the key of the rule: correct the device, or the rule.",
+    )
+    CREDENTIALS_UNAVAILABLE = (
+        "credentials-unavailable",
+        "The password or token for the broker could not be had.",
+        "The detail names the source: the file, the credential, the command or the key of the device's rule.",
+    )
+    CONNECT_NOT_REWRITABLE = (
+        "connect-not-rewritable",
+        "What the device's rule asks for cannot be said in a CONNECT.",
+        "The detail names the cause: a field that is too long, or a password without a user name.",
+    )
+    TOKEN_EXPIRING = (
+        "token-expiring",
+        "The token that the session was opened with is about to expire.",
+        "Nothing: the device connects again, with a new token.",
+    )
+
     # Why there is no upstream: on the way.
     DNS_FAILED = (
         "dns-failed",

@@ -17,6 +17,7 @@ FLOORS = {
     "gateway": 0,
     "gateway.errors": 0,
     "gateway.mqtt": 0,
+    "gateway.pace": 0,
     "gateway.record": 0,
     "gateway.text": 0,
     "gateway.config": 1,

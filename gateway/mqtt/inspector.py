@@ -1,0 +1,318 @@
+"""The path of sessions whose rules need it: PUBLISH, SUBSCRIBE and UNSUBSCRIBE read whole, judged and rewritten.
+
+In: the bytes of one direction after CONNACK, cut anywhere, and what the session's rule says.  Out: the bytes to pass
+on; `error` when the peer broke MQTT's rules or the device its own, `disconnected` when a DISCONNECT has passed whole.
+
+An inspector stands in a framer's place and has one inside, so that what holds for the fast path holds here too. Packets
+of other types pass as they come. One that is read whole is held until it is complete: at most `max_packet_size` bytes.
+
+A device that does what its rule forbids is disconnected. No acknowledgement is written in the broker's name, and none
+of the broker's is held back: so QoS stays end to end, and there is one thing that every version of MQTT can say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from attrs import frozen
+
+from gateway.errors import EndReason, PacketError
+from gateway.mqtt.framer import Framer, Sender
+from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, decode_remaining_length
+from gateway.mqtt.relayed import (
+    Publish,
+    Subscribe,
+    lower_qos,
+    read_publish,
+    read_subscribe,
+    read_unsubscribe,
+    write_publish,
+    write_subscribe,
+)
+from gateway.mqtt.topics import TopicFilters, add_prefix, check_filter, remove_prefix
+
+_RETAIN_BIT = 0b0001
+_PINGRESP = bytes((PacketType.PINGRESP << 4, 0))
+# Flags that 3.1 gives these three packets and 3.1.1 fixes at QoS 1 (MQTT 3.1.1 §2.2.2).
+_FIXED_FIRST_BYTES = {
+    packet_type: packet_type << 4 | 0b0010
+    for packet_type in (PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE)
+}
+_HELD_FROM_DEVICE = frozenset({PacketType.PUBLISH, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE})
+_MOST = 2
+
+
+@frozen(slots=True)
+class TopicRules:
+    """What a device may publish and subscribe to, and what becomes of it on the way.
+
+    `publish` and `subscribe` are None where everything is permitted; they speak of topics as the device writes them.
+    `strip_retain` and `refuse_retain` exclude one another. The prefixes are those of topics at the broker.
+    """
+
+    publish: TopicFilters | None = None
+    subscribe: TopicFilters | None = None
+    max_qos: int = _MOST
+    strip_retain: bool = False
+    refuse_retain: bool = False
+    publish_prefix: str = ""
+    subscribe_prefix: str = ""
+
+    @property
+    def concern_device(self) -> bool:
+        """Whether what the device sends has to be read."""
+        return (
+            self.publish is not None
+            or self.subscribe is not None
+            or self.max_qos < _MOST
+            or self.strip_retain
+            or self.refuse_retain
+            or self.concern_broker
+        )
+
+    @property
+    def concern_broker(self) -> bool:
+        """Whether what the broker sends has to be read."""
+        return bool(self.publish_prefix or self.subscribe_prefix)
+
+
+def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") -> PacketError | None:
+    """Say why a message of the device, which `what` names, is not permitted, or None if it is."""
+    if rules.publish is not None and message.topic and not rules.publish.permits(message.topic):
+        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to a topic that publish does not name")
+    if message.qos > rules.max_qos:
+        return _refused(ReasonCode.QOS_NOT_SUPPORTED, f"{what} with QoS {message.qos}, above max_qos {rules.max_qos}")
+    if message.retain and rules.refuse_retain:
+        return _refused(ReasonCode.RETAIN_NOT_SUPPORTED, f"{what} with Retain")
+    return None
+
+
+def at_broker(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
+    """Give the Topic Name and the Response Topic that a message of the device has at the broker.
+
+    An answer comes back as what the device subscribes to, so its topic takes `subscribe_prefix`.
+    """
+    # An empty topic stands for an alias, which the broker knows with its prefix.
+    topic = add_prefix(message.topic, rules.publish_prefix) if message.topic else ""
+    answer = message.response_topic
+    return topic, None if answer is None else add_prefix(answer, rules.subscribe_prefix)
+
+
+def at_device(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
+    """Give the Topic Name and the Response Topic that a message of the broker has at the device.
+
+    A topic outside the prefix keeps its name. A Response Topic outside is taken out: whatever the device answered would
+    go elsewhere.
+    """
+    topic = message.topic
+    if topic and rules.subscribe_prefix:
+        topic = remove_prefix(topic, rules.subscribe_prefix) or topic
+    answer = message.response_topic
+    if answer is not None and rules.publish_prefix and not answer.startswith("$"):
+        answer = remove_prefix(answer, rules.publish_prefix)
+    return topic, answer
+
+
+class _Cutter:
+    """Cuts what a framer passes into packets; those to be held come whole to `_whole`, others as they arrive."""
+
+    __slots__ = ("_framer", "_held", "_held_types", "_passing", "_waiting", "error", "packets")
+
+    def __init__(self, framer: Framer, held_types: frozenset[PacketType]) -> None:
+        self._framer = framer
+        self._held_types = held_types
+        # An unfinished packet that is held, fixed header included, and how many of its bytes are still to come.
+        self._held = bytearray()
+        self._waiting = 0
+        # Bytes of a packet that passes as it arrives which are still to come.
+        self._passing = 0
+        # As `Framer.packets`; the framer inside may be ahead of what has been judged.
+        self.packets = 0
+        self.error: PacketError | None = None
+
+    @property
+    def disconnected(self) -> bool:
+        """As `Framer.disconnected`."""
+        return self.error is None and self._framer.disconnected
+
+    @property
+    def disconnect_code(self) -> int | None:
+        """As `Framer.disconnect_code`."""
+        return self._framer.disconnect_code if self.error is None else None
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether what was passed on ends with a whole packet; what is held has not been passed on."""
+        return not self._passing
+
+    def feed(self, data: bytes) -> bytes:
+        """As `Framer.feed`: give the bytes to pass on.  Never raises for what a peer sent."""
+        if self.error is not None:
+            return b""
+        # The framer keeps unfinished fixed headers back, so whatever comes from it begins and goes on as packets do.
+        data = self._framer.feed(data)
+        passed: list[bytes] = []
+        offset, size = 0, len(data)
+        while offset < size and self.error is None:
+            if self._passing:
+                end = min(offset + self._passing, size)
+                passed.append(data[offset:end])
+                self._passing -= end - offset
+                offset = end
+            elif self._waiting:
+                end = min(offset + self._waiting, size)
+                self._held += data[offset:end]
+                self._waiting -= end - offset
+                offset = end
+                if not self._waiting:
+                    packet, self._held = bytes(self._held), bytearray()
+                    passed.append(self._judge(packet))
+            else:
+                self._begin(data, offset)
+        if self.error is None:
+            self.error = self._framer.error
+        return b"".join(passed)
+
+    def _begin(self, data: bytes, offset: int) -> None:
+        length, length_size = decode_remaining_length(data, offset + 1) or (0, 1)
+        size = 1 + length_size + length
+        self.packets += 1
+        if PacketType(data[offset] >> 4) in self._held_types:
+            self._waiting = size
+        else:
+            self._passing = size
+
+    def _judge(self, packet: bytes) -> bytes:
+        _, length_size = decode_remaining_length(packet, 1) or (0, 1)
+        try:
+            return self._whole(packet, packet[0], packet[1 + length_size :])
+        except PacketError as error:
+            self.error = error
+        return b""
+
+    def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
+        """Give what is to be passed on for a whole packet.  Raises PacketError."""
+        raise NotImplementedError
+
+
+class DeviceInspector(_Cutter):
+    """Judges and rewrites what a device sends.
+
+    `version` is that of the device. `upgraded` says that the broker takes it for one of 3.1.1, which is stricter with
+    flags. `max_packet_size` is in bytes, fixed header included, and holds for what is passed on, too.
+    """
+
+    __slots__ = ("_max_packet_size", "_rules", "_upgraded", "_version")
+
+    def __init__(
+        self, rules: TopicRules, version: ProtocolVersion, max_packet_size: int, *, upgraded: bool = False
+    ) -> None:
+        held = _HELD_FROM_DEVICE | ({PacketType.PUBREL} if upgraded else set())
+        super().__init__(Framer(Sender.DEVICE, version, max_packet_size), held)
+        self._rules = rules
+        self._version = version
+        self._max_packet_size = max_packet_size
+        self._upgraded = upgraded
+
+    def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
+        packet_type = PacketType(first >> 4)
+        if packet_type is PacketType.PUBLISH:
+            return self._publish(packet, first, body)
+        if self._upgraded:
+            first = _FIXED_FIRST_BYTES[packet_type]
+            packet = bytes((first,)) + packet[1:]
+        if packet_type is PacketType.SUBSCRIBE:
+            return self._subscribe(packet, first, read_subscribe(self._version, body))
+        if packet_type is PacketType.UNSUBSCRIBE:
+            return self._unsubscribe(packet, first, read_unsubscribe(self._version, body))
+        return packet
+
+    def _publish(self, packet: bytes, first: int, body: bytes) -> bytes:
+        rules = self._rules
+        message = read_publish(self._version, first, body)
+        refused = judge_publish(rules, message)
+        if refused is not None:
+            raise refused
+        if rules.strip_retain:
+            first &= ~_RETAIN_BIT
+        if self._upgraded and not message.qos:
+            first &= ~0b1000  # DUP with QoS 0 passes in 3.1 and is malformed in 3.1.1 [MQTT-3.3.1-2].
+        topic, answer = at_broker(rules, message)
+        if (topic, answer) == (message.topic, message.response_topic):
+            return packet if first == packet[0] else bytes((first,)) + packet[1:]
+        return self._fit(lambda: write_publish(self._version, first, body, topic, answer), "PUBLISH")
+
+    def _subscribe(self, packet: bytes, first: int, wanted: Subscribe) -> bytes:
+        rules = self._rules
+        if rules.subscribe is not None:
+            for text, _ in wanted.filters:
+                _check_permitted(rules.subscribe, text)
+        filters = tuple(
+            # The broker would grant no more than it supports; asked for that, it need not refuse, and SUBACK tells.
+            (add_prefix(text, rules.subscribe_prefix), None if options is None else lower_qos(options, rules.max_qos))
+            for text, options in wanted.filters
+        )
+        if filters == wanted.filters:
+            return packet
+        return self._fit(lambda: write_subscribe(first, Subscribe(wanted.head, filters)), "SUBSCRIBE")
+
+    def _unsubscribe(self, packet: bytes, first: int, wanted: Subscribe) -> bytes:
+        filters = tuple((add_prefix(text, self._rules.subscribe_prefix), None) for text, _ in wanted.filters)
+        if filters == wanted.filters:
+            return packet
+        return self._fit(lambda: write_subscribe(first, Subscribe(wanted.head, filters)), "UNSUBSCRIBE")
+
+    def _fit(self, write: Callable[[], bytes], name: str) -> bytes:
+        try:
+            packet = write()
+        except ValueError as error:
+            raise PacketError(EndReason.PACKET_TOO_LARGE, ReasonCode.PACKET_TOO_LARGE, f"{name}: {error}") from None
+        if len(packet) > self._max_packet_size:
+            detail = f"{name} of {len(packet)} bytes with its prefix, above the limit of {self._max_packet_size}"
+            raise PacketError(EndReason.PACKET_TOO_LARGE, ReasonCode.PACKET_TOO_LARGE, detail)
+        return packet
+
+
+class BrokerInspector(_Cutter):
+    """Takes the prefixes from what the broker sends, and the answers to the gateway's own PINGREQs out of it.
+
+    `version` is that of the device. `pings` counts the PINGREQs that the gateway has sent and whose PINGRESP is not to
+    reach the device.
+    """
+
+    __slots__ = ("_rules", "_version", "pings")
+
+    def __init__(self, rules: TopicRules, version: ProtocolVersion, max_packet_size: int) -> None:
+        held = {PacketType.PINGRESP} | ({PacketType.PUBLISH} if rules.concern_broker else set())
+        super().__init__(Framer(Sender.BROKER, version, max_packet_size), frozenset(held))
+        self._rules = rules
+        self._version = version
+        self.pings = 0
+
+    def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
+        if packet == _PINGRESP:
+            if self.pings:
+                self.pings -= 1
+                return b""
+            return packet
+        try:
+            message = read_publish(self._version, first, body)
+            topic, answer = at_device(self._rules, message)
+            if (topic, answer) == (message.topic, message.response_topic):
+                return packet
+            return write_publish(self._version, first, body, topic, answer)
+        except PacketError as error:
+            raise PacketError(EndReason.UPSTREAM_PROTOCOL_ERROR, error.reason_code, error.detail) from None
+
+
+def _check_permitted(permitted: TopicFilters, wanted: str) -> None:
+    try:
+        check_filter(wanted)
+    except ValueError as error:
+        raise _refused(ReasonCode.TOPIC_FILTER_INVALID, f"SUBSCRIBE to what is no Topic Filter: {error}") from None
+    if not permitted.permits(wanted):
+        raise _refused(ReasonCode.NOT_AUTHORIZED, "SUBSCRIBE to a Topic Filter that subscribe does not cover")
+
+
+def _refused(code: ReasonCode, detail: str) -> PacketError:
+    return PacketError(EndReason.RULE_REFUSED, code, detail)

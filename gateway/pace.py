@@ -1,0 +1,57 @@
+"""How fast a device may send: two token buckets, of packets and of bytes.
+
+In: what came, and the time.  Out: whether reading is to pause, and whether it may go on.
+
+What is too fast waits in the device's own socket; nothing is lost and nobody is disconnected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# A pause ends with the sweep, up to a second late; with less in the buckets the rate would not be reached.
+_BURST_SECONDS = 2.0
+
+
+class Pace:
+    """The two rates of one session, per second; 0 is no limit.
+
+    As much as two seconds allow may come at once. What is read already counts in full, so that a large packet is paid
+    for by a longer pause.
+    """
+
+    __slots__ = ("_bytes", "_packets", "_rates", "_seconds", "_seen_packets", "_since")
+
+    def __init__(self, packets_per_second: float, bytes_per_second: float, seconds: Callable[[], float]) -> None:
+        self._rates = packets_per_second, bytes_per_second
+        self._packets, self._bytes = (self._full(rate) for rate in self._rates)
+        self._seconds = seconds
+        self._since = seconds()
+        self._seen_packets = 0
+
+    def overdrawn(self, packets: int, size: int) -> bool:
+        """Count `size` bytes that came, after which there have been `packets` in all; whether reading is to pause."""
+        self._refill(self._seconds())
+        self._packets -= packets - self._seen_packets
+        self._seen_packets = packets
+        self._bytes -= size
+        return self._is_overdrawn()
+
+    def recovered(self, now: float) -> bool:
+        """Whether reading may go on."""
+        self._refill(now)
+        return not self._is_overdrawn()
+
+    def _is_overdrawn(self) -> bool:
+        packets_per_second, bytes_per_second = self._rates
+        return bool((packets_per_second and self._packets < 0) or (bytes_per_second and self._bytes < 0))
+
+    def _refill(self, now: float) -> None:
+        passed, self._since = max(0.0, now - self._since), now
+        packets_per_second, bytes_per_second = self._rates
+        self._packets = min(self._full(packets_per_second), self._packets + passed * packets_per_second)
+        self._bytes = min(self._full(bytes_per_second), self._bytes + passed * bytes_per_second)
+
+    @staticmethod
+    def _full(rate: float) -> float:
+        return max(1.0, rate * _BURST_SECONDS)

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.errors import EndReason
+from gateway.mqtt.framer import Framer, Sender
+from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
+from gateway.mqtt.packets import ProtocolVersion
+from gateway.mqtt.topics import TopicFilters
+from tests.mqtt_packets import (
+    acknowledgement,
+    disconnect,
+    packet,
+    pingreq,
+    pingresp,
+    properties_for,
+    publish,
+    string,
+    subscribe,
+    text,
+    unsubscribe,
+    user_property,
+    variable_byte_integer,
+)
+from tests.test_mqtt_framer import cut, valid_packets
+
+LIMIT = 100_000
+VERSIONS = [3, 4, 5]
+PREFIXES = TopicRules(publish_prefix="up/", subscribe_prefix="down/")
+# Rules that look at everything and change nothing that these tests send.
+WATCHFUL = TopicRules(publish=TopicFilters(("#",)), subscribe=TopicFilters(("#",)))
+
+
+def from_device(rules: TopicRules = PREFIXES, version: int = 4, limit: int = LIMIT, **more: bool) -> DeviceInspector:
+    return DeviceInspector(rules, ProtocolVersion(version), limit, **more)
+
+
+def from_broker(rules: TopicRules = PREFIXES, version: int = 4, limit: int = LIMIT) -> BrokerInspector:
+    return BrokerInspector(rules, ProtocolVersion(version), limit)
+
+
+def outcome(inspector, chunks):
+    passed = b"".join(inspector.feed(chunk) for chunk in chunks)
+    fault = inspector.error
+    told = fault and (fault.reason, fault.reason_code, fault.detail)
+    return passed, told, inspector.packets, inspector.disconnected, inspector.disconnect_code
+
+
+def subscribe_5(body: bytes, first: int = 0x82) -> bytes:
+    return packet(first, body)
+
+
+# ---- in a framer's place
+
+
+@settings(max_examples=200)
+@given(data=st.data(), version=st.sampled_from(VERSIONS), sender=st.sampled_from(Sender))
+def test_what_no_rule_changes_passes_as_through_a_framer(data, version, sender):
+    """The same bytes, counts and endings, once the packets are whole."""
+    packets = data.draw(st.lists(st.sampled_from(valid_packets(sender, version)), max_size=8))
+    stream = b"".join(packets) + data.draw(st.sampled_from([b"", disconnect()]))
+    inspector = from_device(WATCHFUL, version) if sender is Sender.DEVICE else from_broker(PREFIXES, version)
+    framer = Framer(sender, ProtocolVersion(version), LIMIT)
+    chunks = cut(stream, data.draw(st.lists(st.integers(0, 2**20), max_size=6)))
+    assert outcome(inspector, chunks) == outcome(framer, [stream])
+    assert inspector.at_boundary
+
+
+@settings(max_examples=300)
+@given(
+    data=st.data(),
+    version=st.sampled_from(VERSIONS),
+    rules=st.sampled_from(
+        [PREFIXES, TopicRules(publish=TopicFilters(("t/#",)), max_qos=1), TopicRules(refuse_retain=True), WATCHFUL]
+    ),
+)
+def test_how_the_stream_is_cut_makes_no_difference(data, version, rules):
+    """What passes, and which fault is found, also when the stream is damaged."""
+    packets = data.draw(st.lists(st.sampled_from(valid_packets(Sender.DEVICE, version)), max_size=6))
+    stream = bytearray(b"".join(packets))
+    for place, value in data.draw(st.lists(st.tuples(st.integers(0, 2**20), st.integers(0, 255)), max_size=2)):
+        if stream:
+            stream[place % len(stream)] = value
+    chunks = cut(bytes(stream), data.draw(st.lists(st.integers(0, 2**20), max_size=6)))
+    for make in (from_device, from_broker):
+        assert outcome(make(rules, version), chunks) == outcome(make(rules, version), [bytes(stream)])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_nothing_of_a_packet_passes_before_it_is_judged(version):
+    """Not its first byte, until its last one is there; other packets are passed on as they come."""
+    inspector = from_device(version=version)
+    whole = publish(version=version)
+    assert inspector.feed(pingreq() + whole[:-1]) == pingreq()
+    assert inspector.at_boundary
+    assert inspector.feed(whole[-1:]) == publish("up/t/1", version=version)
+
+
+def test_a_packet_that_is_not_read_is_passed_on_in_pieces():
+    """And a DISCONNECT could not be written in its middle."""
+    inspector = from_broker(version=5)
+    suback = packet(0x90, b"\0\1\0" + bytes(100))
+    assert inspector.feed(suback[:50]) == suback[:50]
+    assert not inspector.at_boundary
+    assert inspector.feed(suback[50:]) == suback[50:]
+    assert inspector.at_boundary
+
+
+def test_what_is_held_is_bounded():
+    """A packet above the limit is refused by its header."""
+    inspector = from_device(limit=1000)
+    assert inspector.feed(publish(payload=bytes(2000))[:3]) == b""
+    assert inspector.error.reason is EndReason.PACKET_TOO_LARGE
+    assert not inspector._held
+
+
+# ---- refused
+
+
+REFUSED = [
+    (TopicRules(publish=TopicFilters(("a/#",))), lambda version: publish("b", version=version), 0x87),
+    (TopicRules(publish=TopicFilters(())), lambda version: publish("b", version=version), 0x87),
+    (TopicRules(publish=TopicFilters(("#",))), lambda version: publish("$SYS/x", version=version), 0x87),
+    (TopicRules(max_qos=1), lambda version: publish(qos=2, version=version), 0x9B),
+    (TopicRules(max_qos=0), lambda version: publish(qos=1, version=version), 0x9B),
+    (TopicRules(refuse_retain=True), lambda version: publish(retain=True, version=version), 0x9A),
+    (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("a/b", "#", version=version), 0x87),
+    (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("$share/g/#", version=version), 0x87),
+    (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("a/b#", version=version), 0x8F),
+]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("rules", "make", "code"), REFUSED)
+def test_what_a_rule_forbids_does_not_pass(rules, make, code, version):
+    """Nor does anything after it; what came before does."""
+    inspector = from_device(rules, version)
+    assert inspector.feed(pingreq() + make(version) + pingreq()) == pingreq()
+    assert (inspector.error.reason, inspector.error.reason_code) == (EndReason.RULE_REFUSED, code)
+    assert inspector.feed(pingreq()) == b""
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_disconnect_after_what_is_forbidden_is_not_the_end_of_the_story(version):
+    """The session ends for what the rule forbids, so the broker publishes the Will."""
+    inspector = from_device(TopicRules(refuse_retain=True), version)
+    assert inspector.feed(publish(retain=True, version=version) + disconnect()) == b""
+    assert not inspector.disconnected
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_a_rule_permits_passes_as_it_came(version):
+    """To the byte, padded Remaining Length included."""
+    rules = TopicRules(publish=TopicFilters(("a/#",)), subscribe=TopicFilters(("a/#",)), max_qos=1, refuse_retain=True)
+    sent = [
+        publish("a/b", qos=1, version=version, length_size=1 if version == 5 else 3),
+        subscribe("a/b", "a/+/#", qos=1, version=version),
+        unsubscribe("anything", version=version),
+        acknowledgement(0x62),
+    ]
+    assert from_device(rules, version).feed(b"".join(sent)) == b"".join(sent)
+
+
+def test_an_alias_stands_for_a_topic_that_was_judged_before():
+    """MQTT 5.0 §3.3.2.3.4: the broker refuses one that was not set."""
+    rules = TopicRules(publish=TopicFilters(("a",)), publish_prefix="up/")
+    inspector = from_device(rules, 5)
+    alias = b"\x23\0\1"
+    assert inspector.feed(publish("a", version=5, properties=alias)) == publish("up/a", version=5, properties=alias)
+    assert inspector.feed(publish("", version=5, properties=alias)) == publish("", version=5, properties=alias)
+    inspector.feed(publish("b", version=5, properties=alias))
+    assert inspector.error.reason is EndReason.RULE_REFUSED
+
+
+# ---- changed
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_retain_is_stripped(version):
+    """Only the flag: the message passes."""
+    inspector = from_device(TopicRules(strip_retain=True), version)
+    sent = publish(retain=True, qos=1, version=version) + publish(version=version)
+    assert inspector.feed(sent) == publish(qos=1, version=version) + publish(version=version)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_subscription_asks_for_no_more_than_may_be(version):
+    """SUBACK tells the device what it got; the other options stay."""
+    inspector = from_device(TopicRules(max_qos=1), version)
+    assert inspector.feed(subscribe("a", "b", qos=2, version=version)) == subscribe("a", "b", qos=1, version=version)
+    if version == 5:
+        wanted, got = (b"\0\1\0" + string("a") + bytes([options]) for options in (0b0010_1110, 0b0010_1101))
+        assert inspector.feed(subscribe_5(wanted)) == subscribe_5(got)
+
+
+@settings(max_examples=200)
+@given(
+    version=st.sampled_from(VERSIONS),
+    qos=st.integers(0, 2),
+    retain=st.booleans(),
+    payload=st.binary(max_size=300),
+    topic=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0+#"), min_size=1).filter(
+        lambda topic: not topic.startswith("$")
+    ),
+)
+def test_a_prefix_is_added_and_taken_off_and_nothing_else_changes(version, qos, retain, payload, topic):
+    """Packet Identifier, properties, flags and payload are those of the device."""
+    rules = TopicRules(publish_prefix="hall/7/", subscribe_prefix="hall/7/")
+    properties = user_property() + text(0x03, "text/plain") + b"\x09\0\2\0\xff"
+    rest = {"version": version, "qos": qos, "retain": retain, "properties": properties, "packet_identifier": 4711}
+    sent, there = (publish(name, payload, **rest) for name in (topic, f"hall/7/{topic}"))
+    assert from_device(rules, version).feed(sent) == there
+    assert from_broker(rules, version).feed(there) == sent
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_subscriptions_take_the_prefix_both_ways(version):
+    """SUBSCRIBE and UNSUBSCRIBE alike, and each with its options and properties."""
+    inspector = from_device(version=version)
+    filters = ("a/#", "$share/g/+/b", "$SYS/#")
+    there = ("down/a/#", "$share/g/down/+/b", "$SYS/#")
+    assert inspector.feed(subscribe(*filters, qos=1, version=version)) == subscribe(*there, qos=1, version=version)
+    assert inspector.feed(unsubscribe(*filters, version=version)) == unsubscribe(*there, version=version)
+    if version == 5:
+        head = b"\0\1" + properties_for(5, b"\x0b" + variable_byte_integer(300) + user_property())
+        sent, got = (subscribe_5(head + string(name) + b"\1") for name in ("a", "down/a"))
+        assert inspector.feed(sent) == got
+
+
+def test_an_answer_takes_the_other_prefix():
+    """The device will subscribe to the Response Topic it names, and publish to one that it is told."""
+    here, there = (
+        publish(topic, version=5, properties=user_property() + text(0x08, answer))
+        for topic, answer in (("ask", "answers/1"), ("up/ask", "down/answers/1"))
+    )
+    assert from_device(version=5).feed(here) == there
+    asked, got = (
+        publish(topic, version=5, properties=text(0x08, answer) + user_property())
+        for topic, answer in (("down/do", "up/done"), ("do", "done"))
+    )
+    assert from_broker(version=5).feed(asked) == got
+
+
+def test_an_answer_that_the_device_could_not_give_is_not_asked_of_it():
+    """A Response Topic outside the prefix would become another one; `$`-topics are left alone both ways."""
+    outside, without = (
+        publish("down/do", version=5, properties=text(0x08, "elsewhere") + user_property()),
+        publish("do", version=5, properties=user_property()),
+    )
+    assert from_broker(version=5).feed(outside) == without
+    dollar = publish("$x/do", version=5, properties=text(0x08, "$x/done"))
+    assert from_broker(version=5).feed(dollar) == dollar
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_topic_outside_the_prefix_keeps_its_name(version):
+    """The broker sent it to this device, whatever the reason; it is not lost."""
+    message = publish("elsewhere", version=version)
+    assert from_broker(version=version).feed(message) == message
+
+
+def test_a_prefix_that_makes_too_much_of_a_packet():
+    """Above the limit for packets, and above what a topic can be."""
+    inspector = from_device(limit=300)
+    assert inspector.feed(publish("t", bytes(294))) == b""
+    assert "with its prefix, above the limit of 300" in inspector.error.detail
+    inspector = from_device()
+    assert inspector.feed(publish("t" * 65_534)) == b""
+    assert (inspector.error.reason, inspector.error.reason_code) == (EndReason.PACKET_TOO_LARGE, 0x95)
+    inspector = from_device(limit=300)
+    assert inspector.feed(subscribe("t" * 290)) == b""
+    assert inspector.error.reason is EndReason.PACKET_TOO_LARGE
+
+
+# ---- what 3.1 has and 3.1.1 has not
+
+
+def test_an_upgraded_device_sends_flags_that_3_1_1_allows():
+    """DUP of SUBSCRIBE, UNSUBSCRIBE and PUBREL, DUP with QoS 0 and their unused bits would end the session."""
+    inspector = from_device(TopicRules(), 3, upgraded=True)
+    for first, wanted in ((0x8A, 0x82), (0x8B, 0x82), (0x82, 0x82)):
+        sent = bytes([first]) + subscribe(version=3)[1:]
+        assert inspector.feed(sent) == bytes([wanted]) + subscribe(version=3)[1:]
+    assert inspector.feed(bytes([0xAA]) + unsubscribe()[1:]) == unsubscribe()
+    assert inspector.feed(acknowledgement(0x6A)) == acknowledgement(0x62)
+    assert inspector.feed(publish(version=3, duplicate=True)) == publish()
+    assert inspector.feed(publish(version=3, qos=1, duplicate=True)) == publish(qos=1, duplicate=True)
+
+
+def test_a_device_that_is_not_upgraded_keeps_its_flags():
+    """A broker of 3.1 may use them."""
+    sent = bytes([0x8A]) + subscribe(version=3)[1:]
+    assert from_device(WATCHFUL, 3).feed(sent) == sent
+
+
+# ---- the gateway's own PINGREQ
+
+
+def test_the_answer_to_the_gateways_own_ping_does_not_reach_the_device():
+    """One PINGRESP for each; the next one is the device's."""
+    inspector = from_broker(TopicRules())
+    inspector.pings = 2
+    assert inspector.feed(pingresp() + publish() + pingresp() + pingresp()) == publish() + pingresp()
+    assert inspector.pings == 0
+
+
+# ---- packets that no version allows
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        publish("a/+"),
+        publish("#"),
+        packet(0x30, string("") + b"xx"),
+        packet(0x32, string("abc")),
+        packet(0x30, b"\0\x09abc"),
+        packet(0x30, b"\0\1\xffx"),
+        packet(0x82, b"\0\1" + string("a") + b"\3"),
+        packet(0x82, b"\0\1" + string("a") + b"\x04"),
+        packet(0x82, b"\0\1" + string("abc")),
+        packet(0xA2, b"\0\1" + b"\0\x09abc"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_malformed(sent):
+    """What is read is read strictly."""
+    inspector = from_device(WATCHFUL)
+    assert inspector.feed(sent) == b""
+    assert inspector.error.reason in {EndReason.MALFORMED_PACKET, EndReason.PROTOCOL_ERROR}
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [b"\x23\0\0", b"\x23\0\1\x23\0\2", b"\x11\0\0\0\1", text(0x08, "a") * 2, b"\x0b\0", b"\x0b\x80\0"],
+)
+def test_properties_that_a_publish_must_not_have(properties):
+    """Topic Alias 0, duplicates, what belongs elsewhere; from the broker they are its fault."""
+    inspector = from_device(WATCHFUL, 5)
+    assert inspector.feed(publish(version=5, properties=properties)) == b""
+    assert inspector.error.reason in {EndReason.MALFORMED_PACKET, EndReason.PROTOCOL_ERROR}
+    inspector = from_broker(version=5)
+    assert inspector.feed(publish(version=5, properties=properties)) == b""
+    assert inspector.error.reason is EndReason.UPSTREAM_PROTOCOL_ERROR
+
+
+def test_the_identifiers_of_several_subscriptions_may_come_with_one_message():
+    """MQTT 5.0 §3.3.2.3.8; they stay."""
+    properties = b"\x0b\x01\x0b\xac\x02"
+    sent, got = (publish(topic, version=5, properties=properties) for topic in ("down/a", "a"))
+    assert from_broker(version=5).feed(sent) == got
+
+
+def test_which_rules_need_the_slow_path():
+    """Those that ask for nothing leave the session on the fast one."""
+    assert not TopicRules().concern_device
+    assert not TopicRules().concern_broker
+    assert not WATCHFUL.concern_broker
+    for rules in (WATCHFUL, PREFIXES, TopicRules(max_qos=1), TopicRules(strip_retain=True)):
+        assert rules.concern_device
