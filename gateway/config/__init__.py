@@ -12,10 +12,10 @@ from gateway.config.schema import (
     Config,
     Limits,
     Listener,
-    Network,
     Timeouts,
     Upstream,
 )
+from gateway.config.validators import Network
 
 __all__ = [
     "LARGEST_PACKET",

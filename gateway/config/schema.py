@@ -10,65 +10,29 @@ import base64
 import ipaddress
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import attrs
 
 from gateway.config.listen import describe_endpoint, endpoint_identity
 from gateway.config.names import connect_name, normalise_name
-from gateway.config.words import number, quoted
-
-Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
-Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+from gateway.config.validators import (
+    MisfitError,
+    Network,
+    Validator,
+    between,
+    check_label,
+    check_optional_path,
+    check_path,
+    checked,
+    checked_each,
+)
+from gateway.config.words import quoted
 
 LARGEST_PACKET = 1 + 4 + 268_435_455
 """Bytes of the largest control packet: type, four bytes of Remaining Length (MQTT 5.0 §2.1.4), and the body."""
-
-
-class MisfitError(ValueError):
-    """A part of a value makes no sense; `where` leads from the value to that part: `[1]`, `.client_key`."""
-
-    def __init__(self, where: str, message: str) -> None:
-        super().__init__(message)
-        self.where = where
-
-
-def _check(check: Callable[[Any], object]) -> Validator:
-    """Make a validator of a function that raises ValueError."""
-
-    def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", value: Any) -> None:
-        check(value)
-
-    return validate
-
-
-def _check_each(check: Callable[[Any], object]) -> Validator:
-    """Make a validator of a function that raises ValueError for an element; it finds all of them."""
-
-    def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", values: Iterable[Any]) -> None:
-        problems = []
-        for index, value in enumerate(values):
-            try:
-                check(value)
-            except ValueError as error:
-                problems.append(MisfitError(f"[{index}]", str(error)))
-        if problems:
-            raise ExceptionGroup("elements that make no sense", problems)
-
-    return validate
-
-
-def _between(low: float, high: float, what: str = "") -> Validator:
-    """Make a validator for numbers from `low` to `high`, both included."""
-    span = f"({number(low)} to {number(high)})"
-
-    def check(value: float) -> None:
-        if not low <= value <= high:  # so that not-a-number is refused, too
-            raise ValueError(f"{number(value)} is {what} {span}" if what else f"{number(value)} is out of range {span}")
-
-    return _check(check)
 
 
 def _distinct(identity: Callable[[Any], Hashable], shown: Callable[[Any], str], missing: str) -> Validator:
@@ -87,21 +51,6 @@ def _distinct(identity: Callable[[Any], Hashable], shown: Callable[[Any], str], 
             raise ExceptionGroup("listed twice", problems)
 
     return validate
-
-
-def _check_label(text: str) -> None:
-    if len(text) > 64 or not text.isprintable():
-        raise ValueError(f"{quoted(text)} is no label: use up to 64 characters that print")
-
-
-def _check_path(path: Path) -> None:
-    if "\0" in str(path):
-        raise ValueError(f"{quoted(str(path))} is no path: it holds a NUL character")
-
-
-def _check_optional_path(path: Path | None) -> None:
-    if path is not None:
-        _check_path(path)
 
 
 def _check_server_name(text: str) -> None:
@@ -136,8 +85,8 @@ def _without_brackets(text: str) -> str:
 class Listener:
     """Where devices connect with plain MQTT."""
 
-    endpoint: str = attrs.field(validator=_check(describe_endpoint))
-    name: str = attrs.field(default="", validator=_check(_check_label))
+    endpoint: str = attrs.field(validator=checked(describe_endpoint))
+    name: str = attrs.field(default="", validator=checked(check_label))
 
     @property
     def description(self) -> str:
@@ -149,9 +98,9 @@ class Listener:
 class Upstream:
     """A broker's TLS port."""
 
-    host: str = attrs.field(converter=_without_brackets, validator=_check(connect_name))
-    port: int = attrs.field(default=8883, validator=_between(1, 65535, "not a port"))
-    server_name: str = attrs.field(default="", validator=_check(_check_server_name))
+    host: str = attrs.field(converter=_without_brackets, validator=checked(connect_name))
+    port: int = attrs.field(default=8883, validator=between(1, 65535, "not a port"))
+    server_name: str = attrs.field(default="", validator=checked(_check_server_name))
 
     @property
     def connect_name(self) -> str:
@@ -174,13 +123,13 @@ class Upstream:
 class TLS:
     """How the broker is verified, and what the gateway shows it. It holds for every upstream."""
 
-    ca_file: tuple[Path, ...] = attrs.field(default=(), validator=_check_each(_check_path))
-    ca_dir: Path | None = attrs.field(default=None, validator=_check(_check_optional_path))
-    client_cert: Path | None = attrs.field(default=None, validator=_check(_check_optional_path))
-    client_key: Path | None = attrs.field(default=None, validator=_check(_check_optional_path))
-    crl_file: tuple[Path, ...] = attrs.field(default=(), validator=_check_each(_check_path))
-    alpn: tuple[str, ...] = attrs.field(default=(), validator=_check_each(_check_alpn))
-    pin: tuple[str, ...] = attrs.field(default=(), validator=_check_each(_pin_digest))
+    ca_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
+    ca_dir: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_cert: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    crl_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
+    alpn: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_check_alpn))
+    pin: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_pin_digest))
     verification: Literal["standard", "strict"] = "standard"
     min_version: Literal["1.2", "1.3"] = "1.2"
 
@@ -200,14 +149,14 @@ class Limits:
     """How much a device, or the broker, may send in one piece."""
 
     max_packet_size: int = attrs.field(
-        default=LARGEST_PACKET, validator=_between(256, LARGEST_PACKET), metadata={"unit": "bytes"}
+        default=LARGEST_PACKET, validator=between(256, LARGEST_PACKET), metadata={"unit": "bytes"}
     )
     # Held in memory whole, for each session that has not been admitted by the broker yet: hence the low bound above.
-    max_connect_size: int = attrs.field(default=65_536, validator=_between(256, 1_048_576), metadata={"unit": "bytes"})
+    max_connect_size: int = attrs.field(default=65_536, validator=between(256, 1_048_576), metadata={"unit": "bytes"})
 
 
 def _seconds(default: float) -> Any:
-    return attrs.field(default=default, validator=_between(0.001, 3600), metadata={"unit": "seconds"})
+    return attrs.field(default=default, validator=between(0.001, 3600), metadata={"unit": "seconds"})
 
 
 @attrs.frozen
@@ -249,13 +198,13 @@ def _check_any_network(networks: tuple[Network, ...]) -> None:
 class Admission:
     """Who may open a session, and how many."""
 
-    allow: tuple[Network, ...] = attrs.field(default=_HOME_NETWORKS, validator=_check(_check_any_network))
-    max_sessions: int = attrs.field(default=0, validator=_between(0, 10_000_000), metadata={"unit": "sessions"})
+    allow: tuple[Network, ...] = attrs.field(default=_HOME_NETWORKS, validator=checked(_check_any_network))
+    max_sessions: int = attrs.field(default=0, validator=between(0, 10_000_000), metadata={"unit": "sessions"})
     max_sessions_per_address: int = attrs.field(
-        default=0, validator=_between(0, 10_000_000), metadata={"unit": "sessions"}
+        default=0, validator=between(0, 10_000_000), metadata={"unit": "sessions"}
     )
     new_sessions_per_second: float = attrs.field(
-        default=0.0, validator=_between(0, 1_000_000), metadata={"unit": "sessions per second"}
+        default=0.0, validator=between(0, 1_000_000), metadata={"unit": "sessions per second"}
     )
 
     @property

@@ -24,7 +24,8 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn, override
 
-from gateway.config.schema import Config, MisfitError, Network
+from gateway.config.schema import Config
+from gateway.config.validators import MisfitError, Network
 from gateway.config.words import described, number, quoted
 from gateway.errors import ConfigError
 
