@@ -5,8 +5,11 @@ In: bytes from a device.  Out: bytes to its session, and the session's answers t
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
+from typing import Any
 
+from twisted.internet.interfaces import ISystemHandle
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -39,6 +42,21 @@ class DeviceProtocol(RelaySide):
         except Exception as error:  # noqa: BLE001  a mistake in one session must not end the others, nor leak its reason
             _log.failure("session {number}: a mistake of the gateway", number=self._session.record.number)
             self._session.fail(type(error).__name__)
+
+    def has_left(self) -> bool:
+        """Return whether the device has closed or reset its connection, and nothing that it sent is unread.
+
+        For a device that is held: the kernel reports the end of a connection only to those who read from it.
+        """
+        if not ISystemHandle.providedBy(self.transport):
+            return False
+        handle: Any = ISystemHandle(self.transport).getHandle()
+        try:
+            return not handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     def write(self, data: bytes) -> None:
         """Send bytes to the device."""

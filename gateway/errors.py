@@ -107,6 +107,11 @@ class EndReason(StrEnum):
         "This address opens new sessions faster than it may.",
         "Raise admission.new_sessions_per_second, or find out why the device reconnects so often.",
     )
+    TOO_MANY_NEW_SESSIONS = (
+        "too-many-new-sessions",
+        "More devices came at once than the gateway leads to the broker in the time that one may wait.",
+        "Nothing if it passes: they come again. If not, raise pacing.new_sessions_per_second to what the broker bears.",
+    )
 
     # What the rules for devices do not permit.
     DEVICE_UNKNOWN = (

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Callable
+from random import random
 from typing import Any
 
 from attrs import frozen
@@ -28,6 +29,7 @@ from gateway.network import Network, ReactorNetwork
 from gateway.ops.journal import GatewayJournal, Journal
 from gateway.policy.admission import Doorkeeper, plain_address
 from gateway.policy.drain import Drain
+from gateway.policy.health import UpstreamHealth
 from gateway.record import SessionRecord
 from gateway.session import Session, State
 from gateway.tls.channel import make_policy
@@ -60,7 +62,8 @@ class Gateway:
     """All sessions, and what they share.
 
     Everything that touches the world is a parameter, so that a whole gateway can run in memory on a virtual clock.
-    `carried` is how many sessions this process can carry; `swept` is called after each sweep.
+    `carried` is how many sessions this process can carry; `swept` is called after each sweep,
+    `uniform` returns random numbers from 0 to 1.
     Raises `ConfigError` if certificates or keys cannot be used.
     """
 
@@ -72,6 +75,7 @@ class Gateway:
         journal: GatewayJournal,
         carried: int,
         swept: Callable[[], None] = lambda: None,
+        uniform: Callable[[], float] = random,
     ) -> None:
         self.sessions: set[Session] = set()
         self._clock = clock
@@ -79,6 +83,7 @@ class Gateway:
         self._journal = journal
         self._carried = carried
         self._swept = swept
+        self._uniform = uniform
         self._numbered = 0
         self._all_gone: list[Deferred[None]] = []
         self._drain: Drain[Session] | None = None
@@ -100,6 +105,11 @@ class Gateway:
         return min(wanted, self._carried) if wanted else self._carried
 
     @property
+    def upstreams(self) -> list[UpstreamHealth]:
+        """How the brokers fare that new sessions are led to, in the order of preference."""
+        return self.generation.dialler.upstreams
+
+    @property
     def stopping(self) -> bool:
         """Whether `stop` was called."""
         return self._drain is not None
@@ -108,11 +118,12 @@ class Gateway:
         """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
         policy = make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
-        dialler = Dialler(targets, self._network, self._clock, config.timeouts, self._journal.passed_over)
+        dialler = Dialler(targets, self._network, self._clock, config, self._journal, self._uniform)
         return Generation(config, policy, dialler)
 
     def adopt(self, generation: Generation) -> None:
         """Let new sessions begin under `generation`; those that stand go on under their own."""
+        self.generation.dialler.stop()
         self.generation = generation
         self.doorkeeper.rule(generation.config.admission, self.max_sessions)
 
@@ -130,6 +141,7 @@ class Gateway:
         gone: Deferred[None] = Deferred()
         self._all_gone.append(gone)
         now = self._clock.seconds()
+        self.generation.dialler.stop()
         if self._drain is None:
             sessions = list(self.sessions)
             for session in sessions:
@@ -198,6 +210,8 @@ class Gateway:
             self._guarded(session, lambda session: session.sweep(now))
         try:
             self.doorkeeper.sweep()
+            if not self.stopping:
+                self.generation.dialler.sweep()
             self._journal.sweep()
             self._swept()
         except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more

@@ -7,7 +7,8 @@ In: a session that wants its broker.  Out: `Session.upstream_verified` with a si
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Protocol
 
 from attrs import frozen
 from twisted.internet import error
@@ -18,12 +19,14 @@ from twisted.internet.protocol import Factory, connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.config import Timeouts, Upstream
+from gateway.config import Config, Timeouts, Upstream
 from gateway.device import DeviceProtocol
-from gateway.errors import EndReason, UpstreamFailure
+from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.network import Address, Network
+from gateway.policy.health import UpstreamHealth
+from gateway.policy.pacing import Pacer
 from gateway.race import AllFailed, interleave, race
-from gateway.record import Peer
+from gateway.record import Peer, SessionRecord
 from gateway.session import Session
 from gateway.side import RelaySide, how_lost, tune
 from gateway.tls.channel import ChannelState, TLSChannel
@@ -102,8 +105,9 @@ class UpstreamProtocol(RelaySide):
             self.verified.callback(channel.peer)
         session = self._session
         if session is None:
-            # Whoever waited has gone meanwhile.
-            self.abort()
+            # Whoever waited has gone meanwhile, or wanted to know no more than this and has closed it in order.
+            if not self._closing:
+                self.abort()
             return
         if plaintext:
             session.upstream_received(plaintext)
@@ -181,23 +185,51 @@ class Target:
     policy: TLSPolicy
 
 
+class DialJournal(Protocol):
+    """Who is told what became of dials; upstreams are named by `host:port`."""
+
+    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
+        """A session found its broker, but not in the first place: `upstream` failed."""
+
+    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
+        """`upstream` failed, and for so many seconds no session dials it."""
+
+    def serves_again(self, upstream: str) -> None:
+        """`upstream` had been left alone, and was verified again."""
+
+
 class Dialler:
-    """Opens upstream connections: the configured brokers in order, until one is verified."""
+    """Opens upstream connections: the configured brokers in order, until one is verified.
+
+    A broker that failed is left alone for a while (`UpstreamHealth`).  Sessions that come meanwhile go to the next one
+    at once; if there is none, they are told at once.  When the while is over, one dial finds out: the gateway's own,
+    up to the verified channel and not a byte further, or that of a session that has no other broker to go to.
+    """
 
     def __init__(
         self,
         targets: Sequence[Target],
         network: Network,
         clock: IReactorTime,
-        timeouts: Timeouts,
-        passed_over: Callable[[str, UpstreamFailure], None],
+        config: Config,
+        journal: DialJournal,
+        uniform: Callable[[], float],
     ) -> None:
-        """Take where to go, and whom to tell (address, failure) when a broker failed and a later one served."""
-        self._targets = targets
+        """Take where to go, whom to tell, and where random numbers from 0 to 1 come from."""
+        self._targets = [(target, UpstreamHealth.of(target.upstream, config.failover, uniform)) for target in targets]
         self._network = network
         self._clock = clock
-        self._timeouts = timeouts
-        self._passed_over = passed_over
+        self._timeouts = config.timeouts
+        self._journal = journal
+        self.pacer = Pacer(config.pacing, clock)
+        # The gateway's own dials that are under way, and the connections of those that are done, until they are closed.
+        self._trials: set[Deferred[None]] = set()
+        self._closing: dict[UpstreamProtocol, float] = {}
+
+    @property
+    def upstreams(self) -> list[UpstreamHealth]:
+        """How each broker fares, in the order of preference."""
+        return [health for _, health in self._targets]
 
     def dial(self, session: Session, device: DeviceProtocol) -> Deferred[None]:
         """Find an upstream for `session`, whose device's side is `device`.  Cancelling it leaves nothing behind."""
@@ -211,29 +243,153 @@ class Dialler:
         dialling.addErrback(failed)
         return dialling
 
+    def sweep(self) -> None:
+        """Try brokers that have been left alone for long enough; called every second or so."""
+        now = self._clock.seconds()
+        for target, health in self._targets:
+            if health.is_due(now):
+                self._try(target, health)
+        for protocol in [protocol for protocol, deadline in self._closing.items() if now >= deadline]:
+            del self._closing[protocol]
+            protocol.abort()
+
+    def stop(self) -> None:
+        """Give up the gateway's own dials; sessions give up theirs."""
+        for trial in list(self._trials):
+            trial.cancel()
+        for protocol in self._closing:
+            protocol.abort()
+        self._closing.clear()
+
+    # ---- a session's dial
+
     async def _dial(self, session: Session, device: DeviceProtocol) -> None:
-        failures: list[tuple[Target, UpstreamFailure]] = []
-        for target in self._targets:
-            session.record.upstream = target.upstream.address
+        failures: dict[UpstreamHealth, UpstreamFailure] = {}
+        session.record.upstream = self._targets[0][1].address
+        if self._choose(failures) is None:
+            session.upstream_failed(self._summary(failures, None))
+            return
+        if not await self._turn(session, device):
+            return
+        last: UpstreamFailure | None = None
+        while (choice := self._choose(failures)) is not None:
+            target, health = choice
+            session.record.upstream = health.address
             try:
-                protocol, peer = await self.reach(target, session)
+                protocol, peer = await self._attempt(target, health, session.record)
             except UpstreamFailure as failure:
-                failures.append((target, failure))
+                failures[health] = last = failure
             else:
-                for passed, why in failures:
-                    self._passed_over(passed.upstream.address, why)
+                self._tell_passed_over(health, failures)
                 protocol.serve(session, device, peer)
                 return
-        # The broker that was tried last gives the reason, all of them the detail.
-        last = failures[-1][1]
-        if len(failures) > 1:
-            detail = "; ".join(f"{target.upstream.address}: {failure}" for target, failure in failures)
-            last = UpstreamFailure(last.reason, detail)
-        session.upstream_failed(last)
+        if last is None:
+            self.pacer.give_back()
+        session.upstream_failed(self._summary(failures, last))
 
-    async def reach(self, target: Target, session: Session) -> tuple[UpstreamProtocol, Peer]:
+    def _choose(self, failures: Container[UpstreamHealth]) -> tuple[Target, UpstreamHealth] | None:
+        """Return the next broker to dial: the first that serves; if none does, the first that may be tried again."""
+        due: tuple[Target, UpstreamHealth] | None = None
+        now = self._clock.seconds()
+        for choice in self._targets:
+            health = choice[1]
+            if health not in failures:
+                if health.is_open:
+                    return choice
+                if due is None and health.is_due(now):
+                    due = choice
+        return due
+
+    async def _turn(self, session: Session, device: DeviceProtocol) -> bool:
+        """Wait for the session's turn; return whether there is one."""
+        try:
+            turn = self.pacer.turn()
+        except SessionEnd as refusal:
+            session.upstream_failed(refusal)
+            return False
+        if turn is None:
+            return True
+        await turn
+        if device.has_left():
+            # It was not read while it waited, so this is the first that the gateway knows of it.  To dial for it would
+            # take the turn away from one that is still there.
+            self.pacer.give_back()
+            session.upstream_failed(SessionEnd(EndReason.DEVICE_LOST, "while it waited for its turn"))
+            return False
+        return True
+
+    def _tell_passed_over(self, served: UpstreamHealth, failures: Mapping[UpstreamHealth, UpstreamFailure]) -> None:
+        for _, health in self._targets:
+            if health is served:
+                return
+            failure = failures.get(health, health.last_failure)
+            if failure is not None:
+                self._journal.passed_over(health.address, failure)
+
+    def _summary(
+        self, failures: Mapping[UpstreamHealth, UpstreamFailure], last: UpstreamFailure | None
+    ) -> UpstreamFailure:
+        """Return why there is no upstream: the broker that was tried last gives the reason, all of them the detail.
+
+        Those that are left alone are told of with what they failed at before.
+        """
+        now = self._clock.seconds()
+        told: list[tuple[str, UpstreamFailure]] = []
+        for _, health in self._targets:
+            failure = failures.get(health)
+            if failure is None and health.last_failure is not None:
+                before, standing = health.last_failure, health.standing(now)
+                failure = UpstreamFailure(before.reason, f"{before.detail}; {standing}" if before.detail else standing)
+            if failure is not None:
+                told.append((health.address, failure))
+        if len(told) == 1:
+            return told[0][1]
+        reason = last.reason if last is not None else told[-1][1].reason
+        return UpstreamFailure(reason, "; ".join(f"{address}: {failure}" for address, failure in told))
+
+    async def _attempt(
+        self, target: Target, health: UpstreamHealth, record: SessionRecord
+    ) -> tuple[UpstreamProtocol, Peer]:
+        """Dial one broker, and keep the account of it.  Raises `UpstreamFailure`."""
+        attempt = health.begin(self._clock.seconds())
+        try:
+            protocol, peer = await self.reach(target, record)
+        except UpstreamFailure as failure:
+            now = self._clock.seconds()
+            if health.failed(attempt, failure, now) and health.retry_at is not None:
+                self._journal.left_alone(health.address, failure, health.retry_at - now)
+            raise
+        except BaseException:
+            # Cancelled, mostly; whatever it is, it must not keep the place of the one dial that may try.
+            health.given_up(attempt)
+            raise
+        health.last_address = record.upstream_address
+        if health.verified(peer, self._clock.seconds()):
+            self._journal.serves_again(health.address)
+        return protocol, peer
+
+    # ---- the gateway's own dial
+
+    def _try(self, target: Target, health: UpstreamHealth) -> None:
+        trial = Deferred.fromCoroutine(self._trial(target, health))
+        self._trials.add(trial)
+        trial.addBoth(lambda _: self._trials.discard(trial))
+
+    async def _trial(self, target: Target, health: UpstreamHealth) -> None:
+        """See whether a broker can be verified; not one MQTT byte is sent."""
+        try:
+            protocol, _ = await self._attempt(target, health, SessionRecord(0, "", self._clock.seconds()))
+        except (UpstreamFailure, CancelledError):
+            return
+        except Exception:  # noqa: BLE001  a mistake here must not end the sweep, nor the trials to come
+            _log.failure("a mistake of the gateway while it tried {upstream}", upstream=health.address)
+            return
+        self._closing[protocol] = self._clock.seconds() + self._timeouts.close
+        protocol.close()
+
+    async def reach(self, target: Target, record: SessionRecord) -> tuple[UpstreamProtocol, Peer]:
         """Resolve, connect, shake hands, verify.  Returns a verified connection; raises `UpstreamFailure`."""
-        record, seconds = session.record, self._clock.seconds
+        seconds = self._clock.seconds
         record.upstream_address = ""
         record.dns_seconds = record.tcp_seconds = record.tls_seconds = None
 

@@ -21,10 +21,11 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from gateway.config import Timeouts, from_mapping
+from gateway.config import from_mapping
 from gateway.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.network import ReactorNetwork
+from gateway.ops.journal import Journal
 from gateway.race import ATTEMPT_DELAY, AllFailed, interleave, race
 from gateway.record import Peer, SessionRecord
 from gateway.tls.channel import NotVerified, TLSChannel, make_policy
@@ -826,7 +827,9 @@ class Dialling:
 
     def __init__(self, world: World, *hosts: str, **timeouts: float) -> None:
         hosts = hosts or ("one.example",)
-        config = from_mapping({"upstream": [{"host": host, "server_name": "localhost"} for host in hosts]})
+        config = from_mapping(
+            {"upstream": [{"host": host, "server_name": "localhost"} for host in hosts], "timeouts": timeouts}
+        )
         targets = [Target(upstream, Identity.of(upstream.verify_name), world.policy) for upstream in config.upstream]
         self.world = world
         self.clock = Clock()
@@ -834,13 +837,9 @@ class Dialling:
         self.session: Any = RememberingSession()
         self.device = device_side(self.session)
         self.passed_over: list[tuple[str, UpstreamFailure]] = []
-        dialler = Dialler(
-            targets,
-            self.network,
-            self.clock,
-            attrs.evolve(Timeouts(), **timeouts),
-            lambda upstream, failure: self.passed_over.append((upstream, failure)),
-        )
+        journal = Journal(self.clock.seconds)
+        journal.passed_over = lambda *told: self.passed_over.append(told)  # type: ignore[method-assign]
+        dialler = Dialler(targets, self.network, self.clock, config, journal, lambda: 1.0)
         self.deferred = dialler.dial(self.session, self.device)
 
     def resolved(self, host: str = "one.example", *hosts: str) -> None:

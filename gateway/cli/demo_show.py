@@ -465,6 +465,14 @@ class _Journal:
         """See `gateway.ops.journal.GatewayJournal`."""
         self._say(f"{upstream} passed over: {failure}")
 
+    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
+        """See `gateway.upstream.DialJournal`."""
+        self._say(f"{upstream} is left alone for {seconds:.1f} s: {failure}")
+
+    def serves_again(self, upstream: str) -> None:
+        """See `gateway.upstream.DialJournal`."""
+        self._say(f"{upstream} serves again")
+
     def sweep(self) -> None:
         """See `gateway.ops.journal.GatewayJournal`."""
 

@@ -29,7 +29,7 @@ from gateway.config.validators import (
     checked,
     checked_each,
 )
-from gateway.config.words import quoted
+from gateway.config.words import number, quoted
 
 LARGEST_PACKET = 1 + 4 + 268_435_455
 """Bytes of the largest control packet: type, four bytes of Remaining Length (MQTT 5.0 §2.1.4), and the body."""
@@ -213,6 +213,30 @@ class Admission:
         return max(1, math.ceil(self.new_sessions_per_second))
 
 
+@attrs.frozen
+class Failover:
+    """For how long a broker that failed is left alone before it is tried again."""
+
+    retry_first: float = _seconds(1.0)
+    retry_max: float = _seconds(30.0)
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse a first time that is longer than the longest."""
+        if self.retry_first > self.retry_max:
+            first, most = number(self.retry_first), number(self.retry_max)
+            raise MisfitError(".retry_first", f"{first} is more than retry_max, which is {most}")
+
+
+@attrs.frozen
+class Pacing:
+    """How fast new sessions are led to the broker, all devices together."""
+
+    new_sessions_per_second: float = attrs.field(
+        default=100.0, validator=between(0, 1_000_000), metadata={"unit": "sessions per second"}
+    )
+    queue_seconds: float = attrs.field(default=10.0, validator=between(0, 3600), metadata={"unit": "seconds"})
+
+
 def _upstream_identity(upstream: Upstream) -> Hashable:
     # One address may well stand twice with different names: a load balancer that chooses the broker by SNI.
     return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name
@@ -240,4 +264,6 @@ class Config:
     tls: TLS = TLS()
     limits: Limits = Limits()
     timeouts: Timeouts = Timeouts()
+    failover: Failover = Failover()
+    pacing: Pacing = Pacing()
     admission: Admission = Admission()

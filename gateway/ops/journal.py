@@ -44,6 +44,12 @@ class GatewayJournal(SessionJournal, Protocol):
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
         """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
 
+    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
+        """`upstream` failed, and for so many seconds no session dials it."""
+
+    def serves_again(self, upstream: str) -> None:
+        """`upstream` had been left alone, and was verified again."""
+
     def sweep(self) -> None:
         """About a second has passed."""
 
@@ -114,6 +120,27 @@ class Journal:
                 shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
                 remedy=reason.remedy,
             )
+
+    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
+        """`upstream` (`host:port`) failed, and for so many seconds no session dials it."""
+        reason = failure.reason
+        if self._is_due(f"times {upstream} was left alone", reason):
+            self._log.warn(
+                "upstream {upstream} is left alone for {shown_seconds} s, and longer if it fails again: "
+                "{reason}{shown}. {remedy}",
+                event="upstream-left-alone",
+                upstream=upstream,
+                seconds=seconds,
+                shown_seconds=f"{seconds:.1f}",
+                reason=reason.value,
+                detail=failure.detail,
+                shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
+                remedy=reason.remedy,
+            )
+
+    def serves_again(self, upstream: str) -> None:
+        """`upstream` (`host:port`) had been left alone, and was verified again."""
+        self._log.info("upstream {upstream} serves again", event="upstream-serves-again", upstream=upstream)
 
     def sweep(self) -> None:
         """Close the window if it is over."""

@@ -126,7 +126,14 @@ class World:
             timeouts=Timeouts(),
             admission=Admission(max_sessions_per_address=random.choice((0, 0, 0, 1))),
         )
-        self.gateway = Gateway(self.config, self.clock, self.network, self.journal, random.choice((2, 100, 100, 100)))
+        self.gateway = Gateway(
+            self.config,
+            self.clock,
+            self.network,
+            self.journal,
+            random.choice((2, 100, 100, 100)),
+            uniform=self.fork("jitter").random,
+        )
         sessions = OrderedSessions()
         self.sessions_ever = sessions.ever
         self.gateway.sessions = sessions  # type: ignore[assignment]
@@ -172,6 +179,11 @@ class World:
         for connection in self.connections:
             connection.leave()
         self._run(OVER)
+        # Brokers that are left alone are tried for as long as the gateway runs: that is nothing that was left behind.
+        dialler = self.gateway.generation.dialler
+        dialler.stop()
+        dialler.sweep = lambda: None  # type: ignore[method-assign]
+        self._run(OVER + 2)
         if not self.violations:
             self._judge_end()
 
@@ -397,7 +409,7 @@ class World:
         self.expect(self.stopped, "liveness", "the gateway does not come to its end")
         limit = (self.stop_at or OVER) + self.config.timeouts.close + 1.5
         self.expect(not self.stopped or self.stopped[0] <= limit, "liveness", f"the gateway stopped at {self.stopped}")
-        self._run(OVER + 1)
+        self._run(OVER + 3)
         self._judge_records()
 
     def _judge_records(self) -> None:
