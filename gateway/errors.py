@@ -63,7 +63,7 @@ class EndReason(StrEnum):
     NOT_MQTT = (
         "not-mqtt",
         "The first bytes were no MQTT CONNECT.",
-        "Check what speaks to this port: plain MQTT is expected, neither TLS nor HTTP nor WebSocket.",
+        "Check what speaks to this port: plain MQTT, no TLS, HTTP or WebSocket; a PROXY header needs listen.proxies.",
     )
     MALFORMED_PACKET = (
         "malformed-packet",
@@ -111,6 +111,16 @@ class EndReason(StrEnum):
         "too-many-new-sessions",
         "More devices came at once than the gateway leads to the broker in the time that one may wait.",
         "Nothing if it passes: they come again. If not, raise pacing.new_sessions_per_second to what the broker bears.",
+    )
+    PROXY_NOT_TRUSTED = (
+        "proxy-not-trusted",
+        "A connection to a listener for load balancers came from none of them.",
+        "Add its address to listen.proxies if it is a load balancer of yours; devices connect through one.",
+    )
+    NO_PROXY_HEADER = (
+        "no-proxy-header",
+        "A load balancer's connection did not begin with a whole and valid PROXY protocol header.",
+        "Let the load balancer send it (HAProxy: send-proxy-v2, nginx: proxy_protocol on), or take listen.proxies out.",
     )
 
     # What the rules for devices do not permit.

@@ -32,13 +32,15 @@ class SessionRecord:
     """One session, from the device's connection to its end.
 
     Times of steps are seconds and `None` until the step is done; `started` is on the injected clock.  `*_up` counts
-    from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.
+    from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.  `via` is the
+    address of the load balancer whose PROXY header named the device, if one did.
     """
 
     number: int
     device_address: str
     started: float
     listener: str = ""
+    via: str = ""
     client_identifier: str = ""
     protocol_version: str = ""
     upstream: str = ""

@@ -18,6 +18,7 @@ from attrs import frozen
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime
+from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
@@ -27,9 +28,10 @@ from gateway.errors import ConfigError, EndReason
 from gateway.listening import ListenerFactory, Listeners
 from gateway.network import Network, ReactorNetwork
 from gateway.ops.journal import GatewayJournal, Journal
-from gateway.policy.admission import Doorkeeper, plain_address
+from gateway.policy.admission import Doorkeeper, host_of
 from gateway.policy.drain import Drain
 from gateway.policy.health import UpstreamHealth
+from gateway.proxied import Doorstep
 from gateway.record import SessionRecord
 from gateway.session import Session, State
 from gateway.tls.channel import make_policy
@@ -89,6 +91,7 @@ class Gateway:
         self._drain: Drain[Session] | None = None
         self.generation = self.prepare(config)
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
+        self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         self._sweeper = LoopingCall(self._sweep)
         self._drainer = LoopingCall(self._drain_some)
         self._sweeper.clock = self._drainer.clock = clock
@@ -142,6 +145,7 @@ class Gateway:
         self._all_gone.append(gone)
         now = self._clock.seconds()
         self.generation.dialler.stop()
+        self._doorstep.clear()
         if self._drain is None:
             sessions = list(self.sessions)
             for session in sessions:
@@ -162,18 +166,24 @@ class Gateway:
         """Return the factory whose connections become sessions of this gateway."""
         return _DeviceFactory(self, listener)
 
-    def admit(self, address: IAddress | None, listener: str) -> DeviceProtocol | None:
+    def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
         """Return the protocol for a new connection, or `None` if it is not let in."""
-        host = _host(address)
-        reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host)
+        if listener.proxies and not self.stopping:
+            return self._doorstep.admit(address, listener)
+        reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host_of(address))
         if reason is not None:
             self._journal.refused(reason, shown_address(address))
             return None
+        return self._enter(address, listener.name, self._clock.seconds())
+
+    def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
+        """Return the protocol for a connection that the doorkeeper has let in; see `gateway.proxied.Enter`."""
         generation = self.generation
+        host = host_of(address)
 
         def open_session(device: DeviceProtocol) -> Session:
             self._numbered += 1
-            record = SessionRecord(self._numbered, shown_address(address), self._clock.seconds(), listener=listener)
+            record = SessionRecord(self._numbered, shown_address(address), accepted, listener=listener, via=via)
             session = Session(
                 record,
                 device,
@@ -195,7 +205,7 @@ class Gateway:
         self._check_all_gone()
 
     def _check_all_gone(self) -> None:
-        if self._all_gone and not self.sessions:
+        if self._all_gone and not self.sessions and not self._doorstep.connections:
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
@@ -209,6 +219,7 @@ class Gateway:
         for session in list(self.sessions):
             self._guarded(session, lambda session: session.sweep(now))
         try:
+            self._doorstep.sweep(now, self.config.timeouts.connect_packet)
             self.doorkeeper.sweep()
             if not self.stopping:
                 self.generation.dialler.sweep()
@@ -241,9 +252,9 @@ class _DeviceFactory(ListenerFactory):
         super().__init__(listener)
         self._gateway = gateway
 
-    def buildProtocol(self, addr: IAddress | None) -> DeviceProtocol | None:
+    def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
         """Admit a connection; `None` makes Twisted close it at once."""
-        return self._gateway.admit(addr, self.listener.name)
+        return self._gateway.admit(addr, self.listener)
 
 
 class GatewayService(Service):
@@ -344,13 +355,3 @@ def raise_descriptor_limit() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return max(1, (hard - _RESERVED_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION)
-
-
-def _host(address: IAddress | None) -> str | None:
-    host = getattr(address, "host", None)
-    if host is None:
-        return None
-    try:
-        return str(plain_address(host))
-    except ValueError:
-        return str(host)

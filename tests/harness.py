@@ -60,6 +60,7 @@ class RecordingJournal(Journal):
         self.started: list[SessionRecord] = []
         self.ended: list[SessionRecord] = []
         self.turned_away: list[tuple[Any, str]] = []
+        self.turned_away_details: list[str] = []
 
     def session_started(self, record: SessionRecord) -> None:
         self.started.append(record)
@@ -69,9 +70,10 @@ class RecordingJournal(Journal):
         self.ended.append(record)
         super().session_ended(record)
 
-    def refused(self, reason: Any, device_address: str) -> None:
+    def refused(self, reason: Any, device_address: str, detail: str = "") -> None:
+        self.turned_away_details.append(detail)
         self.turned_away.append((reason, device_address))
-        super().refused(reason, device_address)
+        super().refused(reason, device_address, detail)
 
 
 class RunningGateway:
@@ -131,7 +133,9 @@ class RunningGateway:
 
     def wait_empty(self) -> None:
         """Wait until nothing of any session is left: no session, no count."""
-        eventually(lambda: not self.service.gateway.sessions, f"no sessions, but {self.service.gateway.sessions}")
+        gateway = self.service.gateway
+        left = (gateway.sessions, gateway._doorstep.connections)
+        eventually(lambda: not any(left), f"no sessions, but {left}")
         assert self.service.gateway.doorkeeper._sessions == 0
 
     def change(self, **sections: Any) -> None:

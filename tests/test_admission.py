@@ -13,7 +13,7 @@ import pytest
 from twisted.internet.address import IPv4Address, IPv6Address, UNIXAddress
 from twisted.internet.task import Clock
 
-from gateway.config import Admission, from_mapping
+from gateway.config import Admission, Listener, from_mapping
 from gateway.errors import EndReason
 from gateway.network import ReactorNetwork
 from gateway.policy.admission import Doorkeeper
@@ -171,6 +171,36 @@ def test_addresses_that_are_quiet_again_are_forgotten() -> None:
     assert door.keeper._sessions == 0
 
 
+@pytest.mark.parametrize(
+    ("host", "proxies", "is_let_in"),
+    [
+        ("10.0.0.5", ["10.0.0.0/24"], True),
+        ("::ffff:10.0.0.5", ["10.0.0.5/32"], True),
+        ("fe80::5%eth0", ["10.0.0.0/8", "fe80::/10"], True),
+        (None, ["unix"], True),
+        ("10.0.1.5", ["10.0.0.0/24"], False),
+        ("fd12::5", ["10.0.0.0/24", "unix"], False),
+        (None, ["10.0.0.0/24"], False),
+        ("no address", ["10.0.0.0/24"], False),
+    ],
+)
+def test_only_load_balancers_that_are_named_are_let_in_as_such(
+    host: str | None, proxies: list[str], is_let_in: bool
+) -> None:
+    """Whatever networks devices may come from: a socket of systemd's may turn out to be of another kind than meant."""
+    door = Door(1, allow=(ip_network("8.8.8.8/32"),), max_sessions_per_address=1)
+    networks: Any = [proxy if proxy == "unix" else ip_network(proxy) for proxy in proxies]
+    reason = None if is_let_in else EndReason.PROXY_NOT_TRUSTED
+    assert door.keeper.admit_proxy(host, networks) is reason
+    assert door.keeper._sessions == is_let_in
+    if is_let_in:
+        assert door.keeper.admit_proxy(host, networks) is EndReason.TOO_MANY_SESSIONS
+        assert door.keeper.admit_device("192.168.1.7") is EndReason.NETWORK_NOT_ALLOWED
+        assert door.keeper.admit_device("8.8.8.8") is None
+        door.keeper.leave("8.8.8.8")
+    assert (door.keeper._sessions, dict(door.keeper._by_address)) == (0, {})
+
+
 def test_refusals_are_counted_by_reason() -> None:
     """For the people who ask why devices are not let in."""
     door = Door(max_sessions_per_address=1)
@@ -195,16 +225,16 @@ def gateway() -> Gateway:
 @pytest.mark.parametrize("host", ["::ffff:10.0.0.1", "10.0.0.1"])
 def test_one_device_is_one_address_however_it_comes_in(gateway: Gateway, host: str) -> None:
     """By IPv4 or by IPv6 that carries it: both count for the same address."""
-    gateway.admit(IPv4Address("TCP", "10.0.0.1", 1), "")
-    gateway.admit(IPv6Address("TCP", "::ffff:10.0.0.1", 2), "")
-    assert gateway.admit(IPv6Address("TCP", host, 3), "") is None
+    gateway.admit(IPv4Address("TCP", "10.0.0.1", 1), Listener("1883"))
+    gateway.admit(IPv6Address("TCP", "::ffff:10.0.0.1", 2), Listener("1883"))
+    assert gateway.admit(IPv6Address("TCP", host, 3), Listener("1883")) is None
     assert gateway.doorkeeper.refused == {EndReason.TOO_MANY_FROM_ADDRESS: 1}
 
 
 @pytest.mark.parametrize("address", [None, UNIXAddress(None), UNIXAddress("/run/gateway.sock")])
 def test_a_unix_socket_has_no_network(gateway: Gateway, address: Any) -> None:
     """Nor a limit per address."""
-    assert [gateway.admit(address, "") is not None for _ in range(4)] == [True, True, True, False]
+    assert [gateway.admit(address, Listener("1883")) is not None for _ in range(4)] == [True, True, True, False]
     assert gateway.doorkeeper.refused == {EndReason.TOO_MANY_SESSIONS: 1}
 
 

@@ -106,6 +106,23 @@ def test_one_text_may_stand_for_a_list_of_one() -> None:
     assert config.admission.allow == (ip_network("10.0.0.1/32"),)
 
 
+def test_proxies_are_networks_or_whoever_opens_the_unix_socket() -> None:
+    """An address alone is a network of one; a socket of systemd's may be of either kind."""
+    listen = [
+        {"endpoint": "1883", "proxies": ["10.0.0.5", "fd12::/64"]},
+        {"endpoint": "unix:/run/lb.sock", "proxies": "unix"},
+        {"endpoint": "systemd:domain=UNIX:name=lb", "proxies": ["unix"]},
+        {"endpoint": "1884"},
+    ]
+    listeners = from_mapping({"upstream": [{"host": "a"}], "listen": listen}).listen
+    assert [listener.proxies for listener in listeners] == [
+        (ip_network("10.0.0.5/32"), ip_network("fd12::/64")),
+        ("unix",),
+        ("unix",),
+        (),
+    ]
+
+
 def test_whole_numbers_are_numbers_of_seconds() -> None:
     """`tcp = 20` needs no decimal point."""
     tcp = from_mapping(mapping(timeouts={"tcp": 20})).timeouts.tcp
@@ -183,7 +200,7 @@ def test_twisted_understands_what_is_accepted(endpoint: str) -> None:
         ("ssl:8883:privateKey=k.pem", "plain MQTT"),
         ("ssl:8883", "plain MQTT"),
         ("tls:tcp:8883", "plain MQTT"),
-        ("haproxy:tcp:1883", "the proxy's address"),
+        ("haproxy:tcp:1883", "and the load balancers as listen.proxies"),
         ("stdio:", "no listener"),
     ],
 )
@@ -334,6 +351,26 @@ def test_one_host_may_serve_several_names() -> None:
         (
             {"listen": [{"endpoint": "1", "name": "\x1b[2J"}]},
             r'listen[0].name: "\x1b[2J" is no label: use up to 64 characters that print',
+        ),
+        (
+            {"listen": [{"endpoint": "1", "proxies": ["10.0.0.5", "lan"]}]},
+            'listen[0].proxies[1]: "lan" is no network, such as "192.168.1.0/24", and no address',
+        ),
+        (
+            {"listen": [{"endpoint": "1", "proxies": "0.0.0.0/0"}]},
+            "listen[0].proxies[0]: 0.0.0.0/0 is everybody, who could claim any address: name the load balancers",
+        ),
+        (
+            {"listen": [{"endpoint": "[::]:1", "proxies": ["fd00::/8", "unix"]}]},
+            'listen[0].proxies[1]: "unix" is for UNIX sockets: name networks here',
+        ),
+        (
+            {"listen": [{"endpoint": "unix:/run/x.sock", "proxies": "127.0.0.1"}]},
+            'listen[0].proxies[0]: a UNIX socket knows no addresses: write proxies = "unix"',
+        ),
+        (
+            {"listen": [{"endpoint": "1", "proxies": True}]},
+            "listen[0].proxies: expected a text or a list of texts, got true",
         ),
         ({"upstream": [{"host": "a", "port": 88830}]}, "upstream[0].port: 88830 is not a port (1 to 65535)"),
         ({"upstream": [{"host": "a", "port": 0}]}, "upstream[0].port: 0 is not a port (1 to 65535)"),
@@ -769,7 +806,7 @@ def test_remedies_name_keys_that_exist() -> None:
     named = {
         key
         for reason in EndReason
-        for key in re.findall(r"\b(?:tls|limits|timeouts|admission)\.[a-z_]+", reason.remedy)
+        for key in re.findall(r"\b(?:listen|upstream|tls|limits|timeouts|admission)\.[a-z_]+", reason.remedy)
     }
     assert named
     assert named <= set(keys())

@@ -24,6 +24,7 @@ RECORD = SessionRecord(
     device_address="192.168.1.9:40123",
     started=100.0,
     listener="hall 3",
+    via="10.0.0.5:40112",
     client_identifier="pump-3",
     protocol_version="5.0",
     upstream="broker.example:8883",
@@ -48,6 +49,7 @@ FIELDS = {
     "session": 7,
     "device_address": "192.168.1.9:40123",
     "listener": "hall 3",
+    "via": "10.0.0.5:40112",
     "client_identifier": "pump-3",
     "protocol_version": "5.0",
     "upstream": "broker.example:8883",
@@ -211,6 +213,25 @@ def test_a_storm_at_the_door_is_a_handful_of_lines_too(
     clock.advance(WINDOW)
     journal.sweep()
     assert events[-1]["count"] == 995
+
+
+def test_what_was_wrong_with_a_connection_is_told(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """Where more is known than the reason."""
+    journal.refused(EndReason.NO_PROXY_HEADER, "10.0.0.5:40112", "its line does not end with CRLF")
+    assert lines(events) == [
+        "10.0.0.5:40112 not let in: no-proxy-header (its line does not end with CRLF). "
+        + EndReason.NO_PROXY_HEADER.remedy
+    ]
+    assert events[0]["detail"] == "its line does not end with CRLF"
+
+
+def test_the_load_balancer_stands_beside_the_device(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """So that its own log can be found, too; a device that came by itself has none."""
+    journal.session_started(RECORD)
+    journal.session_started(attrs.evolve(RECORD, via=""))
+    behind, alone = lines(events)
+    assert behind.startswith(f"session 7 {RECORD.device_address} via 10.0.0.5:40112 ")
+    assert alone.startswith(f'session 7 {RECORD.device_address} "')
 
 
 def test_of_a_storm_of_standing_sessions_a_hundred_are_recorded_and_the_rest_counted(

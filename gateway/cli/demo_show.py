@@ -457,9 +457,9 @@ class _Journal:
         if not self.ended.called:
             self.ended.callback(record)
 
-    def refused(self, reason: EndReason, device_address: str) -> None:
+    def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         """See `gateway.ops.journal.GatewayJournal`."""
-        self._say(f"{device_address} not let in: {reason}. {reason.remedy}")
+        self._say(f"{device_address} not let in: {reason}{f' ({detail})' if detail else ''}. {reason.remedy}")
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
         """See `gateway.ops.journal.GatewayJournal`."""

@@ -14,6 +14,7 @@ from gateway.config.schema import (
     Limits,
     Listener,
     Pacing,
+    Proxy,
     Timeouts,
     Upstream,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "Listener",
     "Network",
     "Pacing",
+    "Proxy",
     "Timeouts",
     "Upstream",
     "from_flags",

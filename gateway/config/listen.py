@@ -22,7 +22,7 @@ _ARGUMENTS = {  # in the order in which they may stand without a name
 # all devices come back at once, Twisted's 50 make most of them wait a second or more to try again.
 _BACKLOG = 1024
 _REFUSED = {
-    "haproxy": "the gateway would take the proxy's address for the device's, and let in whom the proxy lets in",
+    "haproxy": "it would believe anybody: write the endpoint without it, and the load balancers as listen.proxies",
     "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
     "tls": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
     "stdio": "one session on the standard streams is no listener",
@@ -40,6 +40,11 @@ def describe_endpoint(text: str) -> str:
         return text
     description = f"tcp:port={_port(short['port'])}:backlog={_BACKLOG}"
     return f"{description}:interface={_escaped(_interface(short['host']))}" if short["host"] else description
+
+
+def endpoint_kind(text: str) -> str:
+    """Give the kind of socket: `tcp`, `tcp6`, `unix`, or that of a plugin. Raises ValueError as `describe_endpoint`."""
+    return _parse(describe_endpoint(text))[0]
 
 
 def endpoint_identity(text: str) -> Hashable:

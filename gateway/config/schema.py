@@ -12,11 +12,11 @@ import math
 import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import attrs
 
-from gateway.config.listen import describe_endpoint, endpoint_identity
+from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind
 from gateway.config.names import connect_name, normalise_name
 from gateway.config.validators import (
     MisfitError,
@@ -30,6 +30,8 @@ from gateway.config.validators import (
     checked_each,
 )
 from gateway.config.words import number, quoted
+
+Proxy: TypeAlias = Network | Literal["unix"]
 
 LARGEST_PACKET = 1 + 4 + 268_435_455
 """Bytes of the largest control packet: type, four bytes of Remaining Length (MQTT 5.0 §2.1.4), and the body."""
@@ -81,12 +83,27 @@ def _without_brackets(text: str) -> str:
     return text[1:-1] if text.startswith("[") and text.endswith("]") else text
 
 
+def _check_proxy(proxy: Proxy) -> None:
+    if proxy != "unix" and not proxy.prefixlen:
+        raise ValueError(f"{proxy} is everybody, who could claim any address: name the load balancers")
+
+
 @attrs.frozen
 class Listener:
-    """Where devices connect with plain MQTT."""
+    """Where devices connect with plain MQTT, or load balancers with a PROXY header before it."""
 
     endpoint: str = attrs.field(validator=checked(describe_endpoint))
     name: str = attrs.field(default="", validator=checked(check_label))
+    proxies: tuple[Proxy, ...] = attrs.field(default=(), validator=checked_each(_check_proxy))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse proxies that could never connect."""
+        kind = endpoint_kind(self.endpoint)
+        for index, proxy in enumerate(self.proxies):
+            if kind == "unix" and proxy != "unix":
+                raise MisfitError(f".proxies[{index}]", 'a UNIX socket knows no addresses: write proxies = "unix"')
+            if kind in {"tcp", "tcp6"} and proxy == "unix":
+                raise MisfitError(f".proxies[{index}]", '"unix" is for UNIX sockets: name networks here')
 
     @property
     def description(self) -> str:

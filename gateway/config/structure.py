@@ -24,7 +24,7 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn, override
 
-from gateway.config.schema import Config
+from gateway.config.schema import Config, Proxy
 from gateway.config.validators import MisfitError, Network
 from gateway.config.words import described, number, quoted
 from gateway.errors import ConfigError
@@ -103,6 +103,10 @@ def _network(value: object, _type: object) -> Network:
     raise ValueError(f'{quoted(value)} is an address in a network: did you mean "{meant}"?')
 
 
+def _proxy(value: object, type_: object) -> Proxy:
+    return "unix" if value == "unix" else _network(value, type_)
+
+
 def _is_choice(type_: Any) -> bool:
     return get_origin(type_) is Literal
 
@@ -179,6 +183,7 @@ def _make_converter() -> Converter:
     converter.register_structure_hook(float, _real_number)
     converter.register_structure_hook(Path, _path)
     converter.register_structure_hook(Network, _network)
+    converter.register_structure_hook(Proxy, _proxy)
     converter.register_structure_hook_func(_is_choice, _choice)
     converter.register_structure_hook_func(_is_several, _several)
     converter.register_structure_hook_factory(attrs.has, _table)

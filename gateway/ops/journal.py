@@ -38,8 +38,8 @@ _USUAL = _ORDINARY | {
 class GatewayJournal(SessionJournal, Protocol):
     """Who is told what the gateway does."""
 
-    def refused(self, reason: EndReason, device_address: str) -> None:
-        """A connection was closed at once."""
+    def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
+        """A connection was closed before it became a session."""
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
         """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
@@ -96,14 +96,16 @@ class Journal:
             level = self._log.error
         level("{line}", line=_end_line(record), event="session-end", **_fields(record))
 
-    def refused(self, reason: EndReason, device_address: str) -> None:
-        """A connection was closed at once."""
+    def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
+        """A connection was closed before it became a session."""
         if self._is_due("connections not let in", reason):
             self._log.warn(
-                "{device_address} not let in: {reason}. {remedy}",
+                "{device_address} not let in: {reason}{shown}. {remedy}",
                 event="connection-refused",
                 device_address=device_address,
                 reason=reason.value,
+                detail=detail,
+                shown=f" ({detail})" if detail else "",
                 remedy=reason.remedy,
             )
 
@@ -187,7 +189,8 @@ def _fields(record: SessionRecord) -> dict[str, object]:
 def _who(record: SessionRecord) -> str:
     name = f'"{printable(record.client_identifier, 80)}"' if record.client_identifier else "no Client Identifier"
     version = f" MQTT {record.protocol_version}" if record.protocol_version else ""
-    return f"session {record.number} {record.device_address} {name}{version}"
+    via = f" via {record.via}" if record.via else ""
+    return f"session {record.number} {record.device_address}{via} {name}{version}"
 
 
 def _start_line(record: SessionRecord) -> str:

@@ -8,10 +8,12 @@ bounded by the addresses that are active.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
-from gateway.config import Admission
+from twisted.internet.interfaces import IAddress
+
+from gateway.config import Admission, Proxy
 from gateway.errors import EndReason
 
 
@@ -42,13 +44,34 @@ class Doorkeeper:
         `host` is `None` for a UNIX socket, whose file mode decides who may connect.  Whoever is let in must be
         announced to `leave` once.
         """
-        reason = self._judge(host)
+        reason = self._judge_number() or self._judge_address(host)
         if reason is not None:
             self.refused[reason] += 1
             return reason
         self._sessions += 1
-        if host is not None:
-            self._by_address[host] += 1
+        self._count(host)
+        return None
+
+    def admit_proxy(self, host: str | None, proxies: Sequence[Proxy]) -> EndReason | None:
+        """Let a load balancer's connection in, or return why not; whose it is will be said by `admit_device`.
+
+        Until then it counts in the limit of all sessions, and it is `None` that must be announced to `leave`.
+        """
+        reason = None if _is_one_of(host, proxies) else EndReason.PROXY_NOT_TRUSTED
+        reason = reason or self._judge_number()
+        if reason is not None:
+            self.refused[reason] += 1
+            return reason
+        self._sessions += 1
+        return None
+
+    def admit_device(self, host: str | None) -> EndReason | None:
+        """Judge a connection, let in by `admit_proxy`, by its device's address; from now on it counts for that."""
+        reason = self._judge_address(host)
+        if reason is not None:
+            self.refused[reason] += 1
+            return reason
+        self._count(host)
         return None
 
     def leave(self, host: str | None) -> None:
@@ -66,12 +89,17 @@ class Doorkeeper:
         for host in full:
             del self._buckets[host]
 
-    def _judge(self, host: str | None) -> EndReason | None:
-        if self._sessions >= self._max_sessions:
-            return EndReason.TOO_MANY_SESSIONS
+    def _count(self, host: str | None) -> None:
+        if host is not None:
+            self._by_address[host] += 1
+
+    def _judge_number(self) -> EndReason | None:
+        return EndReason.TOO_MANY_SESSIONS if self._sessions >= self._max_sessions else None
+
+    def _judge_address(self, host: str | None) -> EndReason | None:
         if host is None:
             return None
-        if not self._allowed(host):
+        if not _is_one_of(host, self._admission.allow):
             return EndReason.NETWORK_NOT_ALLOWED
         limit = self._admission.max_sessions_per_address
         if limit and self._by_address[host] >= limit:
@@ -79,13 +107,6 @@ class Doorkeeper:
         if self._admission.new_sessions_per_second and not self._take_token(host):
             return EndReason.RATE_LIMITED
         return None
-
-    def _allowed(self, host: str) -> bool:
-        try:
-            address = plain_address(host)
-        except ValueError:
-            return False
-        return any(address in network for network in self._admission.allow)
 
     def _take_token(self, host: str) -> bool:
         now = self._seconds()
@@ -102,3 +123,24 @@ def plain_address(host: str) -> IPv4Address | IPv6Address:
     address = ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
+
+
+def host_of(address: IAddress | None) -> str | None:
+    """Return the host of a connection as sessions are counted by it; `None` for a UNIX socket, which has none."""
+    host = getattr(address, "host", None)
+    if host is None:
+        return None
+    try:
+        return str(plain_address(host))
+    except ValueError:
+        return str(host)
+
+
+def _is_one_of(host: str | None, networks: Sequence[Proxy]) -> bool:
+    if host is None:
+        return "unix" in networks
+    try:
+        address = plain_address(host)
+    except ValueError:
+        return False
+    return any(network != "unix" and address in network for network in networks)

@@ -468,7 +468,7 @@ class RecordingJournal(Journal):
         self.ended.append(record)
         super().session_ended(record)
 
-    def refused(self, reason: EndReason, device_address: str) -> None:
+    def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         self._world.note("gateway", f"{device_address} not let in: {reason}")
         self.refusals += 1
         for device in self._world.devices:

@@ -1,0 +1,177 @@
+"""Connections that a load balancer passes on: whose they are is said in a PROXY header, before anything else.
+
+In: connections to a listener that has `proxies`.  Out: each becomes a device's connection like any other once its
+header has come, and is judged by the address in it; nothing of this module stays in the way of its bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol as Interface
+
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.interfaces import IAddress, ITCPTransport
+from twisted.internet.protocol import Protocol, connectionDone
+from twisted.python.failure import Failure
+
+from gateway.config import Listener
+from gateway.errors import EndReason
+from gateway.policy.admission import Doorkeeper, host_of
+from gateway.proxy_header import MalformedProxyHeader, parse_proxy_header
+from gateway.upstream import shown_address
+
+
+class Enter(Interface):
+    """Who makes a device's protocol for a connection that has been let in."""
+
+    def __call__(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> Protocol:
+        """Return it; `accepted` is in seconds of the gateway's clock, `via` the load balancer's address."""
+
+
+class Doorstep:
+    """All connections of load balancers whose header has not come yet.
+
+    They count as sessions in the limit of all sessions, and have as long as a CONNECT has.  `refused` is told of those
+    that are closed, with the load balancer's or the device's address and a detail; `left` each time one has gone.
+    """
+
+    def __init__(
+        self,
+        doorkeeper: Doorkeeper,
+        enter: Enter,
+        refused: Callable[[EndReason, str, str], None],
+        left: Callable[[], None],
+        seconds: Callable[[], float],
+    ) -> None:
+        self.connections: set[ProxiedConnection] = set()
+        self._doorkeeper = doorkeeper
+        self._enter = enter
+        self._refused = refused
+        self._left = left
+        self._seconds = seconds
+
+    def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
+        """Return the protocol for a new connection to a listener with `proxies`, or `None` if it is not let in."""
+        reason = self._doorkeeper.admit_proxy(host_of(address), listener.proxies)
+        if reason is not None:
+            self._refused(reason, shown_address(address), "")
+            return None
+        connection = ProxiedConnection(self, address, listener.name, self._seconds())
+        self.connections.add(connection)
+        return connection
+
+    def sweep(self, now: float, patience: float) -> None:
+        """Close those that have waited `patience` seconds; `now` is in seconds of the gateway's clock."""
+        for connection in list(self.connections):
+            if now >= connection.accepted + patience:
+                connection.run_out()
+
+    def clear(self) -> None:
+        """Close them all, without a word: the gateway stops."""
+        for connection in list(self.connections):
+            connection.close()
+
+    def named(self, connection: ProxiedConnection, source: IAddress | None, rest: bytes) -> None:
+        """Let a connection in, or close it: it is the device's at `source`, which sent `rest` behind the header."""
+        reason = self._doorkeeper.admit_device(host_of(source))
+        if reason is not None:
+            self.refuse(connection, reason, f"via {shown_address(connection.proxy)}", source)
+            return
+        self.connections.discard(connection)
+        via = shown_address(connection.proxy) if source is not connection.proxy else ""
+        connection.become(self._enter(source, connection.listener, connection.accepted, via), rest)
+
+    def refuse(
+        self, connection: ProxiedConnection, reason: EndReason, detail: str, source: IAddress | None = None
+    ) -> None:
+        """Close a connection, and say why."""
+        connection.close()
+        self._refused(reason, shown_address(source or connection.proxy), detail)
+
+    def gone(self, connection: ProxiedConnection) -> None:
+        """A connection that never became a device's is no more."""
+        self._doorkeeper.leave(None)
+        self.connections.discard(connection)
+        self._left()
+
+
+class ProxiedConnection(Protocol):
+    """One connection of a load balancer, at the address `proxy`, until it is known whose it is.
+
+    `accepted` is when that was, in seconds of the gateway's clock.
+    """
+
+    transport: ITCPTransport
+
+    def __init__(self, doorstep: Doorstep, proxy: IAddress | None, listener: str, accepted: float) -> None:
+        self.proxy = proxy
+        self.listener = listener
+        self.accepted = accepted
+        self._doorstep = doorstep
+        self._header = b""
+        # The header has come, and says that the load balancer speaks for itself.
+        self._is_local = False
+        self._closing = False
+
+    def dataReceived(self, data: bytes) -> None:
+        """Read the header; what comes behind it is the device's."""
+        if self._is_local:
+            self._doorstep.named(self, self.proxy, data)
+            return
+        self._header += data
+        try:
+            header = parse_proxy_header(self._header)
+        except MalformedProxyHeader as error:
+            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, str(error))
+            return
+        if header is None:
+            return
+        rest = self._header[header.length :]
+        source = self._address(header.source)
+        # A health check says so (LOCAL), or gives the load balancer's own address (v1 can do no other), and closes:
+        # only when it goes on to speak MQTT is it a session, and anybody's business.
+        if rest or not self._is_own(source):
+            self._doorstep.named(self, source, rest)
+        else:
+            self._is_local = True
+
+    def _is_own(self, source: IAddress | None) -> bool:
+        # Not by equality: IPv4 may come in by IPv6.
+        ports = (getattr(address, "port", None) for address in (source, self.proxy))
+        return host_of(source) == host_of(self.proxy) and len(set(ports)) == 1
+
+    def _address(self, source: tuple[object, int] | None) -> IAddress | None:
+        if source is None:
+            return self.proxy
+        host, port = str(source[0]), source[1]
+        return IPv6Address("TCP", host, port) if ":" in host else IPv4Address("TCP", host, port)
+
+    def become(self, device: Protocol, rest: bytes) -> None:
+        """Give the transport to the device's protocol, for good, with the bytes that came behind the header."""
+        transport: ITCPTransport = self.transport
+        transport.protocol = device  # type: ignore[attr-defined]  # so Twisted's transports know whom to give bytes to
+        device.makeConnection(transport)
+        if rest:
+            device.dataReceived(rest)
+
+    def run_out(self) -> None:
+        """The time has run out."""
+        if self._closing:
+            return
+        if self._is_local:
+            self._doorstep.refuse(self, EndReason.CONNECT_TIMEOUT, "nothing came behind a health check's header")
+        else:
+            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"{len(self._header)} bytes of it came in time")
+
+    def close(self) -> None:
+        """Close the connection now."""
+        if not self._closing:
+            self._closing = True
+            self.transport.abortConnection()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """The load balancer is gone.  One that has said nothing, or who it is, and goes, was a health check."""
+        del reason
+        if self._header and not self._is_local and not self._closing:
+            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"it was closed after {len(self._header)} bytes")
+        self._doorstep.gone(self)
