@@ -16,7 +16,10 @@ from gateway.errors import EndReason
 
 @frozen(slots=True)
 class Peer:
-    """Facts about a verified broker: the names on its certificate and what the handshake agreed on."""
+    """Facts about a verified broker: the names on its certificate and what the handshake agreed on.
+
+    `resumed` says whether the handshake resumed the TLS session of one that was verified in full.
+    """
 
     subject: str
     issuer: str
@@ -25,6 +28,7 @@ class Peer:
     tls_version: str
     cipher: str
     alpn: str
+    resumed: bool = False
 
 
 @define(slots=True)

@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
-from attrs import frozen
+from attrs import Factory as Default
+from attrs import field, frozen
 from twisted.internet import error
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeout
@@ -29,8 +30,10 @@ from gateway.race import AllFailed, interleave, race
 from gateway.record import Peer, SessionRecord
 from gateway.session import Session
 from gateway.side import RelaySide, how_lost, tune
+from gateway.text import printable
 from gateway.tls.channel import ChannelState, TLSChannel
 from gateway.tls.identity import Identity
+from gateway.tls.tickets import Tickets
 from gateway.tls.trust import TLSPolicy
 
 _log = Logger(namespace="gateway")
@@ -53,6 +56,11 @@ class UpstreamProtocol(RelaySide):
         self._device: DeviceProtocol | None = None
         self._unread_answers = 0
         self.verified: Deferred[Peer] = Deferred(lambda _: self.abort())
+
+    @property
+    def resuming(self) -> bool:
+        """Whether a TLS session is, or was, to be resumed in a handshake that has not been done."""
+        return self._channel.resuming
 
     def connectionMade(self) -> None:
         """Send the ClientHello."""
@@ -178,11 +186,19 @@ class UpstreamProtocol(RelaySide):
 
 @frozen(slots=True)
 class Target:
-    """One configured broker: where it is dialled and who it must prove to be."""
+    """One configured broker: where it is dialled, who it must prove to be, and what it may prove that with."""
 
     upstream: Upstream
     identity: Identity
     policy: TLSPolicy
+    tickets: Tickets | None = field(
+        init=False,
+        eq=False,
+        default=Default(
+            lambda target: Tickets(target.policy, target.identity) if target.policy.resumption else None,
+            takes_self=True,
+        ),
+    )
 
 
 class DialJournal(Protocol):
@@ -388,7 +404,31 @@ class Dialler:
         protocol.close()
 
     async def reach(self, target: Target, record: SessionRecord) -> tuple[UpstreamProtocol, Peer]:
-        """Resolve, connect, shake hands, verify.  Returns a verified connection; raises `UpstreamFailure`."""
+        """Resolve, connect, shake hands, verify.  Returns a verified connection; raises `UpstreamFailure`.
+
+        Some brokers break off when a TLS session is to be resumed (OpenSSL's with client certificates and no session
+        id context do).  That must not lock anybody out, nor hide why a broker is refused: it is tried in full at once.
+        """
+        protocol = await self._connect(target, record, target.tickets)
+        try:
+            return protocol, await self._shake_hands(protocol, record)
+        except UpstreamFailure as failure:
+            if target.tickets is None or not protocol.resuming:
+                raise
+            if target.tickets.suspend():
+                _log.info(
+                    "upstream {upstream}: the handshake failed when a TLS session was to be resumed ({why}); "
+                    "for the next hour all handshakes with it are full",
+                    event="resumption-suspended",
+                    upstream=target.upstream.address,
+                    why=printable(str(failure), 400),
+                )
+            if failure.reason is EndReason.TLS_TIMEOUT:
+                raise
+        protocol = await self._connect(target, record, None)
+        return protocol, await self._shake_hands(protocol, record)
+
+    async def _connect(self, target: Target, record: SessionRecord, tickets: Tickets | None) -> UpstreamProtocol:
         seconds = self._clock.seconds
         record.upstream_address = ""
         record.dns_seconds = record.tcp_seconds = record.tls_seconds = None
@@ -399,16 +439,18 @@ class Dialler:
         record.dns_seconds = resolved - began
 
         def build() -> UpstreamProtocol:
-            return UpstreamProtocol(TLSChannel(target.policy, target.identity), self._timeouts.tcp_user)
+            return UpstreamProtocol(TLSChannel(target.policy, target.identity, tickets), self._timeouts.tcp_user)
 
         protocol = await connect(self._network, addresses, build, self._clock, self._timeouts)
-        connected = seconds()
-        record.tcp_seconds = connected - resolved
+        record.tcp_seconds = seconds() - resolved
         record.upstream_address = shown_address(protocol.transport.getPeer())
+        return protocol
 
+    async def _shake_hands(self, protocol: UpstreamProtocol, record: SessionRecord) -> Peer:
+        began = self._clock.seconds()
         peer = await handshake(protocol, self._clock, self._timeouts)
-        record.tls_seconds = seconds() - connected
-        return protocol, peer
+        record.tls_seconds = self._clock.seconds() - began
+        return peer
 
 
 async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:

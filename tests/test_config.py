@@ -405,6 +405,8 @@ def test_one_host_may_serve_several_names() -> None:
             {"tls": {"min_version": 1.2}},
             'tls.min_version: expected "1.2" or "1.3", got the number 1.2: write it in quotes',
         ),
+        ({"tls": {"resumption": "no"}}, 'tls.resumption: expected true or false, got the text "no"'),
+        ({"tls": {"resumption": 0}}, "tls.resumption: expected true or false, got the number 0"),
         ({"tls": {"min_version": "1.1"}}, 'tls.min_version: expected "1.2" or "1.3", got the text "1.1"'),
         (
             {"limits": {"max_packet_size": "256M"}},

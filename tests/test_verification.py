@@ -668,24 +668,6 @@ def test_each_session_is_verified_anew(begin: Callable[..., Trial]) -> None:
             received = trial.brokers[0].received
 
 
-@BOTH_TLS_VERSIONS
-def test_no_session_is_resumed(begin: Callable[..., Trial], maximum: ssl.TLSVersion) -> None:
-    """A resumed session would not ask for the certificate: none is, though the broker offers it."""
-    context = server_context(maximum=maximum)
-    reused: list[bool] = []
-
-    def serve(connection: BrokerConnection) -> None:
-        reused.append(connection.socket.session_reused)
-        connection.read_packet()
-        connection.send(packets.connack())
-        connection.read_to_end()
-
-    trial = begin(context, serve=serve)
-    for after in range(3):
-        trial.trusted(after=after)
-    assert reused == [False] * 3
-
-
 SIMULTANEOUS = 50
 
 

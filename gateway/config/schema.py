@@ -149,6 +149,7 @@ class TLS:
     pin: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_pin_digest))
     verification: Literal["standard", "strict"] = "standard"
     min_version: Literal["1.2", "1.3"] = "1.2"
+    resumption: bool = True
 
     def __attrs_post_init__(self) -> None:
         """Refuse a key without the certificate that makes it useful."""

@@ -72,6 +72,12 @@ def _whole_number(value: object, _type: object) -> int:
     return value
 
 
+def _truth(value: object, _type: object) -> bool:
+    if not isinstance(value, bool):
+        raise _WrongTypeError("true or false", value)
+    return value
+
+
 def _real_number(value: object, _type: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise _WrongTypeError("a number", value)
@@ -180,6 +186,7 @@ def _make_converter() -> Converter:
     converter = Converter(detailed_validation=True)
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(int, _whole_number)
+    converter.register_structure_hook(bool, _truth)
     converter.register_structure_hook(float, _real_number)
     converter.register_structure_hook(Path, _path)
     converter.register_structure_hook(Network, _network)

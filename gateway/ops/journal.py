@@ -198,6 +198,7 @@ def _start_line(record: SessionRecord) -> str:
     verified = ""
     if peer is not None:
         verified = f", {peer.subject} as {peer.matched_san}, issuer {peer.issuer}, {peer.tls_version} {peer.cipher}"
+        verified += " resumed" if peer.resumed else ""
     where = f"{record.upstream} ({record.upstream_address})" if record.upstream_address else record.upstream
     return f"{_who(record)} is connected to {where}{verified}; {_steps(record)}"
 

@@ -17,6 +17,7 @@ import contextlib
 from base64 import b64encode
 from enum import Enum, auto
 from functools import lru_cache
+from hmac import compare_digest
 from ipaddress import ip_address
 
 from cryptography import x509
@@ -29,6 +30,7 @@ from gateway.record import Peer
 from gateway.text import printable
 from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.identity import Identity
+from gateway.tls.tickets import Ticket, Tickets, Verified, good_until
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
 
 # A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); pyOpenSSL sends and receives one record a call.
@@ -36,6 +38,8 @@ _RECORD_SIZE = 0x4000
 _RECORD_HEADER_SIZE = 5
 # More than encryption adds to a record: header, content type, tag, and the explicit nonce of TLS 1.2.
 _RECORD_OVERHEAD = 64
+# See `gateway/tls/tickets.py`.
+_RESUMABLE_VERSION = "TLSv1.3"
 # Of handshake messages and alerts, at a time.
 _FLIGHT_SIZE = 0x2000
 
@@ -58,31 +62,47 @@ class TLSChannel:
     `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
     came, `broken` if the channel failed behind plaintext that `receive` has returned.  `approved` says whether OpenSSL
     trusts the chain and the identity matches, which is not all that VERIFIED asks for.
+
+    With `tickets`, the channel resumes a TLS session if it may, and leaves a ticket for the next one.
     """
 
     __slots__ = (
         "__weakref__",
         "_approved",
+        "_asked",
         "_connection",
         "_failure",
         "_identity",
         "_matched",
         "_missing",
+        "_offered",
         "_outgoing_size",
         "_partial_header",
         "_policy",
+        "_tickets",
+        "_verified",
         "broken",
         "peer",
         "received_close",
         "state",
     )
 
-    def __init__(self, policy: TLSPolicy, identity: Identity) -> None:
+    def __init__(self, policy: TLSPolicy, identity: Identity, tickets: Tickets | None = None) -> None:
+        """Take what to trust, who it must be, and the tickets of this broker.  Raises `ValueError` if of another."""
+        if tickets is not None and (tickets.policy is not policy or tickets.identity != identity):
+            raise ValueError(f"the tickets are not those of {identity.name} under this policy")
         self._policy = policy
         self._identity = identity
+        self._tickets = tickets
         self._failure: UpstreamFailure | None = None
+        # Whether OpenSSL has asked about any certificate; in a resumed handshake it does not.
+        self._asked = False
         self._approved = False
         self._matched = ""
+        # The ticket that was offered and its secret, until the handshake is done.
+        self._offered: tuple[Ticket, bytes] | None = None
+        # What the tickets of this channel will be good for; `None` if it is to leave none.
+        self._verified: Verified | None = None
         # Where the ciphertext that came so far ends: bytes missing of the current record, or the header's first bytes.
         self._missing = 0
         self._partial_header = b""
@@ -97,11 +117,21 @@ class TLSChannel:
         if identity.sni is not None:
             self._connection.set_tlsext_host_name(identity.sni)
         self._connection.set_connect_state()
+        ticket = tickets.offer() if tickets is not None else None
+        if ticket is not None:
+            self._connection.set_session(ticket.session)
+            # In TLS 1.3 that is the secret by which a session is resumed.
+            self._offered = ticket, self._connection.master_key() or b""
 
     @property
     def approved(self) -> bool:
         """Whether chain and identity were approved."""
         return self._approved
+
+    @property
+    def resuming(self) -> bool:
+        """Whether a session is to be resumed, in a handshake that is not done."""
+        return self._offered is not None
 
     def sent_chain(self) -> list[x509.Certificate]:
         """Return what the broker sent, its own certificate first, verified or not: for people who want to know why.
@@ -236,8 +266,9 @@ class TLSChannel:
             for _ in range(records):
                 parts.append(self._connection.recv(_RECORD_SIZE))  # noqa: PERF401  what came before an error counts
         except SSL.WantReadError:
-            # Some of them were no application data: a KeyUpdate, say, which wants to be answered.
+            # Some of them were no application data: a KeyUpdate, say, which wants to be answered, or a ticket.
             self._outgoing_size += _FLIGHT_SIZE
+            self._keep_ticket()
         except SSL.ZeroReturnError:
             self.received_close = True
         except SSL.Error as error:
@@ -264,6 +295,7 @@ class TLSChannel:
         Its own verdict is never overruled.  The identity is judged here too, so that a wrong broker gets an alert in
         place of the handshake's end.
         """
+        self._asked = True
         if not accepted:
             self._failure = self._failure or verification_failure(error, depth)
             return False
@@ -281,39 +313,74 @@ class TLSChannel:
         """Look once more at the peer, since a handshake can end without the callback being asked."""
         if self._failure is not None:
             raise self._failure
-        connection = self._connection
-        peer_certificate = connection.get_peer_certificate()
-        chain = connection.get_verified_chain()
-        if peer_certificate is None or not chain or not self._approved:
-            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a verified chain")
-        leaf = peer_certificate.to_cryptography()
-        matched = self._identity.match(leaf)
-        if matched != self._matched:
+        certificate = self._connection.get_peer_certificate()
+        if certificate is None:
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a certificate")
+        leaf = _shared(certificate.to_cryptography())
+        resumed = self._resumed(leaf)
+        verified = resumed or self._verified_in_full(leaf)
+        if self._identity.match(leaf) != verified.matched:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the certificate changed during the handshake")
         tls_version, cipher, alpn = self.agreed()
         if self._policy.alpn and alpn not in self._policy.alpn:
             offered = ", ".join(self._policy.alpn)
             raise UpstreamFailure(EndReason.TLS_ALPN_MISMATCH, f"offered {offered}; the broker chose {alpn or 'none'}")
         if self._policy.pins:
-            self._check_pins([certificate.to_cryptography() for certificate in chain])
-        if self._policy.strict:
-            presented = connection.get_peer_cert_chain() or []
+            self._check_pins(verified.pins)
+        if self._policy.strict and resumed is None:
+            presented = self._connection.get_peer_cert_chain() or []
             self._second_opinion(leaf, [certificate.to_cryptography() for certificate in presented[1:]])
-        subject, issuer = _shown_subject_and_issuer(leaf)
-        return Peer(
-            subject=subject,
-            issuer=issuer,
-            matched_san=matched,
-            not_after=leaf.not_valid_after_utc,
-            tls_version=tls_version,
-            cipher=cipher,
-            alpn=printable(alpn),
-        )
+        self._approved = True
+        self._offered = None
+        if tls_version == _RESUMABLE_VERSION:
+            self._verified = verified
+        return _peer(leaf, verified.matched, tls_version, cipher, alpn, resumed is not None)
 
-    def _check_pins(self, chain: list[x509.Certificate]) -> None:
-        pins = [spki_pin(certificate) for certificate in chain]
+    def _resumed(self, leaf: x509.Certificate) -> Verified | None:
+        """Return what was verified when the resumed session began, or `None` if nothing was resumed.
+
+        Raises `UpstreamFailure` if it was, and must not have been.
+        """
+        if self._asked or self._offered is None or self._tickets is None:
+            return None
+        ticket, secret = self._offered
+        try:
+            present = self._connection.master_key() or b""
+        except SSL.Error:
+            return None  # OpenSSL has a new session, without a secret to resume it by yet.
+        if not secret or not compare_digest(present, secret) or leaf != ticket.verified.certificate:
+            return None
+        if not self._tickets.holds(ticket.verified):
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the ticket expired during the handshake")
+        return ticket.verified
+
+    def _verified_in_full(self, leaf: x509.Certificate) -> Verified:
+        """Return what OpenSSL has verified in this handshake.  Raises `UpstreamFailure` if it has not."""
+        chain = self._connection.get_verified_chain()
+        if not chain or not self._approved:
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a verified chain")
+        if self._tickets is None and not self._policy.pins:
+            return Verified(leaf, self._matched, (), 0.0, 0.0)
+        certificates = [certificate.to_cryptography() for certificate in chain]
+        pins = tuple(spki_pin(certificate) for certificate in certificates) if self._policy.pins else ()
+        since = self._tickets.now() if self._tickets is not None else 0.0
+        return Verified(leaf, self._matched, pins, since, good_until(self._policy, certificates, since))
+
+    def _keep_ticket(self) -> None:
+        """Leave the next channel the ticket that may have come."""
+        if self._tickets is None or self._verified is None or self.state is not ChannelState.VERIFIED:
+            return
+        try:
+            self._connection.master_key()
+        except SSL.Error:
+            return  # It was something else; no ticket has come yet.
+        session = self._connection.get_session()
+        if session is not None:
+            self._tickets.keep(Ticket(session, self._verified))
+
+    def _check_pins(self, pins: tuple[bytes, ...]) -> None:
         if self._policy.pins.isdisjoint(pins):
-            shown = b64encode(pins[0]).decode("ascii")
+            shown = b64encode(pins[0]).decode("ascii") if pins else "none"
             raise UpstreamFailure(EndReason.TLS_PIN_MISMATCH, f"the broker's key has the pin sha256/{shown}")
 
     def _second_opinion(self, leaf: x509.Certificate, intermediates: list[x509.Certificate]) -> None:
@@ -332,9 +399,24 @@ class TLSChannel:
 
 
 @lru_cache(maxsize=32)
-def _shown_subject_and_issuer(certificate: x509.Certificate) -> tuple[str, str]:
-    """Return both names as RFC 4514 writes them; a thousand sessions of one broker have the same."""
-    return printable(certificate.subject.rfc4514_string()), printable(certificate.issuer.rfc4514_string())
+def _shared(certificate: x509.Certificate) -> x509.Certificate:
+    """Return the certificate that was the first of its kind, so that a thousand sessions keep one."""
+    return certificate
+
+
+@lru_cache(maxsize=32)
+def _peer(certificate: x509.Certificate, matched: str, tls_version: str, cipher: str, alpn: str, resumed: bool) -> Peer:
+    """Return the facts about a broker; a thousand sessions of one broker share them."""
+    return Peer(
+        subject=printable(certificate.subject.rfc4514_string()),
+        issuer=printable(certificate.issuer.rfc4514_string()),
+        matched_san=matched,
+        not_after=certificate.not_valid_after_utc,
+        tls_version=tls_version,
+        cipher=cipher,
+        alpn=printable(alpn),
+        resumed=resumed,
+    )
 
 
 def make_policy(tls: TLS) -> TLSPolicy:

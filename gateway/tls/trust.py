@@ -50,7 +50,8 @@ class ClientIdentity:
 class TLSPolicy:
     """All that a session's TLS needs and that sessions share.
 
-    `roots` is empty if the platform's roots are used.  `strict` asks for the second opinion.
+    `roots` is empty if the platform's roots are used.  `strict` asks for the second opinion.  `crls_until` is when the
+    first CRL is due to be replaced, in seconds since the epoch.  `resumption` allows session tickets.
     """
 
     context: SSL.Context
@@ -59,6 +60,8 @@ class TLSPolicy:
     pins: frozenset[bytes]
     strict: bool
     client: ClientIdentity | None
+    crls_until: float
+    resumption: bool
 
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
@@ -165,7 +168,9 @@ def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_min_proto_version(_MIN_VERSIONS[tls.min_version])
     context.set_cipher_list(_CIPHERS)
-    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
+    # No tickets of TLS 1.2 (the option says nothing about 1.3): they would put the keys of a session, encrypted with a
+    # key that brokers keep long, onto the wire.  OpenSSL's own cache does not know what a ticket is bound to.
+    context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     context.set_verify(SSL.VERIFY_PEER, verify)
@@ -194,7 +199,15 @@ def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
         pins=tls.pin_digests,
         strict=tls.verification == "strict",
         client=client,
+        crls_until=_first_next_update(crls),
+        resumption=tls.resumption,
     )
+
+
+def _first_next_update(crls: list[x509.CertificateRevocationList]) -> float:
+    # One that names no next update never falls due (RFC 5280 §5.1.2.5 wants every CRL to name it).
+    due = [crl.next_update_utc for crl in crls]
+    return min((each.timestamp() for each in due if each is not None), default=float("inf"))
 
 
 def _show(context: SSL.Context, client: ClientIdentity, tls: TLS) -> None:

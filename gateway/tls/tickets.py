@@ -1,0 +1,107 @@
+"""TLS session tickets (RFC 8446 §4.6.1): what a verified session leaves behind to spare the next the full handshake.
+
+In: tickets of channels that are VERIFIED, with what their full handshake showed.  Out: at most one ticket for each
+broker, as long as everything that was verified still holds.
+
+OpenSSL asks no verify callback when a session is resumed: the broker shows no certificate, it proves that it knows a
+secret of a session that was verified.  So a ticket is worth what that verification was worth, and no more:
+
+* It belongs to one `Tickets`: one upstream (host and port), one identity, one policy.  The policy is roots, CRLs, pins,
+  versions, ALPN, strictness and the client certificate.  A reload makes new policies, and the old tickets end with the
+  old ones.  OpenSSL's part is bound to the policy's Context by pyOpenSSL.
+* It is offered until the first of these: a certificate of the verified chain expires, a CRL is due to be replaced, an
+  hour has passed since the last *full* handshake.  A ticket that a resumed session brings inherits that moment.
+* The channel judges the identity and the pins again in each session (`gateway/tls/channel.py`).
+* When a handshake fails in which a ticket was offered, none is offered for an hour.
+
+TLS 1.3 only: a session of TLS 1.2 that is resumed has no key exchange of its own, so that its secrecy would hang on a
+key that the broker may keep for years.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from attrs import frozen
+from cryptography import x509
+from OpenSSL import SSL
+
+from gateway.tls.identity import Identity
+from gateway.tls.trust import TLSPolicy
+
+# Seconds that a full handshake is good for; RFC 8446 §4.6.1 would allow seven days.
+MAX_AGE = 3600.0
+# Seconds without resumption after a handshake that failed with a ticket in it.
+SUSPENDED_FOR = 3600.0
+
+
+@frozen(slots=True)
+class Verified:
+    """What a full handshake showed about a broker; times are seconds since the epoch.
+
+    `pins` are those of the verified chain, the broker's own first, if the policy has any.
+    """
+
+    certificate: x509.Certificate
+    matched: str
+    pins: tuple[bytes, ...]
+    since: float
+    until: float
+
+
+@frozen(slots=True)
+class Ticket:
+    """OpenSSL's session, which holds secrets, and what the full handshake at its beginning showed."""
+
+    session: SSL.Session
+    verified: Verified
+
+
+class Tickets:
+    """The ticket of one broker.
+
+    The latest one replaces the one before, and may be offered by several sessions: RFC 8446 §C.4 advises against that
+    since it lets an onlooker tell that they are of one client, which the gateway's address tells anyway.
+    """
+
+    __slots__ = ("_now", "_resumes_from", "_ticket", "identity", "policy")
+
+    def __init__(self, policy: TLSPolicy, identity: Identity, now: Callable[[], float] = time.time) -> None:
+        """Take whose tickets they are, and the time of day in seconds, by which certificates expire."""
+        self.policy = policy
+        self.identity = identity
+        self._now = now
+        self._ticket: Ticket | None = None
+        self._resumes_from = float("-inf")
+
+    def now(self) -> float:
+        """Return the time of day, in seconds since the epoch."""
+        return self._now()
+
+    def holds(self, verified: Verified) -> bool:
+        """Whether what was verified may still be relied on.  A clock that was set back makes it void, too."""
+        return verified.since <= self._now() < verified.until
+
+    def offer(self) -> Ticket | None:
+        """Return the ticket to resume with, if there is one that is good."""
+        if self._ticket is not None and not self.holds(self._ticket.verified):
+            self._ticket = None
+        return None if self._now() < self._resumes_from else self._ticket
+
+    def keep(self, ticket: Ticket) -> None:
+        """Keep a ticket of a channel that is VERIFIED, in place of the one before."""
+        self._ticket = ticket
+
+    def suspend(self) -> bool:
+        """Offer none for a while; return whether that is news."""
+        now = self._now()
+        is_news = now >= self._resumes_from
+        self._resumes_from = now + SUSPENDED_FOR
+        return is_news
+
+
+def good_until(policy: TLSPolicy, chain: Sequence[x509.Certificate], since: float) -> float:
+    """Return when a verification at `since` is no longer to be relied on; both are seconds since the epoch."""
+    expiries = (certificate.not_valid_after_utc.timestamp() for certificate in chain)
+    return min(since + MAX_AGE, policy.crls_until, *expiries)
