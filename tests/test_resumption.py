@@ -36,6 +36,7 @@ BROKER = certify(INTERMEDIATE, names=["DNS:localhost"], valid_for=10)
 LOCALHOST = Identity.of("localhost")
 START = NOW.timestamp()
 DAY = 86400.0
+TRIED_AGAIN_AT_ONCE = {"retry_first": 0.001, "retry_max": 0.001}
 
 
 class Watch:
@@ -650,7 +651,7 @@ def test_a_broker_that_breaks_off_anyway_is_tried_in_full_and_told_of(
 ) -> None:
     """The ticket is not to blame: a session makes two attempts, once, and the record has the reason of the full one."""
     broker = start_broker(tls=BreaksOffLater(server_tls.context()), serve=with_tickets)
-    gateway = start_gateway(upstream=broker.port)
+    gateway = start_gateway(upstream=broker.port, failover=TRIED_AGAIN_AT_ONCE)
     session(gateway)
     for count, attempts in ((2, 3), (3, 4)):
         with Device(gateway.port) as device:
@@ -678,7 +679,7 @@ def test_a_broker_that_hangs_is_not_waited_for_twice(
 ) -> None:
     """The time-out for TLS is that of one handshake; the next session does without the ticket."""
     broker = start_broker(tls=HangsLater(server_tls.context()), serve=with_tickets)
-    gateway = start_gateway(upstream=broker.port, timeouts={"tls": 0.5})
+    gateway = start_gateway(upstream=broker.port, timeouts={"tls": 0.5}, failover=TRIED_AGAIN_AT_ONCE)
     session(gateway)
     with Device(gateway.port) as device:
         device.send(packets.connect())
