@@ -23,6 +23,7 @@ from gateway.config import (
     TLS,
     Admission,
     Config,
+    Device,
     Limits,
     Listener,
     Upstream,
@@ -742,8 +743,12 @@ def test_the_template_shows_every_key_with_its_default() -> None:
     assert shown == set(keys())
     for key, field in keys().items():
         if field.default is None:
-            del tables["tls"][key.removeprefix("tls.")]
+            section, name = key.split(".")
+            table = tables[section]
+            del (table[0] if isinstance(table, list) else table)[name]
+    rules = tables.pop("device")
     assert from_mapping(tables) == Config(upstream=(Upstream("broker.example.com"),))
+    assert from_mapping({**tables, "device": rules}).device == (Device(name="device[0]"),)
 
 
 def documented() -> dict[str, tuple[str, str, str, str]]:
@@ -762,23 +767,42 @@ def test_every_key_is_documented_and_no_other() -> None:
     assert all(meaning for meaning, *_ in documented().values())
 
 
+# What some keys need beside them.
+COMPANIONS = {
+    "client_key": {"client_cert": "gateway.pem"},
+    "sas_key_file": {"sas_resource": "r"},
+    "sas_resource": {"sas_key_file": "k"},
+    "sas_policy": {"sas_key_file": "k", "sas_resource": "r"},
+    "jwt_key_file": {"jwt_audience": "a"},
+    "jwt_audience": {"jwt_key_file": "k"},
+}
+
+
 @pytest.mark.parametrize("key", list(keys()))
-def test_documented_units_defaults_and_examples_are_right(key: str) -> None:
+def test_documented_units_defaults_and_examples_are_right(key: str, tmp_path: Path) -> None:
     """The unit and the default are those of the schema; the example is accepted and changes something."""
     _, unit, default, example = documented()[key]
     section, _, name = key.partition(".")
     required = {"upstream": {"host": "a"}, "listen": {"endpoint": "1883"}}.get(section, {})
 
-    def configured(text: str) -> Config:
-        table = {**required, **tomllib.loads(text)}
-        if name == "client_key":
-            table["client_cert"] = "gateway.pem"
-        base = {"upstream": [{"host": "a"}], "listen": [{"endpoint": "1883"}]}
-        return from_mapping({**base, section: [table] if section in base else table})
+    def configured(text: str, companions: dict[str, str] | None = None) -> Config:
+        table = {**required, **(companions or {}), **tomllib.loads(text)}
+        base = {
+            "upstream": [{"host": "b"}, {"host": "c", "name": "cloud"}],
+            "listen": [{"endpoint": "1884", "name": "sensors"}],
+            "device": [],
+        }
+        if section in base:
+            table = [*base[section], table]
+        elif name == "directory":
+            # There has to be one.
+            table = {key: str(tmp_path) for key in table}
+        return from_mapping({**base, section: table})
 
     assert unit == keys()[key].metadata.get("unit", "")
     assert example.startswith(f"{name} = ")
-    assert configured(example) != configured("")
+    companions = COMPANIONS.get(name, {})
+    assert configured(example, companions) != configured("")
     if default == "required":
         assert keys()[key].default is attrs.NOTHING
     elif default == "not set":
@@ -808,7 +832,7 @@ def test_remedies_name_keys_that_exist() -> None:
     named = {
         key
         for reason in EndReason
-        for key in re.findall(r"\b(?:listen|upstream|tls|limits|timeouts|admission)\.[a-z_]+", reason.remedy)
+        for key in re.findall(r"\b(?:listen|upstream|tls|limits|timeouts|admission|devices)\.[a-z_]+", reason.remedy)
     }
     assert named
     assert named <= set(keys())

@@ -3,6 +3,7 @@
 In: a file, flags or a mapping.  Out: `Config`, or `gateway.errors.ConfigError` with everything that is wrong.
 """
 
+from gateway.config.devices import Device, Devices
 from gateway.config.load import from_flags, from_mapping, load_file, template_text
 from gateway.config.names import normalise_name
 from gateway.config.schema import (
@@ -25,6 +26,8 @@ __all__ = [
     "TLS",
     "Admission",
     "Config",
+    "Device",
+    "Devices",
     "Failover",
     "Limits",
     "Listener",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -15,37 +14,18 @@ from typing import Any
 
 import attrs
 
+from gateway.config.devices import Device, anchored, cross_problems
+from gateway.config.directory import read_directory
 from gateway.config.schema import TLS, Config
 from gateway.config.structure import structure
-from gateway.config.words import quoted
+from gateway.config.tables import read_table
 from gateway.errors import ConfigError
-from gateway.text import printable
-
-_LARGEST_FILE = 1_048_576  # bytes; whoever names a device or a disk image by mistake gets an answer
 
 
 def load_file(path: Path) -> Config:
     """Read a TOML file (UTF-8); relative paths in it start at its directory. Raises ConfigError."""
-    shown = quoted(str(path), limit=4096)
-    try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
-    except FileNotFoundError as error:
-        remedy = "`mqtts-gateway init FILE` writes one"
-        raise ConfigError([f"{shown} cannot be read: {error.strerror}; {remedy}"]) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError([f"{shown} cannot be read: {reason}"]) from None
-    if len(content) > _LARGEST_FILE:
-        raise ConfigError([f"{shown} is no configuration: it is larger than {_LARGEST_FILE} bytes"])
-    try:
-        text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ConfigError([f"{shown} is not UTF-8: see line {line}"]) from None
-    if not text.strip():
-        raise ConfigError([f"{shown} is empty: `mqtts-gateway init` writes a configuration to start from"])
-    return from_mapping(_parse_toml(text, shown), path.absolute().parent)
+    table = read_table(path, "`mqtts-gateway init` writes a configuration to start from")
+    return from_mapping(table, path.absolute().parent)
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config:
@@ -54,7 +34,8 @@ def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config
     Relative paths start at `base`, which is the current directory if None. Raises ConfigError.
     """
     config = structure(mapping)
-    return attrs.evolve(config, tls=_anchored(config.tls, Path.cwd() if base is None else base))
+    base = Path.cwd() if base is None else base
+    return _with_devices(attrs.evolve(config, tls=_anchored(config.tls, base)), base)
 
 
 def from_flags(
@@ -115,23 +96,6 @@ def template_text() -> str:
     return resources.files("gateway.config").joinpath("template.toml").read_text(encoding="utf-8")
 
 
-def _parse_toml(text: str, shown: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        message = printable(str(error))
-        if found := re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message):
-            message = f"line {found[2]}, column {found[3]}: {found[1]}"
-        else:  # "(at end of document)", which is no place that one could go to
-            last = text.rstrip().count("\n") + 1
-            message = f"line {last}, at the end: {message.partition(' (at end')[0]}"
-        raise ConfigError([f"{shown} is not TOML: {message}"]) from None
-    except ValueError:  # Python refuses to read whole numbers of more than 4300 digits
-        raise ConfigError([f"{shown} is no configuration: it holds a number that is absurdly long"]) from None
-    except RecursionError:
-        raise ConfigError([f"{shown} is no configuration: it is nested too deeply"]) from None
-
-
 def _split_upstream(text: str) -> dict[str, Any]:
     """Split `HOST[:PORT]`; a bare IPv6 address, with its many colons, is all host."""
     found = re.fullmatch(r"(\[[^\]]*\]|[^:]*):([^:/]*)", text)
@@ -161,3 +125,31 @@ def _anchored(tls: TLS, base: Path) -> TLS:
         client_key=tls.client_key and base / tls.client_key,
         crl_file=tuple(base / path for path in tls.crl_file),
     )
+
+
+def _with_devices(config: Config, base: Path) -> Config:
+    """Read the directory of rules, whose files come before the rules of the file itself: those are the general ones."""
+    own = [
+        (label, attrs.evolve(anchored(device, base), name=device.name or label))
+        for label, device in ((f"device[{index}]", device) for index, device in enumerate(config.device))
+    ]
+    directory = config.devices.directory
+    rules, problems = ([], []) if directory is None else read_directory(base / directory)
+    rules += own
+    problems += cross_problems(
+        rules, [upstream.name for upstream in config.upstream], [listener.name for listener in config.listen]
+    )
+    problems += _default_problems(config, rules)
+    if problems:
+        raise ConfigError(problems)
+    devices = attrs.evolve(config.devices, directory=directory and base / directory)
+    return attrs.evolve(config, devices=devices, device=tuple(device for _, device in rules))
+
+
+def _default_problems(config: Config, rules: list[tuple[str, Device]]) -> list[str]:
+    if any(upstream.default for upstream in config.upstream):
+        return []
+    lost = [label for label, device in rules if not device.upstream]
+    if config.devices.unknown == "pass":
+        lost.append("devices.unknown")
+    return [f"{label}: no upstream has default = true, so such a device has none: name one" for label in lost]

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
+from gateway.config.devices import Device, Devices
 from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind
 from gateway.config.names import connect_name, normalise_name
 from gateway.config.validators import (
@@ -118,6 +119,8 @@ class Upstream:
     host: str = attrs.field(converter=_without_brackets, validator=checked(connect_name))
     port: int = attrs.field(default=8883, validator=between(1, 65535, "not a port"))
     server_name: str = attrs.field(default="", validator=checked(_check_server_name))
+    name: str = attrs.field(default="", validator=checked(check_label))
+    default: bool = True
 
     @property
     def connect_name(self) -> str:
@@ -285,3 +288,5 @@ class Config:
     failover: Failover = Failover()
     pacing: Pacing = Pacing()
     admission: Admission = Admission()
+    devices: Devices = Devices()  # noqa: RUF009  frozen, as the others
+    device: tuple[Device, ...] = ()

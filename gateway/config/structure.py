@@ -24,6 +24,7 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn, override
 
+from gateway.config.devices import Device
 from gateway.config.schema import Config, Proxy
 from gateway.config.validators import MisfitError, Network
 from gateway.config.words import described, number, quoted
@@ -45,6 +46,15 @@ def structure(mapping: Mapping[str, Any]) -> Config:
     return config
 
 
+def structure_device(mapping: Mapping[str, Any]) -> Device:
+    """Make a rule of a file that holds one; paths stay as they are written. Raises ConfigError."""
+    try:
+        device: Device = _converter.structure(mapping, Device)
+    except (BaseValidationError, ValueError) as error:
+        raise ConfigError(list(_lines(error, ""))) from None
+    return device
+
+
 class _WrongTypeError(ValueError):
     """The value is of another kind than the one expected."""
 
@@ -63,6 +73,12 @@ class _WrongTypeError(ValueError):
 def _text(value: object, _type: object) -> str:
     if not isinstance(value, str):
         raise _WrongTypeError("a text", value)
+    return value
+
+
+def _boolean(value: object, _type: object) -> bool:
+    if not isinstance(value, bool):
+        raise _WrongTypeError("true or false", value)
     return value
 
 
@@ -185,6 +201,7 @@ def _field(field: attrs.Attribute[Any]) -> Callable[[object, object], object]:
 def _make_converter() -> Converter:
     converter = Converter(detailed_validation=True)
     converter.register_structure_hook(str, _text)
+    converter.register_structure_hook(bool, _boolean)
     converter.register_structure_hook(int, _whole_number)
     converter.register_structure_hook(bool, _truth)
     converter.register_structure_hook(float, _real_number)

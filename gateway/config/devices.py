@@ -1,0 +1,228 @@
+"""Rules for devices: whom a rule is for, and what it makes of them.
+
+In: values.  Out: `Device` and `Devices`, the sections of the configuration; ValueError for what makes no sense.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import attrs
+
+from gateway.config.passwords import parse_hash
+from gateway.config.templates import FROM_DEVICE, check_template
+from gateway.config.validators import (
+    MisfitError,
+    Network,
+    between,
+    check_label,
+    check_optional_path,
+    checked,
+)
+from gateway.config.words import quoted
+from gateway.mqtt.topics import check_filter
+
+_MAX_KEEP_ALIVE = 65_535
+_SMALLEST_PACKET, _LARGEST_PACKET = 256, 1 + 4 + 268_435_455
+_TEMPLATES = ("client_id", "username", "sas_resource", "publish_prefix", "subscribe_prefix")
+_SOURCES = ("password_file", "password_credential", "password_command", "sas_key_file", "jwt_key_file")
+# systemd.exec(5), LoadCredential=: a file name.
+_CREDENTIAL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.@:-]{1,255}")
+
+
+def _check_pattern(text: str) -> None:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{quoted(text)} is no regular expression: {error}") from None
+
+
+def _check_hash(text: str) -> None:
+    if text:
+        parse_hash(text)
+
+
+def _check_credential(text: str) -> None:
+    if text and not _CREDENTIAL.fullmatch(text):
+        raise ValueError(f"{quoted(text)} is no name of a credential: give the one that stands in LoadCredential=")
+
+
+def _check_command(words: tuple[str, ...]) -> None:
+    if words and not words[0].startswith("/"):
+        raise ValueError(
+            f"{quoted(words[0])} is no absolute path: name the program by its whole path, such as /usr/bin/x"
+        )
+    for word in words:
+        if "\0" in word:
+            raise ValueError(f"{quoted(word)} holds a NUL character")
+
+
+def _check_filters(filters: tuple[str, ...] | None) -> None:
+    problems = []
+    for index, text in enumerate(filters or ()):
+        try:
+            # A placeholder has no characters that matter here.
+            check_filter(text)
+        except ValueError as error:
+            problems.append(MisfitError(f"[{index}]", f"{quoted(text)} is no Topic Filter: {error}"))
+    if problems:
+        raise ExceptionGroup("elements that make no sense", problems)
+
+
+def _check_prefix(text: str) -> None:
+    if "+" in text or "#" in text or "\0" in text:
+        raise ValueError(f"{quoted(text)} is no prefix: it would put a wildcard before every topic")
+    if text.startswith("$share/"):
+        raise ValueError(f"{quoted(text)} is no prefix: a shared subscription is the device's to ask for")
+
+
+def _check_max_packet_size(size: int | None) -> None:
+    if size is not None and not _SMALLEST_PACKET <= size <= _LARGEST_PACKET:
+        raise ValueError(f"{size} is out of range ({_SMALLEST_PACKET} to {_LARGEST_PACKET})")
+
+
+def _seconds(default: float, low: float, high: float) -> Any:
+    return attrs.field(default=default, validator=between(low, high), metadata={"unit": "seconds"})
+
+
+@attrs.frozen
+class Devices:
+    """What holds for all devices."""
+
+    directory: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    unknown: Literal["pass", "refuse"] = "pass"
+    same_client_id: Literal["refuse", "take-over", "pass"] = "refuse"
+    connects_per_minute: float = attrs.field(
+        default=60.0, validator=between(0, 1_000_000), metadata={"unit": "CONNECTs per minute"}
+    )
+
+
+@attrs.frozen
+class Device:
+    """Whom a rule is for (`match_…`; what is left out matches everybody), and what it makes of them.
+
+    `client_id`, `username`, `sas_resource`, both prefixes and the Topic Filters are templates.
+    """
+
+    name: str = attrs.field(default="", validator=checked(check_label))
+    match_client_id: tuple[str, ...] = ()
+    match_pattern: str = attrs.field(default="", validator=checked(_check_pattern))
+    match_network: tuple[Network, ...] = ()
+    match_username: tuple[str, ...] = ()
+    match_listener: tuple[str, ...] = ()
+    bound_to: tuple[Network, ...] = ()
+    lan_password: str = attrs.field(default="", validator=checked(_check_hash), repr=False)
+    upstream: tuple[str, ...] = ()
+    client_id: str = ""
+    username: str = ""
+    credentials: Literal["pass", "drop"] = "pass"
+    password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    password_credential: str = attrs.field(default="", validator=checked(_check_credential))
+    password_command: tuple[str, ...] = attrs.field(default=(), validator=checked(_check_command), repr=False)
+    password_timeout: float = _seconds(5.0, 0.001, 60)
+    sas_key_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    sas_resource: str = ""
+    sas_policy: str = ""
+    jwt_key_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    jwt_audience: str = ""
+    token_lifetime: float = _seconds(3600.0, 5, 31_536_000)
+    client_cert: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    keep_alive_min: int = attrs.field(default=0, validator=between(0, _MAX_KEEP_ALIVE), metadata={"unit": "seconds"})
+    keep_alive_max: int = attrs.field(
+        default=_MAX_KEEP_ALIVE, validator=between(1, _MAX_KEEP_ALIVE), metadata={"unit": "seconds"}
+    )
+    clean_start: bool | None = None
+    upgrade_3_1: bool = False
+    max_qos: int = attrs.field(default=2, validator=between(0, 2))
+    retain: Literal["pass", "strip", "refuse"] = "pass"
+    publish: tuple[str, ...] | None = attrs.field(default=None, validator=checked(_check_filters))
+    subscribe: tuple[str, ...] | None = attrs.field(default=None, validator=checked(_check_filters))
+    publish_prefix: str = attrs.field(default="", validator=checked(_check_prefix))
+    subscribe_prefix: str = attrs.field(default="", validator=checked(_check_prefix))
+    max_packet_size: int | None = attrs.field(
+        default=None, validator=checked(_check_max_packet_size), metadata={"unit": "bytes"}
+    )
+    packets_per_second: float = attrs.field(
+        default=0.0, validator=between(0, 1_000_000), metadata={"unit": "packets per second"}
+    )
+    bytes_per_second: float = attrs.field(
+        default=0.0, validator=between(0, 1e12), metadata={"unit": "bytes per second"}
+    )
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse what does not go together."""
+        problems = [*self._template_problems(), *self._credential_problems()]
+        if self.client_key is not None and self.client_cert is None:
+            problems.append((".client_key", "there is no client_cert: name the certificate that belongs to this key"))
+        if self.keep_alive_min > self.keep_alive_max:
+            problems.append((".keep_alive_min", f"{self.keep_alive_min} is above keep_alive_max"))
+        if problems:
+            raise ExceptionGroup("what does not go together", [MisfitError(*problem) for problem in problems])
+
+    @property
+    def sources(self) -> list[str]:
+        """The keys that say where the password comes from; one at most."""
+        return [key for key in _SOURCES if getattr(self, key)]
+
+    @property
+    def groups(self) -> list[str]:
+        """The named groups of the pattern, which are placeholders in templates."""
+        return list(re.compile(self.match_pattern).groupindex)
+
+    def _template_problems(self) -> Iterable[tuple[str, str]]:
+        known = [*FROM_DEVICE, *self.groups]
+        for name in set(self.groups) & set(FROM_DEVICE):
+            yield ".match_pattern", f"its group {name} has the name of another placeholder"
+        templates = [(f".{key}", getattr(self, key)) for key in _TEMPLATES]
+        for key in ("publish", "subscribe"):
+            templates += [(f".{key}[{index}]", text) for index, text in enumerate(getattr(self, key) or ())]
+        for where, text in templates:
+            try:
+                check_template(text, known)
+            except ValueError as error:
+                yield where, str(error)
+
+    def _credential_problems(self) -> Iterable[tuple[str, str]]:
+        sources = self.sources
+        for key in sources[1:]:
+            yield f".{key}", f"there is {sources[0]} already: a password has one source"
+        if self.sas_key_file is not None and not self.sas_resource:
+            yield ".sas_resource", "it is missing: name what the token is for, such as HUB/devices/{client_id}"
+        if self.jwt_key_file is not None and not self.jwt_audience:
+            yield ".jwt_audience", "it is missing: name whom the token is for, such as the project"
+        for key, source in (
+            ("sas_resource", "sas_key_file"),
+            ("sas_policy", "sas_key_file"),
+            ("jwt_audience", "jwt_key_file"),
+        ):
+            if getattr(self, key) and not getattr(self, source):
+                yield f".{key}", f"there is no {source} to sign with"
+
+
+def anchored(device: Device, base: Path) -> Device:
+    """Make the paths of a rule absolute; relative ones start at `base`."""
+    keys = ("password_file", "sas_key_file", "jwt_key_file", "client_cert", "client_key")
+    return attrs.evolve(device, **{key: value and base / value for key in keys if (value := getattr(device, key))})
+
+
+def cross_problems(
+    labelled: Iterable[tuple[str, Device]], upstreams: Iterable[str], listeners: Iterable[str]
+) -> list[str]:
+    """Say what is wrong with rules beside one another, each under its label, and with the names that they mention."""
+    problems = []
+    known = {"upstream": set(upstreams) - {""}, "match_listener": set(listeners) - {""}}
+    seen: dict[object, str] = {}
+    for label, device in labelled:
+        for key, names in known.items():
+            problems += [
+                f"{label}.{key}[{index}]: no {key.removeprefix('match_')} has the name {quoted(name)}"
+                for index, name in enumerate(getattr(device, key))
+                if name not in names
+            ]
+        match = tuple(getattr(device, field.name) for field in attrs.fields(Device) if field.name.startswith("match_"))
+        if match in seen:
+            problems.append(f"{label}: {seen[match]} is for the same devices, so this rule would never be used")
+        seen.setdefault(match, label)
+    return problems

@@ -1,0 +1,57 @@
+"""A directory of rules, one small TOML file for each device.
+
+In: a directory.  Out: a `Device` for each `*.toml` in it, in the order of their names, and what is wrong with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from gateway.config.devices import Device, anchored
+from gateway.config.structure import structure_device
+from gateway.config.tables import read_table
+from gateway.config.words import quoted
+from gateway.errors import ConfigError
+
+_WILDCARDS = frozenset("*?[")
+
+
+def read_directory(directory: Path) -> tuple[list[tuple[str, Device]], list[str]]:
+    """Return the rules, each after what its file is called in messages, and all problems.
+
+    A file that matches nothing is for the Client Identifier that is its name without `.toml`. Hidden files are not
+    read: editors and copying programs have their unfinished work there.
+    """
+    try:
+        paths = sorted(path for path in directory.iterdir() if path.suffix == ".toml" and path.name[0] != ".")
+    except OSError as error:
+        return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}"]
+    rules: list[tuple[str, Device]] = []
+    problems: list[str] = []
+    for path in paths:
+        label = quoted(str(path), 4096)
+        try:
+            rules.append((label, _read(path)))
+        except ConfigError as error:
+            problems += _labelled(label, error)
+    return rules, problems
+
+
+def _read(path: Path) -> Device:
+    # An unfinished copy, most likely: as a rule, it would take the device's identity away.
+    table = read_table(path, "write at least whom the rule is for")
+    name = path.stem
+    if not any(key.startswith("match_") for key in table):
+        if _WILDCARDS & set(name):
+            raise ConfigError(["match_client_id: it is missing, and the file's name would be a pattern: write it"])
+        table["match_client_id"] = name
+    device = structure_device(table)
+    return anchored(attrs.evolve(device, name=device.name or name[:64]), path.absolute().parent)
+
+
+def _labelled(label: str, error: ConfigError) -> Iterator[str]:
+    for problem in error.problems:
+        yield problem if problem.startswith(label) else f"{label}: {problem}"

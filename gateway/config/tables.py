@@ -1,0 +1,58 @@
+"""TOML files: from bytes on a disk to tables.
+
+In: a path.  Out: what the file holds, or `ConfigError` that says in which line it cannot be read.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from gateway.config.words import quoted
+from gateway.errors import ConfigError
+from gateway.text import printable
+
+_LARGEST_FILE = 1_048_576  # bytes; whoever names a device or a disk image by mistake gets an answer
+
+
+def read_table(path: Path, when_empty: str) -> dict[str, Any]:
+    """Read a TOML file (UTF-8); `when_empty` says what to do about one with nothing in it.  Raises ConfigError."""
+    shown = quoted(str(path), limit=4096)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except FileNotFoundError as error:
+        remedy = "`mqtts-gateway init FILE` writes one"
+        raise ConfigError([f"{shown} cannot be read: {error.strerror}; {remedy}"]) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError([f"{shown} cannot be read: {reason}"]) from None
+    if len(content) > _LARGEST_FILE:
+        raise ConfigError([f"{shown} is no configuration: it is larger than {_LARGEST_FILE} bytes"])
+    try:
+        text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ConfigError([f"{shown} is not UTF-8: see line {line}"]) from None
+    if not text.strip():
+        raise ConfigError([f"{shown} is empty: {when_empty}"])
+    return _parse_toml(text, shown)
+
+
+def _parse_toml(text: str, shown: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        message = printable(str(error))
+        if found := re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message):
+            message = f"line {found[2]}, column {found[3]}: {found[1]}"
+        else:  # "(at end of document)", which is no place that one could go to
+            last = text.rstrip().count("\n") + 1
+            message = f"line {last}, at the end: {message.partition(' (at end')[0]}"
+        raise ConfigError([f"{shown} is not TOML: {message}"]) from None
+    except ValueError:  # Python refuses to read whole numbers of more than 4300 digits
+        raise ConfigError([f"{shown} is no configuration: it holds a number that is absurdly long"]) from None
+    except RecursionError:
+        raise ConfigError([f"{shown} is no configuration: it is nested too deeply"]) from None
