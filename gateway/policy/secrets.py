@@ -1,0 +1,170 @@
+"""Passwords from outside the configuration: files, systemd's credentials, programs.
+
+In: where one is.  Out: its bytes; `SecretUnavailable`, which says what is wrong with the source and never what it gave.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from twisted.internet import error
+from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import TimeoutError as DeferredTimeout
+from twisted.internet.interfaces import IProcessTransport, IReactorTime
+from twisted.internet.protocol import ProcessProtocol
+from twisted.python.failure import Failure
+
+from gateway.errors import GatewayError
+
+# A password of MQTT has at most 65,535 bytes.
+_LARGEST = 65_535
+# Programs that run at the same time: when all devices come back at once, each wants one.
+_PROGRAMS = 8
+_SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
+
+
+class SecretUnavailable(GatewayError):
+    """A password could not be had; `str()` says why and holds nothing of it."""
+
+
+class Spawner(Protocol):
+    """What runs programs: a reactor that provides IReactorProcess and IReactorTime."""
+
+    def spawnProcess(self, *arguments: Any, **more: Any) -> IProcessTransport:  # noqa: N802  the reactor's name
+        """See `IReactorProcess`."""
+
+
+def read_secret(path: Path) -> bytes:
+    """Read a password from a file; one line feed at its end, with or without a carriage return, is not part of it.
+
+    Raises SecretUnavailable. Only regular files are read: anything else could keep the whole gateway waiting.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except OSError as problem:
+        raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise SecretUnavailable(f"{path} is no regular file")
+        # One call gives all there is of a regular file.
+        data = os.read(descriptor, _LARGEST + 3)
+    except OSError as problem:
+        raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
+    finally:
+        os.close(descriptor)
+    return _checked(data, str(path))
+
+
+def credential_path(name: str, environment: Mapping[str, str]) -> Path:
+    """Say where systemd has put a credential (systemd.exec(5)).  Raises SecretUnavailable."""
+    directory = environment.get("CREDENTIALS_DIRECTORY")
+    if not directory:
+        raise SecretUnavailable(
+            f"there is no credential {name}: the service has none (CREDENTIALS_DIRECTORY is not set); "
+            "set LoadCredential= in its unit"
+        )
+    return Path(directory) / name
+
+
+class Programs:
+    """Runs programs that write a password to their standard output, a few at a time.
+
+    No shell, an environment of its own, no standard input; what it writes to standard error goes nowhere, since it may
+    hold anything. A program that takes too long, or writes too much, is killed.
+    """
+
+    def __init__(self, spawner: Spawner, clock: IReactorTime) -> None:
+        self._spawner = spawner
+        self._clock = clock
+        self._turns = DeferredSemaphore(_PROGRAMS)
+
+    async def run(self, words: Sequence[str], environment: Mapping[str, str], timeout: float) -> bytes:
+        """Return what the program wrote; `timeout` is in seconds and begins with its start.
+
+        Raises SecretUnavailable. Cancelling it kills the program.
+        """
+        await self._turns.acquire()
+        try:
+            program = _Program(words[0])
+            try:
+                self._spawner.spawnProcess(
+                    program,
+                    words[0],
+                    list(words),
+                    env={"PATH": _SEARCH_PATH, "LANG": "C.UTF-8", **environment},
+                    path="/",
+                    childFDs={0: "w", 1: "r", 2: "r"},
+                )
+            except OSError as problem:
+                raise SecretUnavailable(f"{words[0]} cannot be started: {problem.strerror}") from None
+            try:
+                return await program.written.addTimeout(timeout, self._clock)
+            except DeferredTimeout:
+                raise SecretUnavailable(f"{words[0]} took longer than {timeout:g} s") from None
+        finally:
+            self._turns.release()
+
+
+class _Program(ProcessProtocol):
+    """One run; `written` fires with the password."""
+
+    transport: IProcessTransport
+
+    def __init__(self, shown: str) -> None:
+        self._shown = shown
+        self._output = bytearray()
+        self._done = False
+        self.written: Deferred[bytes] = Deferred(lambda _: self._give_up())
+
+    def connectionMade(self) -> None:
+        """Let it know that there is nothing to read."""
+        self.transport.closeStdin()
+
+    def outReceived(self, data: bytes) -> None:  # noqa: N802  Twisted's name
+        """Keep what it writes."""
+        self._output += data
+        if len(self._output) > _LARGEST + 2:
+            self._fail(f"{self._shown} wrote more than {_LARGEST} bytes")
+
+    def processEnded(self, reason: Failure) -> None:  # noqa: N802  Twisted's name
+        """Judge how it ended."""
+        if reason.check(error.ProcessDone) is None:
+            ending = reason.value
+            status, by_signal = getattr(ending, "exitCode", None), getattr(ending, "signal", None)
+            self._fail(f"{self._shown} ended with {f'status {status}' if by_signal is None else f'signal {by_signal}'}")
+        elif not self._done:
+            self._done = True
+            try:
+                password = _checked(bytes(self._output), self._shown)
+            except SecretUnavailable as problem:
+                self.written.errback(problem)
+            else:
+                self.written.callback(password)
+
+    def _fail(self, why: str) -> None:
+        if not self._done:
+            self._give_up()
+            self.written.errback(SecretUnavailable(why))
+
+    def _give_up(self) -> None:
+        self._done = True
+        self._output.clear()
+        try:
+            self.transport.signalProcess(signal.SIGKILL.name.removeprefix("SIG"))
+        except error.ProcessExitedAlready:
+            return
+        self.transport.loseConnection()
+
+
+def _checked(data: bytes, shown: str) -> bytes:
+    password = data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
+    if not password:
+        raise SecretUnavailable(f"{shown} gives an empty password")
+    if len(password) > _LARGEST:
+        raise SecretUnavailable(f"{shown} gives more than {_LARGEST} bytes")
+    return password

@@ -1,0 +1,180 @@
+"""Passwords from files, credentials and programs: what is read, and what is never waited for or shown."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from twisted.internet.defer import Deferred, ensureDeferred
+from twisted.internet.process import reapAllProcesses
+from twisted.internet.task import LoopingCall
+
+from gateway.policy.secrets import Programs, SecretUnavailable, credential_path, read_secret
+from tests.harness import PATIENCE, eventually
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    ("content", "password"),
+    [
+        (b"hunter2", b"hunter2"),
+        (b"hunter2\n", b"hunter2"),
+        (b"hunter2\r\n", b"hunter2"),
+        (b"hunter2\r", b"hunter2\r"),
+        (b"hunter2\n\n", b"hunter2\n"),
+        (b" \0\xff ", b" \0\xff "),
+        (bytes(65_535) + b"\r\n", bytes(65_535)),
+    ],
+)
+def test_one_line_feed_at_the_end_is_no_part_of_a_password(content: bytes, password: bytes, tmp_path: Path) -> None:
+    """Editors write it; everything else counts."""
+    (tmp_path / "password").write_bytes(content)
+    assert read_secret(tmp_path / "password") == password
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n", bytes(65_536), bytes(70_000)])
+def test_what_is_no_password(content: bytes, tmp_path: Path) -> None:
+    """Nothing at all, and more than MQTT can carry."""
+    (tmp_path / "password").write_bytes(content)
+    with pytest.raises(SecretUnavailable, match=r"empty password|more than 65535 bytes"):
+        read_secret(tmp_path / "password")
+
+
+def test_what_could_keep_the_gateway_waiting_is_not_read(tmp_path: Path) -> None:
+    """A FIFO that nobody writes to, a device, a directory; and what is not there."""
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path, tmp_path / "nothing"):
+        with pytest.raises(SecretUnavailable, match=r"no regular file|cannot be read"):
+            read_secret(path)
+
+
+def test_a_credential_is_where_systemd_says() -> None:
+    """And without systemd there is none."""
+    assert credential_path("broker", {"CREDENTIALS_DIRECTORY": "/run/c"}) == Path("/run/c/broker")
+    with pytest.raises(SecretUnavailable, match="LoadCredential"):
+        credential_path("broker", {})
+
+
+# ---- programs
+
+
+@pytest.fixture
+def run(reactor: Any) -> Iterator[Callable[..., Any]]:
+    """Return a function that runs a program of Python's as the gateway would; it gives a value or an exception."""
+    programs = Programs(reactor, reactor)
+    # The reactor runs in a thread, where it hears of no signals.
+    reaper = LoopingCall(reapAllProcesses)
+    reactor.callFromThread(reaper.start, 0.01)
+    children: list[Deferred[bytes]] = []
+
+    def start(script: str, timeout: float = PATIENCE, wait: bool = True, **environment: str) -> Any:
+        outcomes: list[Any] = []
+
+        def begin() -> None:
+            deferred = ensureDeferred(programs.run([sys.executable, "-c", script], environment, timeout))
+            children.append(deferred)
+            deferred.addBoth(outcomes.append)
+
+        reactor.callFromThread(begin)
+        if not wait:
+            eventually(lambda: children, "a program")
+            return children[-1], outcomes
+        eventually(lambda: outcomes, "an outcome")
+        return getattr(outcomes[0], "value", outcomes[0])
+
+    yield start
+    reactor.callFromThread(reaper.stop)
+
+
+def test_a_program_writes_the_password(run: Callable[..., Any]) -> None:
+    """Its standard output is the password; its standard error goes nowhere, and it has no standard input."""
+    script = "import sys; sys.stderr.write('x' * 100_000); print('pass' + sys.stdin.read() + 'word')"
+    assert run(script) == b"password"
+
+
+def test_a_program_knows_the_device_by_its_environment_alone(run: Callable[..., Any]) -> None:
+    """Nothing of the gateway's own environment gets there, and it starts at the root."""
+    os.environ["MQTTS_TEST_SECRET"] = "hunter2"
+    try:
+        told = run("import os; print(sorted(os.environ), os.getcwd(), os.environ['CLIENT_ID'])", CLIENT_ID="$(id)")
+    finally:
+        del os.environ["MQTTS_TEST_SECRET"]
+    # Python adds LC_CTYPE in some places.
+    assert told.replace(b"'LC_CTYPE', ", b"") == b"['CLIENT_ID', 'LANG', 'PATH'] / $(id)"
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("print('hunter2'); raise SystemExit(3)", "ended with status 3"),
+        ("import os; print('hunter2', flush=True); os.kill(os.getpid(), 15)", "ended with signal 15"),
+        ("pass", "gives an empty password"),
+        ("print('hunter2' * 100_000)", "more than 65535 bytes"),
+    ],
+)
+def test_a_program_that_fails(run: Callable[..., Any], script: str, words: str) -> None:
+    """The reason is told, what it wrote is not."""
+    outcome = run(script)
+    assert isinstance(outcome, SecretUnavailable)
+    assert words in str(outcome)
+    assert "hunter2" not in str(outcome)
+
+
+def test_a_program_that_is_not_there(reactor: Any) -> None:
+    """The child says so by its status."""
+    outcomes: list[Any] = []
+    reaper = LoopingCall(reapAllProcesses)
+    reactor.callFromThread(reaper.start, 0.01)
+    programs = Programs(reactor, reactor)
+    reactor.callFromThread(lambda: ensureDeferred(programs.run(["/nowhere/x"], {}, PATIENCE)).addBoth(outcomes.append))
+    eventually(lambda: outcomes, "an outcome")
+    reactor.callFromThread(reaper.stop)
+    assert isinstance(outcomes[0].value, SecretUnavailable)
+    assert str(outcomes[0].value).startswith("/nowhere/x ")
+
+
+def alive(pid: int) -> bool:
+    return subprocess.run(["kill", "-0", str(pid)], check=False, capture_output=True).returncode == 0
+
+
+def test_a_program_that_takes_too_long_is_killed(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Also one that does not mind SIGTERM."""
+    script = (
+        "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    deferred, outcomes = run(script, timeout=2.0, wait=False)
+    eventually(lambda: outcomes, "an outcome")
+    assert "took longer than 2 s" in str(outcomes[0].value)
+    pid = int((tmp_path / "pid").read_text())
+    eventually(lambda: not alive(pid), "the end of the program")
+    assert deferred.called
+
+
+def test_a_program_for_a_device_that_has_gone_is_killed(run: Callable[..., Any], reactor: Any, tmp_path: Path) -> None:
+    """Whoever waited for the password has given up."""
+    path = tmp_path / "pid"
+    script = f"import os, pathlib, time; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    deferred, outcomes = run(script, wait=False)
+    pid = int(eventually(lambda: path.exists() and path.read_text(), "the program"))
+    reactor.callFromThread(deferred.cancel)
+    eventually(lambda: outcomes, "an outcome")
+    eventually(lambda: not alive(pid), "the end of the program")
+
+
+def test_only_a_few_programs_run_at_a_time(run: Callable[..., Any], tmp_path: Path) -> None:
+    """When all devices come back at once, each wants one."""
+    script = (
+        "import os, pathlib, time; "
+        f"path = pathlib.Path({str(tmp_path)!r}, str(os.getpid())); path.touch(); time.sleep(0.2); "
+        f"print(len(os.listdir({str(tmp_path)!r}))); path.unlink()"
+    )
+    waiting = [run(script, wait=False)[1] for _ in range(24)]
+    eventually(lambda: all(waiting), "all outcomes")
+    assert max(int(outcome[0]) for outcome in waiting) <= 8
