@@ -30,6 +30,11 @@ class Flag:
         return f"--{self.name.replace('_', '-')}"
 
     @property
+    def is_path(self) -> bool:
+        """Whether its values are paths of files."""
+        return self.value == "FILE"
+
+    @property
     def help(self) -> str:
         """What it does, for people."""
         return f"{self.meaning} Repeatable." if self.repeatable else self.meaning

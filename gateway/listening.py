@@ -48,6 +48,10 @@ class ListenerFactory(Factory):
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
 
+    def logPrefix(self) -> str:
+        """See ILoggingContext: what Twisted's own line at the start calls it."""
+        return "listener"
+
 
 @frozen(slots=True)
 class _Open:
@@ -92,7 +96,9 @@ class Listeners:
             try:
                 new = _Open(listener.description, factory, listen(self._reactor, listener, factory))
             except ListenFailed as error:
-                problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}")
+                hint = "; if it is the gateway's own listener that is to change, restart it" if staying else ""
+                hint = hint if error.in_use else ""
+                problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}{hint}")
             else:
                 opened.append(new)
                 wanted.append((listener, new))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import encodings.idna  # noqa: F401  for its effect
 from functools import partial
 from ipaddress import ip_address
+from threading import Thread
 from typing import Any, Protocol
 
 from attrs import define, field
@@ -35,6 +36,7 @@ class Network(Protocol):
 # Seconds for which a look-up may be joined.  Twisted's resolver does not answer at all when its thread ends in an
 # unforeseen way (no descriptor left, say): then the next session asks anew instead of waiting with the others for ever.
 _JOINED_FOR = 30.0
+_LAST_PATIENCE = 0.2  # seconds; a pool has ten threads, and an idle one ends at once
 
 
 @define(slots=True)
@@ -43,6 +45,21 @@ class _LookUp:
 
     began: float
     waiting: list[Deferred[list[Address]]] = field(factory=list)
+
+
+class PatientlessThread(Thread):
+    """A thread of the resolver's, for whose end nobody waits: `getaddrinfo` may hang much longer than a stop may take.
+
+    It is what a thread pool makes its threads with (`threadFactory`).  The pool waits for each of them when it stops,
+    and Python for all that are no daemons.
+    """
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords | {"daemon": True})
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end, but not for long."""
+        super().join(_LAST_PATIENCE if timeout is None else timeout)
 
 
 class ReactorNetwork:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from random import random
 from typing import Any
 
@@ -22,21 +23,23 @@ from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 
-from gateway.config import Config, Listener
+from gateway.config import Config, Listener, changed_keys
 from gateway.device import DeviceProtocol
 from gateway.errors import ConfigError, EndReason
 from gateway.listening import ListenerFactory, Listeners
 from gateway.network import Network, ReactorNetwork
 from gateway.ops.journal import GatewayJournal, Journal
+from gateway.ops.notify import Notifier
+from gateway.ops.watch import FileState, Watch, differing, states
 from gateway.policy.admission import Doorkeeper, host_of
-from gateway.policy.drain import Drain
+from gateway.policy.drain import Spread
 from gateway.policy.health import UpstreamHealth
 from gateway.proxied import Doorstep
 from gateway.record import SessionRecord
 from gateway.session import Session, State
 from gateway.tls.channel import make_policy
 from gateway.tls.identity import Identity
-from gateway.tls.trust import TLSPolicy
+from gateway.tls.trust import TLSPolicy, policy_files
 from gateway.transport import RelayReactor
 from gateway.upstream import Dialler, Target, shown_address
 
@@ -44,6 +47,10 @@ _log = Logger(namespace="gateway")
 
 SWEEP_INTERVAL = 1.0  # seconds; deadlines are kept to this precision
 DRAIN_INTERVAL = 0.1  # seconds; so often some of the sessions are ended that end spread over a time
+# Sweeps between two looks at the files.  A change counts when two looks agree on it, so it takes up to twice as long.
+_SWEEPS_PER_LOOK = 2
+# Seconds that systemd is asked for beyond those that a stop may take by the configuration.
+_STOP_MARGIN = 10.0
 # Descriptors that are no session's: listeners, logs, the reactor's own, attempts of happy eyeballs.
 _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
@@ -53,9 +60,13 @@ _COLLECTOR_THRESHOLD = 20_000
 
 @frozen(slots=True, eq=False)
 class Generation:
-    """A configuration and what was made of it: what the sessions share that begin under it."""
+    """A configuration and what was made of it: what the sessions share that begin under it.
+
+    `files` has the states of the certificates, keys and lists from just before they were read.
+    """
 
     config: Config
+    files: Mapping[Path, FileState]
     policy: TLSPolicy
     dialler: Dialler
 
@@ -88,8 +99,9 @@ class Gateway:
         self._uniform = uniform
         self._numbered = 0
         self._all_gone: list[Deferred[None]] = []
-        self._drain: Drain[Session] | None = None
-        self.generation = self.prepare(config)
+        self._drain: Spread[Session] | None = None
+        self._generation: Generation | None = None
+        self._generation = self.prepare(config)
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
         self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         self._sweeper = LoopingCall(self._sweep)
@@ -100,6 +112,12 @@ class Gateway:
     def config(self) -> Config:
         """The configuration under which new sessions begin."""
         return self.generation.config
+
+    @property
+    def generation(self) -> Generation:
+        """What new sessions begin under."""
+        assert self._generation is not None  # noqa: S101  only while the first one is made; narrows the type
+        return self._generation
 
     @property
     def max_sessions(self) -> int:
@@ -119,15 +137,21 @@ class Gateway:
 
     def prepare(self, config: Config) -> Generation:
         """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
-        policy = make_policy(config.tls)
+        files = states(policy_files(config.tls))
+        before = self._generation
+        if before is not None and (config.tls, files) == (before.config.tls, before.files):
+            # Nothing would be another, and the sessions of two generations share what they verify with.
+            policy = before.policy
+        else:
+            policy = make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
         dialler = Dialler(targets, self._network, self._clock, config, self._journal, self._uniform)
-        return Generation(config, policy, dialler)
+        return Generation(config, files, policy, dialler)
 
     def adopt(self, generation: Generation) -> None:
         """Let new sessions begin under `generation`; those that stand go on under their own."""
         self.generation.dialler.stop()
-        self.generation = generation
+        self._generation = generation
         self.doorkeeper.rule(generation.config.admission, self.max_sessions)
 
     def start(self) -> None:
@@ -152,7 +176,7 @@ class Gateway:
                 # Nobody's work is cut short here, and to wait would be to learn that there is no broker.
                 if session.state is not State.RELAYING:
                     self._end(session)
-            self._drain = Drain((each for each in sessions if each.state is State.RELAYING), now, seconds)
+            self._drain = Spread((each for each in sessions if each.state is State.RELAYING), now, seconds)
         else:
             self._drain.hasten(now, seconds)
         if not self._drainer.running:
@@ -234,7 +258,8 @@ class Gateway:
                 self._end(session)
 
     def _end(self, session: Session) -> None:
-        self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING))
+        discard_will = self.config.drain.wills == "discard"
+        self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING, discard_will=discard_will))
 
     def _guarded(self, session: Session, do: Callable[[Session], None]) -> None:
         """Do something to a session; a mistake that is made there ends that session and leaves the others alone."""
@@ -260,21 +285,35 @@ class _DeviceFactory(ListenerFactory):
 class GatewayService(Service):
     """The gateway under `twistd`.
 
-    A listener that cannot be opened is a `ConfigError` from `privilegedStartService`, so that the service never runs
-    deaf.
+    `reread` gives the configuration as it is now, for a reload.  A listener that cannot be opened is a `ConfigError`
+    from `privilegedStartService`, so that the service never runs deaf.
     """
 
-    def __init__(self, config: Config, reactor: Any, journal: GatewayJournal | None = None) -> None:
-        """Take a reactor that provides IReactorTime, IReactorTCP and IReactorPluggableNameResolver."""
+    def __init__(
+        self,
+        config: Config,
+        reactor: Any,
+        journal: GatewayJournal | None = None,
+        notifier: Notifier | None = None,
+        reread: Callable[[], Config] | None = None,
+    ) -> None:
+        """Take a reactor that provides IReactorTime, IReactorTCP, IReactorCore and IReactorPluggableNameResolver."""
+        self._reactor = reactor
         self._relay = RelayReactor(reactor)
+        self._notifier = notifier or Notifier()
+        self._reread = reread or (lambda: config)
         self.gateway = Gateway(
             config,
             reactor,
             ReactorNetwork(self._relay),
             journal or Journal(reactor.seconds),
             raise_descriptor_limit(),
+            self._swept,
         )
         self._listeners = Listeners(self._relay, self.gateway.factory)
+        self._watch = Watch(self.gateway.generation.files)
+        self._sweeps = 0
+        self._refused = ""
 
     @property
     def ports(self) -> list[IListeningPort]:
@@ -303,27 +342,98 @@ class GatewayService(Service):
             _tell_listening(port)
         for upstream in self.gateway.config.upstream:
             _log.info("upstream {upstream}, verified as {name}", upstream=upstream.address, name=upstream.verify_name)
+        # Everything is open and loaded; what comes between this and the reactor's first turn may still end the process.
+        self._reactor.callWhenRunning(self._tell_ready)
+
+    @property
+    def status(self) -> str:
+        """How the gateway is, in one line."""
+        count = len(self.gateway.sessions)
+        sessions = f"{count} session{'' if count == 1 else 's'}"
+        if self.gateway.stopping:
+            return f"stopping, {sessions} left"
+        return f"{sessions}; {self._refused}" if self._refused else sessions
 
     def stopService(self) -> Deferred[Any]:
-        """Close the listeners, end the sessions; fires when nothing is left."""
+        """Close the listeners, end the sessions, spread over `drain.seconds`; fires when nothing is left."""
         super().stopService()
+        config = self.gateway.config
         waiting = self._listeners.close()
-        return DeferredList([*waiting, self.gateway.stop()]).addCallback(lambda _: self._relay.stop())
+        gone = self.gateway.stop(config.drain.seconds)
+        self._notifier.stopping(self.status, config.drain.seconds + config.timeouts.close + _STOP_MARGIN)
+        return DeferredList([*waiting, gone]).addCallback(lambda _: self._stopped())
 
-    def change(self, config: Config) -> None:
+    def stop_at_once(self) -> None:
+        """End all sessions now, and leave to the kernel what it has of their last words."""
+        self.gateway.stop()
+        # A turn later, so that what is closed in this one is closed in order.
+        self._relay.callLater(0, self._relay.stop)
+
+    def reload(self) -> None:
+        """Read the configuration and all its files anew, and change to them.
+
+        What cannot be used is refused with every problem in the log, and the gateway goes on as it was.
+        """
+        self._reload(self._reread)
+
+    def _reload(self, read: Callable[[], Config]) -> None:
+        if self.gateway.stopping:
+            return
+        self._notifier.reloading()
+        try:
+            changed = self.change(read())
+        except ConfigError as error:
+            problems = error.problems
+            for problem in problems:
+                _log.error("reload refused: {problem}", event="reload-refused", problem=problem)
+            more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
+            self._refused = f"reload refused, all goes on as before: {problems[0]}{more}"
+        except Exception:  # noqa: BLE001  whatever it is, systemd must not wait for the end of this reload
+            _log.failure("reload refused: a mistake of the gateway")
+            self._refused = "reload refused, all goes on as before: a mistake of the gateway, see the log"
+        else:
+            what = ", ".join(changed) if changed else "nothing has changed"
+            _log.info("reloaded: {what}", event="reloaded", what=what)
+            self._refused = ""
+        self._notifier.ready(self.status)
+
+    def change(self, config: Config) -> list[str]:
         """Let new sessions begin under another configuration; those that stand go on under their own.
 
-        Raises `ConfigError` with everything that is wrong with it, and then all is as it was before.
+        Returns the keys and the files that are not the same.  Raises `ConfigError` with everything that is wrong with
+        it, and then all is as it was before.
         """
-        generation = self.gateway.prepare(config)
+        before, generation = self.gateway.generation, self.gateway.prepare(config)
         # Nothing of what follows lets the reactor run, so no connection comes in between.
         opened, closed = self._listeners.change(config.listen)
         self.gateway.adopt(generation)
+        self._watch.know(generation.files)
         self._tell_limits()
         for port in opened:
             _tell_listening(port)
         for listener in closed:
             _log.info("no longer listening on {endpoint}", endpoint=listener.endpoint)
+            if listener.endpoint.startswith("systemd:"):
+                _log.warn("systemd keeps {endpoint} open: whoever connects waits", endpoint=listener.endpoint)
+        files = [str(path) for path in differing(before.files, generation.files)]
+        return changed_keys(before.config, config) + files
+
+    def _swept(self) -> None:
+        self._notifier.alive(self.status, SWEEP_INTERVAL)
+        self._sweeps += 1
+        if self._sweeps % _SWEEPS_PER_LOOK == 0 and not self.gateway.stopping:
+            config = self.gateway.config
+            if self._watch.look(states(policy_files(config.tls))):
+                # The configuration as such is only read when somebody says so: who edits it may not be done.
+                self._reload(lambda: config)
+
+    def _stopped(self) -> None:
+        self._relay.stop()
+        self._notifier.close()
+
+    def _tell_ready(self) -> None:
+        if self.running and not self.gateway.stopping:
+            self._notifier.ready(self.status)
 
     def _tell_limits(self) -> None:
         carried, wanted = self.gateway.max_sessions, self.gateway.config.admission.max_sessions

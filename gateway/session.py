@@ -56,6 +56,9 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 _AUTHENTICATING = frozenset({PacketType.AUTH, PacketType.DISCONNECT})
 _CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
 
+# With no reason code, which is Normal disconnection in MQTT 5.0 (§3.14.2.1), it is the same in all versions.
+_DISCONNECT = disconnect(0)
+
 # The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends a standing session.  For an upstream
 # that went away it is 0x80: 0x88 Server unavailable is no DISCONNECT reason code (MQTT 5.0 §3.14.2.1, table 3-10), and
 # clients that know the table, paho among them, fail on it.  The Reason String says what happened.
@@ -307,8 +310,17 @@ class Session:
         elif now >= self._deadline:
             self._deadline_passed()
 
-    def stop(self, reason: EndReason) -> None:
-        """End the session for a reason of the gateway's own."""
+    def stop(self, reason: EndReason, *, discard_will: bool = False) -> None:
+        """End the session for a reason of the gateway's own.
+
+        With `discard_will` the broker gets a DISCONNECT in the device's name, so that it publishes no Will (MQTT 3.1.1
+        and 5.0 §3.14.4), unless the device has sent half a packet, which the DISCONNECT would seem to go on.
+        """
+        if discard_will and self._state is State.RELAYING and self._upstream is not None:
+            assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
+            if self._from_device.at_boundary:
+                self._upstream.write(_DISCONNECT)
+                self._bytes_up += len(_DISCONNECT)
         self._end(reason)
 
     def fail(self, detail: str) -> None:

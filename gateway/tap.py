@@ -5,16 +5,24 @@ In: the command line.  Out: a `GatewayService`, or a usage error that names ever
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from twisted.application.service import IService
+from twisted.internet.defer import Deferred
 from twisted.python import usage
 
 from gateway.config import Config
 from gateway.errors import ConfigError
 from gateway.flags import FLAGS, Flag, config_from, explained
+from gateway.network import PatientlessThread
+from gateway.ops.notify import Notifier
+from gateway.ops.signals import call_on_signal
 from gateway.service import GatewayService
 
 
@@ -39,6 +47,10 @@ class Options(usage.Options):
             self.config = config_from(self.given)
         except ConfigError as error:
             raise usage.UsageError(explained(error)) from None
+        # A reload reads the same files, and a daemon's directory is another.
+        for flag in FLAGS:
+            if flag.is_path and flag.name in self.given:
+                self.given[flag.name] = [str(Path.cwd() / path) for path in self.given[flag.name]]
 
 
 def _handler(flag: Flag) -> Callable[[Options, str], None]:
@@ -55,7 +67,7 @@ for _flag in FLAGS:
 
 
 class _Service(GatewayService):
-    """The gateway as twistd runs it."""
+    """The gateway as twistd runs it, and what signals do to it."""
 
     def privilegedStartService(self) -> None:
         """Open the listeners; one that cannot be opened ends the process with status 1."""
@@ -69,6 +81,17 @@ class _Service(GatewayService):
             sys.excepthook = lambda *_: sys.stderr.write(f"{words}\n")
             raise
 
+    def startService(self) -> None:
+        """Begin; from now on SIGHUP is a reload."""
+        super().startService()
+        call_on_signal(self._reactor, signal.SIGHUP, self.reload)
+
+    def stopService(self) -> Deferred[Any]:
+        """Drain; from now on SIGTERM and SIGINT end it at once."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            call_on_signal(self._reactor, number, self.stop_at_once)
+        return super().stopService()
+
 
 def makeService(options: Options) -> IService:
     """Build the service.  A certificate or a key that cannot be used ends the process with status 1."""
@@ -78,8 +101,10 @@ def makeService(options: Options) -> IService:
     # Twisted's clock is the time of day.  A box without a clock battery has it set by an hour or by years once NTP
     # answers, and every keepalive would have run out then, or no deadline would come until the clock had caught up.
     reactor.seconds = monotonic  # type: ignore[method-assign]  # that is the place for it
+    reactor.getThreadPool().threadFactory = PatientlessThread  # type: ignore[attr-defined]  # every reactor has one
+    notifier = Notifier.from_environment(os.environ, os.getpid())
     try:
-        return _Service(options.config, reactor)
+        return _Service(options.config, reactor, notifier=notifier, reread=lambda: config_from(options.given))
     except ConfigError as error:
         # twistd has a traceback for any exception here, a UsageError too; nothing runs yet that would have to be ended.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None

@@ -101,6 +101,7 @@ class RunningGateway:
             "listen": [{"endpoint": "127.0.0.1:0"}],
             "upstream": upstream,
             "tls": trust | (tls or {}),
+            "drain": {"seconds": 0},
             **sections,
         }
         self.config = from_mapping(self._mapping)

@@ -220,6 +220,7 @@ class Show:
                 "upstream": [{"host": LOOPBACK, "port": upstream_port, "server_name": BROKER_NAMES[0]}],
                 "tls": {"ca_file": [str(ca_file)]},
                 "timeouts": {"close": 1},
+                "drain": {"seconds": 0},
             }
         )
         journal = _Journal(lambda what: self._say(name, what))

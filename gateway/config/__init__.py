@@ -3,6 +3,7 @@
 In: a file, flags or a mapping.  Out: `Config`, or `gateway.errors.ConfigError` with everything that is wrong.
 """
 
+from gateway.config.changes import changed_keys
 from gateway.config.devices import Device, Devices
 from gateway.config.load import from_flags, from_mapping, load_file, template_text
 from gateway.config.names import normalise_name
@@ -11,6 +12,7 @@ from gateway.config.schema import (
     TLS,
     Admission,
     Config,
+    Drain,
     Failover,
     Limits,
     Listener,
@@ -28,6 +30,7 @@ __all__ = [
     "Config",
     "Device",
     "Devices",
+    "Drain",
     "Failover",
     "Limits",
     "Listener",
@@ -36,6 +39,7 @@ __all__ = [
     "Proxy",
     "Timeouts",
     "Upstream",
+    "changed_keys",
     "from_flags",
     "from_mapping",
     "load_file",

@@ -258,6 +258,14 @@ class Pacing:
     queue_seconds: float = attrs.field(default=10.0, validator=between(0, 3600), metadata={"unit": "seconds"})
 
 
+@attrs.frozen
+class Drain:
+    """How sessions end when the gateway is stopped."""
+
+    seconds: float = attrs.field(default=10.0, validator=between(0, 3600), metadata={"unit": "seconds"})
+    wills: Literal["publish", "discard"] = "publish"
+
+
 def _upstream_identity(upstream: Upstream) -> Hashable:
     # One address may well stand twice with different names: a load balancer that chooses the broker by SNI.
     return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name
@@ -288,5 +296,6 @@ class Config:
     failover: Failover = Failover()
     pacing: Pacing = Pacing()
     admission: Admission = Admission()
+    drain: Drain = Drain()
     devices: Devices = Devices()  # noqa: RUF009  frozen, as the others
     device: tuple[Device, ...] = ()

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 
 
-class Drain(Generic[_T]):
+class Spread(Generic[_T]):
     """Spreads things evenly, in their order, over `seconds` from `now`; with 0 all are due at once."""
 
     def __init__(self, things: Iterable[_T], now: float, seconds: float) -> None:

@@ -127,6 +127,18 @@ def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
     return tuple(roots), problems
 
 
+def policy_files(tls: TLS) -> list[Path]:
+    """Return the files that `load_policy` reads; those of a directory, or of the platform, as far as they are there."""
+    files = [*tls.ca_file, *tls.crl_file]
+    files += [path for path in (tls.client_cert, tls.client_key) if path is not None]
+    with contextlib.suppress(OSError, ValueError):
+        if tls.ca_dir is not None:
+            files += ca_dir_files(tls.ca_dir)
+        elif not tls.ca_file:
+            files.append(platform_bundle())
+    return files
+
+
 def ca_dir_files(directory: Path) -> list[Path]:
     """Return the files of a `ca_dir` that are read.  Raises `OSError`."""
     return sorted(path for path in directory.iterdir() if path.suffix in {".pem", ".crt", ".cer"})
@@ -182,6 +194,7 @@ def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
             store.add_cert(crypto.X509.from_cryptography(root))
     else:
         context.set_default_verify_paths()
+        platform_roots.cache_clear()  # They may be others than at the last time.
     if crls:
         for crl in crls:
             store.add_crl(crl)
