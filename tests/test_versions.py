@@ -22,6 +22,7 @@ from gateway.errors import EndReason
 from gateway.mqtt.connack import disconnect
 from tests import mqtt_packets as mqtt
 from tests.harness import RunningGateway, eventually
+from tests.mosquitto import Mosquitto, free_port
 from tests.tools import require_tool
 
 VERSIONS = [
@@ -31,41 +32,6 @@ VERSIONS = [
 ]
 all_versions = pytest.mark.parametrize("version", VERSIONS)
 _names = (f"test{number}" for number in itertools.count())
-
-
-class Mosquitto:
-    """A mosquitto with a TLS listener for whom gateways verify, and a plain one for what stands behind it."""
-
-    def __init__(self, directory: Path, configuration: str, *ports: int) -> None:
-        self.ports = ports
-        self.log = directory / "mosquitto.log"
-        path = directory / "mosquitto.conf"
-        # As root it would give up its rights, and with them those to read the files of this test.
-        path.write_text(f"user root\nlog_dest file {self.log}\nlog_type all\nset_tcp_nodelay true\n{configuration}")
-        with (directory / "output").open("wb") as output:
-            self.process = subprocess.Popen(
-                [require_tool("mosquitto"), "-c", str(path)], stdout=output, stderr=subprocess.STDOUT
-            )
-        eventually(self._listens, f"mosquitto listens: {path.read_text()}")
-
-    def _listens(self) -> bool:
-        assert self.process.poll() is None, "mosquitto has ended"
-        try:
-            for port in self.ports:
-                socket.create_connection(("127.0.0.1", port)).close()
-        except ConnectionRefusedError:
-            return False
-        return True
-
-    def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait(20)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 @pytest.fixture(scope="module")

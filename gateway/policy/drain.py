@@ -12,7 +12,7 @@ _T = TypeVar("_T")
 
 
 class Spread(Generic[_T]):
-    """Spreads things evenly, in their order, over `seconds` from `now`; with 0 all are due at once."""
+    """Spreads things evenly, in their order, over `seconds` from `now`, when the first is due; with 0 all are."""
 
     def __init__(self, things: Iterable[_T], now: float, seconds: float) -> None:
         self._left = list(things)[::-1]  # the first is the last, where it is taken from
@@ -29,6 +29,6 @@ class Spread(Generic[_T]):
         """Give those whose turn has come since this was asked last."""
         elapsed = now - self._began
         share = elapsed / self._seconds if elapsed < self._seconds else 1.0
-        left = self._total - int(self._total * share)
+        left = max(0, self._total - 1 - int(self._total * share))
         while len(self._left) > left:
             yield self._left.pop()

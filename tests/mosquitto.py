@@ -1,0 +1,47 @@
+"""mosquitto, in a process of its own, as tests configure it."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from pathlib import Path
+
+from tests.harness import eventually
+from tests.tools import require_tool
+
+
+class Mosquitto:
+    """A mosquitto with a TLS listener for whom gateways verify, and a plain one for what stands behind it."""
+
+    def __init__(self, directory: Path, configuration: str, *ports: int) -> None:
+        self.ports = ports
+        self.log = directory / "mosquitto.log"
+        path = directory / "mosquitto.conf"
+        # As root it would give up its rights, and with them those to read the files of this test.
+        path.write_text(f"user root\nlog_dest file {self.log}\nlog_type all\nset_tcp_nodelay true\n{configuration}")
+        with (directory / "output").open("wb") as output:
+            self.process = subprocess.Popen(
+                [require_tool("mosquitto"), "-c", str(path)], stdout=output, stderr=subprocess.STDOUT
+            )
+        eventually(self._listens, f"mosquitto listens: {path.read_text()}")
+
+    def _listens(self) -> bool:
+        assert self.process.poll() is None, "mosquitto has ended"
+        try:
+            for port in self.ports:
+                socket.create_connection(("127.0.0.1", port)).close()
+        except ConnectionRefusedError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End it, and wait for its end."""
+        self.process.terminate()
+        self.process.wait(20)
+
+
+def free_port() -> int:
+    """Return a port of loopback on which nobody listens now."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
