@@ -240,8 +240,8 @@ class Broker:
             self.accepted += 1
             self._shaking.add(raw)
             thread = threading.Thread(target=self._run, args=(raw,), daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _run(self, raw: socket.socket) -> None:
         raw.settimeout(PATIENCE)

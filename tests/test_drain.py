@@ -210,7 +210,8 @@ def test_a_thousand_sessions_end_within_the_time(tmp_path: Path, ca_file: Path, 
     config = tmp_path / "gateway.toml"
     config.write_text(
         f'[[listen]]\nendpoint = "127.0.0.1:0"\n[[upstream]]\nhost = "localhost"\nport = {mosquitto.ports[0]}\n'
-        f'[tls]\nca_file = "{ca_file}"\n[timeouts]\nconnack = 60\ntls = 60\n[drain]\nseconds = {seconds}\n'
+        f'[tls]\nca_file = "{ca_file}"\n[timeouts]\nconnack = 60\ntls = 60\n'
+        f"[pacing]\nnew_sessions_per_second = 0\n[drain]\nseconds = {seconds}\n"
     )
     with GatewayProcess(tmp_path, "--config", str(config)) as gateway, selectors.DefaultSelector() as selector:
         for number in range(count):
