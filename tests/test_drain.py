@@ -90,10 +90,11 @@ def test_who_waits_for_connack_is_told_at_once(
         connection.read_packet()
         connection.read_to_end()
 
-    gateway = start_gateway(upstream=start_broker(serve=serve).port, drain={"seconds": 3600})
+    broker = start_broker(serve=serve)
+    gateway = start_gateway(upstream=broker.port, drain={"seconds": 3600})
     with Device(gateway.port) as device, Device(gateway.port) as silent:
         device.send(mqtt.connect(version=version))
-        eventually(lambda: len(gateway.service.gateway.sessions) == 2, "both sessions")
+        eventually(lambda: len(gateway.service.gateway.sessions) == 2 and broker.received, "both sessions, and CONNECT")
         gateway.call(lambda: [gateway.service.stopService(), None][1])
         told = device.read_to_end()
         assert told == mqtt.connack(version=version, code=3) if version != 5 else told[3] == 0x88
