@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import os
 import random
 import signal
@@ -27,37 +26,16 @@ from tempfile import TemporaryDirectory
 
 import trustme
 
+from benchmarks.blackhole import drop_packets, keep_packets
 from benchmarks.load import CannotMeasure, start_on
 from benchmarks.relays import BROKER_NAME, Relay, Setting, descriptor_limit, free_ports, running
 
 _CONNACK = b"\x20\x02\x00\x00"
 _GATEWAY_CORE, _OTHER_CORE = 0, 1
-# In linux/socket.h; a filter of one instruction that keeps nothing of any packet.
-_SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
-_BPF_RETURN_CONSTANT = 0x06
 _SLOW = 3.0  # seconds that a slow broker takes for CONNACK
 
 
 # ---- the broker
-
-
-class _Instruction(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32))
-
-
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_uint16), ("instructions", ctypes.POINTER(_Instruction)))
-
-
-def drop_packets(target: socket.socket) -> None:
-    """Let the kernel drop whatever comes for a socket, SYN and FIN too, and answer nothing."""
-    nothing = (_Instruction * 1)(_Instruction(_BPF_RETURN_CONSTANT, 0, 0, 0))
-    target.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, bytes(_Program(1, nothing)))
-
-
-def keep_packets(target: socket.socket) -> None:
-    """Undo `drop_packets`."""
-    target.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
 
 
 class _Broker:

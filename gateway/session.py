@@ -213,6 +213,11 @@ class Session:
         """Whether a standing session's device is not read, since the broker does not keep up."""
         return self._state is State.RELAYING and not self._device.reading
 
+    @property
+    def pending(self) -> int:
+        """How many bytes the device has sent that wait here: behind CONNECT, or of a packet that is not whole."""
+        return self._device_reader.buffered
+
     # ---- from the device
 
     def device_received(self, data: bytes) -> None:

@@ -326,9 +326,10 @@ class Dialler:
         if turn is None:
             return True
         await turn
-        if device.has_left():
+        if not session.pending and device.has_left():
             # It was not read while it waited, so this is the first that the gateway knows of it.  To dial for it would
-            # take the turn away from one that is still there.
+            # take the turn away from one that is still there.  What it sent before it left still counts: some devices
+            # wait for nothing and close behind DISCONNECT.
             self.pacer.give_back()
             session.upstream_failed(SessionEnd(EndReason.DEVICE_LOST, "while it waited for its turn"))
             return False

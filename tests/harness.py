@@ -22,6 +22,7 @@ from twisted.internet import reactor as _reactor
 from twisted.internet.defer import maybeDeferred
 from twisted.python.failure import Failure
 
+from benchmarks.blackhole import drop_packets, keep_packets
 from gateway.config import from_mapping
 from gateway.ops.journal import Journal
 from gateway.record import SessionRecord
@@ -178,7 +179,7 @@ class ServerTLS:
 
 
 class Broker:
-    """A TLS server on a free loopback port that records every application byte it gets.
+    """A TLS server on a loopback port, a free one unless told otherwise, that records every application byte it gets.
 
     `serve` is called in a thread with each connection whose handshake was done, and may answer: by default it accepts
     CONNECT in the device's version and records until the end.  `tls` is a `ServerTLS`, an `ssl.SSLContext`, or `None`
@@ -191,11 +192,12 @@ class Broker:
         tls: ServerTLS | ssl.SSLContext | None,
         serve: Callable[[BrokerConnection], None] | None = None,
         address: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         self._context = tls.context() if isinstance(tls, ServerTLS) else tls
         self._serve = serve or accept_session
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        self._listener = socket.create_server((address, 0), family=family)
+        self._listener = socket.create_server((address, port), family=family)
         self.port: int = self._listener.getsockname()[1]
         self.connections: list[BrokerConnection] = []
         self.handshake_errors: list[Exception] = []
@@ -215,6 +217,20 @@ class Broker:
         """Wait for a connection whose handshake is done, and return it."""
         eventually(lambda: len(self.connections) > index, f"connection {index} at the broker")
         return self.connections[index]
+
+    def blackhole(self) -> None:
+        """Let nothing through any more: what comes is dropped, neither refused nor acknowledged."""
+        for each in self._sockets():
+            drop_packets(each)
+
+    def come_back(self) -> None:
+        """Undo `blackhole`."""
+        for each in self._sockets():
+            keep_packets(each)
+
+    def _sockets(self) -> list[socket.socket]:
+        sockets = [self._listener, *(connection.socket for connection in self.connections)]
+        return [each for each in sockets if each.fileno() >= 0]
 
     def stop(self) -> None:
         """Close everything."""

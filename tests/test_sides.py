@@ -65,6 +65,7 @@ class RememberingSession:
     def __init__(self) -> None:
         self.record = SessionRecord(7, "192.0.2.7:40000", 0.0)
         self.calls: list[tuple[Any, ...]] = []
+        self.pending = 0
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *arguments: self.calls.append((name, *arguments))
