@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
+from gateway.config import profiles
 from gateway.config.passwords import parse_hash
 from gateway.config.templates import FROM_DEVICE, check_template
 from gateway.config.validators import (
@@ -90,6 +91,7 @@ def _seconds(default: float, low: float, high: float) -> Any:
 class Devices:
     """What holds for all devices."""
 
+    profile: profiles.Name = ""
     directory: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     unknown: Literal["pass", "refuse"] = "pass"
     same_client_id: Literal["refuse", "take-over", "pass"] = "refuse"
@@ -160,6 +162,11 @@ class Device:
             problems.append((".keep_alive_min", f"{self.keep_alive_min} is above keep_alive_max"))
         if problems:
             raise ExceptionGroup("what does not go together", [MisfitError(*problem) for problem in problems])
+
+    @property
+    def is_for_everybody(self) -> bool:
+        """Whether it matches every device."""
+        return not any(getattr(self, field.name) for field in attrs.fields(Device) if field.name.startswith("match_"))
 
     @property
     def sources(self) -> list[str]:

@@ -5,8 +5,9 @@ In: a directory.  Out: a `Device` for each `*.toml` in it, in the order of their
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -19,8 +20,12 @@ from gateway.errors import ConfigError
 _WILDCARDS = frozenset("*?[")
 
 
-def read_directory(directory: Path) -> tuple[list[tuple[str, Device]], list[str]]:
+def read_directory(
+    directory: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]
+) -> tuple[list[tuple[str, Device]], list[str]]:
     """Return the rules, each after what its file is called in messages, and all problems.
+
+    `filled` adds to what a file holds the values that stand in for what it leaves out.
 
     A file that matches nothing is for the Client Identifier that is its name without `.toml`. Hidden files are not
     read: editors and copying programs have their unfinished work there.
@@ -34,13 +39,13 @@ def read_directory(directory: Path) -> tuple[list[tuple[str, Device]], list[str]
     for path in paths:
         label = quoted(str(path), 4096)
         try:
-            rules.append((label, _read(path)))
+            rules.append((label, _read(path, filled)))
         except ConfigError as error:
             problems += _labelled(label, error)
     return rules, problems
 
 
-def _read(path: Path) -> Device:
+def _read(path: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> Device:
     # An unfinished copy, most likely: as a rule, it would take the device's identity away.
     table = read_table(path, "write at least whom the rule is for")
     name = path.stem
@@ -48,7 +53,7 @@ def _read(path: Path) -> Device:
         if _WILDCARDS & set(name):
             raise ConfigError(["match_client_id: it is missing, and the file's name would be a pattern: write it"])
         table["match_client_id"] = name
-    device = structure_device(table)
+    device = structure_device(filled(table))
     return anchored(attrs.evolve(device, name=device.name or name[:64]), path.absolute().parent)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import attrs
 
 from gateway.config.devices import Device, anchored, cross_problems
 from gateway.config.directory import read_directory
+from gateway.config.profiles import profiled, with_profile
 from gateway.config.schema import TLS, Config
-from gateway.config.structure import structure
+from gateway.config.structure import structure, structure_device
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
 
@@ -33,7 +35,7 @@ def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config
 
     Relative paths start at `base`, which is the current directory if None. Raises ConfigError.
     """
-    config = structure(mapping)
+    config = structure(profiled(mapping))
     base = Path.cwd() if base is None else base
     return _with_devices(attrs.evolve(config, tls=_anchored(config.tls, base)), base)
 
@@ -134,8 +136,14 @@ def _with_devices(config: Config, base: Path) -> Config:
         for label, device in ((f"device[{index}]", device) for index, device in enumerate(config.device))
     ]
     directory = config.devices.directory
-    rules, problems = ([], []) if directory is None else read_directory(base / directory)
+    profile = partial(with_profile, config.devices.profile, config.upstream[0].host)
+    rules, problems = ([], []) if directory is None else read_directory(base / directory, profile)
     rules += own
+    everybody = profile({})
+    if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
+        # What the broker demands, it demands of devices without a rule, too.
+        name = f"devices.profile {config.devices.profile}"
+        rules.append((name, attrs.evolve(structure_device(everybody), name=name)))
     problems += cross_problems(
         rules, [upstream.name for upstream in config.upstream], [listener.name for listener in config.listen]
     )

@@ -88,12 +88,6 @@ def _whole_number(value: object, _type: object) -> int:
     return value
 
 
-def _truth(value: object, _type: object) -> bool:
-    if not isinstance(value, bool):
-        raise _WrongTypeError("true or false", value)
-    return value
-
-
 def _real_number(value: object, _type: object) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise _WrongTypeError("a number", value)
@@ -203,7 +197,6 @@ def _make_converter() -> Converter:
     converter.register_structure_hook(str, _text)
     converter.register_structure_hook(bool, _boolean)
     converter.register_structure_hook(int, _whole_number)
-    converter.register_structure_hook(bool, _truth)
     converter.register_structure_hook(float, _real_number)
     converter.register_structure_hook(Path, _path)
     converter.register_structure_hook(Network, _network)
