@@ -127,12 +127,12 @@ class UpstreamProtocol(RelaySide):
     def write(self, data: bytes) -> None:
         """Encrypt and send.  Raises `NotVerified` before the broker is verified."""
         try:
-            self._channel.send(data)
+            ciphertext = self._channel.send(data)
         except UpstreamFailure as failure:
             if self._session is not None:
                 self._session.upstream_broken(failure)
-        ciphertext = self._channel.outgoing()
-        if ciphertext:
+            self._flush()
+        else:
             self.transport.write(ciphertext)
 
     def close(self) -> None:

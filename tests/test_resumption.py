@@ -103,8 +103,7 @@ class World:
         channel, server = self.session()
         assert channel.peer is not None
         assert channel.peer.resumed == server.tls.session_reused
-        channel.send(b"CONNECT")
-        server.receive(channel.outgoing())
+        server.receive(channel.send(b"CONNECT"))
         assert server.received == b"CONNECT"
         channel.close()
         return channel.peer.resumed

@@ -23,8 +23,11 @@ from OpenSSL import SSL
 
 from gateway.config import TLS
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
+from gateway.tls import channel as channel_module
 from gateway.tls import trust
 from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_policy
+from gateway.tls.direct import DirectCalls
+from gateway.tls.engine import PublicCalls
 from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.identity import Identity, shown_names
 from gateway.tls.trust import TLSPolicy, platform_roots, spki_pin
@@ -45,6 +48,12 @@ CHANGE_CIPHER_SPEC, ALERT, HANDSHAKE, APPLICATION_DATA = 20, 21, 22, 23
 def policy(tmp_path_factory: pytest.TempPathFactory) -> TLSPolicy:
     """Return a policy that trusts `ROOT`."""
     return make_policy(TLS(ca_file=(write(tmp_path_factory.mktemp("tls") / "root.pem", ROOT.pem),)))
+
+
+@pytest.fixture(autouse=True, params=[DirectCalls, PublicCalls])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have OpenSSL called in one way and then in the other."""
+    monkeypatch.setattr(channel_module, "choose", lambda: request.param)
 
 
 def write(path: Path, *parts: bytes) -> Path:
@@ -176,8 +185,7 @@ def test_nothing_can_be_sent_before_verified(policy: TLSPolicy, maximum: ssl.TLS
     assert channel.state is ChannelState.VERIFIED
     assert attempts > 500
     assert server.received == b""
-    channel.send(b"packet")
-    server.receive(channel.outgoing())
+    server.receive(channel.send(b"packet"))
     assert server.received == b"packet"
 
 
@@ -281,8 +289,7 @@ def test_plaintext_passes_both_ways(policy: TLSPolicy, maximum: ssl.TLSVersion, 
     server = Server(maximum=maximum)
     channel = established(policy, server)
     plaintext = bytes(index * 7 % 251 for index in range(size))
-    channel.send(plaintext)
-    server.receive(channel.outgoing())
+    server.receive(channel.send(plaintext))
     assert server.received == plaintext
     assert channel.outgoing() == b""
     assert channel.receive(server.send(plaintext)) == plaintext
@@ -318,7 +325,7 @@ def test_close_says_goodbye(policy: TLSPolicy) -> None:
     """The broker gets everything that was sent, then close_notify."""
     server = Server()
     channel = established(policy, server)
-    channel.send(b"last")
+    server.receive(channel.send(b"last"))
     channel.close()
     server.receive(channel.outgoing())
     assert (server.received, server.ended_cleanly, server.error) == (b"last", True, None)

@@ -28,20 +28,15 @@ from gateway.config import TLS
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
 from gateway.record import Peer
 from gateway.text import printable
+from gateway.tls.engine import Engine, choose
 from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.identity import Identity
 from gateway.tls.tickets import Ticket, Tickets, Verified, good_until
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
 
-# A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); pyOpenSSL sends and receives one record a call.
-_RECORD_SIZE = 0x4000
 _RECORD_HEADER_SIZE = 5
-# More than encryption adds to a record: header, content type, tag, and the explicit nonce of TLS 1.2.
-_RECORD_OVERHEAD = 64
 # See `gateway/tls/tickets.py`.
 _RESUMABLE_VERSION = "TLSv1.3"
-# Of handshake messages and alerts, at a time.
-_FLIGHT_SIZE = 0x2000
 
 
 class NotVerified(GatewayError):
@@ -71,16 +66,17 @@ class TLSChannel:
         "_approved",
         "_asked",
         "_connection",
+        "_engine",
         "_failure",
         "_identity",
         "_matched",
         "_missing",
         "_offered",
-        "_outgoing_size",
         "_partial_header",
         "_policy",
         "_tickets",
         "_verified",
+        "_waiting",
         "broken",
         "peer",
         "received_close",
@@ -106,13 +102,14 @@ class TLSChannel:
         # Where the ciphertext that came so far ends: bytes missing of the current record, or the header's first bytes.
         self._missing = 0
         self._partial_header = b""
-        # How much may wait in OpenSSL to be sent, in bytes; 0 if nothing does.
-        self._outgoing_size = 0
+        # Whether OpenSSL may have something to be sent.
+        self._waiting = False
         self.peer: Peer | None = None
         self.received_close = False
         self.broken: UpstreamFailure | None = None
         self.state = ChannelState.HANDSHAKING
         self._connection = SSL.Connection(policy.context, None)
+        self._engine: Engine = choose()(self._connection)
         self._connection.set_app_data(self)
         if identity.sni is not None:
             self._connection.set_tlsext_host_name(identity.sni)
@@ -156,45 +153,33 @@ class TLSChannel:
         Raises `UpstreamFailure` when the handshake, the verification or a record fails; `outgoing` may then hold an
         alert.  After that, and after `close`, everything received is dropped.
         """
-        if self.state is ChannelState.CLOSED:
+        if self.state is ChannelState.VERIFIED:
+            return self._decrypt(ciphertext, self._completed_records(ciphertext))
+        if self.state is ChannelState.CLOSED or not ciphertext:
             return b""
         records = self._completed_records(ciphertext)
         self._connection.bio_write(ciphertext)
-        if self.state is ChannelState.HANDSHAKING and not self._handshake():
-            return b""
-        return self._read(records)
+        return self._decrypt(b"", records) if self._handshake() else b""
 
-    def send(self, plaintext: bytes) -> None:
-        """Encrypt; `outgoing` then holds the records.  Raises `NotVerified` unless the channel is VERIFIED."""
+    def send(self, plaintext: bytes) -> bytes:
+        """Encrypt, and return all that is to be sent to the network.
+
+        Raises `NotVerified` unless the channel is VERIFIED, and `UpstreamFailure` when OpenSSL fails.
+        """
         if self.state is not ChannelState.VERIFIED:
             raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
-        size = len(plaintext)
         try:
-            if size <= _RECORD_SIZE:
-                self._outgoing_size += size + _RECORD_OVERHEAD
-                self._connection.send(plaintext)
-                return
-            self._outgoing_size += size + (size // _RECORD_SIZE + 1) * _RECORD_OVERHEAD
-            with memoryview(plaintext) as view:
-                for start in range(0, len(view), _RECORD_SIZE):
-                    self._connection.send(view[start : start + _RECORD_SIZE])
+            return self._engine.encrypt(plaintext)
         except SSL.Error as error:
+            self._waiting = True
             raise self._fail(UpstreamFailure(EndReason.UPSTREAM_LOST, _words(error))) from None
 
     def outgoing(self) -> bytes:
-        """Return what is to be sent to the network, and forget it."""
-        size, self._outgoing_size = self._outgoing_size, 0
-        if not size:
+        """Return what is to be sent to the network unasked, and forget it: handshake messages, alerts, answers."""
+        if not self._waiting:
             return b""
-        outgoing = b""
-        try:
-            part = outgoing = self._connection.bio_read(size)
-            while len(part) == size:  # A full read may have left something.
-                part = self._connection.bio_read(size)
-                outgoing += part
-        except SSL.Error:
-            pass  # pyOpenSSL's way to say that there is nothing.
-        return outgoing
+        self._waiting = False
+        return self._engine.waiting()
 
     def close(self) -> None:
         """End the channel: `outgoing` then holds close_notify if it was VERIFIED (RFC 8446 §6.1)."""
@@ -202,7 +187,7 @@ class TLSChannel:
             # An error means that the broker has ended it in a worse way already: there is nobody to say goodbye to.
             with contextlib.suppress(SSL.Error):
                 self._connection.shutdown()
-            self._outgoing_size += _FLIGHT_SIZE
+            self._waiting = True
         self.state = ChannelState.CLOSED
 
     def dispose(self) -> None:
@@ -212,7 +197,7 @@ class TLSChannel:
 
     def _handshake(self) -> bool:
         """Go on with the handshake; return whether the channel is VERIFIED now."""
-        self._outgoing_size += _FLIGHT_SIZE
+        self._waiting = True
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
@@ -257,33 +242,30 @@ class TLSChannel:
             self._missing = end - size
         return completed
 
-    def _read(self, records: int) -> bytes:
+    def _decrypt(self, ciphertext: bytes, records: int) -> bytes:
         """Return the plaintext of up to `records` whole records."""
-        parts: list[bytes] = []
-        try:
-            if records == 1:
-                return self._connection.recv(_RECORD_SIZE)
-            for _ in range(records):
-                parts.append(self._connection.recv(_RECORD_SIZE))  # noqa: PERF401  what came before an error counts
-        except SSL.WantReadError:
-            # Some of them were no application data: a KeyUpdate, say, which wants to be answered, or a ticket.
-            self._outgoing_size += _FLIGHT_SIZE
-            self._keep_ticket()
-        except SSL.ZeroReturnError:
+        plaintext, ended = self._engine.decrypt(ciphertext, records)
+        if ended is None:
+            return plaintext
+        if isinstance(ended, SSL.ZeroReturnError):
             self.received_close = True
-        except SSL.Error as error:
-            self._outgoing_size += _FLIGHT_SIZE
-            failure = handshake_failure(_queue(error), approved=True)
-            if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
-                # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that
-                # breaks a verified channel is a lost upstream.
-                failure = UpstreamFailure(EndReason.UPSTREAM_LOST, failure.detail)
-            failure = self._fail(failure)
-            if not parts:
-                raise failure from None
-            # What came whole before it is the broker's last word: a refusal, or why it goes.
-            self.broken = failure
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            return plaintext
+        self._waiting = True
+        if isinstance(ended, SSL.WantReadError):
+            # Some of them were no application data: a KeyUpdate, say, which wants to be answered, or a ticket.
+            self._keep_ticket()
+            return plaintext
+        failure = handshake_failure(_queue(ended), approved=True)
+        if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
+            # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that breaks a
+            # verified channel is a lost upstream.
+            failure = UpstreamFailure(EndReason.UPSTREAM_LOST, failure.detail)
+        self._fail(failure)
+        if not plaintext:
+            raise failure
+        # What came whole before it is the broker's last word: a refusal, or why it goes.
+        self.broken = failure
+        return plaintext
 
     def _fail(self, failure: UpstreamFailure) -> UpstreamFailure:
         self.state = ChannelState.CLOSED
@@ -421,6 +403,7 @@ def _peer(certificate: x509.Certificate, matched: str, tls_version: str, cipher:
 
 def make_policy(tls: TLS) -> TLSPolicy:
     """Build the policy for `tls` whose verification is the channels' own.  Raises `ConfigError`."""
+    choose()  # At start-up, not at the first session: it takes some milliseconds, and may have something to say.
     return load_policy(tls, _verify)
 
 

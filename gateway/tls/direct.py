@@ -1,0 +1,102 @@
+"""The engine that calls OpenSSL without pyOpenSSL's methods around it: the one place that knows its private names.
+
+In: a pyOpenSSL `Connection` without a socket.  Out: what `gateway/tls/engine.py` says of an `Engine`.  To import this
+raises `ImportError` or `AttributeError` where pyOpenSSL is not as it is known here; whether it works is for
+`engine.choose` to find out.
+
+The library, the objects and the calls are pyOpenSSL's own.  What is left out is a conversion, a context manager, a
+buffer and a look at the errors for each call.  All connections that a thread makes share one buffer, with which each
+method has done when it returns; so a connection is used by the thread that made it, which is the reactor's.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from OpenSSL import SSL
+from OpenSSL._util import ffi, lib
+
+from gateway.tls.engine import RECORD_SIZE
+
+# Looked up once, since that is a good part of what a call costs.
+_ssl_write = lib.SSL_write
+_ssl_read = lib.SSL_read
+_bio_write = lib.BIO_write
+_bio_read = lib.BIO_read
+# Before OpenSSL 4.0, SSL_get_error(3) goes by the thread's error queue, which may hold what other calls have left.
+_clear_errors = lib.ERR_clear_error
+_unpack = ffi.unpack
+
+# More than the transports read and take at a time.
+_BUFFER_SIZE = 0x20000
+_of_this_thread = threading.local()
+
+
+class DirectCalls:
+    """By OpenSSL's functions, on the objects that pyOpenSSL's methods call them on.  See `Engine`."""
+
+    __slots__ = ("_buffer", "_connection", "_from_ssl", "_into_ssl", "_ssl")
+
+    def __init__(self, connection: Any) -> None:
+        """Take a connection.  Raises `AttributeError` or `TypeError` if it is not made as it is known here."""
+        self._connection = connection
+        # Both BIOs are the SSL object's, which is freed with the last reference to `_ssl`.
+        self._ssl = connection._ssl  # noqa: SLF001  see above
+        self._into_ssl = connection._into_ssl  # noqa: SLF001  see above
+        self._from_ssl = connection._from_ssl  # noqa: SLF001  see above
+        if not hasattr(_of_this_thread, "buffer"):
+            _of_this_thread.buffer = ffi.new("char[]", _BUFFER_SIZE)
+        self._buffer = _of_this_thread.buffer
+        # pyOpenSSL has a write end after one record.  Into memory, all of them can be written at once.
+        lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
+
+    def encrypt(self, plaintext: bytes) -> bytes:
+        """See `Engine`."""
+        size = len(plaintext)
+        _clear_errors()
+        written = _ssl_write(self._ssl, plaintext, size)
+        if written != size:
+            raise self._why(written)
+        taken = _bio_read(self._from_ssl, self._buffer, _BUFFER_SIZE)
+        ciphertext: bytes = _unpack(self._buffer, taken)
+        return ciphertext if taken < _BUFFER_SIZE else ciphertext + self.waiting()
+
+    def waiting(self) -> bytes:
+        """See `Engine`."""
+        waiting = b""
+        while (taken := _bio_read(self._from_ssl, self._buffer, _BUFFER_SIZE)) > 0:
+            waiting += _unpack(self._buffer, taken)
+        return waiting
+
+    def decrypt(self, ciphertext: bytes, records: int) -> tuple[bytes, SSL.Error | None]:
+        """See `Engine`."""
+        size = len(ciphertext)
+        if size and _bio_write(self._into_ssl, ciphertext, size) != size:
+            raise MemoryError
+        buffer = self._buffer
+        if records == 1:
+            _clear_errors()
+            got = _ssl_read(self._ssl, buffer, RECORD_SIZE)
+            return (_unpack(buffer, got), None) if got > 0 else (b"", self._why(got))
+        plaintext, filled = b"", 0
+        ended: SSL.Error | None = None
+        for _ in range(records):
+            if filled > _BUFFER_SIZE - RECORD_SIZE:
+                plaintext += _unpack(buffer, filled)
+                filled = 0
+            _clear_errors()
+            got = _ssl_read(self._ssl, buffer + filled, RECORD_SIZE)
+            if got <= 0:
+                ended = self._why(got)
+                break
+            filled += got
+        return plaintext + _unpack(buffer, filled), ended
+
+    def _why(self, result: int) -> SSL.Error:
+        """Return what pyOpenSSL would have raised for the call that has just returned `result`."""
+        try:
+            self._connection._raise_ssl_error(self._ssl, result)  # noqa: SLF001  see above
+        except SSL.Error as error:
+            return error.with_traceback(None)  # Whose frames know it by name: a cycle.
+        return SSL.Error([("", "", f"OpenSSL returned {result} and gave no error")])
