@@ -352,7 +352,8 @@ class GatewayService(Service):
         sessions = f"{count} session{'' if count == 1 else 's'}"
         if self.gateway.stopping:
             return f"stopping, {sessions} left"
-        return f"{sessions}; {self._refused}" if self._refused else sessions
+        upstreams = ", ".join(_fares(upstream) for upstream in self.gateway.upstreams)
+        return "; ".join(part for part in (self._refused, sessions, upstreams) if part)
 
     def stopService(self) -> Deferred[Any]:
         """Close the listeners, end the sessions, spread over `drain.seconds`; fires when nothing is left."""
@@ -408,6 +409,9 @@ class GatewayService(Service):
         opened, closed = self._listeners.change(config.listen)
         self.gateway.adopt(generation)
         self._watch.know(generation.files)
+        # Sessions that have ended wait in cycles for the collector, which comes seldom (see spare_the_collector), and
+        # keep what was made for the configuration that they began under: up to a megabyte of certificates.
+        gc.collect()
         self._tell_limits()
         for port in opened:
             _tell_listening(port)
@@ -444,6 +448,13 @@ class GatewayService(Service):
                 carried=carried,
             )
         _log.info("up to {carried} sessions at a time", carried=carried)
+
+
+def _fares(upstream: UpstreamHealth) -> str:
+    """Say in a few words how an upstream fares."""
+    failure = None if upstream.is_open else upstream.last_failure
+    why = f" ({failure.reason})" if failure is not None else ""
+    return f"{upstream.address} {upstream.state.value}{why}"
 
 
 def _tell_listening(port: IListeningPort) -> None:

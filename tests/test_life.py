@@ -48,10 +48,10 @@ def test_a_whole_life(tmp_path: Path, manager: ServiceManager, start_broker: Sta
     broker = start_broker()
     config = configured(tmp_path, broker.port, ca_file)
     with GatewayProcess(tmp_path, "--config", str(config), manager=manager, watchdog=2) as gateway:
-        assert manager.wait_for("READY")["STATUS"] == "0 sessions"
+        assert manager.wait_for("READY")["STATUS"] == f"0 sessions; localhost:{broker.port} untried"
         assert manager.messages[0]["READY"] == "1", "nothing is said before it"
         old = established(gateway.ports[0])
-        eventually(lambda: manager.status == "1 session", "the status follows")
+        eventually(lambda: manager.status == f"1 session; localhost:{broker.port} serving", "the status follows")
 
         configured(tmp_path, broker.port, ca_file, "[limits]\nmax_packet_size = 256\n")
         gateway.signal(signal.SIGHUP)

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
+import os
+import re
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import trustme
+from twisted.logger import formatEvent, globalLogPublisher
 
+from gateway.config import changed_keys, from_mapping
 from gateway.errors import ConfigError, EndReason
+from gateway.service import Generation
+from gateway.tls.trust import TLSPolicy
+from gateway.upstream import Dialler
 from tests import mqtt_packets as mqtt
-from tests.harness import Broker, Device, RunningGateway, eventually
+from tests.harness import PATIENCE, Broker, Device, RunningGateway, ServerTLS, eventually, open_descriptors
+from tests.mosquitto import Mosquitto, free_port
+from tests.pki import CLIENT, Certified, certify, certify_ca
+from tests.processes import GatewayProcess
+from tests.tools import require_tool
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]
@@ -24,16 +42,10 @@ def established(port: int, **connect: object) -> Device:
     return device
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 def can_connect(port: int) -> bool:
     try:
         Device(port).close()
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return False
     return True
 
@@ -129,3 +141,343 @@ def test_listeners_come_and_go_and_take_new_names(start_gateway: StartGateway, s
         device.close()
     gateway.wait_ended(3)
     gateway.wait_empty()
+
+
+def test_a_listener_is_not_moved(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """The same port with another backlog cannot be opened beside itself: the words say what to do."""
+    gateway = start_gateway(upstream=start_broker().port, listen=[{"endpoint": f"127.0.0.1:{free_port()}"}])
+    with pytest.raises(ConfigError, match=r"listen\[0\]\.endpoint: .*own listener that is to change, restart it"):
+        gateway.change(listen=[{"endpoint": f"tcp:{gateway.port}:interface=127.0.0.1:backlog=7"}])
+    established(gateway.port).close()
+    gateway.wait_ended()
+
+
+def test_no_attempt_to_connect_is_refused_while_listeners_come_and_go(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """To the one that stays, at any moment, and to each other one while it stands in the configuration."""
+    gateway = start_gateway(upstream=start_broker().port, pacing={"new_sessions_per_second": 0})
+    stays, comes = gateway.port, free_port()
+    served: Counter[int] = Counter()
+    failures: list[BaseException] = []
+    stop = threading.Event()
+
+    def knock() -> None:
+        try:
+            while not stop.is_set():
+                established(stays).close()
+                served[stays] += 1
+        except (AssertionError, OSError) as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=knock)
+    thread.start()
+    for number in range(40):
+        gateway.change(listen=[{"endpoint": f"127.0.0.1:{comes}"}, {"endpoint": "127.0.0.1:0", "name": str(number)}])
+        established(comes).close()
+        gateway.change(listen=[{"endpoint": "127.0.0.1:0"}])
+        eventually(lambda: not can_connect(comes), "the other one is closed")
+        if number == 20:
+            eventually(lambda: served[stays] > 20, "knocks in between")
+    stop.set()
+    thread.join(20)
+    assert failures == []
+    assert served[stays] > 20
+    gateway.wait_empty()
+
+
+def test_what_differs_is_named_by_its_key() -> None:
+    """Not by its value, which may be nobody's business."""
+    base = {"upstream": [{"host": "a"}, {"host": "b"}]}
+
+    def changed(**sections: Any) -> list[str]:
+        return changed_keys(from_mapping(base), from_mapping({**base, **sections}))
+
+    assert changed() == []
+    assert changed(limits={"max_packet_size": 256}, drain={"wills": "discard"}) == [
+        "limits.max_packet_size",
+        "drain.wills",
+    ]
+    assert changed(upstream=[{"host": "a"}, {"host": "b", "port": 1}]) == ["upstream[1].port"]
+    assert changed(upstream=[{"host": "a"}]) == ["upstream"]
+    assert changed(admission={"allow": ["10.0.0.0/8"]}) == ["admission.allow"]
+
+
+# ---- files that change
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    """What is logged about reloads."""
+    lines: list[str] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        if event.get("event") in {"reloaded", "reload-refused"}:
+            lines.append(formatEvent(event))
+
+    globalLogPublisher.addObserver(observe)
+    yield lines
+    globalLogPublisher.removeObserver(observe)
+
+
+@pytest.fixture(scope="module")
+def root() -> Certified:
+    """The CA of brokers and gateways here."""
+    return certify_ca()
+
+
+@pytest.fixture
+def strict_mosquitto(root: Certified, tmp_path: Path) -> Iterator[Mosquitto]:
+    """A broker that demands client certificates, and calls its clients what is in them."""
+    chain, key, ca = tmp_path / "chain.pem", tmp_path / "key.pem", tmp_path / "clients.pem"
+    server = certify(root)
+    chain.write_bytes(server.pem)
+    key.write_bytes(server.key_pem)
+    ca.write_bytes(root.pem)
+    require_tool("mosquitto")
+    port = free_port()
+    broker = Mosquitto(
+        tmp_path,
+        f"listener {port} 127.0.0.1\ncertfile {chain}\nkeyfile {key}\ncafile {ca}\n"
+        "require_certificate true\nuse_identity_as_username true\n",
+        port,
+    )
+    yield broker
+    broker.stop()
+
+
+def test_a_renewed_client_certificate_is_shown_by_the_next_session(
+    start_gateway: StartGateway,
+    strict_mosquitto: Mosquitto,
+    root: Certified,
+    tmp_path: Path,
+    told: list[str],
+    logged_errors: list[Any],
+) -> None:
+    """With no signal.  A certificate whose key has not come yet is refused; the old pair serves until it has."""
+    names = itertools.count()
+
+    def user() -> str:
+        """Open a session, and return what its broker calls the gateway."""
+        name = f"renewed-{next(names)}"
+        device = established(gateway.port, client_identifier=name)
+        device.close()
+        log = strict_mosquitto.log
+        found = eventually(lambda: re.search(rf" as {name} \(.*u'(\w+)'\)", log.read_text()), "the broker's record")
+        return found[1]
+
+    certificate, key = tmp_path / "own.pem", tmp_path / "own-key.pem"
+    first, second = (certify(root, subject=subject, purposes=[CLIENT]) for subject in ("first", "second"))
+    certificate.write_bytes(first.pem)
+    key.write_bytes(first.key_pem)
+    gateway = start_gateway(
+        upstream=strict_mosquitto.ports[0],
+        ca_file=tmp_path / "clients.pem",
+        tls={"client_cert": str(certificate), "client_key": str(key)},
+    )
+    standing = established(gateway.port)
+    assert user() == "first"
+
+    certificate.write_bytes(second.pem)
+    eventually(lambda: told, "the half of it is seen")
+    (refused,) = told
+    assert refused.startswith(
+        f"reload refused: tls.client_key: {key} is not the key of the first certificate in {certificate}; "
+    )
+    assert gateway.service.status.startswith("reload refused, all goes on as before: tls.client_key: ")
+    logged_errors.clear()
+    assert user() == "first"
+
+    new = key.with_suffix(".new")
+    new.write_bytes(second.key_pem)
+    new.replace(key)
+    eventually(lambda: len(told) == 2, "the other half is seen")
+    assert told[1] == f"reloaded: {certificate}, {key}"
+    assert gateway.service.status.startswith("1 session; ")
+    assert user() == "second"
+    standing.send(mqtt.packet(0xC0))
+    assert standing.read(2) == b"\xd0\x00"
+    standing.close()
+    gateway.wait_empty()
+
+
+def test_a_renewed_ca_is_what_the_next_session_trusts(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, told: list[str]
+) -> None:
+    """With no signal, and nothing that was verified under the old one counts any more; who stands goes on."""
+    old, new = trustme.CA(), trustme.CA()
+    brokers = [start_broker(tls=ServerTLS.from_trustme(ca.issue_cert("localhost"))) for ca in (old, new)]
+    ca_file = tmp_path / "ca.pem"
+    old.cert_pem.write_to_path(str(ca_file))
+    gateway = start_gateway(
+        upstream=[{"host": "localhost", "port": broker.port} for broker in brokers], ca_file=ca_file
+    )
+    standing = [established(gateway.port) for _ in range(3)]
+    assert (brokers[0].accepted, len(brokers[0].connections)) == (3, 3)
+    new.cert_pem.write_to_path(str(ca_file))
+    eventually(lambda: told, "the change is seen")
+    assert told == [f"reloaded: {ca_file}"]
+    standing.append(established(gateway.port))
+    assert gateway.journal.started[-1].upstream == f"localhost:{brokers[1].port}"
+    assert len(brokers[0].connections) == 3, "the first broker is not trusted any more"
+    for device in standing:
+        device.send(mqtt.publish(payload=b"still here"))
+    eventually(lambda: brokers[0].received.count(b"still here") == 3, "those who stood go on")
+    for device in standing:
+        device.close()
+    gateway.wait_empty()
+
+
+def test_a_bad_file_leaves_the_old_one_in_force(
+    start_gateway: StartGateway, start_broker: StartBroker, ca: trustme.CA, tmp_path: Path, logged_errors: list[Any]
+) -> None:
+    """Half a file is refused with its name, by itself and when told to; what is right again is taken again."""
+    ca_file = tmp_path / "ca.pem"
+    whole = ca.cert_pem.bytes()
+    ca_file.write_bytes(whole)
+    gateway = start_gateway(upstream=start_broker().port, ca_file=ca_file)
+    generation = gateway.service.gateway.generation
+    ca_file.write_bytes(whole[: len(whole) // 2])
+    eventually(lambda: "tls.ca_file" in gateway.service.status, "the bad file is seen")
+    gateway.call(gateway.service.reload)
+    assert f"reload refused, all goes on as before: tls.ca_file: {ca_file} holds" in gateway.service.status
+    assert len(logged_errors) == 2
+    logged_errors.clear()
+    assert gateway.service.gateway.generation is generation
+    established(gateway.port).close()
+    ca_file.write_bytes(whole)
+    eventually(lambda: "refused" not in gateway.service.status, "the good file is seen")
+    established(gateway.port).close()
+    gateway.wait_ended(2)
+
+
+# ---- often
+
+
+def test_two_hundred_reloads_leave_nothing(
+    start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path, tmp_path: Path
+) -> None:
+    """Of all that was made for them only what stands is left: the first, which sessions began under, and the last."""
+    (tmp_path / "ca.pem").write_bytes(ca_file.read_bytes())
+    gateway = start_gateway(upstream=start_broker().port, ca_file=tmp_path / "ca.pem")
+    standing = [established(gateway.port) for _ in range(5)]
+    eventually(lambda: len(gateway.journal.started) == 5, "five sessions stand")
+    counted = (Generation, Dialler, TLSPolicy)
+
+    def count() -> Counter[str]:
+        gc.collect()
+        found = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in counted)
+        found["descriptors"] = open_descriptors()
+        found["threads"] = threading.active_count()
+        found["delayed calls"] = len(gateway.call(gateway._reactor.getDelayedCalls))
+        return found
+
+    before = count()
+    for number in range(200):
+        # Another file each time, so that everything is made anew.
+        os.utime(tmp_path / "ca.pem", (number, number))
+        gateway.change(limits={"max_packet_size": 1000 + number})
+        if number % 20 == 0:
+            established(gateway.port).close()
+    gateway.wait_ended(10)
+    eventually(lambda: len(gateway.service.gateway.sessions) == 5, "only those who stand are left")
+    expected = before + Counter({kind.__name__: 1 for kind in counted})
+    eventually(lambda: count() == expected, f"no more than {expected}, but {count()}")
+    assert {record.reason for record in gateway.ended} == {EndReason.DEVICE_LOST}
+    for device in standing:
+        device.close()
+    gateway.wait_empty()
+
+
+def test_two_hundred_reloads_under_load_lose_no_session(
+    tmp_path: Path, strict_mosquitto: Mosquitto, root: Certified
+) -> None:
+    """A real process, told by signals; its descriptors, threads and memory after them are those of before."""
+    own, ca, config = tmp_path / "own.pem", tmp_path / "ca.pem", tmp_path / "gateway.toml"
+    certify(root, subject="own", purposes=[CLIENT]).write(own)
+    others = [certify_ca(subject=f"Other {number}").pem for number in range(50)]
+
+    def write(number: int) -> None:
+        # More or fewer roots, other limits and another listener each time.
+        ca.write_bytes(root.pem + b"".join(others[: 25 + number % 2 * 25]))
+        more = f'[[listen]]\nendpoint = "unix:{tmp_path}/{number % 2}.sock"\n'
+        config.write_text(
+            f'[[listen]]\nendpoint = "127.0.0.1:0"\n{more}[[upstream]]\nhost = "127.0.0.1"\n'
+            f'server_name = "localhost"\nport = {strict_mosquitto.ports[0]}\n'
+            f'[tls]\nca_file = "{ca}"\nclient_cert = "{own}"\n'
+            f"[limits]\nmax_packet_size = {1000 + number}\n[drain]\nseconds = 0\n"
+        )
+
+    write(0)
+    with GatewayProcess(tmp_path, "--config", str(config)) as gateway:
+        port, proc = gateway.ports[0], Path(f"/proc/{gateway.process.pid}")
+        devices = [established(port, client_identifier=f"standing-{number}") for number in range(20)]
+        load = Load(port, devices)
+
+        def count(kind: str) -> int:
+            return len(list((proc / kind).iterdir()))
+
+        before = [count(kind) for kind in ("fd", "task")]
+
+        def after_reloads(first: int, last: int) -> int:
+            """Reload so often under load; return the resident bytes when all else is as before."""
+            load.start()
+            for number in range(first, last):
+                turns = load.turns
+                write(number)
+                gateway.signal(signal.SIGHUP)
+                load.until(lambda: gateway.text.count("limits.max_packet_size") >= number, "the reload")  # noqa: B023
+                load.until(lambda: load.turns > turns, "the load goes on")  # noqa: B023
+            load.stop()
+            eventually(lambda: gateway.text.count("ended: device-disconnect") == load.turns, "who came has gone")
+            eventually(lambda: [count(kind) for kind in ("fd", "task")] == before, f"descriptors and threads: {before}")
+            return int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+        growth = -after_reloads(1, 101) + after_reloads(101, 201)
+        assert growth < 2_000_000, "each leaked set of roots would be some 100 kB"
+        assert " ended: " not in gateway.text.replace(" ended: device-disconnect", "")
+        for device in devices:
+            device.send(mqtt.packet(0xC0))
+            assert device.read(2) == b"\xd0\x00"
+            device.close()
+
+
+class Load:
+    """Devices that publish in turns, each waiting for its PUBACK, and one that comes and goes in each turn."""
+
+    def __init__(self, port: int, devices: list[Device]) -> None:
+        self.turns = 0
+        self._port = port
+        self._devices = devices
+        self._failure: Exception | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread()
+
+    def start(self) -> None:
+        self._stopped.clear()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(PATIENCE)
+        assert self._failure is None
+
+    def until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for something, unless the load has failed meanwhile."""
+        eventually(lambda: condition() or self._failure, what)
+        assert self._failure is None
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                for device in self._devices:
+                    device.send(mqtt.publish(qos=1, payload=bytes(500)))
+                for device in self._devices:
+                    assert device.read(4)[:2] == b"\x40\x02"
+                with established(self._port, client_identifier="short") as short:
+                    short.send(mqtt.disconnect())
+                    assert short.read_to_end() == b""
+                self.turns += 1
+        except (AssertionError, OSError) as error:
+            self._failure = error
