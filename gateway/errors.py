@@ -258,7 +258,12 @@ class EndReason(StrEnum):
     TLS_NOT_YET_VALID = (
         "tls-not-yet-valid",
         "A certificate of the broker is not yet valid.",
-        "Check this machine's clock first; then the certificate's dates.",
+        "Check this machine's clock first (the detail shows it); then the certificate's dates.",
+    )
+    CLOCK_IMPLAUSIBLE = (
+        "clock-implausible",
+        "To this machine's clock something is not yet valid, and the clock is before the day this version was made.",
+        "Set this machine's clock (NTP, or a battery for it); the gateway tries again until it is right.",
     )
     TLS_REVOKED = (
         "tls-revoked",

@@ -7,10 +7,12 @@ import re
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from gateway import MADE, __version__
 from gateway.errors import EndReason
 from tests.test_floors import FLOORS, ROOT
 
@@ -112,3 +114,15 @@ def test_files_that_are_named_exist(document: Path) -> None:
     named = {word for word in words if word.startswith(directories)}
     assert named
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_day_this_version_was_made_moves_on_with_each_release() -> None:
+    """A clock that shows an earlier one is taken for wrong: so it has been, and is not long before the release."""
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    heading = re.search(r"^## (\S+), (\S+)$", changelog, re.MULTILINE)
+    assert heading is not None
+    version, day = heading.groups()
+    assert version == __version__
+    released = datetime.now(UTC) if day == "unreleased" else datetime.fromisoformat(f"{day}T23:59:59+00:00")
+    assert released >= MADE
+    assert day == "unreleased" or released - MADE < timedelta(days=32)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from twisted.logger import globalLogPublisher
 from gateway.errors import EndReason
 from gateway.network import ReactorNetwork
 from gateway.policy.health import UpstreamState
+from gateway.tls import failures
 from tests import mqtt_packets as mqtt
+from tests import pki
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 
 StartGateway = Callable[..., RunningGateway]
@@ -50,7 +54,8 @@ def unavailable(device: Device, version: int) -> bool:
     device.close()
     if version != 5:
         return told == b"\x20\x02\x00\x03"
-    return told[:1] == b"\x20" and told[2:4] == b"\x00\x88" and len(told) == 2 + told[1]
+    # The Reason String may make the Remaining Length one byte longer.
+    return told[:1] == b"\x20" and told[2 + (told[1] >> 7) :][:2] == b"\x00\x88"
 
 
 def served_in_the_end(gateway: RunningGateway, version: int = 4) -> Device:
@@ -197,6 +202,28 @@ def test_what_a_broker_makes_of_one_device_is_that_devices_matter(
         established(gateway, name="welcome").close()
     assert state_of(gateway) is UpstreamState.SERVING
     assert not gateway.service.gateway.upstreams[0].failed_dials
+
+
+def test_a_box_with_a_wrong_clock_serves_by_itself_when_it_is_right(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then no check is skipped, and the log says that it is the clock.
+
+    Seen from a clock that is three seconds slow, a certificate made now begins in three seconds.
+    """
+    monkeypatch.setattr(failures, "MADE", pki.NOW + timedelta(days=365))
+    root = pki.certify_ca()
+    ca_file = tmp_path / "root.pem"
+    ca_file.write_bytes(root.pem)
+    begins = (datetime.now(UTC) - pki.NOW + timedelta(seconds=3)) / timedelta(days=1)
+    broker = start_broker(tls=pki.certify(root, valid_from=begins).server())
+    gateway = start_gateway(upstream=broker.port, ca_file=ca_file, failover=SOON)
+    assert unavailable(connects(gateway, 5), 5)
+    assert gateway.wait_ended().reason is EndReason.CLOCK_IMPLAUSIBLE
+    assert "this machine's clock says " in gateway.ended[0].detail
+    assert broker.received == b""
+    eventually(lambda: state_of(gateway) is UpstreamState.SERVING, "found by itself")
+    established(gateway, 5).close()
 
 
 # ---- several

@@ -8,6 +8,7 @@ import ssl
 import weakref
 from base64 import b64encode
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
@@ -21,17 +22,18 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from OpenSSL import SSL
 
+from gateway import MADE
 from gateway.config import TLS
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.tls import channel as channel_module
-from gateway.tls import trust
+from gateway.tls import failures, trust
 from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_policy
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import PublicCalls
 from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.identity import Identity, shown_names
 from gateway.tls.trust import TLSPolicy, platform_roots, spki_pin
-from tests.pki import CLIENT, Certified, certify, certify_ca, revocation_list, rsa_key
+from tests.pki import CLIENT, NOW, Certified, certify, certify_ca, revocation_list, rsa_key
 
 ROOT = certify_ca()
 BROKER = certify(ROOT)
@@ -609,15 +611,47 @@ VERIFICATION_CODES = {
 def test_every_verification_code_refuses_with_its_reason() -> None:
     """OpenSSL's codes have the reasons that fit them; all others, those to come included, are an untrusted chain."""
     for code in range(1, 200):
-        failure = verification_failure(code, 0)
+        failure = verification_failure(code, 0, NOW)
         assert failure.reason is VERIFICATION_CODES.get(code, EndReason.TLS_UNTRUSTED_CHAIN), code
         assert f"(OpenSSL error {code})" in failure.detail
 
 
 def test_a_failure_says_which_certificate() -> None:
     """A chain has several certificates, and it matters whose is wrong."""
-    assert "the broker's certificate" in verification_failure(10, 0).detail
-    assert "the CA certificate 2 above" in verification_failure(10, 2).detail
+    assert "the broker's certificate" in verification_failure(10, 0, NOW).detail
+    assert "the CA certificate 2 above" in verification_failure(10, 2, NOW).detail
+
+
+def test_a_clock_before_this_versions_day_is_named_as_the_cause() -> None:
+    """Of what is not yet valid, certificate or CRL, and of nothing else; the day itself is plausible."""
+    before = MADE - timedelta(minutes=1)
+    reasons = {code: verification_failure(code, 0, before).reason for code in range(1, 200)}
+    assert [code for code, reason in reasons.items() if reason is EndReason.CLOCK_IMPLAUSIBLE] == [9, 11]
+    assert verification_failure(9, 0, MADE).reason is EndReason.TLS_NOT_YET_VALID
+    assert f"clock says {before:%Y-%m-%d} 23:59 UTC" in verification_failure(9, 0, before).detail
+
+
+def test_a_certificate_that_is_not_valid_yet_is_shown_beside_the_clock(policy: TLSPolicy) -> None:
+    """Whoever reads the log can tell which of the two is wrong."""
+    begins = NOW + timedelta(days=1)
+    failure = refused(TLSChannel(policy, LOCALHOST), Server(certify(ROOT, valid_from=1)))
+    assert failure.reason is EndReason.TLS_NOT_YET_VALID
+    assert f"it is valid from {begins:%Y-%m-%d %H:%M} UTC to " in failure.detail
+    assert f"this machine's clock says {NOW:%Y-%m-%d }" in failure.detail
+
+
+def test_a_box_whose_clock_is_implausible_refuses_and_says_so(
+    policy: TLSPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No check is skipped: the same is refused, in other words.  Here it is the day that is moved, not the clock."""
+    monkeypatch.setattr(failures, "MADE", NOW + timedelta(days=1))
+    assert (
+        refused(TLSChannel(policy, LOCALHOST), Server(certify(ROOT, valid_from=1))).reason
+        is EndReason.CLOCK_IMPLAUSIBLE
+    )
+    expired = Server(certify(ROOT, valid_from=-2, valid_for=1))
+    assert refused(TLSChannel(policy, LOCALHOST), expired).reason is EndReason.TLS_EXPIRED
+    established(policy, Server(certify(ROOT)))
 
 
 @pytest.mark.parametrize("queue", [[], [-1, "Unexpected EOF"], [("", "", "")], [104, "ECONNRESET"]])

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from cryptography import x509
 
-from gateway.cli.certificates import as_facts, expiry, first_to_expire, issuer, now, subject
+from gateway.cli.certificates import as_facts, expiry, first_to_expire, issuer, subject
 from gateway.cli.report import Status, Step
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
@@ -18,7 +18,6 @@ from gateway.tls.channel import TLSChannel
 from gateway.tls.identity import Identity, shown_names, subject_alt_names
 from gateway.tls.trust import TLSPolicy
 
-_OF_TIME = frozenset({EndReason.TLS_EXPIRED, EndReason.TLS_NOT_YET_VALID})
 # What can fail after chain and identity were approved; everything else is a matter of the handshake itself.
 _LATE_STEPS = {EndReason.TLS_PIN_MISMATCH: "pin", EndReason.TLS_STRICT_REFUSED: "strict"}
 
@@ -80,10 +79,7 @@ def _not_approved(chain: Sequence[x509.Certificate], identity: Identity, failure
         yield Step("chain", Status.PASS, f"leads to a trusted root; the broker sent {len(chain)} of it")
         yield _identity(chain[0], identity)
         return
-    if failure.reason in _OF_TIME:
-        clock = f"; this machine's clock says {now():%Y-%m-%d %H:%M} UTC"
-        failure = UpstreamFailure(failure.reason, failure.detail + clock)
-    elif failure.reason is EndReason.TLS_UNTRUSTED_CHAIN and chain:
+    if failure.reason is EndReason.TLS_UNTRUSTED_CHAIN and chain:
         last = f"; the last of {len(chain)} that the broker sent is {subject(chain[-1])}, issuer {issuer(chain[-1])}"
         failure = UpstreamFailure(failure.reason, failure.detail + last)
     yield failed("chain", failure)

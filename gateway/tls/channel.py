@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from base64 import b64encode
+from datetime import UTC, datetime
 from enum import Enum, auto
 from functools import lru_cache
 from hmac import compare_digest
@@ -279,7 +280,7 @@ class TLSChannel:
         """
         self._asked = True
         if not accepted:
-            self._failure = self._failure or verification_failure(error, depth)
+            self._failure = self._failure or verification_failure(error, depth, datetime.now(UTC), certificate)
             return False
         if depth == 0:
             self._matched = self._identity.match(certificate.to_cryptography())

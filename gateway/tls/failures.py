@@ -5,8 +5,13 @@ In: verification codes, error queues, alerts.  Out: an `UpstreamFailure` whose r
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from datetime import datetime
 
+from OpenSSL import crypto
+
+from gateway import MADE
 from gateway.errors import EndReason, UpstreamFailure
 
 # X509_V_ERR_* (openssl/x509_vfy.h) that deserve a reason or words of their own; whatever is not here is an untrusted
@@ -68,6 +73,11 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     94: (EndReason.TLS_STRICT_REFUSED, "an elliptic curve given by explicit parameters"),
 }
 
+# Those that another time of day would not have met: certificates not valid yet or no longer, then CRLs.
+_OF_CERTIFICATES_TIME = frozenset({9, 10})
+_OF_TIME = _OF_CERTIFICATES_TIME | {11, 12}
+_NOT_YET = frozenset({9, 11})
+
 # Parts of OpenSSL's reason strings, in the order in which they are looked for.  The strings changed between 1.1.1, 3.x
 # and 4.0 ("sslv3 alert bad certificate" became "ssl/tls alert bad certificate"), their endings did not.
 _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
@@ -91,11 +101,27 @@ _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
 )
 
 
-def verification_failure(code: int, depth: int) -> UpstreamFailure:
-    """Return the failure for X509_V_ERR_* `code` at `depth` of the chain (0: the broker's own certificate)."""
+def verification_failure(
+    code: int, depth: int, now: datetime, certificate: crypto.X509 | None = None
+) -> UpstreamFailure:
+    """Return the failure for X509_V_ERR_* `code` at `depth` of the chain (0: the broker's own certificate).
+
+    `now` is what this machine's clock says.  A box without a clock battery starts in the past: that is told apart from
+    a `certificate` that begins too late, and never forgiven.
+    """
     reason, words = _VERIFY_ERRORS.get(code, (EndReason.TLS_UNTRUSTED_CHAIN, "verification failed"))
     whose = "the broker's certificate" if depth == 0 else f"the CA certificate {depth} above the broker's"
-    return UpstreamFailure(reason, f"{whose}: {words} (OpenSSL error {code})")
+    detail = f"{whose}: {words} (OpenSSL error {code})"
+    if code in _NOT_YET and now < MADE:
+        reason = EndReason.CLOCK_IMPLAUSIBLE
+    if code in _OF_CERTIFICATES_TIME and certificate is not None:
+        # What OpenSSL can read and `cryptography` cannot is refused all the same.
+        with contextlib.suppress(ValueError):
+            own = certificate.to_cryptography()
+            detail += f"; it is valid from {_shown(own.not_valid_before_utc)} to {_shown(own.not_valid_after_utc)}"
+    if code in _OF_TIME:
+        detail += f"; this machine's clock says {_shown(now)}"
+    return UpstreamFailure(reason, detail)
 
 
 def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFailure:
@@ -114,3 +140,7 @@ def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFai
         if part in lowered:
             return UpstreamFailure(reason, words)
     return UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, words or "OpenSSL gave no reason")
+
+
+def _shown(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"

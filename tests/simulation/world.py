@@ -464,7 +464,9 @@ class RecordingJournal(Journal):
         super().session_started(record)
 
     def session_ended(self, record: SessionRecord) -> None:
-        self._world.note("gateway", f"session {record.number} ended: {record.reason} ({record.detail})")
+        # The time of day is no seed's.
+        detail = record.detail.partition("; this machine's clock")[0]
+        self._world.note("gateway", f"session {record.number} ended: {record.reason} ({detail})")
         self.ended.append(record)
         super().session_ended(record)
 
