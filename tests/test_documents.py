@@ -24,6 +24,8 @@ DOCUMENTS = [
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 ENDINGS = ROOT / "docs" / "endings.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
+SCALING = ROOT / "docs" / "scaling.md"
 
 
 def links(text: str) -> list[str]:
@@ -73,6 +75,21 @@ def test_the_drawing_has_every_module_on_its_floor(floor: int) -> None:
     """docs/architecture.md draws what tests/test_floors.py holds the imports to; the package itself is the house."""
     expected = {module for module, own in FLOORS.items() if own == floor and module != "gateway"}
     assert drawn_floors(ARCHITECTURE.read_text())[floor] == expected
+
+
+def test_what_is_needed_is_computed_with_the_figures_measured() -> None:
+    """docs/scaling.md takes its figures from docs/performance.md, and its sums are right."""
+    measured, scaling = PERFORMANCE.read_text(), SCALING.read_text()
+    base = int(re.search(r"Without a session it takes (\d+) MiB", measured)[1])
+    idle = int(re.search(r"^\| memory per idle session at 3,000 \| (\d+) \|", measured, re.MULTILINE)[1])
+    nginx, ratio = re.search(r"^\| round trip: .*\(nginx: (\d+) µs\) \| ([\d.]+) \|", measured, re.MULTILINE).groups()
+    microseconds = round(int(nginx) * float(ratio))
+    assert f"| memory | {base} MiB, and {idle} KiB for each idle session |" in scaling
+    for count in (1000, 3000, 10_000):
+        assert re.search(rf"{count:,} (devices )?need {round(base + count * idle / 1024)} MiB", scaling)
+    assert f"{ratio} times nginx's {nginx} µs: {microseconds} µs" in scaling
+    for count in (1000, 10_000):
+        assert re.search(rf"{count:,} (messages a second )?take {count * microseconds / 10_000:.0f} %", scaling)
 
 
 def test_the_command_for_one_test_finds_one() -> None:
