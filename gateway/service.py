@@ -313,7 +313,8 @@ class GatewayService(Service):
         self._listeners = Listeners(self._relay, self.gateway.factory)
         self._watch = Watch(self.gateway.generation.files)
         self._sweeps = 0
-        self._refused = ""
+        # Why a reload was refused and nothing better has come since: another configuration, or the files of this one.
+        self._refused = {"configuration": "", "files": ""}
 
     @property
     def ports(self) -> list[IListeningPort]:
@@ -353,12 +354,17 @@ class GatewayService(Service):
         if self.gateway.stopping:
             return f"stopping, {sessions} left"
         upstreams = ", ".join(_fares(upstream) for upstream in self.gateway.upstreams)
-        return "; ".join(part for part in (self._refused, sessions, upstreams) if part)
+        return "; ".join(part for part in (*self._refused.values(), sessions, upstreams) if part)
 
     def stopService(self) -> Deferred[Any]:
         """Close the listeners, end the sessions, spread over `drain.seconds`; fires when nothing is left."""
         super().stopService()
         config = self.gateway.config
+        _log.info(
+            "stopping: {sessions} sessions end within {seconds:g} s; a second signal ends them at once",
+            sessions=len(self.gateway.sessions),
+            seconds=config.drain.seconds,
+        )
         waiting = self._listeners.close()
         gone = self.gateway.stop(config.drain.seconds)
         self._notifier.stopping(self.status, config.drain.seconds + config.timeouts.close + _STOP_MARGIN)
@@ -366,6 +372,7 @@ class GatewayService(Service):
 
     def stop_at_once(self) -> None:
         """End all sessions now, and leave to the kernel what it has of their last words."""
+        _log.info("stopping at once: {sessions} sessions are left", sessions=len(self.gateway.sessions))
         self.gateway.stop()
         # A turn later, so that what is closed in this one is closed in order.
         self._relay.callLater(0, self._relay.stop)
@@ -381,21 +388,27 @@ class GatewayService(Service):
         if self.gateway.stopping:
             return
         self._notifier.reloading()
+        refused = "configuration"
         try:
-            changed = self.change(read())
+            config = read()
+            if config == self.gateway.config:
+                refused = "files"
+            changed = self.change(config)
         except ConfigError as error:
             problems = error.problems
             for problem in problems:
                 _log.error("reload refused: {problem}", event="reload-refused", problem=problem)
             more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
-            self._refused = f"reload refused, all goes on as before: {problems[0]}{more}"
+            self._refused[refused] = f"reload refused, all goes on as before: {problems[0]}{more}"
         except Exception:  # noqa: BLE001  whatever it is, systemd must not wait for the end of this reload
             _log.failure("reload refused: a mistake of the gateway")
-            self._refused = "reload refused, all goes on as before: a mistake of the gateway, see the log"
+            self._refused[refused] = "reload refused, all goes on as before: a mistake of the gateway, see the log"
         else:
             what = ", ".join(changed) if changed else "nothing has changed"
             _log.info("reloaded: {what}", event="reloaded", what=what)
-            self._refused = ""
+            self._refused["files"] = ""
+            if read is self._reread:
+                self._refused["configuration"] = ""
         self._notifier.ready(self.status)
 
     def change(self, config: Config) -> list[str]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -157,6 +161,29 @@ def test_flags_are_reloaded_too(tmp_path: Path, start_broker: StartBroker, ca_fi
         established(gateway.ports[0]).close()
         gateway.signal(signal.SIGTERM)
         assert gateway.wait() in ENDED_BY_SIGTERM
+
+
+def test_a_daemon_reloads_and_drains(tmp_path: Path, start_broker: StartBroker, ca_file: Path) -> None:
+    """The process that stays in the background is the one that hears the signals."""
+    broker = start_broker()
+    config = configured(tmp_path, broker.port, ca_file)
+    pid_file, log = tmp_path / "pid", tmp_path / "log"
+    twistd = [sys.executable, str(Path(sys.executable).with_name("twistd"))]
+    options = [f"--pidfile={pid_file}", f"--logfile={log}", "--rundir=/"]
+    subprocess.run([*twistd, *options, "mqtts-gateway", "--config", str(config)], check=True, timeout=60)
+    found = eventually(lambda: re.search(r"listening for plain MQTT on \S+:(\d+)\n", log.read_text()), "it listens")
+    pid = int(pid_file.read_text())
+    try:
+        configured(tmp_path, broker.port, ca_file, "[drain]\nseconds = 0\n")
+        os.kill(pid, signal.SIGHUP)
+        eventually(lambda: "reloaded: drain.seconds\n" in log.read_text(), "the reload")
+        device = established(int(found[1]))
+    finally:
+        os.kill(pid, signal.SIGTERM)
+    assert device.read_to_end()[:3:2] == b"\xe0\x8b"
+    device.close()
+    eventually(lambda: not pid_file.exists(), "no PID file")
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_second_signal_ends_a_drain_at_once(tmp_path: Path, start_broker: StartBroker, ca_file: Path) -> None:

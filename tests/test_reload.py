@@ -351,6 +351,51 @@ def test_a_bad_file_leaves_the_old_one_in_force(
     gateway.wait_ended(2)
 
 
+def test_a_refused_configuration_stays_refused_when_a_file_is_renewed(
+    start_gateway: StartGateway, ca: trustme.CA, tmp_path: Path, logged_errors: list[Any]
+) -> None:
+    """Only reading it again can tell that it is right; a file that was refused is told beside it."""
+    ca_file = tmp_path / "ca.pem"
+    ca.cert_pem.write_to_path(str(ca_file))
+    gateway = start_gateway(upstream=1, ca_file=ca_file)
+
+    def read() -> Any:
+        return from_mapping({"upstream": []})
+
+    good, gateway.service._reread = gateway.service._reread, read
+    gateway.call(gateway.service.reload)
+    (refused,) = [part for part in gateway.service.status.split("; ") if "refused" in part]
+    assert refused.startswith("reload refused, all goes on as before: upstream: ")
+    ca_file.write_text("no certificate")
+    eventually(lambda: "tls.ca_file" in gateway.service.status, "the bad file is seen")
+    assert refused in gateway.service.status
+    ca.cert_pem.write_to_path(str(ca_file))
+    eventually(lambda: "tls.ca_file" not in gateway.service.status, "the good file is seen")
+    assert refused in gateway.service.status
+    gateway.service._reread = good
+    gateway.call(gateway.service.reload)
+    assert "refused" not in gateway.service.status
+    logged_errors.clear()
+
+
+def test_a_mistake_in_a_reload_is_a_refusal(
+    start_gateway: StartGateway, start_broker: StartBroker, logged_errors: list[Any]
+) -> None:
+    """Whatever is raised, the gateway goes on, and does not seem to reload for ever."""
+    gateway = start_gateway(upstream=start_broker().port)
+
+    def read() -> Any:
+        raise ZeroDivisionError
+
+    gateway.service._reread = read
+    gateway.call(gateway.service.reload)
+    assert "a mistake of the gateway, see the log" in gateway.service.status
+    assert logged_errors[0]["log_failure"].check(ZeroDivisionError)
+    logged_errors.clear()
+    established(gateway.port).close()
+    gateway.wait_ended()
+
+
 # ---- often
 
 
