@@ -1,4 +1,4 @@
-"""`mqtts-gateway`: check, init, demo.
+"""`mqtts-gateway`: check, init, device, demo.
 
 In: the command line.  Out: an exit status: 0; 1 if something failed, a wrong command line included; 130 if the user
 interrupted.  `check --strict` has 2 for warnings.
@@ -21,6 +21,7 @@ from gateway.cli.report import complain
 _COMMANDS = {
     "check": "go the way of a session and say what works",
     "init": "write a commented configuration",
+    "device": "keep the directory of rules for devices",
     "demo": "show everything on this machine alone",
 }
 _INTERRUPTED = 130  # what shells give a program that SIGINT ended

@@ -22,8 +22,8 @@ _WILDCARDS = frozenset("*?[")
 
 def read_directory(
     directory: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]
-) -> tuple[list[tuple[str, Device]], list[str]]:
-    """Return the rules, each after what its file is called in messages, and all problems.
+) -> tuple[list[tuple[Path, Device]], list[str]]:
+    """Return the rules, each after its file, and all problems.
 
     `filled` adds to what a file holds the values that stand in for what it leaves out.
 
@@ -34,15 +34,19 @@ def read_directory(
         paths = sorted(path for path in directory.iterdir() if path.suffix == ".toml" and path.name[0] != ".")
     except OSError as error:
         return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}"]
-    rules: list[tuple[str, Device]] = []
+    rules: list[tuple[Path, Device]] = []
     problems: list[str] = []
     for path in paths:
-        label = quoted(str(path), 4096)
         try:
-            rules.append((label, _read(path, filled)))
+            rules.append((path, _read(path, filled)))
         except ConfigError as error:
-            problems += _labelled(label, error)
+            problems += _labelled(file_label(path), error)
     return rules, problems
+
+
+def file_label(path: Path) -> str:
+    """Say what a file is called in messages."""
+    return quoted(str(path), 4096)
 
 
 def _read(path: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> Device:

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 
 from gateway.config.devices import Device, anchored, cross_problems
-from gateway.config.directory import read_directory
+from gateway.config.directory import file_label, read_directory
 from gateway.config.profiles import profiled, with_profile
 from gateway.config.schema import TLS, Config
 from gateway.config.structure import structure, structure_device
@@ -137,8 +137,8 @@ def _with_devices(config: Config, base: Path) -> Config:
     ]
     directory = config.devices.directory
     profile = partial(with_profile, config.devices.profile, config.upstream[0].host)
-    rules, problems = ([], []) if directory is None else read_directory(base / directory, profile)
-    rules += own
+    in_files, problems = ([], []) if directory is None else read_directory(base / directory, profile)
+    rules = [*((file_label(path), device) for path, device in in_files), *own]
     everybody = profile({})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
         # What the broker demands, it demands of devices without a rule, too.

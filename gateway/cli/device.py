@@ -1,0 +1,447 @@
+"""`mqtts-gateway device`: the directory of rules for devices, kept by commands.
+
+In: a command line; a CSV file of devices.  Out: files in the directory, what to do next, an exit status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import getpass
+import json
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+from attrs import frozen
+
+from gateway.cli.certificates import expiry
+from gateway.cli.device_files import (
+    KEY_TYPES,
+    Authority,
+    DeviceProblem,
+    Files,
+    Writer,
+    certificate_pem,
+    exact_pattern,
+    key_pem,
+    make_key,
+    now,
+    request_pem,
+    rule_text,
+)
+from gateway.cli.report import complain
+from gateway.config import Config, Device, load_file
+from gateway.config.directory import read_directory
+from gateway.config.passwords import hash_password
+from gateway.config.profiles import with_profile
+from gateway.config.structure import structure_device
+from gateway.errors import ConfigError
+from gateway.text import printable
+from gateway.tls.trust import read_certificates, read_private_key
+
+_CONFIG = "/etc/mqtts-gateway/gateway.toml"
+_SECRET = 0o600
+_PUBLIC = 0o644
+_SALT_SIZE = 16
+_LONGEST_ROW = 65_536
+# Columns that are no keys of a rule: what they hold becomes some.
+_ID, _COMMON_NAME, _PASSWORD = "id", "common_name", "password"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of `device`."""
+    commands = parser.add_subparsers(metavar="ACTION", required=True)
+
+    def command(
+        name: str, action: Callable[[_Rules, argparse.Namespace], int], summary: str
+    ) -> argparse.ArgumentParser:
+        each = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        each.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
+        each.set_defaults(action=action)
+        return each
+
+    add = command("add", _add, "write a device's rule, with a key and a certificate if wanted")
+    _identifier(add)
+    _identity(add)
+    add.add_argument("--cert", metavar="FILE", help="the certificate that was issued for the request of --csr")
+    add.add_argument("--common-name", metavar="NAME", help="for the certificate, in place of the Client Identifier")
+    add.add_argument("--lan-password", action="store_true", help="ask for the password that the device must send")
+    add.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the rule, its value as in TOML; repeatable",
+    )
+    listing = command("list", _list, "list the devices that have a rule")
+    listing.add_argument("--json", action="store_true", help="for programs")
+    show = command("show", _show, "show one device's rule and certificate")
+    _identifier(show)
+    remove = command("remove", _remove, "take a device's rule away")
+    _identifier(remove)
+    remove.add_argument("--keys", action="store_true", help="its key, request and certificate as well, for good")
+    importing = command("import", _import, "add the devices of a CSV file, all or none")
+    importing.add_argument(
+        "file", metavar="CSV", help="columns: id (the Client Identifier), password, common_name, keys of rules"
+    )
+    _identity(importing)
+
+
+def _identifier(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("client_id", metavar="ID", help="the Client Identifier")
+
+
+def _identity(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--csr", action="store_true", help="make a key and a certificate signing request")
+    parser.add_argument("--ca-cert", metavar="FILE", help="make a key, and issue a certificate of this CA's")
+    parser.add_argument("--ca-key", metavar="FILE", help="the private key of --ca-cert")
+    parser.add_argument("--days", type=int, default=730, help="how long that certificate is good for (default: 730)")
+    parser.add_argument("--key-type", choices=KEY_TYPES, default=KEY_TYPES[0], help="(default: %(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what is asked; return 0, or 1 if it cannot be done."""
+    try:
+        rules = _Rules.of(Path(arguments.config))
+        status: int = arguments.action(rules, arguments)
+    except (ConfigError, _Problems) as error:
+        for problem in error.problems:
+            complain(problem)
+        return 1
+    except DeviceProblem as error:
+        complain(str(error))
+        return 1
+    return status
+
+
+class _Problems(Exception):
+    """Several things are wrong."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__(*problems)
+        self.problems = problems
+
+
+@frozen
+class _Rules:
+    """The directory and what the configuration says about it."""
+
+    config: Config
+    file: Path
+    directory: Path
+
+    @classmethod
+    def of(cls, path: Path) -> _Rules:
+        config = load_file(path)
+        directory = config.devices.directory
+        if directory is None:
+            raise DeviceProblem(
+                f'{path} names no directory of rules: write directory = "devices" under [devices] and make it'
+            )
+        return cls(config, path, directory)
+
+    def filled(self, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a rule's table with what the profile adds."""
+        return with_profile(self.config.devices.profile, self.config.upstream[0].host, table)
+
+    def devices(self) -> list[tuple[Path, Device]]:
+        """Return the rules of the directory, each after its file."""
+        rules, problems = read_directory(self.directory, self.filled)
+        if problems:
+            raise _Problems(problems)
+        return rules
+
+    def find(self, client_identifier: str) -> tuple[Path, Device]:
+        """Return a device's rule and its file.  Raises `DeviceProblem`."""
+        pattern = exact_pattern(client_identifier)
+        for path, device in self.devices():
+            if device.match_client_id == (pattern,):
+                return path, device
+        raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" alone')
+
+
+@frozen
+class _New:
+    """A device that is to be added: its rule, and whether and how it gets a certificate."""
+
+    client_identifier: str
+    common_name: str
+    table: Mapping[str, Any]
+
+
+def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
+    issuer = _issuer(arguments)
+    table = _set_keys(arguments.set)
+    if arguments.lan_password:
+        table["lan_password"] = hash_password(_ask_password(), os.urandom(_SALT_SIZE))
+    identifier = arguments.client_id
+    new = _New(identifier, arguments.common_name or identifier, table)
+    with Writer.all_or_nothing() as writer:
+        if arguments.cert is not None:
+            _with_certificate(rules, new, Path(arguments.cert), writer)
+        else:
+            _with_identity(rules, new, issuer, arguments, writer)
+    _tell_next(rules, arguments)
+    return 0
+
+
+def _import(rules: _Rules, arguments: argparse.Namespace) -> int:
+    """Add all devices of a file; if anything is wrong with one of them, none is added."""
+    devices = _read_csv(Path(arguments.file))
+    issuer = _issuer(arguments)
+    with Writer.all_or_nothing() as writer:
+        problems = []
+        for line, new in devices:
+            try:
+                _with_identity(rules, new, issuer, arguments, writer)
+            except (DeviceProblem, ConfigError) as error:
+                lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+                problems += [f"{arguments.file}: line {line}: {problem}" for problem in lines]
+        if problems:
+            raise _Problems(problems)
+    print(f"{len(devices)} devices added")
+    _tell_next(rules, arguments)
+    return 0
+
+
+def _with_identity(
+    rules: _Rules, new: _New, issuer: Authority | None, arguments: argparse.Namespace, writer: Writer
+) -> None:
+    """Write a device's files: with a request, with a certificate of `issuer`'s, or the rule alone."""
+    files = Files.of(rules.directory, new.client_identifier)
+    _refuse_a_second(rules, new.client_identifier, files)
+    if issuer is None and not arguments.csr:
+        _write_rule(rules, new, files, {}, writer)
+        return
+    key = make_key(arguments.key_type)
+    writer.write(files.key, key_pem(key), _SECRET)
+    if issuer is None:
+        writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
+        # No rule yet: without the certificate, the device would go by the gateway's own.
+        _check_rule(rules, new.table)
+        return
+    certificate = issuer.issue(key, new.common_name, arguments.days, now())
+    writer.write(files.certificate, certificate_pem(certificate), _PUBLIC)
+    _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
+
+
+def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) -> None:
+    """Write a device's rule now that its certificate has been issued."""
+    files = Files.of(rules.directory, new.client_identifier)
+    _refuse_a_second(rules, new.client_identifier, files)
+    try:
+        chain = read_certificates(source)
+    except ValueError as error:
+        raise DeviceProblem(f"{source} {error}") from None
+    try:
+        key = read_private_key(files.key)
+    except ValueError as error:
+        raise DeviceProblem(f"{files.key} {error}; `device add ID --csr` makes it") from None
+    if chain[0].public_key() != key.public_key():
+        raise DeviceProblem(f"the first certificate in {source} is not for the key in {files.key}")
+    writer.write(files.certificate, b"".join(certificate_pem(each) for each in chain), _PUBLIC)
+    _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
+
+
+def _write_rule(rules: _Rules, new: _New, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
+    table = {**identity, **new.table}
+    _check_rule(rules, table)
+    writer.write(files.rule, rule_text(new.client_identifier, table).encode(), _PUBLIC)
+
+
+def _check_rule(rules: _Rules, table: Mapping[str, Any]) -> None:
+    structure_device(rules.filled(table))
+
+
+def _refuse_a_second(rules: _Rules, client_identifier: str, files: Files) -> None:
+    if not client_identifier:
+        raise DeviceProblem("the Client Identifier is empty")
+    if files.rule.exists():
+        raise DeviceProblem(f'"{printable(client_identifier)}" has a rule already: {files.rule}')
+    pattern = exact_pattern(client_identifier)
+    if any(device.match_client_id == (pattern,) for device in rules.config.device):
+        raise DeviceProblem(f'"{printable(client_identifier)}" has a rule already, in another file')
+
+
+def _issuer(arguments: argparse.Namespace) -> Authority | None:
+    given = [name for name in ("csr", "ca_cert", "cert") if getattr(arguments, name, None)]
+    if len(given) > 1:
+        raise DeviceProblem("--csr, --ca-cert and --cert exclude each other")
+    if (arguments.ca_cert is None) != (arguments.ca_key is None):
+        raise DeviceProblem("--ca-cert and --ca-key go together")
+    if arguments.days < 1:
+        raise DeviceProblem(f"--days {arguments.days}: a certificate is good for a day at least")
+    if arguments.ca_cert is None:
+        return None
+    return Authority.read(Path(arguments.ca_cert), Path(arguments.ca_key))
+
+
+def _set_keys(pairs: list[str]) -> dict[str, Any]:
+    """Read `KEY=VALUE`s."""
+    table: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip():
+            raise DeviceProblem(f"--set {printable(pair)}: write KEY=VALUE")
+        table[key.strip()] = _value(value.strip())
+    return table
+
+
+def _value(text: str) -> Any:
+    """Read a value as TOML; what is none is a text, so that nobody has to quote twice."""
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, ValueError):
+        return text
+    return parsed["value"] if set(parsed) == {"value"} else text
+
+
+def _read_csv(path: Path) -> list[tuple[int, _New]]:
+    """Read a CSV file (RFC 4180, UTF-8) whose first row names the columns.  Raises `_Problems`."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            return list(_rows(path, file))
+    except OSError as error:
+        raise DeviceProblem(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DeviceProblem(f"{path} is not UTF-8") from None
+    except csv.Error as error:
+        raise DeviceProblem(f"{path} is no CSV file: {error}") from None
+
+
+def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
+    csv.field_size_limit(_LONGEST_ROW)
+    reader = csv.DictReader(lines, strict=True)
+    columns = reader.fieldnames or []
+    known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(Device))}
+    problems = [
+        f"{path}: the column {printable(str(column))} is no key of a rule" for column in columns if column not in known
+    ]
+    if _ID not in columns:
+        problems.append(f"{path}: there is no column {_ID}; the first row names the columns")
+    if problems:
+        raise _Problems(problems)
+    for row in reader:
+        if None in row or None in row.values():
+            problems.append(f"{path}: line {reader.line_num}: it has not as many fields as the first row")
+            continue
+        table = {
+            key: _value(value) for key, value in row.items() if value and key not in {_ID, _COMMON_NAME, _PASSWORD}
+        }
+        if row.get(_PASSWORD):
+            table["lan_password"] = hash_password(row[_PASSWORD].encode(), os.urandom(_SALT_SIZE))
+        identifier = row[_ID]
+        yield reader.line_num, _New(identifier, row.get(_COMMON_NAME) or identifier, table)
+    if problems:
+        raise _Problems(problems)
+
+
+def _ask_password() -> bytes:
+    """Ask on the terminal, or read a line where there is none; a command line would show it to everybody."""
+    if sys.stdin.isatty():
+        password = getpass.getpass("password of the device: ")
+        if getpass.getpass("once more: ") != password:
+            raise DeviceProblem("the two are not the same")
+    else:
+        password = sys.stdin.readline().removesuffix("\n").removesuffix("\r")
+    if not password:
+        raise DeviceProblem("the password is empty")
+    return password.encode("utf-8", "surrogateescape")
+
+
+def _list(rules: _Rules, arguments: argparse.Namespace) -> int:
+    facts = [_facts(path, device) for path, device in rules.devices()]
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for each in facts:
+        print(f"{printable(', '.join(each['client_id']) or 'everybody')}  {each['identity']}")
+    print(f"{len(facts)} devices in {rules.directory}", file=sys.stderr)
+    return 0
+
+
+def _show(rules: _Rules, arguments: argparse.Namespace) -> int:
+    path, device = rules.find(arguments.client_id)
+    print(f"rule         {path}")
+    print(f"identity     {_identity_words(device)}")
+    default = Device()
+    for field in attrs.fields(Device):
+        value = getattr(device, field.name)
+        if value != getattr(default, field.name) and field.name != "name":
+            print(f"{field.name:<12} {_shown(field.name, value)}")
+    return 0
+
+
+def _shown(key: str, value: Any) -> str:
+    if key == "lan_password":
+        return "set"
+    if key == "password_command":
+        return f"{value[0]} with {len(value) - 1} arguments"
+    if isinstance(value, tuple):
+        return ", ".join(printable(str(each)) for each in value)
+    return printable(str(value))
+
+
+def _facts(path: Path, device: Device) -> dict[str, Any]:
+    return {
+        "client_id": list(device.match_client_id),
+        "file": str(path),
+        "identity": _identity_words(device),
+    }
+
+
+def _identity_words(device: Device) -> str:
+    """Say by what the device proves at the broker who it is."""
+    parts = []
+    if device.client_cert is not None:
+        try:
+            certificate = read_certificates(device.client_cert)[0]
+        except ValueError as error:
+            parts.append(f"certificate {device.client_cert} {error}")
+        else:
+            _, words = expiry(certificate)
+            parts.append(f"certificate {printable(certificate.subject.rfc4514_string())}, {words}")
+    for key, words in (
+        ("sas_key_file", "SAS tokens"),
+        ("jwt_key_file", "JSON Web Tokens"),
+        ("password_file", "a password from a file"),
+        ("password_credential", "a password from a credential"),
+        ("password_command", "a password from a program"),
+    ):
+        if getattr(device, key):
+            parts.append(words)
+    return " and ".join(parts) or "what the device sends"
+
+
+def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
+    path, _ = rules.find(arguments.client_id)
+    files = Files.of(rules.directory, arguments.client_id)
+    beside = [each for each in (files.key, files.request, files.certificate) if each.exists()]
+    gone = [path, *beside] if arguments.keys else [path]
+    for each in gone:
+        try:
+            each.unlink()
+        except OSError as error:
+            raise DeviceProblem(f"{each} cannot be removed: {error.strerror}") from None
+        print(f"removed {each}")
+    for each in beside if not arguments.keys else []:
+        print(f"kept {each}; --keys removes it, too")
+    print(
+        "next: the gateway goes by it after a reload: systemctl reload mqtts-gateway; revoke the certificate at its CA"
+    )
+    return 0
+
+
+def _tell_next(rules: _Rules, arguments: argparse.Namespace) -> None:
+    if arguments.csr:
+        print(
+            f"next: have the *.csr.pem in {rules.directory} signed, then, for each: "
+            f"mqtts-gateway device add ID --config {rules.file} --cert FILE"
+        )
+        return
+    print(f"next: mqtts-gateway check --files --config {rules.file}, then systemctl reload mqtts-gateway")

@@ -1,0 +1,243 @@
+"""A directory of rules for devices as commands change it: one TOML file each, and beside it a key and a certificate.
+
+In: Client Identifiers, keys of `[[device]]` with their values, a CA.  Out: files that are whole or not there at all.
+
+A file's name is the Client Identifier where that is fit to be one; otherwise it is made of what is left and a digest,
+and the rule names the Client Identifier itself.  So no Client Identifier leads out of the directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from attrs import define, frozen
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from gateway.errors import GatewayError
+from gateway.tls.trust import PrivateKey, read_certificates, read_private_key
+
+_FIT = re.compile(r"[A-Za-z0-9_@:-][A-Za-z0-9._@:-]{0,99}")
+_UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
+_WILDCARD = re.compile(r"([*?\[])")
+# X.520: upper bound of a common name, in characters.
+_LONGEST_COMMON_NAME = 64
+# A device's clock is nobody's concern, but the broker's may be behind the CA's.
+_BACKDATED = timedelta(hours=1)
+KEY_TYPES = ("p256", "rsa2048")
+
+
+class DeviceProblem(GatewayError):
+    """A device's files cannot be what they are asked to be; `str()` names thing, cause and remedy."""
+
+
+@frozen
+class Files:
+    """The files of one device, there or not."""
+
+    rule: Path
+    key: Path
+    request: Path
+    certificate: Path
+
+    @classmethod
+    def of(cls, directory: Path, client_identifier: str) -> Files:
+        """Say which they are."""
+        stem = stem_of(client_identifier)
+        return cls(*(directory / f"{stem}{end}" for end in (".toml", "-key.pem", ".csr.pem", ".pem")))
+
+
+def stem_of(client_identifier: str) -> str:
+    """Return the name, without ending, of a device's files."""
+    # A name that ends so could be taken for another device's key or request.
+    if _FIT.fullmatch(client_identifier) and not client_identifier.endswith(("-key", ".csr")):
+        return client_identifier
+    digest = sha256(client_identifier.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{_UNFIT.sub('_', client_identifier)[:40]}-{digest}"
+
+
+def exact_pattern(client_identifier: str) -> str:
+    """Return the pattern that matches this Client Identifier and no other."""
+    return _WILDCARD.sub(r"[\1]", client_identifier)
+
+
+def rule_text(client_identifier: str, table: Mapping[str, Any], remark: str = "") -> str:
+    """Write a rule as TOML."""
+    lines = [f"# {remark}"] if remark else []
+    if not any(key.startswith("match_") for key in table):
+        # Always written, so that a file may be renamed.
+        lines.append(f"match_client_id = {toml(exact_pattern(client_identifier))}")
+    lines += [f"{key} = {toml(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def toml(value: Any) -> str:
+    """Write a value as TOML does."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # TOML's basic strings escape as JSON's do, and DEL as well; a surrogate is no character there.
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise DeviceProblem("a value holds half a surrogate pair, which no file can hold")
+        return text
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml(each) for each in value) + "]"
+    if isinstance(value, int | float):
+        return repr(value)
+    raise DeviceProblem(f"a value of the type {type(value).__name__} has no place in a rule")
+
+
+@define
+class Writer:
+    """Writes files that were not there, and takes all of them away again if one cannot be written."""
+
+    _written: list[Path]
+
+    @classmethod
+    @contextlib.contextmanager
+    def all_or_nothing(cls) -> Iterator[Writer]:
+        """Give a writer; an exception undoes what it wrote."""
+        writer = cls([])
+        try:
+            yield writer
+        except BaseException:
+            for path in writer._written:
+                path.unlink(missing_ok=True)
+            raise
+
+    def write(self, path: Path, data: bytes, mode: int) -> None:
+        """Write a new file, whole, with its mode from the first byte on.  Raises `DeviceProblem`."""
+        part = path.with_name(f".{path.name}.part")
+        try:
+            part.unlink(missing_ok=True)
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    os.fchmod(file.fileno(), mode)  # whatever the umask is
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                # Unlike a rename, a link writes over nothing.
+                path.hardlink_to(part)
+                self._written.append(path)
+            finally:
+                part.unlink(missing_ok=True)
+        except FileExistsError:
+            raise DeviceProblem(f"{path} is there already: `device remove` takes a device away") from None
+        except OSError as error:
+            raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
+
+
+def make_key(kind: str) -> PrivateKey:
+    """Make a private key of one of `KEY_TYPES`."""
+    if kind == "rsa2048":
+        return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_pem(key: PrivateKey) -> bytes:
+    """Write a private key (PKCS #8)."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """Write a certificate."""
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def request_pem(key: PrivateKey, common_name: str) -> bytes:
+    """Write a certificate signing request (RFC 2986) for a device.  Raises `DeviceProblem`."""
+    builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(common_name))
+    return builder.sign(key, _hash(key)).public_bytes(Encoding.PEM)
+
+
+@frozen
+class Authority:
+    """A CA that issues devices' certificates."""
+
+    certificate: x509.Certificate
+    key: PrivateKey
+
+    @classmethod
+    def read(cls, certificate: Path, key: Path) -> Authority:
+        """Read it from files.  Raises `DeviceProblem`."""
+        try:
+            certified, private = read_certificates(certificate)[0], read_private_key(key)
+        except ValueError as error:
+            raise DeviceProblem(f"{certificate if 'certificate' in str(error) else key} {error}") from None
+        if private.public_key() != certified.public_key():
+            raise DeviceProblem(f"{key} is not the key of {certificate}")
+        try:
+            constraints = certified.extensions.get_extension_for_class(x509.BasicConstraints).value
+        except x509.ExtensionNotFound:
+            constraints = None
+        if constraints is None or not constraints.ca:
+            raise DeviceProblem(f"{certificate} is no CA's: name the one that your broker trusts for devices")
+        return cls(certified, private)
+
+    def issue(self, key: PrivateKey, common_name: str, days: int, now: datetime) -> x509.Certificate:
+        """Issue a device's certificate (RFC 5280), good for TLS clients alone.  Raises `DeviceProblem`."""
+        start, end = now - _BACKDATED, now + timedelta(days=days)
+        if end > self.certificate.not_valid_after_utc:
+            raise DeviceProblem(
+                f"the CA's certificate ends on {self.certificate.not_valid_after_utc:%Y-%m-%d}, before the device's "
+                f"would: give fewer --days than {days}"
+            )
+        usage = x509.KeyUsage(
+            digital_signature=True,
+            content_commitment=False,
+            key_encipherment=False,
+            data_encipherment=False,
+            key_agreement=False,
+            key_cert_sign=False,
+            crl_sign=False,
+            encipher_only=False,
+            decipher_only=False,
+        )
+        public = key.public_key()
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(_subject(common_name))
+            .issuer_name(self.certificate.subject)
+            .public_key(public)
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(max(start, self.certificate.not_valid_before_utc))
+            .not_valid_after(end)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(usage, critical=True)
+            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
+        )
+        return builder.sign(self.key, _hash(self.key))
+
+
+def _subject(common_name: str) -> x509.Name:
+    if not 1 <= len(common_name) <= _LONGEST_COMMON_NAME:
+        raise DeviceProblem(
+            f"a common name has 1 to {_LONGEST_COMMON_NAME} characters, this one {len(common_name)}: "
+            "give another by --common-name"
+        )
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _hash(key: PrivateKey) -> hashes.SHA256 | None:
+    """Return what a key signs with; Edwards curves bring their own."""
+    return None if isinstance(key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey) else hashes.SHA256()
+
+
+def now() -> datetime:
+    """Return the time of day."""
+    return datetime.now(UTC)

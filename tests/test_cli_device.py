@@ -1,0 +1,332 @@
+"""`mqtts-gateway device`: the directory of rules, its keys and certificates, kept by commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import subprocess
+import sys
+import tomllib
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.cli.device_files import exact_pattern, rule_text, stem_of
+from gateway.cli.main import console
+from gateway.config import Device, load_file
+from gateway.config.passwords import parse_hash
+from gateway.tls.trust import read_private_key
+from tests.pki import CLIENT, Certified, certify, certify_ca
+from tests.tools import require_tool
+
+
+class Site:
+    """A configuration with a directory of rules, and a CA for devices; `do` runs the command on it."""
+
+    def __init__(self, directory: Path, profile: str = "") -> None:
+        self.directory = directory / "devices"
+        self.directory.mkdir()
+        self.config = directory / "gateway.toml"
+        self.config.write_text(
+            f'[[upstream]]\nhost = "b.example"\n[devices]\ndirectory = "devices"\nprofile = "{profile}"\n'
+        )
+        self.ca = certify_ca()
+        self.ca_cert, self.ca_key = directory / "ca.pem", directory / "ca-key.pem"
+        self.ca_cert.write_bytes(self.ca.pem)
+        self.ca_key.write_bytes(self.ca.key_pem)
+
+    def do(self, action: str, *arguments: str) -> int:
+        return console(["device", action, "--config", str(self.config), *arguments])
+
+    @property
+    def issuing(self) -> tuple[str, ...]:
+        return "--ca-cert", str(self.ca_cert), "--ca-key", str(self.ca_key), "--days", "20"
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.directory.iterdir())
+
+    def rule(self, name: str) -> Device:
+        (rule,) = [device for device in load_file(self.config).device if device.match_client_id == (name,)]
+        return rule
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def common_name(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str:
+    (attribute,) = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(attribute.value)
+
+
+def test_a_device_gets_a_certificate_of_its_own(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Issued by the CA, for TLS clients alone, with the Client Identifier as common name; the key is nobody else's."""
+    assert site.do("add", "sensor-1", *site.issuing, "--set", "max_qos=1") == 0
+    assert site.files() == ["sensor-1-key.pem", "sensor-1.pem", "sensor-1.toml"]
+    rule = site.rule("sensor-1")
+    assert (rule.client_cert, rule.client_key) == (
+        site.directory / "sensor-1.pem",
+        site.directory / "sensor-1-key.pem",
+    )
+    assert rule.max_qos == 1
+    certificate = x509.load_pem_x509_certificate((site.directory / "sensor-1.pem").read_bytes())
+    certificate.verify_directly_issued_by(site.ca.certificate)
+    assert common_name(certificate) == "sensor-1"
+    usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert certificate.public_key() == read_private_key(site.directory / "sensor-1-key.pem").public_key()
+    left = certificate.not_valid_after_utc - datetime.now(UTC)
+    assert timedelta(days=19) < left <= timedelta(days=20)
+    assert stat.S_IMODE((site.directory / "sensor-1-key.pem").stat().st_mode) == 0o600
+    assert stat.S_IMODE((site.directory / "sensor-1.toml").stat().st_mode) == 0o644
+    assert f"mqtts-gateway check --files --config {site.config}" in capfd.readouterr().out
+
+
+def test_openssl_accepts_the_certificate(site: Site) -> None:
+    """Strictly, for the purpose of a TLS client."""
+    assert site.do("add", "sensor-1", *site.issuing) == 0
+    command = [require_tool("openssl"), "verify", "-x509_strict", "-purpose", "sslclient", "-CAfile", str(site.ca_cert)]
+    subprocess.run([*command, str(site.directory / "sensor-1.pem")], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("key_type", ["p256", "rsa2048"])
+def test_a_request_is_signed_elsewhere(site: Site, tmp_path: Path, key_type: str) -> None:
+    """Until its certificate has come there is no rule, so that the device never goes by another's identity."""
+    assert site.do("add", "sensor-1", "--csr", "--key-type", key_type) == 0
+    assert site.files() == ["sensor-1-key.pem", "sensor-1.csr.pem"]
+    request = x509.load_pem_x509_csr((site.directory / "sensor-1.csr.pem").read_bytes())
+    assert request.is_signature_valid
+    assert common_name(request) == "sensor-1"
+    key = read_private_key(site.directory / "sensor-1-key.pem")
+    assert isinstance(key, rsa.RSAPrivateKey) == (key_type == "rsa2048")
+    issued = tmp_path / "issued.pem"
+    issued.write_bytes(certify(site.ca, subject="sensor-1", names=(), purposes=(CLIENT,), key=key).pem)
+    assert site.do("add", "sensor-1", "--cert", str(issued)) == 0
+    assert site.rule("sensor-1").client_key == site.directory / "sensor-1-key.pem"
+
+
+def test_a_certificate_for_another_key_is_refused(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two devices' certificates are easily confused."""
+    assert site.do("add", "sensor-1", "--csr") == 0
+    issued = tmp_path / "issued.pem"
+    issued.write_bytes(certify(site.ca, subject="sensor-1", names=(), purposes=(CLIENT,)).pem)
+    assert site.do("add", "sensor-1", "--cert", str(issued)) == 1
+    assert "is not for the key in" in capfd.readouterr().err
+    assert site.files() == ["sensor-1-key.pem", "sensor-1.csr.pem"]
+
+
+def test_nothing_is_written_over(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Neither a rule nor a key that lies there without one."""
+    assert site.do("add", "sensor-1") == 0
+    assert site.do("add", "sensor-1") == 1
+    assert 'mqtts-gateway: "sensor-1" has a rule already' in capfd.readouterr().err
+    (site.directory / "sensor-2-key.pem").write_text("mine")
+    assert site.do("add", "sensor-2", *site.issuing) == 1
+    assert (site.directory / "sensor-2-key.pem").read_text() == "mine"
+    assert site.files() == ["sensor-1.toml", "sensor-2-key.pem"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--set", "max_qos=3"], "max_qos: 3 is out of range"),
+        (["--set", "color=red"], "color: unknown key"),
+        (["--set", "max_qos"], "write KEY=VALUE"),
+        (["--csr", "--cert", "x"], "exclude each other"),
+        (["--ca-cert", "x"], "--ca-cert and --ca-key go together"),
+        (["--csr", "--common-name", "x" * 65], "a common name has 1 to 64 characters, this one 65"),
+    ],
+)
+def test_a_device_that_cannot_be_leaves_nothing_behind(
+    site: Site, capfd: pytest.CaptureFixture[str], options: list[str], words: str
+) -> None:
+    """No half of its files, and the reason in words."""
+    assert site.do("add", "sensor-1", *options) == 1
+    assert words in capfd.readouterr().err
+    assert site.files() == []
+
+
+def test_the_ca_must_be_one_and_outlive_the_device(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Brokers would refuse what it issues."""
+    leaf = certify(site.ca)
+    site.ca_cert.write_bytes(leaf.pem)
+    assert site.do("add", "a", *site.issuing) == 1
+    site.ca_key.write_bytes(leaf.key_pem)
+    assert site.do("add", "a", *site.issuing) == 1
+    ca: Certified = certify_ca()
+    site.ca_cert.write_bytes(ca.pem)
+    site.ca_key.write_bytes(ca.key_pem)
+    assert site.do("add", "a", *site.issuing[:4], "--days", "31") == 1
+    errors = capfd.readouterr().err.splitlines()
+    assert [words in line for words, line in zip(("not the key of", "is no CA's", "--days"), errors, strict=True)]
+    assert site.files() == []
+
+
+@pytest.mark.parametrize("name", ["../../etc/x", "a/b", ".hidden", "*", "a-key", "x" * 300, "é\u202e", "a\nb", "a.csr"])
+def test_no_client_identifier_leads_out_of_the_directory(site: Site, name: str) -> None:
+    """Nor is it lost: the rule is for that Client Identifier, and for no other."""
+    assert site.do("add", name, "--set", "max_qos=0") == 0
+    (file,) = site.files()
+    assert file.endswith(".toml")
+    assert file[0] != "."
+    (rule,) = load_file(site.config).device
+    assert rule.match_client_id == (exact_pattern(name),)
+    assert site.do("remove", name) == 0
+    assert site.files() == []
+
+
+@given(st.text(min_size=1, max_size=400).filter(lambda text: not any("\ud800" <= each <= "\udfff" for each in text)))
+def test_a_file_name_and_a_rule_can_be_made_of_any_client_identifier(name: str) -> None:
+    """The name is one of a file in the directory; the rule reads back as what it is for."""
+    stem = stem_of(name)
+    assert stem == Path(stem).name
+    assert len(stem.encode()) <= 200
+    assert tomllib.loads(rule_text(name, {}))["match_client_id"] == exact_pattern(name)
+
+
+@given(st.sets(st.text(max_size=120), min_size=2, max_size=2))
+def test_two_client_identifiers_never_share_files(names: set[str]) -> None:
+    """Also where one is made to look like the other's file."""
+    first, second = names
+    ends = (".toml", "-key.pem", ".csr.pem", ".pem")
+    assert {stem_of(first) + end for end in ends}.isdisjoint({stem_of(second) + end for end in ends})
+
+
+def test_a_lan_password_is_read_and_only_its_hash_is_kept(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From standard input where there is no terminal; never from the command line, which all can see."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("s3cret\n"))
+    assert site.do("add", "sensor-1", "--lan-password") == 0
+    assert "s3cret" not in (site.directory / "sensor-1.toml").read_text()
+    assert parse_hash(site.rule("sensor-1").lan_password).verify(b"s3cret")
+
+
+def test_devices_are_listed_and_shown(
+    site: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what each proves itself by, and no secret."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("s3cret\n"))
+    site.do("add", "sensor-1", *site.issuing, "--lan-password")
+    site.do("add", "sensor-2", "--set", "password_file=p", "--set", "publish=['a/#', 'b']")
+    capfd.readouterr()
+    assert site.do("list") == 0
+    shown = capfd.readouterr()
+    assert "sensor-1  certificate CN=sensor-1, 19 days left" in shown.out
+    assert "sensor-2  a password from a file" in shown.out
+    assert shown.err == f"2 devices in {site.directory}\n"
+    assert site.do("list", "--json") == 0
+    assert [each["client_id"] for each in json.loads(capfd.readouterr().out)] == [["sensor-1"], ["sensor-2"]]
+    assert site.do("show", "sensor-1") == 0
+    out = capfd.readouterr().out
+    assert "lan_password set" in out
+    assert "scrypt" not in out
+    assert site.do("show", "sensor-2") == 0
+    assert "publish      a/#, b" in capfd.readouterr().out
+    assert site.do("show", "sensor-3") == 1
+    assert 'is for "sensor-3" alone' in capfd.readouterr().err
+
+
+def test_a_device_is_removed(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its rule; its key only if asked for, since that is for good."""
+    site.do("add", "sensor-1", *site.issuing)
+    assert site.do("remove", "sensor-1") == 0
+    assert "kept" in capfd.readouterr().out
+    assert site.files() == ["sensor-1-key.pem", "sensor-1.pem"]
+    assert site.do("remove", "sensor-1") == 1
+    site.do("add", "sensor-2", *site.issuing)
+    assert site.do("remove", "sensor-2", "--keys") == 0
+    assert site.files() == ["sensor-1-key.pem", "sensor-1.pem"]
+
+
+def test_a_table_of_devices_is_imported(site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each with a key and a certificate of its own, and the keys of its row."""
+    table = tmp_path / "devices.csv"
+    table.write_text('id,password,bound_to,publish\nd1,pw,10.0.0.1,"a/#"\nd2,,"[""10.0.0.2"", ""10.0.0.3""]",\n')
+    assert site.do("import", str(table), *site.issuing) == 0
+    assert "2 devices added" in capfd.readouterr().out
+    first, second = site.rule("d1"), site.rule("d2")
+    assert parse_hash(first.lan_password).verify(b"pw")
+    assert second.lan_password == ""
+    assert [str(network) for network in second.bound_to] == ["10.0.0.2/32", "10.0.0.3/32"]
+    assert (first.publish, second.publish) == (("a/#",), None)
+    assert first.client_cert != second.client_cert
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("id,max_qos\nd1,1\nd2,3\nd3,9\n", ["line 3: max_qos: 3 is out of range", "line 4: max_qos: 9 is"]),
+        ("id\nd1\nd1\n", ['line 3: "d1" has a rule already']),
+        ("id,color\nd1,red\n", ["the column color is no key of a rule"]),
+        ("name\nd1\n", ["there is no column id"]),
+        ("id,max_qos\nd1\n", ["line 2: it has not as many fields as the first row"]),
+        ("id\n\xff", ["is not UTF-8"]),
+    ],
+)
+def test_all_devices_of_a_table_are_imported_or_none(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str, words: list[str]
+) -> None:
+    """Each problem is told with its line."""
+    table = tmp_path / "devices.csv"
+    table.write_bytes(text.encode("latin-1"))
+    assert site.do("import", str(table), *site.issuing) == 1
+    errors = capfd.readouterr().err
+    assert [word for word in words if word not in errors] == []
+    assert site.files() == []
+
+
+def test_the_profile_counts_when_a_rule_is_checked(tmp_path: Path) -> None:
+    """A SAS key needs no resource beside it where the profile gives one."""
+    site = Site(tmp_path, "azure-iot-hub")
+    assert site.do("add", "d1", "--set", "sas_key_file=d1.key") == 0
+    assert site.rule("d1").sas_resource == "b.example/devices/{client_id}"
+    assert "sas_resource" not in (site.directory / "d1.toml").read_text()
+
+
+def test_without_a_directory_there_is_nothing_to_keep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The message says what to write."""
+    config = tmp_path / "gateway.toml"
+    config.write_text('[[upstream]]\nhost = "b.example"\n')
+    assert console(["device", "list", "--config", str(config)]) == 1
+    assert 'write directory = "devices" under [devices]' in capfd.readouterr().err
+
+
+def test_a_failure_in_between_takes_back_what_was_written(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the second device: the first is gone again."""
+    table = tmp_path / "devices.csv"
+    table.write_text("id\nd1\nd2\n")
+    real = os.fsync
+    calls: list[int] = []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 4:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert site.do("import", str(table), *site.issuing) == 1
+    assert site.files() == []
+
+
+def test_the_documented_table_can_be_imported(site: Site, tmp_path: Path) -> None:
+    """As it stands in docs/devices.md."""
+    document = (Path(__file__).resolve().parent.parent / "docs" / "devices.md").read_text()
+    table = tmp_path / "devices.csv"
+    table.write_text(document.partition("```csv\n")[2].partition("```")[0])
+    assert site.do("import", str(table), "--csr") == 0
+    assert [name for name in site.files() if name.endswith("-key.pem")] == ["boiler-1-key.pem", "boiler-2-key.pem"]
+    assert site.do("add", "boiler-3", "--set", "publish=sensors/{client_id}/#") == 0
+    assert site.rule("boiler-3").publish == ("sensors/{client_id}/#",)
