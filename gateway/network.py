@@ -8,7 +8,7 @@ from __future__ import annotations
 
 # Read now, since the resolver's threads cannot when the gateway has shed its rights or has no descriptor left.
 import encodings.idna  # noqa: F401  for its effect
-from functools import partial
+from functools import lru_cache, partial
 from ipaddress import ip_address
 from threading import Thread
 from typing import Any, Protocol
@@ -29,8 +29,8 @@ class Network(Protocol):
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
         """Return the addresses of `host`, best first; none if there are none.  Cancelling it disturbs no one else."""
 
-    def endpoint(self, address: Address, timeout: float) -> IStreamClientEndpoint:
-        """Return the endpoint that connects to `address`, giving up after `timeout` seconds."""
+    def endpoint(self, address: Address) -> IStreamClientEndpoint:
+        """Return the endpoint that connects to `address`, for as long as it is not cancelled."""
 
 
 # Seconds for which a look-up may be joined.  Twisted's resolver does not answer at all when its thread ends in an
@@ -76,12 +76,9 @@ class ReactorNetwork:
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
         """See `Network.resolve`."""
-        try:
-            version = ip_address(host).version
-        except ValueError:
-            pass
-        else:
-            return succeed([IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)])
+        literal = _literal(host, port)
+        if literal is not None:
+            return succeed([literal])
         key = (host, port)
         now = self._reactor.seconds()
         look_up = self._under_way.get(key)
@@ -104,10 +101,21 @@ class ReactorNetwork:
             if not answer.called:
                 answer.callback(list(addresses))
 
-    def endpoint(self, address: Address, timeout: float) -> IStreamClientEndpoint:
+    def endpoint(self, address: Address) -> IStreamClientEndpoint:
         """See `Network.endpoint`."""
         make = TCP4ClientEndpoint if isinstance(address, IPv4Address) else TCP6ClientEndpoint
-        return make(self._reactor, address.host, address.port, timeout=timeout)
+        # No time-out of its own: whoever connects keeps one for all addresses together.
+        return make(self._reactor, address.host, address.port, timeout=None)  # type: ignore[arg-type]  # connectors know it
+
+
+@lru_cache(maxsize=32)
+def _literal(host: str, port: int) -> Address | None:
+    """Return the address that `host` is, if it is one and no name."""
+    try:
+        version = ip_address(host).version
+    except ValueError:
+        return None
+    return IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)
 
 
 @implementer(IResolutionReceiver)

@@ -6,9 +6,11 @@ In: endpoints in order of preference.  Out: the protocol of the first that conne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from twisted.internet.address import IPv6Address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IDelayedCall, IProtocol, IProtocolFactory, IReactorTime, IStreamClientEndpoint
 from twisted.python.failure import Failure
 
@@ -39,7 +41,15 @@ def race(
     The `Deferred` fires with the winner's protocol, or with a `list` of all the `Failure`s wrapped in `AllFailed`.
     Cancelling it gives up all attempts.
     """
+    if len(endpoints) == 1:
+        return endpoints[0].connect(factory).addErrback(_alone_failed)
     return _Race(list(endpoints), factory, clock).begin()
+
+
+def _alone_failed(failure: Failure) -> NoReturn:
+    if failure.check(CancelledError, ConnectingCancelledError) is not None:
+        raise CancelledError
+    raise AllFailed([failure])
 
 
 class AllFailed(Exception):

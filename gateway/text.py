@@ -13,6 +13,8 @@ def printable(text: str, limit: int = 256) -> str:
     `str.isprintable` leaves out controls, line separators, surrogates and the bidirectional overrides.  The backslash
     is doubled, so that an escape in the result was always made here.
     """
+    if len(text) <= limit and text.isprintable() and "\\" not in text:
+        return text
     shown = "".join(
         character if character.isprintable() and character != "\\" else _escape(character) for character in text[:limit]
     )

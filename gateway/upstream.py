@@ -457,7 +457,8 @@ class Dialler:
 async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
     """Return the broker's addresses in the order in which they are to be tried.  Raises `UpstreamFailure`."""
     try:
-        addresses = await network.resolve(upstream.connect_name, upstream.port).addTimeout(timeouts.dns, clock)
+        answer = network.resolve(upstream.connect_name, upstream.port)
+        addresses = await (answer if answer.called else answer.addTimeout(timeouts.dns, clock))
     except DeferredTimeout:
         raise UpstreamFailure(EndReason.DNS_FAILED, f"{upstream.host}: no answer within {timeouts.dns:g} s") from None
     if not addresses:
@@ -473,7 +474,7 @@ async def connect(
     timeouts: Timeouts,
 ) -> UpstreamProtocol:
     """Return a connection to whichever address answers first.  Raises `UpstreamFailure`."""
-    endpoints = [network.endpoint(address, timeouts.tcp) for address in addresses]
+    endpoints = [network.endpoint(address) for address in addresses]
     try:
         protocol = await race(endpoints, _UpstreamFactory(build), clock).addTimeout(timeouts.tcp, clock)
     except DeferredTimeout:

@@ -819,7 +819,7 @@ class FakeNetwork:
     def resolve(self, host: str, port: int) -> Deferred[Any]:
         return self.names.setdefault(host, Deferred())
 
-    def endpoint(self, address: Any, timeout: float) -> Any:
+    def endpoint(self, address: Any) -> Any:
         return self.endpoints.setdefault(address.host, Endpoint())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
 
 import idna
 
@@ -21,6 +22,8 @@ _LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*")
 
 
+# Asked for each session, of the few brokers that are configured.
+@lru_cache(maxsize=32)
 def normalise_name(text: str) -> str:
     """Give the name to verify (RFC 9525 §6.1): lower-case A-labels without trailing dot, or an IP address.
 
@@ -30,6 +33,7 @@ def normalise_name(text: str) -> str:
     return _address(_unbracketed(text)) or _dns_name(text)
 
 
+@lru_cache(maxsize=32)
 def connect_name(text: str) -> str:
     """Give the name to resolve: as `normalise_name`, but a trailing dot (no search list) and an IPv6 zone are kept.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from twisted.internet.interfaces import IAddress
@@ -118,6 +119,8 @@ class Doorkeeper:
         return taken
 
 
+# Asked of a device's address some times in each of its sessions; those who connect most are kept.
+@lru_cache(maxsize=1024)
 def plain_address(host: str) -> IPv4Address | IPv6Address:
     """Parse the address of a socket: without its zone, and an IPv4 address that came in by IPv6 as what it is."""
     address = ip_address(host.partition("%")[0])
@@ -128,8 +131,11 @@ def plain_address(host: str) -> IPv4Address | IPv6Address:
 def host_of(address: IAddress | None) -> str | None:
     """Return the host of a connection as sessions are counted by it; `None` for a UNIX socket, which has none."""
     host = getattr(address, "host", None)
-    if host is None:
-        return None
+    return None if host is None else _counted_host(host)
+
+
+@lru_cache(maxsize=1024)
+def _counted_host(host: str) -> str:
     try:
         return str(plain_address(host))
     except ValueError:

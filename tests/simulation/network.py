@@ -529,9 +529,9 @@ class VirtualNetwork:
             self._clock.schedule(name.delay, answered)
         return answer
 
-    def endpoint(self, address: Address, timeout: float) -> IStreamClientEndpoint:
+    def endpoint(self, address: Address) -> IStreamClientEndpoint:
         """See `Network.endpoint`."""
-        return Endpoint(self, self._clock, address, timeout)
+        return Endpoint(self, self._clock, address)
 
     def connect_device(self, device: Protocol, address: IPv4Address, factory: Factory) -> Link:
         """Connect a device to the gateway, as a listening port would accept it."""
@@ -569,31 +569,26 @@ class VirtualNetwork:
 
 @implementer(IStreamClientEndpoint)
 class Endpoint:
-    """Connects like Twisted's TCP endpoints: with a timeout of its own, cancellable."""
+    """Connects like Twisted's TCP endpoints without a timeout of their own: cancellable."""
 
-    def __init__(self, network: VirtualNetwork, clock: VirtualClock, address: Address, timeout: float) -> None:
+    def __init__(self, network: VirtualNetwork, clock: VirtualClock, address: Address) -> None:
         self._network = network
         self._clock = clock
         self._address = address
-        self._timeout = timeout
 
     def connect(self, factory: Factory) -> Deferred[Protocol]:
         """See IStreamClientEndpoint."""
         route = self._network.routes[self._address.host]
 
         def given_up(_: object) -> None:
-            timer.cancel()
             result.errback(error.ConnectingCancelledError(self._address))
 
         def failed(problem: Exception) -> None:
             if not result.called:
-                if timer.active():
-                    timer.cancel()
                 result.errback(problem)
 
         def connected() -> None:
             if not result.called:
-                timer.cancel()
                 protocol = factory.buildProtocol(self._address)
                 assert protocol is not None
                 assert route.accept is not None
@@ -601,7 +596,6 @@ class Endpoint:
                 result.callback(protocol)
 
         result: Deferred[Protocol] = Deferred(given_up)
-        timer = self._clock.callLater(self._timeout, failed, error.TimeoutError())
         if route.kind == "accept":
             self._clock.schedule(route.delay, connected)
         elif route.kind == "refuse":
