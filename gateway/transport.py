@@ -110,6 +110,15 @@ class _SendsAtOnce(tcp.Connection):
             data = data[sent:]
         super().write(data)
 
+    def loseWriteConnection(self) -> None:
+        if self._writing or self.producer is not None or not self.connected:
+            super().loseWriteConnection()
+            return
+        # Nothing waits to be sent.  Twisted would ask for writability, and half-close when that is reported.
+        self._writeDisconnecting = self._writeDisconnected = True
+        self._writing = True  # What is written from here on is for Twisted's `write`, which drops it.
+        self._closeWriteConnection()
+
     def connectionLost(self, reason: Failure) -> None:
         if self._send_failed and reason.check(ConnectionDone):
             reason = Failure(ConnectionLost())

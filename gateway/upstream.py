@@ -103,14 +103,17 @@ class UpstreamProtocol(RelaySide):
             else:
                 self._session.upstream_broken(failure)
             return
-        self._flush()
         if self._session is None:
             if channel.broken is not None:
                 self._refuse(channel.broken)
                 return
             if channel.state is not ChannelState.VERIFIED or channel.peer is None:
+                self._flush()
                 return
+            # The end of the handshake leaves in one piece with the session's CONNECT.
             self.verified.callback(channel.peer)
+        if not self._closing:
+            self._flush()
         session = self._session
         if session is None:
             # Whoever waited has gone meanwhile, or wanted to know no more than this and has closed it in order.

@@ -401,6 +401,22 @@ def test_a_session_gets_its_upstream_when_it_is_verified(world: World) -> None:
     assert session.received == b"down" * 5_000
 
 
+def test_the_end_of_the_handshake_leaves_in_one_piece_with_connect(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One send, and one packet for the broker: ClientHello is the first, and there is no third."""
+    upstream, transport, broker = world.upstream()
+    writes: list[bytes] = [transport.value()]
+    write = Transport.write
+    monkeypatch.setattr(Transport, "write", lambda self, data: (writes.append(data), write(self, data))[1])
+    session: Any = RememberingSession()
+    session.upstream_verified = lambda upstream, peer: upstream.write(b"CONNECT")
+    upstream.verified.addCallback(lambda peer: upstream.serve(session, device_side(session), peer))
+    broker.talk(upstream)
+    assert broker.received == b"CONNECT"
+    assert len(writes) == 2
+
+
 def test_what_the_broker_said_before_it_closed_is_heard_first(world: World) -> None:
     """Data and close_notify in one piece: the session gets the data, then the end."""
     upstream, _, broker, session, _ = world.serving()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.error import ConnectionLost
+from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.protocol import ClientFactory, Factory, Protocol, connectionDone
 from twisted.internet.test import test_tcp, test_unix
 from twisted.internet.test.reactormixins import ReactorBuilder
@@ -143,6 +143,18 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         self.turn(reactor, lambda: server.reason is not None)
         assert bytes(server.received).strip(b"x") in {b"", b"late"}
         assert server.received.startswith(b"x" * 8_000_000)
+
+    def test_a_half_close_has_left_when_it_returns(self) -> None:
+        """If nothing waits to be sent; what is written after it is dropped, and the end is orderly."""
+        reactor, server, client = self.connected_pair()
+        client.transport.write(b"last")
+        client.transport.loseWriteConnection()
+        handle = server.transport.getHandle()
+        assert (handle.recv(10), handle.recv(10)) == (b"last", b"")
+        client.transport.write(b"late")
+        server.transport.loseConnection()
+        self.turn(reactor, lambda: client.reason is not None)
+        assert client.reason.check(ConnectionDone)
 
     def test_a_mistake_at_the_end_of_one_connection_leaves_the_others_alone(self) -> None:
         """Were it let out, the real reactor would take it for the end of the whole relay."""
