@@ -15,12 +15,14 @@ from typing import Any
 
 from twisted.application.service import IService
 from twisted.internet.defer import Deferred
+from twisted.logger import ILogObserver
 from twisted.python import usage
 
 from gateway.config import Config
 from gateway.errors import ConfigError
 from gateway.flags import FLAGS, Flag, config_from, explained
 from gateway.network import PatientlessThread
+from gateway.ops.logs import make_observer
 from gateway.ops.notify import Notifier
 from gateway.ops.signals import call_on_signal
 from gateway.service import GatewayService
@@ -69,6 +71,15 @@ for _flag in FLAGS:
 class _Service(GatewayService):
     """The gateway as twistd runs it, and what signals do to it."""
 
+    observer: ILogObserver | None = None
+
+    def setServiceParent(self, parent: Any) -> None:
+        """Be part of the application that twistd runs, and be the one to write its log."""
+        super().setServiceParent(parent)
+        if self.observer is not None:
+            # Where twistd looks for an observer, unless it was told --logger.
+            parent.setComponent(ILogObserver, self.observer)
+
     def privilegedStartService(self) -> None:
         """Open the listeners; one that cannot be opened ends the process with status 1."""
         try:
@@ -104,7 +115,9 @@ def makeService(options: Options) -> IService:
     reactor.getThreadPool().threadFactory = PatientlessThread  # type: ignore[attr-defined]  # every reactor has one
     notifier = Notifier.from_environment(os.environ, os.getpid())
     try:
-        return _Service(options.config, reactor, notifier=notifier, reread=lambda: config_from(options.given))
+        service = _Service(options.config, reactor, notifier=notifier, reread=lambda: config_from(options.given))
     except ConfigError as error:
         # twistd has a traceback for any exception here, a UsageError too; nothing runs yet that would have to be ended.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None
+    service.observer = make_observer(options.config.log.format, getattr(options, "parent", None) or {})
+    return service

@@ -21,5 +21,15 @@ def printable(text: str, limit: int = 256) -> str:
     return shown + "…" if len(text) > limit else shown
 
 
+def unprintable_escaped(text: str) -> str:
+    """Return `text` with each character that is not plainly printable as an escape.
+
+    For what `printable` was given where it came in, and for all that nobody thought of: it leaves backslashes alone.
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else _escape(character) for character in text)
+
+
 def _escape(character: str) -> str:
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")

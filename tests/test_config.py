@@ -26,6 +26,7 @@ from gateway.config import (
     Device,
     Limits,
     Listener,
+    Status,
     Upstream,
     from_flags,
     from_mapping,
@@ -722,13 +723,45 @@ def test_no_flags_at_all_ask_for_an_upstream() -> None:
         from_flags()
 
 
+# The status page.
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["127.0.0.1:9883", "[::1]:9883", "tcp:9883:interface=127.0.0.2", "unix:/run/s.sock", "systemd:domain=UNIX:name=s"],
+)
+def test_the_status_page_may_be_where_only_this_machine_is(endpoint: str) -> None:
+    """Loopback and UNIX sockets."""
+    assert from_mapping(mapping(status={"endpoint": endpoint})).status.description
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["9883", "0.0.0.0:9883", "[::]:9883", "192.168.7.1:9883", "tcp6:9883", "systemd:domain=INET:name=UNIX"],
+)
+def test_the_status_page_is_for_others_only_if_they_are_meant(endpoint: str) -> None:
+    """An endpoint that other machines may reach wants `public`, and the line says so."""
+    (line,) = problems(status={"endpoint": endpoint})
+    assert line.startswith(f'status.endpoint: "{endpoint}" can be reached from other machines')
+    assert line.endswith("or set public = true")
+    assert from_mapping(mapping(status={"endpoint": endpoint, "public": True})).status.description
+
+
+def test_the_status_page_has_an_endpoint_that_could_be_one() -> None:
+    """It is checked as those of devices are; a truth value is none of the words for one."""
+    assert problems(status={"endpoint": "here", "public": "yes"}) == [
+        'status.endpoint: "here" is neither "PORT" nor "HOST:PORT" nor a Twisted endpoint description',
+        'status.public: expected true or false, got the text "yes"',
+    ]
+
+
 # The documents.
 
 
 def test_the_template_is_a_configuration() -> None:
-    """What `init` writes works once the host is the right one."""
+    """What `init` writes works once the host is the right one; of what is off by default, it has the status page on."""
     config = from_mapping(tomllib.loads(template_text()))
-    assert config == Config(upstream=(Upstream("broker.example.com"),))
+    assert config == Config(upstream=(Upstream("broker.example.com"),), status=Status("127.0.0.1:9883"))
 
 
 def test_the_template_shows_every_key_with_its_default() -> None:
@@ -747,6 +780,7 @@ def test_the_template_shows_every_key_with_its_default() -> None:
             table = tables[section]
             del (table[0] if isinstance(table, list) else table)[name]
     rules = tables.pop("device")
+    del tables["status"]["endpoint"]
     assert from_mapping(tables) == Config(upstream=(Upstream("broker.example.com"),))
     assert from_mapping({**tables, "device": rules}).device == (Device(name="device[0]"),)
 

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from attrs import field, frozen
 
 from gateway import __version__
-from gateway.text import printable
+from gateway.text import unprintable_escaped
 
 
 class Status(StrEnum):
@@ -99,9 +99,9 @@ class TextView:
             return
         status = f"\033[{_COLOURS[step.status]}m{step.status}\033[0m" if self._coloured else step.status
         upstream = f"[{step.upstream}] " if step.upstream else ""
-        lines = [f"{status}  {step.name:<{_STEP_WIDTH}}  {upstream}{_one_line(step.message)}"]
+        lines = [f"{status}  {step.name:<{_STEP_WIDTH}}  {upstream}{unprintable_escaped(step.message)}"]
         if step.remedy:
-            lines.append(f"      -> {_one_line(step.remedy)}")
+            lines.append(f"      -> {unprintable_escaped(step.remedy)}")
         print("\n".join(lines), file=self._stream, flush=True)
 
 
@@ -115,21 +115,12 @@ def complain(words: str) -> None:
     print(f"mqtts-gateway: {words}", file=sys.stderr)
 
 
-def _one_line(text: str) -> str:
-    """Escape whatever does not print.
-
-    Names from certificates were escaped where they were read; this is for all that nobody thought of, such as file
-    names, and therefore leaves backslashes alone.
-    """
-    return "".join(character if character.isprintable() else printable(character) for character in text)
-
-
 def _as_mapping(step: Step) -> dict[str, Any]:
     return {
         "step": step.name,
         "upstream": step.upstream or None,
         "status": step.status,
-        "message": _one_line(step.message),
-        "remedy": _one_line(step.remedy) or None,
+        "message": unprintable_escaped(step.message),
+        "remedy": unprintable_escaped(step.remedy) or None,
         **({"facts": step.facts} if step.facts else {}),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterator
+from ipaddress import ip_address
 
 from gateway.config.names import connect_name, is_address
 from gateway.config.words import quoted
@@ -65,6 +66,24 @@ def endpoint_identity(text: str) -> Hashable:
             return int(arguments["port"]), _interface(interface or "0.0.0.0")  # noqa: S104  # compared, not listened on
         case _:
             return description
+
+
+def is_local(text: str) -> bool:
+    """Say whether only this machine can connect to an endpoint: a loopback address, or a UNIX socket.
+
+    Of what systemd passes only the kind is known.  Raises ValueError as `describe_endpoint` does.
+    """
+    kind, arguments = _parse(describe_endpoint(text))
+    match kind:
+        case "unix":
+            return True
+        case "tcp" | "tcp6":
+            interface = _interface(arguments.get("interface") or "::").partition("%")[0]
+            return ip_address(interface).is_loopback
+        case "systemd":
+            return arguments.get("domain", arguments.get("1")) == "UNIX"
+        case _:
+            return False
 
 
 def _check_description(text: str) -> None:

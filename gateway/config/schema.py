@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import attrs
 
 from gateway.config.devices import Device, Devices
-from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind
+from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind, is_local
 from gateway.config.names import connect_name, normalise_name
 from gateway.config.validators import (
     MisfitError,
@@ -266,6 +266,40 @@ class Drain:
     wills: Literal["publish", "discard"] = "publish"
 
 
+def _check_optional_endpoint(text: str) -> None:
+    if text:
+        describe_endpoint(text)
+
+
+@attrs.frozen
+class Status:
+    """Where the gateway shows how it is: the status page, metrics, health."""
+
+    endpoint: str = attrs.field(default="", validator=checked(_check_optional_endpoint))
+    public: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        """Keep what is shown on this machine, unless somebody says otherwise."""
+        if self.endpoint and not self.public and not is_local(self.endpoint):
+            raise MisfitError(
+                ".endpoint",
+                f"{quoted(self.endpoint)} can be reached from other machines, and whoever reaches it reads the names "
+                'and addresses of all devices: use loopback ("127.0.0.1:9883") or a UNIX socket, or set public = true',
+            )
+
+    @property
+    def description(self) -> str:
+        """The endpoint as a description that `serverFromString` takes; "" if there is none."""
+        return describe_endpoint(self.endpoint) if self.endpoint else ""
+
+
+@attrs.frozen
+class Log:
+    """How the log is written."""
+
+    format: Literal["auto", "text", "journal", "json"] = "auto"
+
+
 def _upstream_identity(upstream: Upstream) -> Hashable:
     # One address may well stand twice with different names: a load balancer that chooses the broker by SNI.
     return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name
@@ -299,3 +333,5 @@ class Config:
     drain: Drain = Drain()
     devices: Devices = Devices()  # noqa: RUF009  frozen, as the others
     device: tuple[Device, ...] = ()
+    status: Status = Status()
+    log: Log = Log()

@@ -1,0 +1,164 @@
+"""Certificates that run out: which ones matter, how long they have, and a daily word before their end.
+
+In: the gateway's own certificates, the roots it trusts, what brokers showed; the time of day.  Out: `Certificate`s for
+metrics and people, warnings in the log.  The platform's roots are the platform's own affair and are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from attrs import frozen
+from cryptography import x509
+from twisted.logger import Logger
+
+from gateway.record import Peer
+from gateway.text import printable
+from gateway.tls.trust import TLSPolicy
+
+SOON = timedelta(days=30)
+_TELL_AGAIN = 24 * 3600.0  # seconds
+_LOOK_AGAIN = 60.0  # seconds
+
+
+class Role(StrEnum):
+    """Whose certificate it is; the value is the word in metrics."""
+
+    OWN = "own"
+    CA = "ca"
+    BROKER = "broker"
+
+
+_WHOSE = {
+    Role.OWN: "the gateway's own certificate",
+    Role.CA: "the CA certificate",
+    Role.BROKER: "the certificate of the broker",
+}
+_REMEDIES = {
+    Role.OWN: "Have it renewed and put the new one into tls.client_cert: past its end, brokers refuse the gateway.",
+    Role.CA: "Put its successor beside it into tls.ca_file: past its end, the brokers that it vouches for are refused.",
+    Role.BROKER: "Have it renewed on the broker: past its end, no session is opened.",
+}
+
+
+class Validity(StrEnum):
+    """What a certificate is worth at a moment; the value is the word for people."""
+
+    NOT_YET = "not yet valid"
+    VALID = "valid"
+    SOON = "ends soon"
+    OVER = "expired"
+
+
+@frozen
+class Certificate:
+    """What is shown of a certificate; `upstream` (`host:port`) is empty unless it is a broker's."""
+
+    role: Role
+    subject: str
+    issuer: str
+    not_after: datetime
+    not_before: datetime | None = None
+    upstream: str = ""
+
+    @property
+    def whose(self) -> str:
+        """Whose it is, in words."""
+        return f"{_WHOSE[self.role]} {self.upstream}".rstrip()
+
+    @property
+    def remedy(self) -> str:
+        """What to do before it ends."""
+        return _REMEDIES[self.role]
+
+    def days_left(self, now: datetime) -> int:
+        """Return whole days until its end; less than 0 afterwards."""
+        return (self.not_after - now).days
+
+    def validity(self, now: datetime) -> Validity:
+        """Return what it is worth."""
+        if now > self.not_after:
+            return Validity.OVER
+        if self.not_before is not None and now < self.not_before:
+            return Validity.NOT_YET
+        return Validity.SOON if self.not_after - now <= SOON else Validity.VALID
+
+
+def configured(policy: TLSPolicy) -> Iterator[Certificate]:
+    """Yield the gateway's own certificates and the configured roots."""
+    for certificate in policy.client.chain if policy.client is not None else ():
+        yield _shown(Role.OWN, certificate)
+    for certificate in policy.roots:
+        yield _shown(Role.CA, certificate)
+
+
+def shown_by(upstream: str, peer: Peer) -> Certificate:
+    """Return what a broker showed when it was verified last."""
+    return Certificate(Role.BROKER, peer.subject, peer.issuer, peer.not_after, upstream=upstream)
+
+
+class ExpiryWatch:
+    """Warns daily of each certificate that is within 30 days of its end, or past it.
+
+    `now` gives the time of day, by which certificates live; `seconds` measures the day between two warnings, since the
+    time of day may be set.
+    """
+
+    def __init__(self, now: Callable[[], datetime], seconds: Callable[[], float], log: Logger | None = None) -> None:
+        self._now = now
+        self._seconds = seconds
+        self._log = log or Logger(namespace="gateway")
+        self._looked = float("-inf")
+        self._told: dict[Certificate, float] = {}
+
+    def sweep(self, certificates: Callable[[], Iterable[Certificate]]) -> None:
+        """Look whether there is something to say; called every second or so."""
+        seconds = self._seconds()
+        if seconds - self._looked < _LOOK_AGAIN:
+            return
+        self._looked = seconds
+        now = self._now()
+        told: dict[Certificate, float] = {}
+        for certificate in certificates():
+            validity = certificate.validity(now)
+            if validity is Validity.VALID or certificate in told:
+                continue
+            before = self._told.get(certificate)
+            if before is None or seconds - before >= _TELL_AGAIN:
+                self._tell(certificate, validity, now)
+                before = seconds
+            told[certificate] = before
+        self._told = told  # So that those that were replaced are forgotten.
+
+    def _tell(self, certificate: Certificate, validity: Validity, now: datetime) -> None:
+        days = certificate.days_left(now)
+        words = {
+            Validity.SOON: f"ends in {days} days, on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
+            Validity.OVER: f"expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
+            Validity.NOT_YET: f"is not valid before {certificate.not_before or now:%Y-%m-%d %H:%M} UTC",
+        }[validity]
+        remedy = "Check this machine's clock first." if validity is Validity.NOT_YET else certificate.remedy
+        self._log.warn(
+            "{whose} ({subject}) {words}. {remedy}",
+            event="certificate-ends",
+            whose=certificate.whose,
+            words=words,
+            remedy=remedy,
+            role=certificate.role.value,
+            subject=certificate.subject,
+            issuer=certificate.issuer,
+            not_after=certificate.not_after.isoformat(),
+            days_left=days,
+        )
+
+
+def _shown(role: Role, certificate: x509.Certificate) -> Certificate:
+    return Certificate(
+        role,
+        printable(certificate.subject.rfc4514_string()) or "an empty subject",
+        printable(certificate.issuer.rfc4514_string()) or "an empty issuer",
+        certificate.not_valid_after_utc,
+        certificate.not_valid_before_utc,
+    )

@@ -1,0 +1,290 @@
+"""What happened, in numbers, and what became of each device in the last quarter of an hour.
+
+In: what the gateway tells its journal, which is passed on, and the sessions that are open.  Out: counts that only grow,
+durations by step, a ring of samples to draw lines from, and the last end of each device.
+
+Nothing here runs per message: what standing sessions have relayed is asked of them when somebody wants to know.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import pairwise
+
+from attrs import define, field, frozen
+
+from gateway.errors import EndReason, UpstreamFailure
+from gateway.ops.journal import GatewayJournal
+from gateway.record import Peer, SessionRecord, Traffic
+from gateway.session import Session, State
+from gateway.text import printable
+
+SAMPLE_INTERVAL = 10.0  # seconds
+SAMPLES = 90  # intervals that are kept: a quarter of an hour
+REMEMBERED = SAMPLE_INTERVAL * SAMPLES  # seconds for which an end is remembered
+# Ends that are remembered, one for each device: some 10 MB if every identifier is as long as it may be.
+_MAX_ENDS = 10_000
+_MAX_TEXT = 256  # characters of a Client Identifier or a detail that are kept of it; MQTT allows 65,535 bytes
+
+STEPS = ("connect", "dns", "tcp", "tls", "connack")
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
+
+# Ends that nobody asks about: they are no failures.
+IN_ORDER = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING})
+
+
+_NOTHING = Traffic()
+
+
+class Histogram:
+    """Durations (seconds), counted by the bucket that they fall into."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(BUCKETS) + 1)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(BUCKETS, seconds)] += 1
+        self.total += seconds
+
+    def cumulative(self) -> list[int]:
+        """Return how many were at most as long as each bucket's bound; the last of them is how many there were."""
+        sums, so_far = [], 0
+        for count in self._counts:
+            so_far += count
+            sums.append(so_far)
+        return sums
+
+
+@define(slots=True)
+class End:
+    """How a device's last session ended, or why it was not let in; `ended` is on the injected clock (seconds).
+
+    Text of strangers is printable here.  `client_identifier` is empty if none was ever read.  `times` counts the ends
+    of this device since it was first remembered, `since`.
+    """
+
+    client_identifier: str
+    device_address: str
+    reason: EndReason
+    detail: str
+    ended: float
+    since: float
+    times: int = 1
+    number: int = 0
+    listener: str = ""
+    protocol_version: str = ""
+    upstream: str = ""
+    established: bool = False
+    duration: float = 0.0
+    traffic: Traffic = _NOTHING
+
+
+@frozen(slots=True)
+class Sample:
+    """How things stood at a moment of the injected clock (seconds); all but `open` only grow."""
+
+    at: float
+    open: int
+    traffic: Traffic
+    started: int
+    failures: int
+    ended: Counter[EndReason]
+
+
+@frozen(slots=True)
+class Interval:
+    """What happened between two samples: sessions that were open at its end, packets both ways, failures."""
+
+    began: float
+    ended: float
+    open: int
+    packets: int
+    failures: int
+
+
+@define(slots=True)
+class UpstreamTally:
+    """What a broker did: the last verified certificate, and how often it served or was passed over."""
+
+    served: int = 0
+    passed_over: Counter[EndReason] = field(factory=Counter)
+    peer: Peer | None = None
+
+
+class Ledger:
+    """A `GatewayJournal` that counts and passes on.
+
+    Counts are by reason where there is one: `ended` of sessions, `refused` of connections that were not let in.
+    `failures` are all ends but those in good order, and all refusals.
+    """
+
+    def __init__(self, journal: GatewayJournal, seconds: Callable[[], float]) -> None:
+        self._journal = journal
+        self._seconds = seconds
+        self._ends: OrderedDict[str, End] = OrderedDict()
+        self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
+        self._traffic = _NOTHING
+        self._open: Collection[Session] = ()
+        self.began = self.swept = seconds()
+        self.started = 0
+        self.failures = 0
+        self.ended: Counter[EndReason] = Counter()
+        self.refusals: Counter[EndReason] = Counter()
+        self.durations = {step: Histogram() for step in STEPS}
+        self.upstreams: dict[str, UpstreamTally] = {}
+        self.reloads = 0
+        self.refused_reloads = 0
+
+    def watch(self, sessions: Collection[Session]) -> None:
+        """Take the gateway's collection of sessions, which changes as they come and go."""
+        self._open = sessions
+        self._sample()
+
+    # ---- what the gateway tells
+
+    def session_started(self, record: SessionRecord) -> None:
+        """See `gateway.session.Journal`."""
+        self._journal.session_started(record)
+        self.started += 1
+        tally = self._tally(record.upstream)
+        tally.served += 1
+        tally.peer = record.peer
+        self._observe(record)
+
+    def session_ended(self, record: SessionRecord) -> None:
+        """See `gateway.session.Journal`."""
+        self._journal.session_ended(record)
+        reason = record.reason
+        assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type
+        self.ended[reason] += 1
+        if not record.established:
+            self._observe(record)
+        passed = Traffic(record.bytes_up, record.bytes_down, record.packets_up, record.packets_down)
+        self._traffic = _sum((self._traffic, passed))
+        self._remember(
+            End(
+                client_identifier=printable(record.client_identifier, _MAX_TEXT),
+                device_address=record.device_address,
+                reason=reason,
+                detail=printable(record.detail, _MAX_TEXT),
+                ended=self._seconds(),
+                since=self._seconds(),
+                number=record.number,
+                listener=record.listener,
+                protocol_version=record.protocol_version,
+                upstream=record.upstream,
+                established=record.established,
+                duration=record.duration or 0.0,
+                traffic=passed,
+            )
+        )
+
+    def refused(self, reason: EndReason, device_address: str) -> None:
+        """A connection was closed at once."""
+        self._journal.refused(reason, device_address)
+        self.refusals[reason] += 1
+        now = self._seconds()
+        self._remember(End("", device_address, reason, "", now, now))
+
+    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
+        """A session found its broker, but not in the first place."""
+        self._journal.passed_over(upstream, failure)
+        self._tally(upstream).passed_over[failure.reason] += 1
+
+    def sweep(self) -> None:
+        """About a second has passed."""
+        self._journal.sweep()
+        self.swept = now = self._seconds()
+        while self._ends:
+            key, oldest = next(iter(self._ends.items()))
+            if now - oldest.ended < REMEMBERED:
+                break
+            del self._ends[key]
+        if not self._samples or now - self._samples[-1].at >= SAMPLE_INTERVAL:
+            self._sample()
+
+    def flush(self) -> None:
+        """The gateway stops."""
+        self._journal.flush()
+
+    # ---- what can be asked
+
+    def traffic(self) -> Traffic:
+        """Return what all sessions have relayed, those that are open included."""
+        open_ones = (session.traffic for session in self._open if session.state is not State.ENDED)
+        return _sum((self._traffic, *open_ones))
+
+    def open_by_step(self) -> Counter[State]:
+        """Return how many sessions stand at each step; those that have ended and are still closing are in ENDED."""
+        return Counter(session.state for session in self._open)
+
+    @property
+    def open(self) -> Collection[Session]:
+        """The sessions that are open, and those that are closing."""
+        return self._open
+
+    def ends(self) -> Iterator[End]:
+        """Yield the last end of each device of the last quarter of an hour, the latest first."""
+        return reversed(self._ends.values())
+
+    def ended_lately(self) -> Counter[EndReason]:
+        """Return how many sessions ended for each reason, and how many were not let in, since the oldest sample."""
+        now = self.ended + self.refusals
+        return now - self._samples[0].ended if self._samples else now
+
+    def intervals(self) -> Iterator[Interval]:
+        """Yield what happened between the samples, the oldest first."""
+        for before, after in pairwise(self._samples):
+            packets = after.traffic.packets_up + after.traffic.packets_down
+            packets -= before.traffic.packets_up + before.traffic.packets_down
+            yield Interval(before.at, after.at, after.open, packets, after.failures - before.failures)
+
+    def _tally(self, upstream: str) -> UpstreamTally:
+        return self.upstreams.setdefault(upstream, UpstreamTally())
+
+    def _observe(self, record: SessionRecord) -> None:
+        for step in STEPS:
+            seconds = getattr(record, f"{step}_seconds")
+            if seconds is not None:
+                self.durations[step].observe(seconds)
+
+    def _remember(self, end: End) -> None:
+        """Keep the last end of each device, whatever storm the others are in."""
+        if end.reason not in IN_ORDER:
+            self.failures += 1
+        # Without a Client Identifier, all that is known of a device is its address; its port is another each time.
+        key = f"id {end.client_identifier}" if end.client_identifier else f"at {end.device_address.rpartition(':')[0]}"
+        before = self._ends.pop(key, None)
+        if before is not None:
+            end.since = before.since
+            end.times = before.times + 1
+        self._ends[key] = end
+        if len(self._ends) > _MAX_ENDS:
+            self._ends.popitem(last=False)
+
+    def _sample(self) -> None:
+        relaying = sum(1 for session in self._open if session.state is State.RELAYING)
+        self._samples.append(
+            Sample(
+                self._seconds(),
+                relaying,
+                self.traffic(),
+                self.started,
+                self.failures,
+                self.ended + self.refusals,
+            )
+        )
+
+
+def _sum(parts: Iterable[Traffic]) -> Traffic:
+    bytes_up = bytes_down = packets_up = packets_down = 0
+    for part in parts:
+        bytes_up += part.bytes_up
+        bytes_down += part.bytes_down
+        packets_up += part.packets_up
+        packets_down += part.packets_down
+    return Traffic(bytes_up, bytes_down, packets_up, packets_down)

@@ -1,0 +1,155 @@
+"""How the log is written: for people, for systemd's journal, or for programs.
+
+In: events of `twisted.logger`, and what twistd was told about its log.  Out: an observer that writes lines to standard
+output or to twistd's log file.
+
+Whatever an event holds, nothing but printable characters and the line ends that are made here leaves: text from
+strangers can neither move a cursor nor begin a line that looks like one of the gateway's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any, Literal, TextIO
+
+from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, formatTime
+from twisted.python.logfile import LogFile
+from zope.interface import implementer
+
+from gateway.text import unprintable_escaped
+
+Format = Literal["auto", "text", "journal", "json"]
+Writer = Callable[[str], object]
+
+# Priorities of syslog(3), which systemd takes off the beginning of each line (sd-daemon(3)).
+_PRIORITIES = {
+    LogLevel.debug: 7,
+    LogLevel.info: 6,
+    LogLevel.warn: 4,
+    LogLevel.error: 3,
+    LogLevel.critical: 2,
+}
+# Of an event, what is said by other fields already, or is Twisted's own.
+_OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line", "shown"})
+
+
+@implementer(ILogObserver)
+class LineObserver:
+    """Writes each event as lines; `write` is given them with their ends."""
+
+    def __init__(self, write: Writer, written: Literal["text", "journal", "json"]) -> None:
+        self._write = write
+        self._lines = {"text": _text, "journal": _journal, "json": _json}[written]
+
+    def __call__(self, event: LogEvent) -> None:
+        """See `twisted.logger.ILogObserver`."""
+        lines = list(self._lines(event))
+        if lines:
+            self._write("".join(f"{unprintable_escaped(line)}\n" for line in lines))
+
+
+def make_observer(
+    wanted: Format,
+    twistd: Mapping[str, Any],
+    environment: Mapping[str, str] = os.environ,
+    stdout: TextIO | None = None,
+) -> LineObserver | None:
+    """Return the observer for a format and for what `twistd` was told (its options), or `None` to leave it to twistd.
+
+    That is so for `--syslog`, and for `--logger`, which twistd puts first anyway.
+    """
+    if twistd.get("syslog") or twistd.get("logger"):
+        return None
+    name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
+    if name == "-":
+        if not twistd.get("nodaemon"):
+            return None  # which twistd has words for
+        stream = sys.stdout if stdout is None else stdout
+        if stream is None:
+            return None
+        written = ("journal" if is_journal(stream, environment) else "text") if wanted == "auto" else wanted
+        return LineObserver(_to_stream(stream), written)
+    return LineObserver(_to_file(str(name)), "text" if wanted == "auto" else wanted)
+
+
+def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
+    """Say whether a stream leads to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    try:
+        status = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _to_stream(stream: TextIO) -> Writer:
+    # What a terminal or the journal cannot show is no reason to lose a line.
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")
+
+    def write(text: str) -> None:
+        stream.write(text)
+        stream.flush()
+
+    return write
+
+
+def _to_file(name: str) -> Writer:
+    """Open the file that twistd would open, rotated as twistd does: by size, and on SIGUSR1."""
+    file = LogFile.fromFullPath(name)
+
+    def rotate(*_: object) -> None:
+        # Not at the top: twistd chooses the reactor.
+        from twisted.internet import reactor
+
+        reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]  # of IReactorFromThreads, which it provides
+
+    if not signal.getsignal(signal.SIGUSR1):
+        signal.signal(signal.SIGUSR1, rotate)
+    return file.write  # type: ignore[no-any-return]  # it has no annotations
+
+
+def _text(event: LogEvent) -> Iterator[str]:
+    level = event.get("log_level")
+    system = f"{event.get('log_namespace') or '-'}#{level.name if level is not None else '-'}"
+    for index, line in enumerate(_message(event)):
+        yield f"  {line}" if index else f"{formatTime(event.get('log_time'))} [{system}] {line}"
+
+
+def _journal(event: LogEvent) -> Iterator[str]:
+    level = event.get("log_level")
+    prefix = f"<{_PRIORITIES[level] if level is not None else 6}>"
+    for index, line in enumerate(_message(event)):
+        # Each line has the priority, since each is an entry of its own; set in, it is told from what begins an event.
+        yield f"{prefix}  {line}" if index else prefix + line
+
+
+def _json(event: LogEvent) -> Iterator[str]:
+    level, failure = event.get("log_level"), event.get("log_failure")
+    time = datetime.fromtimestamp(event.get("log_time") or 0.0, UTC)
+    own = {
+        "time": time.isoformat(timespec="microseconds"),
+        "level": level.name if level is not None else None,
+        "namespace": event.get("log_namespace"),
+        "message": formatEvent(event),
+    }
+    if failure is not None:
+        own["traceback"] = failure.getTraceback()
+    others = {name: value for name, value in event.items() if name not in own and name not in _OF_TWISTED}
+    fields = own | {name: value for name, value in others.items() if not name.startswith("log_")}
+    yield json.dumps(fields, default=str, skipkeys=True)
+
+
+def _message(event: LogEvent) -> list[str]:
+    """Return the lines of an event's text, and those of its traceback; none if it has neither."""
+    text = formatEvent(event)
+    lines = text.split("\n") if text else []
+    failure = event.get("log_failure")
+    if failure is not None:
+        lines += failure.getTraceback().rstrip("\n").split("\n")
+    return lines
