@@ -76,6 +76,11 @@ class Listeners:
         """What is open, in the order of the configuration."""
         return [each.port for each in self._open]
 
+    @property
+    def named(self) -> list[tuple[str, IListeningPort]]:
+        """The same with the listeners' names."""
+        return [(each.factory.listener.name, each.port) for each in self._open]
+
     def change(self, listeners: Sequence[Listener]) -> tuple[list[IListeningPort], list[Listener]]:
         """Open what is new, then close what is gone; what stays the same stays open, and takes the new settings.
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import gc
 import resource
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from random import random
+from socket import gethostname
 from typing import Any
 
 from attrs import frozen
@@ -28,9 +30,13 @@ from gateway.device import DeviceProtocol
 from gateway.errors import ConfigError, EndReason
 from gateway.listening import ListenerFactory, Listeners
 from gateway.network import Network, ReactorNetwork
+from gateway.ops.expiry import ExpiryWatch, configured
 from gateway.ops.journal import GatewayJournal, Journal
+from gateway.ops.ledger import Ledger
 from gateway.ops.notify import Notifier
+from gateway.ops.sight import Sight, Sources
 from gateway.ops.watch import FileState, Watch, differing, states
+from gateway.ops.web.port import StatusPort
 from gateway.policy.admission import Doorkeeper, host_of
 from gateway.policy.drain import Spread
 from gateway.policy.health import UpstreamHealth
@@ -286,7 +292,8 @@ class GatewayService(Service):
     """The gateway under `twistd`.
 
     `reread` gives the configuration as it is now, for a reload.  A listener that cannot be opened is a `ConfigError`
-    from `privilegedStartService`, so that the service never runs deaf.
+    from `privilegedStartService`, so that the service never runs deaf.  A status endpoint that cannot be opened then is
+    an error in the log, and is tried again: that nobody can look is no reason for devices to be without their broker.
     """
 
     def __init__(
@@ -296,17 +303,22 @@ class GatewayService(Service):
         journal: GatewayJournal | None = None,
         notifier: Notifier | None = None,
         reread: Callable[[], Config] | None = None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        """Take a reactor that provides IReactorTime, IReactorTCP, IReactorCore and IReactorPluggableNameResolver."""
+        """Take a reactor with IReactorTime, IReactorTCP, IReactorUNIX, IReactorCore and IReactorPluggableNameResolver.
+
+        `now` gives the time of day: for certificates and for people, and for nothing that is measured.
+        """
         self._reactor = reactor
         self._relay = RelayReactor(reactor)
         self._notifier = notifier or Notifier()
         self._reread = reread or (lambda: config)
+        self.ledger = Ledger(journal or Journal(reactor.seconds), reactor.seconds)
         self.gateway = Gateway(
             config,
             reactor,
             ReactorNetwork(self._relay),
-            journal or Journal(reactor.seconds),
+            self.ledger,
             raise_descriptor_limit(),
             self._swept,
         )
@@ -315,6 +327,24 @@ class GatewayService(Service):
         self._sweeps = 0
         # Why a reload was refused and nothing better has come since: another configuration, or the files of this one.
         self._refused = {"configuration": "", "files": ""}
+        self.ledger.watch(self.gateway.sessions)
+        self.sight = Sight(self.ledger, self._sources(now))
+        self._expiry = ExpiryWatch(now, reactor.seconds)
+        self.status_port = StatusPort(reactor, self.sight)
+
+    def _sources(self, now: Callable[[], datetime]) -> Sources:
+        gateway = self.gateway
+        return Sources(
+            host=gethostname(),
+            upstreams=lambda: gateway.upstreams,
+            certificates=lambda: configured(gateway.generation.policy),
+            listeners=lambda: [(name, shown_address(port.getHost())) for name, port in self._listeners.named],
+            is_stopping=lambda: gateway.stopping,
+            refused_reloads=lambda: [words for words in self._refused.values() if words],
+            max_sessions=lambda: gateway.max_sessions,
+            seconds=self._reactor.seconds,
+            now=now,
+        )
 
     @property
     def ports(self) -> list[IListeningPort]:
@@ -330,6 +360,7 @@ class GatewayService(Service):
         except ConfigError:
             self._relay.stop()
             raise
+        self.status_port.open(self.gateway.config.status)
 
     def startService(self) -> None:
         """Begin."""
@@ -395,18 +426,21 @@ class GatewayService(Service):
                 refused = "files"
             changed = self.change(config)
         except ConfigError as error:
+            self.ledger.refused_reloads += 1
             problems = error.problems
             for problem in problems:
                 _log.error("reload refused: {problem}", event="reload-refused", problem=problem)
             more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
             self._refused[refused] = f"reload refused, all goes on as before: {problems[0]}{more}"
         except Exception:  # noqa: BLE001  whatever it is, systemd must not wait for the end of this reload
+            self.ledger.refused_reloads += 1
             _log.failure("reload refused: a mistake of the gateway")
             self._refused[refused] = "reload refused, all goes on as before: a mistake of the gateway, see the log"
         else:
             what = ", ".join(changed) if changed else "nothing has changed"
             _log.info("reloaded: {what}", event="reloaded", what=what)
             self._refused["files"] = ""
+            self.ledger.reloads += 1
             if read is self._reread:
                 self._refused["configuration"] = ""
         self._notifier.ready(self.status)
@@ -418,9 +452,15 @@ class GatewayService(Service):
         it, and then all is as it was before.
         """
         before, generation = self.gateway.generation, self.gateway.prepare(config)
+        status = self.status_port.prepare(config.status)
         # Nothing of what follows lets the reactor run, so no connection comes in between.
-        opened, closed = self._listeners.change(config.listen)
+        try:
+            opened, closed = self._listeners.change(config.listen)
+        except ConfigError:
+            self.status_port.discard(status)
+            raise
         self.gateway.adopt(generation)
+        self.status_port.adopt(status)
         self._watch.know(generation.files)
         # Sessions that have ended wait in cycles for the collector, which comes seldom (see spare_the_collector), and
         # keep what was made for the configuration that they began under: up to a megabyte of certificates.
@@ -443,10 +483,14 @@ class GatewayService(Service):
             if self._watch.look(states(policy_files(config.tls))):
                 # The configuration as such is only read when somebody says so: who edits it may not be done.
                 self._reload(lambda: config)
+        self.status_port.sweep()
+        self._expiry.sweep(self.sight.certificates)
 
-    def _stopped(self) -> None:
+    def _stopped(self) -> Deferred[Any]:
         self._relay.stop()
         self._notifier.close()
+        # Last, so that whoever looks sees the sessions end.
+        return self.status_port.close()
 
     def _tell_ready(self) -> None:
         if self.running and not self.gateway.stopping:

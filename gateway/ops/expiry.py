@@ -134,8 +134,9 @@ class ExpiryWatch:
 
     def _tell(self, certificate: Certificate, validity: Validity, now: datetime) -> None:
         days = certificate.days_left(now)
+        left = f"in {days} {'day' if days == 1 else 'days'}" if days else "within a day"
         words = {
-            Validity.SOON: f"ends in {days} days, on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
+            Validity.SOON: f"ends {left}, on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
             Validity.OVER: f"expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
             Validity.NOT_YET: f"is not valid before {certificate.not_before or now:%Y-%m-%d %H:%M} UTC",
         }[validity]

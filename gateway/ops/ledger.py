@@ -11,9 +11,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from hashlib import sha256
 from itertools import pairwise
 
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import GatewayJournal
@@ -63,10 +64,11 @@ class Histogram:
 class End:
     """How a device's last session ended, or why it was not let in; `ended` is on the injected clock (seconds).
 
-    Text of strangers is printable here.  `client_identifier` is empty if none was ever read.  `times` counts the ends
-    of this device since it was first remembered, `since`.
+    Text of strangers is printable here, and cut.  `client_identifier` is empty if none was ever read; `key` tells one
+    device from another.  `times` counts the ends of this device since it was first remembered, `since`.
     """
 
+    key: str
     client_identifier: str
     device_address: str
     reason: EndReason
@@ -106,20 +108,13 @@ class Interval:
     failures: int
 
 
-@define(slots=True)
-class UpstreamTally:
-    """What a broker did: the last verified certificate, and how often it served or was passed over."""
-
-    served: int = 0
-    passed_over: Counter[EndReason] = field(factory=Counter)
-    peer: Peer | None = None
-
-
 class Ledger:
     """A `GatewayJournal` that counts and passes on.
 
     Counts are by reason where there is one: `ended` of sessions, `refused` of connections that were not let in.
-    `failures` are all ends but those in good order, and all refusals.
+    `failures` are all ends but those in good order, and all refusals.  `passes` counts how often a broker (`host:port`)
+    was passed over, and why; `peers` holds whom the sessions found at each.  Whoever reloads counts
+    `reloads` and `refused_reloads`.
     """
 
     def __init__(self, journal: GatewayJournal, seconds: Callable[[], float]) -> None:
@@ -135,7 +130,8 @@ class Ledger:
         self.ended: Counter[EndReason] = Counter()
         self.refusals: Counter[EndReason] = Counter()
         self.durations = {step: Histogram() for step in STEPS}
-        self.upstreams: dict[str, UpstreamTally] = {}
+        self.passes: Counter[tuple[str, EndReason]] = Counter()
+        self.peers: dict[str, Peer] = {}
         self.reloads = 0
         self.refused_reloads = 0
 
@@ -150,9 +146,8 @@ class Ledger:
         """See `gateway.session.Journal`."""
         self._journal.session_started(record)
         self.started += 1
-        tally = self._tally(record.upstream)
-        tally.served += 1
-        tally.peer = record.peer
+        if record.peer is not None:
+            self.peers[record.upstream] = record.peer
         self._observe(record)
 
     def session_ended(self, record: SessionRecord) -> None:
@@ -167,6 +162,7 @@ class Ledger:
         self._traffic = _sum((self._traffic, passed))
         self._remember(
             End(
+                key=_device(record.client_identifier, record.device_address),
                 client_identifier=printable(record.client_identifier, _MAX_TEXT),
                 device_address=record.device_address,
                 reason=reason,
@@ -183,17 +179,27 @@ class Ledger:
             )
         )
 
-    def refused(self, reason: EndReason, device_address: str) -> None:
-        """A connection was closed at once."""
-        self._journal.refused(reason, device_address)
+    def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
+        """See `gateway.ops.journal.GatewayJournal`."""
+        self._journal.refused(reason, device_address, detail)
         self.refusals[reason] += 1
         now = self._seconds()
-        self._remember(End("", device_address, reason, "", now, now))
+        self._remember(
+            End(_device("", device_address), "", device_address, reason, printable(detail, _MAX_TEXT), now, now)
+        )
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
         """A session found its broker, but not in the first place."""
         self._journal.passed_over(upstream, failure)
-        self._tally(upstream).passed_over[failure.reason] += 1
+        self.passes[upstream, failure.reason] += 1
+
+    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
+        """See `gateway.ops.journal.GatewayJournal`."""
+        self._journal.left_alone(upstream, failure, seconds)
+
+    def serves_again(self, upstream: str) -> None:
+        """See `gateway.ops.journal.GatewayJournal`."""
+        self._journal.serves_again(upstream)
 
     def sweep(self) -> None:
         """About a second has passed."""
@@ -231,6 +237,10 @@ class Ledger:
         """Yield the last end of each device of the last quarter of an hour, the latest first."""
         return reversed(self._ends.values())
 
+    def last_end(self, client_identifier: str) -> End | None:
+        """Return how the last session of a device ended, if that was in the last quarter of an hour."""
+        return self._ends.get(_device(client_identifier, "")) if client_identifier else None
+
     def ended_lately(self) -> Counter[EndReason]:
         """Return how many sessions ended for each reason, and how many were not let in, since the oldest sample."""
         now = self.ended + self.refusals
@@ -243,9 +253,6 @@ class Ledger:
             packets -= before.traffic.packets_up + before.traffic.packets_down
             yield Interval(before.at, after.at, after.open, packets, after.failures - before.failures)
 
-    def _tally(self, upstream: str) -> UpstreamTally:
-        return self.upstreams.setdefault(upstream, UpstreamTally())
-
     def _observe(self, record: SessionRecord) -> None:
         for step in STEPS:
             seconds = getattr(record, f"{step}_seconds")
@@ -256,13 +263,11 @@ class Ledger:
         """Keep the last end of each device, whatever storm the others are in."""
         if end.reason not in IN_ORDER:
             self.failures += 1
-        # Without a Client Identifier, all that is known of a device is its address; its port is another each time.
-        key = f"id {end.client_identifier}" if end.client_identifier else f"at {end.device_address.rpartition(':')[0]}"
-        before = self._ends.pop(key, None)
+        before = self._ends.pop(end.key, None)
         if before is not None:
             end.since = before.since
             end.times = before.times + 1
-        self._ends[key] = end
+        self._ends[end.key] = end
         if len(self._ends) > _MAX_ENDS:
             self._ends.popitem(last=False)
 
@@ -278,6 +283,16 @@ class Ledger:
                 self.ended + self.refusals,
             )
         )
+
+
+def _device(client_identifier: str, device_address: str) -> str:
+    """Return what tells a device from others: all of its Client Identifier, however long; without one, its address."""
+    if not client_identifier:
+        # Its port is another one each time.
+        return f"at {device_address.rpartition(':')[0]}"
+    if len(client_identifier) <= _MAX_TEXT:
+        return f"id {client_identifier}"
+    return sha256(client_identifier.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _sum(parts: Iterable[Traffic]) -> Traffic:

@@ -1,0 +1,159 @@
+"""Metrics for Prometheus, gathered when they are asked for.
+
+In: `Sight`.  Out: the text that Prometheus scrapes, or OpenMetrics if it asks for that.  Names and units follow
+https://prometheus.io/docs/practices/naming/.  No label has a value that devices choose, so there are no more series
+than the configuration and `EndReason` allow.  docs/sight.md lists them; a test holds that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from gateway import __version__
+from gateway.errors import EndReason
+from gateway.ops.expiry import Certificate
+from gateway.ops.ledger import BUCKETS
+from gateway.ops.sight import STEPS, Sight
+
+_PREFIX = "mqtts_gateway"
+
+
+class Metrics:
+    """All that is exposed: the gateway's own metrics, the process's and Python's."""
+
+    def __init__(self, sight: Sight) -> None:
+        # A registry of its own: the global one belongs to whoever else runs in this process.
+        self._registry = CollectorRegistry()
+        self._registry.register(_Gateway(sight))
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+        GCCollector(registry=self._registry)
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Return the metrics and their content type, in the format that a request's Accept header prefers."""
+        encode, content_type = choose_encoder(accept)
+        return encode(self._registry), content_type
+
+
+class _Gateway(Collector):
+    """Reads the ledger at each scrape."""
+
+    def __init__(self, sight: Sight) -> None:
+        self._sight = sight
+
+    def collect(self) -> Iterator[Metric]:
+        """See `prometheus_client.registry.Collector`."""
+        yield InfoMetricFamily(f"{_PREFIX}_build", "The gateway's version.", {"version": __version__})
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_ready", "1 if devices may be sent here, as /readyz says.", float(not self._sight.unready())
+        )
+        yield from self._sessions()
+        yield from self._traffic()
+        yield from self._upstreams()
+        yield self._certificates()
+        ledger = self._sight.ledger
+        reloads = CounterMetricFamily(
+            f"{_PREFIX}_reloads", "Attempts to change to a new configuration.", labels=["result"]
+        )
+        reloads.add_metric(["done"], ledger.reloads)
+        reloads.add_metric(["refused"], ledger.refused_reloads)
+        yield reloads
+
+    def _sessions(self) -> Iterator[Metric]:
+        ledger = self._sight.ledger
+        steps = ledger.open_by_step()
+        open_ones = GaugeMetricFamily(
+            f"{_PREFIX}_sessions", "Open sessions by the step they stand at.", labels=["step"]
+        )
+        for step, word in STEPS.items():
+            open_ones.add_metric([word], steps[step])
+        yield open_ones
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_sessions_limit", "How many sessions there may be at a time.", self._sight.sources.max_sessions()
+        )
+        yield CounterMetricFamily(f"{_PREFIX}_sessions_started", "Sessions that the broker accepted.", ledger.started)
+        ended = CounterMetricFamily(f"{_PREFIX}_sessions_ended", "Sessions that ended.", labels=["reason"])
+        refused = CounterMetricFamily(
+            f"{_PREFIX}_connections_refused", "Connections of devices that were not let in.", labels=["reason"]
+        )
+        for reason in EndReason:
+            # All of them from the start, so that the first of a kind is seen as an increase.
+            ended.add_metric([reason.value], ledger.ended[reason])
+            refused.add_metric([reason.value], ledger.refusals[reason])
+        yield ended
+        yield refused
+        durations = HistogramMetricFamily(
+            f"{_PREFIX}_session_step_seconds", "How long each step of a new session took.", labels=["step"]
+        )
+        bounds = [f"{bound:g}" for bound in BUCKETS] + ["+Inf"]
+        for name, histogram in ledger.durations.items():
+            buckets = list(zip(bounds, histogram.cumulative(), strict=True))
+            durations.add_metric([name], buckets, histogram.total)
+        yield durations
+
+    def _traffic(self) -> Iterator[Metric]:
+        traffic = self._sight.ledger.traffic()
+        relayed = CounterMetricFamily(
+            f"{_PREFIX}_relayed_bytes", "MQTT bytes relayed, without TLS.", labels=["direction"]
+        )
+        relayed.add_metric(["up"], traffic.bytes_up)
+        relayed.add_metric(["down"], traffic.bytes_down)
+        yield relayed
+        packets = CounterMetricFamily(
+            f"{_PREFIX}_relayed_packets", "MQTT control packets relayed.", labels=["direction"]
+        )
+        packets.add_metric(["up"], traffic.packets_up)
+        packets.add_metric(["down"], traffic.packets_down)
+        yield packets
+
+    def _upstreams(self) -> Iterator[Metric]:
+        who = ["upstream", "name"]
+        up = GaugeMetricFamily(
+            f"{_PREFIX}_upstream_up", "1 if sessions are led to this broker, 0 while it is left alone.", labels=who
+        )
+        dials = CounterMetricFamily(f"{_PREFIX}_upstream_dials", "Attempts to reach and verify a broker.", labels=who)
+        failed = CounterMetricFamily(
+            f"{_PREFIX}_upstream_failed_dials", "Those of them that failed.", labels=[*who, "reason"]
+        )
+        for upstream in self._sight.sources.upstreams():
+            # One address may be configured twice, with different names.
+            labels = [upstream.address, upstream.verify_name]
+            up.add_metric(labels, float(upstream.is_open))
+            dials.add_metric(labels, upstream.dials)
+            for reason, count in upstream.failed_dials.items():
+                failed.add_metric([*labels, reason.value], count)
+        passed_over = CounterMetricFamily(
+            f"{_PREFIX}_upstream_passed_over",
+            "Sessions that found their broker, but not at this one.",
+            labels=["upstream", "reason"],
+        )
+        for (address, reason), count in self._sight.ledger.passes.items():
+            passed_over.add_metric([address, reason.value], count)
+        yield from (up, dials, failed, passed_over)
+
+    def _certificates(self) -> Metric:
+        family = GaugeMetricFamily(
+            f"{_PREFIX}_certificate_not_after_timestamp_seconds",
+            "When a certificate ends: the gateway's own, a CA's, or the one that a broker showed last.",
+            labels=["role", "subject", "upstream"],
+        )
+        first: dict[tuple[str, str, str], Certificate] = {}
+        for each in self._sight.certificates():
+            # Of several with one name, a CA's old and new one perhaps, the first to end.
+            key = (each.role.value, each.subject, each.upstream)
+            if key not in first or each.not_after < first[key].not_after:
+                first[key] = each
+        for labels, each in first.items():
+            family.add_metric(list(labels), each.not_after.timestamp())
+        return family

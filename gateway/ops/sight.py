@@ -1,0 +1,360 @@
+"""How the gateway is, as one document that the page, the metrics and the terminal are made of.
+
+In: the ledger, and what can be asked of the gateway at any time.  Out: plain values as JSON knows them, described in
+docs/sight.md.  Text from strangers is printable in it, and cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Any
+
+from attrs import frozen
+
+from gateway import __version__
+from gateway.errors import EndReason
+from gateway.ops.expiry import Certificate, Validity, shown_by
+from gateway.ops.ledger import IN_ORDER, REMEMBERED, End, Ledger
+from gateway.policy.health import UpstreamHealth
+from gateway.record import Traffic
+from gateway.session import Session, State
+from gateway.text import printable
+
+SCHEMA = 1
+"""Raised when a field changes its meaning or goes; new fields come without."""
+
+PER_PAGE = 50
+MOST_PER_PAGE = 1000
+_MAX_TEXT = 256  # characters that are shown of a Client Identifier or a detail
+_MAX_WORDS = 1000  # characters that are shown of what keeps a reload from being done
+_MAX_QUERY = 256  # characters of a search that are heeded
+SHOWN = ("all", "connected", "connecting", "silent")
+
+# The steps of a session, as they are called in metrics and documents.
+STEPS = {
+    State.WAIT_CONNECT: "wait-connect",
+    State.DIALLING: "dialling",
+    State.WAIT_CONNACK: "wait-connack",
+    State.RELAYING: "relaying",
+}
+_ALIVE_WITHIN = 10.0  # seconds; the sweep comes every second
+
+
+@frozen(kw_only=True)
+class Sources:
+    """What the gateway is asked.
+
+    `listeners` are (name, address); `host` is what this machine is called; `refused_reloads` say, in words, what keeps
+    the gateway from being as its configuration wants it now.
+    """
+
+    host: str
+    upstreams: Callable[[], Sequence[UpstreamHealth]]
+    certificates: Callable[[], Iterable[Certificate]]
+    listeners: Callable[[], Sequence[tuple[str, str]]]
+    is_stopping: Callable[[], bool]
+    refused_reloads: Callable[[], Sequence[str]]
+    max_sessions: Callable[[], int]
+    seconds: Callable[[], float]
+    now: Callable[[], datetime]
+
+
+@frozen(kw_only=True)
+class Query:
+    """Which devices are wanted: whose identifier, address, listener or upstream has `text` in it, from `page` on.
+
+    `show` is one of `SHOWN`; pages count from 1.
+    """
+
+    text: str = ""
+    show: str = "all"
+    page: int = 1
+    limit: int = PER_PAGE
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, str]) -> Query:
+        """Take the arguments of a request; what makes no sense is as if it were not there."""
+        show = arguments.get("show", "")
+        return cls(
+            text=arguments.get("q", "").strip()[:_MAX_QUERY],
+            show=show if show in SHOWN else "all",
+            page=_whole(arguments.get("page", ""), 1, 1_000_000, 1),
+            limit=_whole(arguments.get("limit", ""), 0, MOST_PER_PAGE, PER_PAGE),
+        )
+
+
+class Sight:
+    """Looks at the gateway; nothing is kept but what the ledger has."""
+
+    def __init__(self, ledger: Ledger, sources: Sources) -> None:
+        self.ledger = ledger
+        self.sources = sources
+
+    def is_alive(self) -> bool:
+        """Whether the process does its work: deadlines are kept by its sweep."""
+        return self.sources.seconds() - self.ledger.swept < _ALIVE_WITHIN
+
+    def unready(self) -> str:
+        """Say why no new device should be sent here; empty if one may."""
+        if self.sources.is_stopping():
+            return "the gateway is stopping"
+        if not self.sources.listeners():
+            return "no listener is open"
+        upstreams = self.sources.upstreams()
+        if upstreams and not any(upstream.is_open for upstream in upstreams):
+            return "no upstream can be had: " + ", ".join(
+                f"{each.address} is {each.state.value}"
+                + (f" ({each.last_failure.reason})" if each.last_failure is not None else "")
+                for each in upstreams
+            )
+        return ""
+
+    def certificates(self) -> Iterator[Certificate]:
+        """Yield all certificates whose end would end the service: own, the CAs', the brokers'."""
+        yield from self.sources.certificates()
+        for upstream in self.sources.upstreams():
+            peer = upstream.last_peer or self.ledger.peers.get(upstream.address)
+            if peer is not None:
+                yield shown_by(upstream.address, peer)
+
+    def document(self, query: Query | None = None) -> dict[str, Any]:
+        """Return everything; of devices, those that are wanted."""
+        query = query or Query()
+        seconds, now = self.sources.seconds(), self.sources.now()
+        ledger = self.ledger
+
+        def at(moment: float) -> str:
+            return (now - timedelta(seconds=seconds - moment)).isoformat(timespec="seconds")
+
+        steps = ledger.open_by_step()
+        unready = self.unready()
+        absent = self._absent()
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            "host": self.sources.host,
+            "time": now.isoformat(timespec="seconds"),
+            "started": at(ledger.began),
+            "uptime_seconds": round(seconds - ledger.began),
+            "alive": self.is_alive(),
+            "ready": not unready,
+            "unready": unready,
+            "listeners": [{"name": name, "address": address} for name, address in self.sources.listeners()],
+            "upstreams": [self._upstream(each, seconds, at) for each in self.sources.upstreams()],
+            "certificates": [_certificate(each, now) for each in self.certificates()],
+            "sessions": {
+                "open": sum(steps[step] for step in STEPS),
+                "limit": self.sources.max_sessions(),
+                "by_step": {word: steps[step] for step, word in STEPS.items()},
+                "started": ledger.started,
+                "ended": {reason.value: count for reason, count in ledger.ended.items()},
+                "refused": {reason.value: count for reason, count in ledger.refusals.items()},
+            },
+            "traffic": ledger.traffic()._asdict(),
+            "reloads": {
+                "done": ledger.reloads,
+                "refused": ledger.refused_reloads,
+                "wanting": [printable(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
+            },
+            "lately": self._lately(at),
+            "history": [
+                {
+                    "ended": at(interval.ended),
+                    "seconds": round(interval.ended - interval.began, 1),
+                    "sessions": interval.open,
+                    "packets": interval.packets,
+                    "failures": interval.failures,
+                }
+                for interval in ledger.intervals()
+            ],
+            "absent": sum(1 for end in absent if end.reason not in IN_ORDER),
+            "devices": self._devices(query, absent, seconds, at),
+        }
+
+    def _upstream(self, upstream: UpstreamHealth, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+        failure = upstream.last_failure
+        return {
+            "address": upstream.address,
+            "verify_name": upstream.verify_name,
+            "state": upstream.state.value,
+            "open": upstream.is_open,
+            "last_address": upstream.last_address,
+            "verified": at(upstream.verified_at) if upstream.verified_at is not None else None,
+            "retry_in_seconds": max(0, round(upstream.retry_at - seconds)) if upstream.retry_at is not None else None,
+            "failures_in_a_row": upstream.failures,
+            "dials": upstream.dials,
+            "failed_dials": {reason.value: count for reason, count in upstream.failed_dials.items()},
+            "last_failure": None
+            if failure is None or upstream.failed_at is None
+            else _reason(failure.reason, printable(failure.detail, _MAX_TEXT))
+            | {"time": at(upstream.failed_at), "seconds_ago": round(seconds - upstream.failed_at)},
+        }
+
+    def _lately(self, at: Callable[[float], str]) -> list[dict[str, Any]]:
+        """Return the ends of the last quarter of an hour that were none in good order, the most frequent first."""
+        counts = self.ledger.ended_lately()
+        latest: dict[EndReason, End] = {}
+        devices: dict[EndReason, int] = {}
+        for end in self.ledger.ends():
+            latest.setdefault(end.reason, end)
+            devices[end.reason] = devices.get(end.reason, 0) + 1
+        return [
+            _reason(reason, latest[reason].detail if reason in latest else "")
+            | {
+                "count": count,
+                "devices": devices.get(reason, 0),
+                "latest": at(latest[reason].ended) if reason in latest else None,
+            }
+            for reason, count in counts.most_common()
+            if reason not in IN_ORDER
+        ]
+
+    # ---- devices
+
+    def _absent(self) -> list[End]:
+        """Return how those ended that were here in the last quarter of an hour and are not now, the latest first."""
+        # What became of the last session of those that are here is told beside their present one.
+        here = {id(self.ledger.last_end(session.record.client_identifier)) for session in self._standing()}
+        return [end for end in self.ledger.ends() if id(end) not in here]
+
+    def _standing(self) -> list[Session]:
+        return [session for session in self.ledger.open if session.state is not State.ENDED]
+
+    def _devices(
+        self, query: Query, absent: Sequence[End], seconds: float, at: Callable[[float], str]
+    ) -> dict[str, Any]:
+        """Return a page of devices: first who should be here and is not, then who is about to be, then the others."""
+        wanted = query.text.casefold()
+        sessions = self._standing()
+        groups: tuple[tuple[str, Collection[Session | End]], ...] = (
+            ("silent", [end for end in absent if end.reason not in IN_ORDER]),
+            ("connecting", [session for session in sessions if session.state is not State.RELAYING]),
+            ("connected", [session for session in sessions if session.state is State.RELAYING]),
+            ("silent", [end for end in absent if end.reason in IN_ORDER]),
+        )
+        found: list[Session | End] = []
+        counts = dict.fromkeys(SHOWN, 0)
+        for name, group in groups:
+            matching = [each for each in group if _matches(each, wanted)] if wanted else list(group)
+            counts[name] += len(matching)
+            counts["all"] += len(matching)
+            if query.show in {"all", name}:
+                matching.sort(key=_latest_first)
+                found += matching
+        if wanted:
+            found.sort(key=lambda each: _identifier(each).casefold() != wanted)
+        first = (query.page - 1) * query.limit
+        return {
+            "query": query.text,
+            "show": query.show,
+            "page": query.page,
+            "pages": max(1, -(-len(found) // query.limit)) if query.limit else 1,
+            "matching": len(found),
+            "counts": counts,
+            "remembered_seconds": round(REMEMBERED),
+            "items": [
+                _ended(each, seconds, at)
+                if isinstance(each, End)
+                else _open(each, self.ledger.last_end(each.record.client_identifier), seconds, at)
+                for each in islice(found, first, first + query.limit)
+            ],
+        }
+
+
+def _latest_first(each: Session | End) -> float:
+    return -(each.ended if isinstance(each, End) else each.record.started)
+
+
+def _identifier(each: Session | End) -> str:
+    return each.client_identifier if isinstance(each, End) else each.record.client_identifier
+
+
+def _matches(each: Session | End, wanted: str) -> bool:
+    record = each if isinstance(each, End) else each.record
+    identifier = record.client_identifier
+    return (
+        wanted in identifier.casefold()
+        or wanted in record.device_address
+        or wanted in record.listener.casefold()
+        or wanted in record.upstream
+        # Whoever copies what is shown of an identifier that does not print finds it, too.
+        or (not isinstance(each, End) and not identifier.isprintable() and wanted in printable(identifier).casefold())
+        or (isinstance(each, End) and wanted in each.reason.value)
+    )
+
+
+def _open(session: Session, before: End | None, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+    record, heard = session.record, session.last_heard
+    return {
+        "client_identifier": printable(record.client_identifier, _MAX_TEXT),
+        "device_address": record.device_address,
+        "listener": record.listener,
+        "session": record.number,
+        "protocol_version": record.protocol_version,
+        "step": STEPS[session.state],
+        "since": at(record.started),
+        "seconds": round(seconds - record.started),
+        "upstream": record.upstream,
+        "upstream_address": record.upstream_address,
+        "traffic": session.traffic._asdict(),
+        "heard_seconds_ago": round(seconds - heard) if heard is not None else None,
+        "held_back": session.held_back,
+        "end": None if before is None else _end(before, seconds, at),
+    }
+
+
+def _ended(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+    return {
+        "client_identifier": end.client_identifier,
+        "device_address": end.device_address,
+        "listener": end.listener,
+        "session": end.number or None,
+        "protocol_version": end.protocol_version,
+        "step": "ended" if end.number else "refused",
+        "since": at(end.ended),
+        "seconds": round(seconds - end.ended),
+        "upstream": end.upstream,
+        "upstream_address": "",
+        "traffic": end.traffic._asdict() if end.number else Traffic()._asdict(),
+        "heard_seconds_ago": None,
+        "held_back": False,
+        "end": _end(end, seconds, at),
+    }
+
+
+def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+    return _reason(end.reason, end.detail) | {
+        "time": at(end.ended),
+        "seconds_ago": round(seconds - end.ended),
+        "times": end.times,
+        "times_since": at(end.since),
+        "established": end.established,
+        "duration": round(end.duration, 1),
+        "in_order": end.reason in IN_ORDER,
+    }
+
+
+def _reason(reason: EndReason, detail: str) -> dict[str, Any]:
+    return {"reason": reason.value, "meaning": reason.meaning, "detail": detail, "remedy": reason.remedy}
+
+
+def _certificate(certificate: Certificate, now: datetime) -> dict[str, Any]:
+    validity = certificate.validity(now)
+    return {
+        "role": certificate.role.value,
+        "subject": certificate.subject,
+        "issuer": certificate.issuer,
+        "upstream": certificate.upstream,
+        "not_after": certificate.not_after.isoformat(),
+        "days_left": certificate.days_left(now),
+        "state": validity.value,
+        "remedy": "" if validity is Validity.VALID else certificate.remedy,
+    }
+
+
+def _whole(text: str, low: int, high: int, default: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        return default
+    return min(max(int(text), low), high)

@@ -1,0 +1,389 @@
+"""The status page: the status document as HTML that needs nothing else.
+
+In: the document of `gateway.ops.sight`.  Out: one HTML page with its style, and a script that only fetches the page
+anew; without it the page is whole, and a browser loads it anew by itself.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from importlib import resources
+from typing import Any
+from urllib.parse import urlencode
+
+from gateway.ops.web.chart import Line, chart
+from gateway.ops.web.markup import Child, Markup, element, together
+from gateway.ops.words import (
+    Level,
+    Part,
+    ago,
+    certificate_name,
+    certificate_words,
+    clock,
+    device_name,
+    device_state,
+    device_words,
+    duration,
+    number,
+    size,
+    unknown_words,
+    upstream_words,
+    verdict,
+)
+
+_STYLE = resources.files(__package__).joinpath("page.css").read_text("utf-8")
+_SCRIPT = resources.files(__package__).joinpath("page.js").read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
+CONTENT_SECURITY_POLICY = "; ".join(
+    [
+        "default-src 'none'",
+        f"style-src {_hash(_STYLE)}",
+        f"script-src {_hash(_SCRIPT)}",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    ]
+)
+
+_NAME = 64  # characters of a Client Identifier that a row has room for
+
+_CLASSES = {Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
+_SHOWN = {"all": "All", "silent": "Not connected", "connecting": "Connecting", "connected": "Connected"}
+
+
+def page(document: Part) -> str:
+    """Return the page."""
+    judged = verdict(document)
+    devices = document["devices"]
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        # With a script the page is refreshed in its place; a search that is being typed is left alone.
+        element("noscript", element("meta", http_equiv="refresh", content="30")),
+        element("title", f"{_mark(judged.level)}{document['host']}: MQTTS gateway"),
+        element("style", Markup(_STYLE)),
+    )
+    searching = bool(devices["query"]) or devices["show"] != "all" or devices["page"] > 1
+    sections = [_now(document), _history(document), _why(document), _upstreams(document), _certificates(document)]
+    body = element(
+        "body",
+        element("header", element("h1", "MQTTS gateway ", element("span", document["host"], class_="host"))),
+        element(
+            "main",
+            element("div", _verdict(judged), id="verdict"),
+            _search(devices),
+            element("div", _devices(document), id="devices") if searching else None,
+            element("div", *sections, id="state"),
+            None if searching else element("div", _devices(document), id="devices"),
+        ),
+        element("footer", _footer(document), id="footer"),
+        element(
+            "p", "No answer from the gateway since ", element("span", ""), ".", id="stale", role="alert", hidden=True
+        ),
+        element("script", Markup(_SCRIPT)),
+    )
+    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _mark(level: Level) -> str:
+    return {Level.WELL: "", Level.ATTENTION: "! ", Level.DOWN: "DOWN "}[level]
+
+
+def _verdict(judged: Any) -> Markup:
+    return element(
+        "section",
+        element("h2", judged.line),
+        element("ul", *(element("li", reason) for reason in judged.reasons)) if judged.reasons else None,
+        class_=f"verdict {_CLASSES[judged.level]}",
+        role="status",
+    )
+
+
+def _search(devices: Part) -> Markup:
+    return element(
+        "form",
+        element("label", "Find a device", for_="q"),
+        element(
+            "input",
+            type="search",
+            id="q",
+            name="q",
+            value=devices["query"],
+            placeholder="Client Identifier or IP address",
+            autocomplete="off",
+            spellcheck="false",
+            maxlength=256,
+        ),
+        element("button", "Find"),
+        role="search",
+        method="get",
+        action="?",
+    )
+
+
+# ---- how it is
+
+
+def _now(document: Part) -> Markup:
+    sessions, history = document["sessions"], document["history"]
+    latest = history[-1] if history else None
+    rate = latest["packets"] / latest["seconds"] if latest and latest["seconds"] else 0
+    steps = sessions["by_step"]
+    failures = sum(each["count"] for each in document["lately"])
+    tiles = [
+        ("Connected", number(steps["relaying"]), f"of {number(sessions['limit'])} at most"),
+        ("Connecting", number(sessions["open"] - steps["relaying"]), "not accepted by the broker yet"),
+        ("Not connected", number(document["absent"]), "seen in the last 15 min"),
+        ("Messages", f"{rate:.0f}/s" if rate >= 10 or not rate else f"{rate:.1f}/s", "MQTT packets, both ways"),
+        ("Failures", number(failures), "sessions in the last 15 min"),
+    ]
+    return element(
+        "section",
+        element("h2", "Now"),
+        element(
+            "dl",
+            *(
+                element("div", element("dt", name), element("dd", element("b", value), element("small", note)))
+                for name, value, note in tiles
+            ),
+            class_="tiles",
+        ),
+    )
+
+
+def _why(document: Part) -> Markup:
+    rows = [
+        [
+            together(_badge(each["reason"], "failing")),
+            number(each["count"]),
+            number(each["devices"]) if each["devices"] else "\N{EN DASH}",
+            together(
+                element("p", each["meaning"]),
+                element("p", "Latest: ", each["detail"], class_="detail") if each["detail"] else None,
+                element("p", "What to do: ", each["remedy"], class_="remedy"),
+            ),
+        ]
+        for each in document["lately"]
+    ]
+    return _section(
+        "Why sessions ended in the last 15 minutes",
+        _table(("Reason", "Ends", "Devices", "What it means"), rows, numeric=(1, 2)),
+        "None, but by a DISCONNECT of the device's own.",
+        rows,
+    )
+
+
+def _upstreams(document: Part) -> Markup:
+    rows = []
+    for each in document["upstreams"]:
+        failure = each["last_failure"]
+        said = None
+        if failure is not None:
+            detail = f": {failure['detail']}" if failure["detail"] else ""
+            said = together(
+                element("p", f"{failure['reason']}{detail}, {ago(failure['seconds_ago'])}"),
+                element("p", failure["meaning"], " ", failure["remedy"], class_="remedy") if not each["open"] else None,
+            )
+        words = upstream_words(each) if each["open"] else upstream_words(each).partition(". ")[0]
+        rows.append(
+            [
+                together(element("b", each["address"]), element("small", f"verified as {each['verify_name']}")),
+                _badge(words, "serving" if each["open"] else "failing"),
+                clock(each["verified"]) + " UTC" if each["verified"] else "never",
+                said or "none",
+            ]
+        )
+    return _section(
+        "Upstreams", _table(("Broker", "State", "Last verified", "Last failure"), rows), "There is none.", rows
+    )
+
+
+def _certificates(document: Part) -> Markup:
+    kinds = {"valid": "serving", "ends soon": "waiting"}
+    rows = [
+        [
+            together(element("b", certificate_name(each).partition(") ")[0].partition("(")[2])),
+            each["subject"],
+            together(
+                _badge(certificate_words(each), kinds.get(each["state"], "failing")),
+                element("p", each["remedy"], class_="remedy") if each["remedy"] else None,
+            ),
+        ]
+        for each in document["certificates"]
+    ]
+    return _section(
+        "Certificates",
+        _table(("Whose", "Subject", "How long"), rows),
+        "None is known yet: the broker's is once a session has been opened; the platform's CAs are not listed.",
+        rows,
+    )
+
+
+def _history(document: Part) -> Markup:
+    history = document["history"]
+
+    def line(name: str, unit: str, values: Iterable[float]) -> Markup:
+        return chart(Line(name, unit, list(values)), [each["ended"] for each in history], document["time"])
+
+    charts = [
+        line("Sessions", "connected", (each["sessions"] for each in history)),
+        line("Messages", "packets a second", (each["packets"] / (each["seconds"] or 1) for each in history)),
+        line("Failures", "in 10 seconds", (each["failures"] for each in history)),
+    ]
+    return element("section", element("h2", "The last quarter of an hour"), element("div", *charts, class_="charts"))
+
+
+# ---- devices
+
+
+def _devices(document: Part) -> Markup:
+    devices = document["devices"]
+    query = devices["query"]
+    rows = [_device(each) for each in devices["items"]]
+    matching = devices["matching"]
+    many = "device" if matching == 1 else "devices"
+    title = f"{number(matching)} {many} with “{query}”" if query else "Devices"
+    if not matching and query:
+        content = together(*(element("p", line) for line in unknown_words(document)))
+    elif not matching:
+        content = element("p", "None.")
+    else:
+        content = _table(
+            ("Device", "Where it stands", "Since", "Upstream", "To the broker", "From the broker"),
+            rows,
+            class_="devices",
+        )
+    return element(
+        "section",
+        element("h2", title),
+        element("p", element("a", "Show all", href="?")) if query else None,
+        _kinds(devices),
+        content,
+        _pages(devices),
+    )
+
+
+def _device(device: Part) -> Sequence[Child]:
+    kind = {"relaying": "serving", "ended": "failing", "refused": "failing"}.get(device["step"], "waiting")
+    if device["step"] == "ended" and device["end"]["in_order"]:
+        kind = "idle"
+    where = " ".join(filter(None, (device["device_address"], device["listener"] and f"({device['listener']})")))
+    lines = device_words(device)
+    name = device_name(device)
+    heard = device["heard_seconds_ago"]
+    traffic = device["traffic"]
+
+    def passed(direction: str) -> Markup:
+        packets, count = traffic[f"packets_{direction}"], traffic[f"bytes_{direction}"]
+        return together(element("b", number(packets)), element("small", f"packets, {size(count)}"))
+
+    return [
+        together(
+            element("b", name if len(name) <= _NAME else f"{name[:_NAME]}…", class_="name", title=name),
+            element("small", where),
+            element("small", f"MQTT {device['protocol_version']}") if device["protocol_version"] else None,
+        ),
+        together(
+            _badge(device_state(device), kind),
+            *(element("p", line, class_="remedy" if line.startswith("What to do") else None) for line in lines),
+        ),
+        together(
+            element("b", ago(device["seconds"]) if kind in {"failing", "idle"} else duration(device["seconds"])),
+            element("small", f"{clock(device['since'])} UTC"),
+            element("small", f"heard {ago(heard)}") if heard is not None else None,
+        ),
+        device["upstream"] or "none yet",
+        passed("up"),
+        passed("down"),
+    ]
+
+
+def _kinds(devices: Part) -> Markup:
+    links = []
+    for name, word in _SHOWN.items():
+        target = "?" + urlencode({"q": devices["query"], "show": name} if devices["query"] else {"show": name})
+        current = "page" if devices["show"] == name else None
+        links.append(element("a", f"{word} {number(devices['counts'][name])}", href=target, aria_current=current))
+    return element("nav", *links, aria_label="Which devices", class_="kinds")
+
+
+def _pages(devices: Part) -> Markup | None:
+    last, current = devices["pages"], devices["page"]
+    if last <= 1:
+        return None
+
+    def link(word: str, target: int) -> Markup:
+        if not 1 <= target <= last or target == current:
+            return element("span", word)
+        arguments = {"q": devices["query"], "show": devices["show"], "page": target}
+        return element("a", word, href="?" + urlencode({key: value for key, value in arguments.items() if value}))
+
+    parts: list[Child] = [link("First", 1), link("Previous", current - 1)]
+    parts.append(element("span", f"Page {number(current)} of {number(last)}"))
+    parts += [link("Next", current + 1), link("Last", last)]
+    return element("nav", *parts, aria_label="Pages", class_="pages")
+
+
+def _footer(document: Part) -> Markup:
+    where = ", ".join(listener["address"] for listener in document["listeners"]) or "nowhere"
+    began = document["started"][:16].replace("T", " ")
+    reloads = document["reloads"]
+    refused = f", {reloads['refused']} refused" if reloads["refused"] else ""
+    return together(
+        element("p", f"As of {clock(document['time'])} UTC. Listening on {where}."),
+        element(
+            "p",
+            f"Version {document['version']}, running since {began} UTC ({duration(document['uptime_seconds'])}), "
+            f"{reloads['done']} changes of the configuration{refused}.",
+        ),
+        element(
+            "p",
+            element("a", "As JSON", href="status"),
+            " ",
+            element("a", "Metrics", href="metrics"),
+        ),
+    )
+
+
+# ---- parts
+
+
+def _badge(text: str, kind: str) -> Markup:
+    return element("span", text, class_=f"badge {kind}")
+
+
+def _section(title: str, content: Markup, otherwise: str, rows: Sequence[object]) -> Markup:
+    return element("section", element("h2", title), content if rows else element("p", otherwise))
+
+
+def _table(
+    headings: Sequence[str], rows: Iterable[Sequence[Child]], numeric: Sequence[int] = (), class_: str | None = None
+) -> Markup:
+    """Make a table; on a narrow screen each row is a card, and each cell says what it is."""
+
+    def cell(index: int, content: Child) -> Markup:
+        # The roles stay when the style makes something else than a table of it.
+        class_ = "number" if index in numeric else None
+        if index == 0:
+            return element("th", content, scope="row", role="rowheader")
+        return element("td", content, data_name=headings[index], role="cell", class_=class_)
+
+    head = element("tr", *(element("th", each, scope="col", role="columnheader") for each in headings), role="row")
+    body = [element("tr", *(cell(index, each) for index, each in enumerate(row)), role="row") for row in rows]
+    return element(
+        "table",
+        element("thead", head, role="rowgroup"),
+        element("tbody", *body, role="rowgroup"),
+        role="table",
+        class_=class_,
+    )

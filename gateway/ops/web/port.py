@@ -1,0 +1,126 @@
+"""Opening and moving the status endpoint.
+
+In: the `[status]` section of a configuration, and of the one that follows it.  Out: a port that shows `Sight`, or
+`ConfigError`.  What it needs of twisted.web and prometheus_client is loaded when there is an endpoint, and not before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from attrs import frozen
+from twisted.internet.defer import Deferred, maybeDeferred, succeed
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import Logger
+
+from gateway.config import Listener, Status
+from gateway.errors import ConfigError
+from gateway.listening import ListenFailed, listen
+from gateway.ops.sight import Sight
+from gateway.upstream import shown_address
+
+if TYPE_CHECKING:
+    from gateway.ops.web.site import StatusSite
+
+_log = Logger(namespace="gateway")
+
+RETRY_INTERVAL = 60.0  # seconds; so often an endpoint is tried that could not be opened at the start
+
+
+@frozen
+class _Open:
+    """An endpoint that is open."""
+
+    status: Status
+    site: StatusSite
+    port: IListeningPort
+
+
+@frozen
+class Prepared:
+    """What a new configuration wants: `opened` if that is something new, `None` if all stays or nothing is wanted."""
+
+    status: Status
+    opened: _Open | None
+
+
+class StatusPort:
+    """The status endpoint of a gateway: none, or one."""
+
+    def __init__(self, reactor: Any, sight: Sight) -> None:
+        """Take a reactor that provides IReactorTime, IReactorTCP and IReactorUNIX."""
+        self._reactor = reactor
+        self._sight = sight
+        self._open: _Open | None = None
+        self._wanted: Status | None = None
+        self._try_again_at = 0.0
+
+    @property
+    def port(self) -> IListeningPort | None:
+        """What is open."""
+        return self._open.port if self._open is not None else None
+
+    def open(self, status: Status) -> None:
+        """Open what `status` describes; if that cannot be done, say so and try again later."""
+        try:
+            self.adopt(self.prepare(status))
+        except ConfigError as error:
+            self._wanted = status
+            self._try_again_at = self._reactor.seconds() + RETRY_INTERVAL
+            _log.error(
+                "{problems}; the gateway works without, and tries again in {interval:.0f} s",
+                problems="; ".join(error.problems),
+                interval=RETRY_INTERVAL,
+            )
+
+    def sweep(self) -> None:
+        """Try again what could not be opened; called every second or so."""
+        if self._wanted is not None and self._reactor.seconds() >= self._try_again_at:
+            self.open(self._wanted)
+
+    def prepare(self, status: Status) -> Prepared:
+        """Open what `status` describes, if that is not open already.  Raises `ConfigError`."""
+        if not status.endpoint or (self._open is not None and self._open.status.description == status.description):
+            return Prepared(status, None)
+        from gateway.ops.web.site import StatusSite
+
+        site = StatusSite(self._sight, self._reactor)
+        try:
+            factory: Any = site  # of its generic bases no two agree
+            port = listen(self._reactor, Listener(status.endpoint), factory)
+        except ListenFailed as error:
+            raise ConfigError([f"status.endpoint: cannot listen on {status.endpoint}: {error}"]) from None
+        return Prepared(status, _Open(status, site, port))
+
+    def adopt(self, prepared: Prepared) -> None:
+        """Let what was prepared take the place of what is open."""
+        self._wanted = None
+        before = self._open
+        if prepared.opened is not None:
+            self._open = prepared.opened
+            _log.info("status page on {address}", address=shown_address(prepared.opened.port.getHost()))
+        elif not prepared.status.endpoint:
+            self._open = None
+        if before is not None and before is not self._open:
+            _close(before)
+        if self._open is not None:
+            # No browser can be led to a UNIX socket by a name, and which names lead to a public endpoint is not known.
+            is_unix = not hasattr(self._open.port.getHost(), "host")
+            self._open.site.any_host = prepared.status.public or is_unix
+
+    def discard(self, prepared: Prepared) -> None:
+        """Close what was prepared in vain."""
+        if prepared.opened is not None:
+            _close(prepared.opened)
+
+    def close(self) -> Deferred[Any]:
+        """Close; fires when that is done."""
+        self._wanted = None
+        closing, self._open = self._open, None
+        return succeed(None) if closing is None else _close(closing)
+
+
+def _close(closing: _Open) -> Deferred[Any]:
+    closing.site.end()
+    closed: Deferred[Any] = maybeDeferred(closing.port.stopListening)
+    return closed

@@ -1,0 +1,212 @@
+"""What the status document says, in words: the same on the page and on a terminal.
+
+In: the document of `gateway.ops.sight`, or parts of it.  Out: sentences, durations, a verdict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from enum import IntEnum
+from typing import Any
+
+from attrs import frozen
+
+Part = Mapping[str, Any]
+
+_STEPS = {
+    "wait-connect": "connecting: no CONNECT has come yet",
+    "dialling": "connecting: on the way to the broker",
+    "wait-connack": "connecting: waiting for the broker's CONNACK",
+    "relaying": "connected",
+    "ended": "not connected",
+    "refused": "not let in",
+}
+_CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's"}
+_SILENT_FOR_LONG = 300  # seconds after which it is said of a connected device that nothing came of it
+
+
+class Level(IntEnum):
+    """How bad it is."""
+
+    WELL = 0
+    ATTENTION = 1
+    DOWN = 2
+
+
+@frozen
+class Verdict:
+    """How the gateway is, in a line, and each thing that is not as it should be."""
+
+    level: Level
+    line: str
+    reasons: list[str]
+
+
+def verdict(document: Part) -> Verdict:
+    """Judge the whole: DOWN if no device can be served, ATTENTION if somebody should look."""
+    reasons = [
+        f"Upstream {upstream['address']}: {upstream_words(upstream)}"
+        for upstream in document["upstreams"]
+        if not upstream["open"]
+    ]
+    reasons += [
+        f"{certificate_name(certificate)}: {certificate_words(certificate)}. {certificate['remedy']}"
+        for certificate in document["certificates"]
+        if certificate["state"] != "valid"
+    ]
+    reasons += [f"The {words}." for words in document["reloads"]["wanting"]]
+    absent = _absent(document)
+    if not document["alive"]:
+        return Verdict(Level.DOWN, "The gateway is stuck: it keeps no deadlines", reasons)
+    if not document["ready"]:
+        words = document["unready"]
+        return Verdict(Level.DOWN, f"Devices cannot be served: {words.partition(':')[0]}", reasons)
+    if reasons:
+        return Verdict(Level.ATTENTION, "Devices are served, but something wants attention", reasons + absent)
+    return Verdict(Level.WELL, "The gateway is well", reasons + absent)
+
+
+def _absent(document: Part) -> list[str]:
+    count = document["absent"]
+    if not count:
+        return []
+    words = f"{number(count)} devices were" if count > 1 else "1 device was"
+    are = "are" if count > 1 else "is"
+    most = document["lately"][0]["reason"] if document["lately"] else "unknown"
+    return [f"{words} here in the last 15 minutes and {are} not connected now; the most frequent reason is {most}."]
+
+
+def upstream_words(upstream: Part) -> str:
+    """Say how a broker fares."""
+    failure = upstream["last_failure"]
+    if upstream["open"]:
+        if upstream["verified"] is None:
+            return "not tried yet"
+        return "serving"
+    words: str = upstream["state"]
+    if upstream["retry_in_seconds"]:
+        words += f", tried again in {duration(upstream['retry_in_seconds'])}"
+    if failure is not None:
+        detail = f" ({failure['detail']})" if failure["detail"] else ""
+        words += f". {failure['meaning'].rstrip('.')}{detail}. {failure['remedy']}"
+    return words
+
+
+def certificate_name(certificate: Part) -> str:
+    """Say whose certificate it is."""
+    name = _CERTIFICATES.get(certificate["role"], certificate["role"])
+    where = f" {certificate['upstream']}" if certificate["upstream"] else ""
+    return f"Certificate ({name}{where}) {certificate['subject']}"
+
+
+def certificate_words(certificate: Part) -> str:
+    """Say how long a certificate has."""
+    date = certificate["not_after"][:10]
+    days = certificate["days_left"]
+    if certificate["state"] == "expired":
+        return f"expired on {date}"
+    if certificate["state"] == "not yet valid":
+        return "not yet valid: check this machine's clock"
+    return f"{days} {'day' if days == 1 else 'days'} left, until {date}"
+
+
+def device_name(device: Part) -> str:
+    """Return what a device is called: its Client Identifier, or its address without the port."""
+    return str(device["client_identifier"]) or f"at {device['device_address'].rpartition(':')[0]}"
+
+
+def device_state(device: Part) -> str:
+    """Say in a few words where a device stands."""
+    end = device["end"]
+    if device["step"] in {"ended", "refused"} and end is not None:
+        return f"{_STEPS[device['step']]}: {end['reason']}"
+    return _STEPS[device["step"]]
+
+
+def device_words(device: Part) -> list[str]:
+    """Say why a device is silent, or that it is not; and what to do."""
+    end, lines = device["end"], []
+    if device["step"] in {"ended", "refused"}:
+        lines.append(f"{end['meaning'].rstrip('.')}{_detail(end)}.")
+        if not end["in_order"]:
+            lines.append(f"What to do: {end['remedy']}")
+        lines += _times(end)
+        return lines
+    if device["held_back"]:
+        lines.append("It is not read at the moment, since the broker does not take what it sends.")
+    elif device["heard_seconds_ago"] is not None and device["heard_seconds_ago"] >= _SILENT_FOR_LONG:
+        lines.append(f"Nothing came from it for {duration(device['heard_seconds_ago'])}.")
+    if end is not None and not end["in_order"]:
+        lines.append(
+            f"Its last session ended {ago(end['seconds_ago'])}: {end['reason']}{_detail(end)}. {end['remedy']}"
+        )
+    if end is not None:
+        lines += _times(end)
+    return lines
+
+
+def unknown_words(document: Part) -> list[str]:
+    """Say what it means that nothing is known of a device."""
+    remembered = duration(document["devices"]["remembered_seconds"])
+    where = ", ".join(listener["address"] for listener in document["listeners"]) or "nowhere"
+    lines = [
+        f"No session is open that fits, and none ended within the last {remembered}.",
+        "So the device does not reach this gateway, or only under another name.",
+        "Look at its power and network, and whether it is set to this gateway's address.",
+        f"Devices are expected at {where}.",
+    ]
+    without_name = sum(1 for each in document["lately"] if each["reason"] in {"not-mqtt", "connect-timeout"})
+    if without_name or document["sessions"]["refused"]:
+        lines.append("Some connections ended before they gave a name: search for the device's IP address.")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in the two units that matter: `45 s`, `3 min`, `2 h 5 min`, `4 days 3 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = whole // 60
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    shown = "1 day" if days == 1 else f"{days} days"
+    return f"{shown} {hours} h" if hours else shown
+
+
+def ago(seconds: float) -> str:
+    """Return how long ago something was."""
+    return "just now" if seconds < 1 else f"{duration(seconds)} ago"
+
+
+def size(count: float) -> str:
+    """Return bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def number(count: float) -> str:
+    """Return a count with its thousands apart."""
+    return f"{count:,.0f}"
+
+
+def clock(moment: str) -> str:
+    """Return the time of day of an ISO 8601 moment, with its zone if that is not UTC."""
+    return datetime.fromisoformat(moment).strftime("%H:%M:%S")
+
+
+def _detail(end: Part) -> str:
+    return f" ({end['detail']})" if end["detail"] else ""
+
+
+def _times(end: Part) -> list[str]:
+    if end["times"] < 2:
+        return []
+    return [f"That has happened {end['times']} times since {clock(end['times_since'])} UTC."]

@@ -1,0 +1,334 @@
+"""The status page as a person sees it: in a browser, on a phone, without JavaScript, with devices that mean ill."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from gateway.ops.web.chart import Line, chart
+from gateway.ops.web.markup import Markup, element, together
+from gateway.ops.words import duration, number, size
+from tests.browser import Browser, Tab
+from tests.harness import Broker, Device, RunningGateway, eventually
+from tests.pki import certify
+from tests.test_status import HOSTILE, ask, connected, status_port
+
+StartGateway = Callable[..., RunningGateway]
+StartBroker = Callable[..., Broker]
+WIDTHS = (380, 1280)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A browser for all tests of this file."""
+    with Browser() as started:
+        yield started
+
+
+class Plant:
+    """A gateway with devices of all kinds: connected, on the way, gone, hostile, with long names; a bad broker, too."""
+
+    def __init__(self, start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path) -> None:
+        wrong = start_broker(tls=certify(names=["DNS:elsewhere.example"], valid_for=5).server())
+        upstreams = [{"host": "localhost", "port": wrong.port}, {"host": "localhost", "port": start_broker().port}]
+        self.gateway = start_gateway(
+            upstream=upstreams,
+            ca_file=ca_file,
+            failover={"retry_first": 60, "retry_max": 60},
+            listen=[{"endpoint": "127.0.0.1:0", "name": "hall 3"}],
+            status={"endpoint": "127.0.0.1:0"},
+        )
+        names = [f"device-{number}" for number in range(1, 31)] + ["x" * 60_000, "w" * 200]
+        self.devices = {name: connected(self.gateway, name) for name in names}
+        self.devices["waiting"] = Device(self.gateway.port)
+        for name in ("device-17", "device-18"):
+            self.devices.pop(name).close()
+        connected(self.gateway, HOSTILE).close()
+        faulty = self.devices.pop("device-19")
+        faulty.send(b"\x00\x00")
+        faulty.read_to_end()
+        faulty.close()
+        self.gateway.wait_ended(4)
+        for _ in range(3):
+            self.gateway.call(self.gateway.service.ledger._sample)
+        self.url = f"http://localhost:{status_port(self.gateway)}/"
+
+    def close(self) -> None:
+        for device in self.devices.values():
+            device.close()
+
+
+@pytest.fixture
+def plant(start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path) -> Iterator[Plant]:
+    """A gateway with much to see."""
+    made = Plant(start_gateway, start_broker, ca_file)
+    yield made
+    made.close()
+
+
+# Elements that reach out of the window, whatever hides the overflow; what is for screen readers only is clipped.
+_OUTSIDE = """
+[...document.body.querySelectorAll('*')].filter(each => {
+  const box = each.getBoundingClientRect();
+  return box.width > 0 && !each.closest('thead') && (box.right > innerWidth + 0.5 || box.left < -0.5);
+}).map(each => `${each.tagName} ${each.className} ${each.getBoundingClientRect().right}`)
+"""
+# Texts that are cut off by their own box.
+_CUT = """
+[...document.body.querySelectorAll('p, b, small, span, th, td, h1, h2, li, a, dt, dd')].filter(each =>
+  each.offsetWidth > 1 && !each.closest('thead') && each.scrollWidth > each.clientWidth + 1
+  && getComputedStyle(each).display !== 'inline'
+).map(each => `${each.tagName} ${each.textContent.slice(0, 80)}`)
+"""
+
+
+@pytest.mark.parametrize("path", ["", "?q=device-17", "?q=nobody", "?show=connected", "?show=silent"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_reaches_out_of_the_window(browser: Browser, plant: Plant, width: int, path: str) -> None:
+    """No sideways scrolling, on a phone either, whatever devices call themselves; nothing is cut off."""
+    with Tab(browser, width, javascript=False) as tab:
+        tab.open(plant.url + path)
+        assert tab.evaluate("innerWidth") == width
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        assert tab.evaluate(_OUTSIDE) == []
+        assert tab.evaluate(_CUT) == []
+        assert tab.complaints() == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width: int, tmp_path: Path) -> None:
+    """State, upstreams with the last error in words, certificates with days left, sessions with their step, lines."""
+    with Tab(browser, width, javascript=False) as tab:
+        tab.open(plant.url)
+        text = tab.text
+        for essential in (
+            "Devices are served, but something wants attention",
+            "verified as localhost",
+            "left alone, tried again in",
+            "tls-untrusted-chain",
+            "Set tls.ca_file to the CA that issued it",
+            "days left",
+            "not connected: malformed-packet",
+            "Update the device's firmware",
+            "connecting: no CONNECT has come yet",
+            "hall 3",
+        ):
+            assert essential in text
+        lines = tab.evaluate("[...document.querySelectorAll('svg')].map(each => each.getAttribute('aria-label'))")
+        assert [line.partition(",")[0] for line in lines] == ["Sessions", "Messages", "Failures"]
+        assert "now 29, highest 29" in lines[0]
+        drawn = tab.evaluate("document.querySelector('polyline').getBoundingClientRect().height")
+        assert drawn >= 0
+        assert tab.evaluate("document.querySelector('meta[http-equiv=refresh]').content") == "30"
+        tab.screenshot(tmp_path / "page.png")
+        assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def test_why_a_device_is_silent_is_found_without_javascript(browser: Browser, plant: Plant) -> None:
+    """Typed into the form and sent: the answer stands right below, with what to do."""
+    with Tab(browser, 380, javascript=False) as tab:
+        tab.open(plant.url)
+        tab.evaluate("document.getElementById('q').value = 'DEVICE-17'; document.querySelector('button').click()")
+        tab.wait_loaded()
+        assert tab.evaluate("location.search") == "?q=DEVICE-17"
+        assert tab.evaluate("document.getElementById('q').value") == "DEVICE-17"
+        found = tab.evaluate("document.getElementById('devices').innerText")
+        for words in ("1 device with", "not connected: device-lost", "What to do: Look at the device's power"):
+            assert words in found
+        # Nothing but the verdict and the search stands before it.
+        assert tab.evaluate("document.getElementById('devices').previousElementSibling.tagName") == "FORM"
+
+
+def test_a_device_that_was_never_here_is_said_to_be_so(browser: Browser, plant: Plant) -> None:
+    """With where it should have come to."""
+    with Tab(browser, 380, javascript=False) as tab:
+        tab.open(f"{plant.url}?q=nobody")
+        found = tab.evaluate("document.getElementById('devices').innerText")
+        assert "0 devices with" in found
+        assert "the device does not reach this gateway" in found
+        assert f"127.0.0.1:{plant.gateway.port}" in found
+
+
+def test_pages_and_kinds_are_links(browser: Browser, plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are, a page has fifty of them."""
+    monkeypatch.setattr("gateway.ops.sight.PER_PAGE", 10)
+    with Tab(browser, 380, javascript=False) as tab:
+        tab.open(f"{plant.url}?limit=10")
+        first = tab.evaluate("document.querySelectorAll('.devices tbody tr').length")
+        tab.evaluate("[...document.querySelectorAll('.kinds a')].find(each => each.text.startsWith('Not')).click()")
+        tab.wait_loaded()
+        silent = tab.evaluate("[...document.querySelectorAll('.devices .badge')].map(each => each.textContent)")
+        assert first == 10
+        assert len(silent) == 4
+        assert all(words.startswith("not connected: ") for words in silent)
+
+
+def test_hostile_names_are_text(browser: Browser, plant: Plant) -> None:
+    """No script runs, no element comes into being, nothing is read backwards; not from the search either."""
+    with Tab(browser, 1280) as tab:
+        for path in ("", "?q=%3Cscript%3Ealert(1)%3C/script%3E%22'%26%E2%80%AE"):
+            tab.open(plant.url + path)
+            assert tab.evaluate("document.scripts.length") == 1
+            assert tab.evaluate("document.querySelectorAll('[onerror], [onclick], iframe, img').length") == 0
+            assert tab.complaints() == []
+            assert "\u202e" not in tab.text
+        tab.open(f"{plant.url}?q=%3Cscript%3E")
+        assert r"<script>alert(1)</script>" in tab.text
+        assert r"\x1b[2J\u202egnp\u2028\x85" in tab.text
+
+
+def test_nothing_is_loaded_from_anywhere(browser: Browser, plant: Plant) -> None:
+    """One request is the whole page."""
+    with Tab(browser, 1280) as tab:
+        tab.open(plant.url)
+        assert [url for url in tab.requested() if url != plant.url and not url.endswith("/favicon.ico")] == []
+        assert tab.evaluate("performance.getEntriesByType('resource').length") == 0
+
+
+def test_with_javascript_the_page_keeps_itself_current(browser: Browser, plant: Plant) -> None:
+    """A search that is being typed is left alone; when the gateway is gone, the page says since when."""
+    with Tab(browser, 1280) as tab:
+        tab.open(f"{plant.url}?q=device-2")
+        tab.evaluate("document.getElementById('q').value = 'being typed'")
+        plant.devices.pop("device-2").close()
+
+        def devices() -> str:
+            words: str = tab.evaluate("document.getElementById('devices').innerText")
+            return words
+
+        eventually(lambda: "not connected: device-lost" in devices(), "the device is shown as gone")
+        assert tab.evaluate("document.getElementById('q').value") == "being typed"
+        assert not tab.evaluate("document.getElementById('stale').checkVisibility()")
+        assert tab.complaints() == []
+        plant.close()
+        plant.gateway.stop()
+        eventually(lambda: tab.evaluate("document.getElementById('stale').checkVisibility()"), "it says so")
+        assert re.match(
+            r"No answer from the gateway since .*\d", tab.evaluate("document.getElementById('stale').innerText")
+        )
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_is_readable_by_day_and_by_night(browser: Browser, plant: Plant, dark: bool) -> None:
+    """Every text has a contrast of 4.5 to 1 to what is behind it (WCAG 2.1, 1.4.3)."""
+    with Tab(browser, 1280, dark=dark) as tab:
+        tab.open(plant.url)
+        dim = tab.evaluate("""
+(() => {
+  const parse = text => { const [r, g, b, a = 1] = text.match(/[\\d.]+/g).map(Number); return { r, g, b, a }; };
+  const light = ({ r, g, b }) => [r, g, b].map(c => c / 255)
+    .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = each => {
+    for (; each; each = each.parentElement) {
+      const colour = parse(getComputedStyle(each).backgroundColor);
+      if (colour.a === 1) return colour;
+    }
+    return { r: 255, g: 255, b: 255 };
+  };
+  const dim = [];
+  for (const each of document.body.querySelectorAll('*')) {
+    const speaks = [...each.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
+    if (!speaks || !each.offsetWidth) continue;
+    const [a, b] = [light(parse(getComputedStyle(each).color)), light(behind(each))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) dim.push(`${each.tagName}.${each.className} ${ratio.toFixed(2)} ${each.textContent.slice(0, 40)}`);
+  }
+  return dim;
+})()
+""")
+        assert dim == []
+        back = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", back))) < 64) is dark
+
+
+def test_it_can_be_read_aloud(browser: Browser, plant: Plant) -> None:
+    """A language, one first heading, headings in tables, a label for the field, words for each drawing."""
+    with Tab(browser, 380) as tab:
+        tab.open(plant.url)
+        assert tab.evaluate("document.documentElement.lang") == "en"
+        assert tab.evaluate("document.querySelectorAll('h1').length") == 1
+        assert tab.evaluate("document.querySelector('label').control.id") == "q"
+        # On a phone, where they are no tables to the eye.
+        assert tab.evaluate(
+            "[...document.querySelectorAll('table')].every(each => each.querySelector('th[scope=col]'))"
+        )
+        assert tab.evaluate("[...document.querySelectorAll('table, tr, td')].every(each => each.getAttribute('role'))")
+        assert tab.evaluate("[...document.querySelectorAll('svg')].every(each => each.getAttribute('aria-label'))")
+
+
+def test_a_page_is_small_however_many_devices_there_are(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """Fifty of them, with the longest names that MQTT permits."""
+    gateway = start_gateway(upstream=start_broker().port, status={"endpoint": "127.0.0.1:0"})
+    for number_ in range(60):
+        connected(gateway, f"{number_:03}" + "\x1b" * 60_000).close()
+    gateway.wait_ended(60)
+    page = ask(gateway, "/")
+    assert page.text.count('<th scope="row" role="rowheader"><b class="name"') == 50
+    assert len(page.body) < 200_000
+
+
+# ---- the parts
+
+
+def test_markup_escapes_whatever_is_not_markup() -> None:
+    """Texts, attributes, quotes; what reverses the reading order, and what is no character."""
+    made = element(
+        "p", "<b>&", element("i", "x"), None, 5, title='"><script>', class_="a", data_name=True, hidden=False
+    )
+    assert made == '<p title="&quot;&gt;&lt;script&gt;" class="a" data-name>&lt;b&gt;&amp;<i>x</i>5</p>'
+    assert together("\u202e\ud800\x1b", Markup("<br>")) == r"\u202e\ud800\x1b<br>"
+    assert together("a\u202eb").encode()
+
+
+def test_a_line_is_drawn_from_right_to_left_in_time() -> None:
+    """The latest value stands at the right edge, one of fifteen minutes ago at the left; the top is a round number."""
+    moments = ["2026-01-01T11:45:00+00:00", "2026-01-01T11:52:30+00:00", "2026-01-01T12:00:00+00:00"]
+    drawn = chart(Line("Sessions", "connected", [0, 30, 15]), moments, "2026-01-01T12:00:00+00:00")
+    assert '<polyline points="0.0,80.0 150.0,34.4 300.0,57.2" class="line"/>' in drawn
+    assert "now 15, highest 30, lowest 0" in drawn
+    assert "top 50" in drawn
+    assert "not over" in chart(Line("Sessions", "connected", []), [], "2026-01-01T12:00:00+00:00")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (60, "1 min"),
+        (3599, "59 min"),
+        (3600, "1 h"),
+        (7500, "2 h 5 min"),
+        (86400, "1 day"),
+        (360000, "4 days 4 h"),
+    ],
+)
+def test_durations_have_the_units_that_matter(seconds: float, words: str) -> None:
+    """Nobody counts the seconds of a day."""
+    assert duration(seconds) == words
+
+
+def test_sizes_and_numbers_are_short() -> None:
+    """In powers of 1024, and with their thousands apart."""
+    assert [size(each) for each in (0, 1023, 1024, 10 * 1024, 5 * 1024**3, 3 * 1024**4)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "10 KiB",
+        "5.0 GiB",
+        "3.0 TiB",
+    ]
+    assert number(1234567) == "1,234,567"
+
+
+def test_style_and_script_are_part_of_the_package() -> None:
+    """They are read from it, and neither names an address."""
+    for name in ("page.css", "page.js"):
+        text = resources.files("gateway.ops.web").joinpath(name).read_text("utf-8")
+        assert not re.search(r"https?:|url\(|@import|//[a-z]+\.", text)
+        assert "</" not in text

@@ -1,0 +1,747 @@
+"""What the gateway shows of itself: metrics, health, the status document; to whom, and what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse
+from twisted.logger import globalLogPublisher
+
+from gateway.config import from_mapping
+from gateway.errors import ConfigError, EndReason
+from gateway.ops.sight import SCHEMA
+from gateway.ops.web import site as site_module
+from tests import mqtt_packets as mqtt
+from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
+from tests.leftovers import Leftovers
+from tests.pki import certify
+from tests.test_floors import ROOT
+
+StartGateway = Callable[..., RunningGateway]
+StartBroker = Callable[..., Broker]
+DOCUMENT = (ROOT / "docs" / "sight.md").read_text()
+# All that MQTT can carry and a browser, a terminal or a parser could be led astray by.
+HOSTILE = "<script>alert(1)</script>\"'&\x1b[2J\u202egnp\u2028\x85 pump-3"
+
+
+class Answer:
+    """What came for a request."""
+
+    def __init__(self, response: http.client.HTTPResponse) -> None:
+        self.status = response.status
+        self.headers = response.headers
+        self.body = response.read()
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a UNIX socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("whatever.example", timeout=20)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(20)
+        self.sock.connect(str(self._path))
+
+
+def status_port(gateway: RunningGateway) -> int:
+    """The port of the status endpoint."""
+    port: int = gateway.service.status_port.port.getHost().port
+    return port
+
+
+def ask(gateway: RunningGateway, path: str = "/status", method: str = "GET", **headers: str) -> Answer:
+    """Send a request to the status endpoint."""
+    with closing(http.client.HTTPConnection("127.0.0.1", status_port(gateway), timeout=20)) as connection:
+        connection.request(method, path, headers=headers)
+        return Answer(connection.getresponse())
+
+
+def raw(port: int, data: bytes) -> bytes:
+    """Send bytes; return all that comes until the end."""
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        connection.sendall(data)
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except ConnectionResetError:
+            pass
+        return answer
+
+
+def connected(gateway: RunningGateway, name: str, **packet: Any) -> Device:
+    """A device that the broker has accepted."""
+    device = Device(gateway.port)
+    device.send(mqtt.connect(name, **packet))
+    assert device.read(4) == mqtt.connack()
+    return device
+
+
+@pytest.fixture
+def start(start_gateway: StartGateway) -> StartGateway:
+    """Return a function that starts gateways with a status endpoint."""
+
+    def starter(**arguments: Any) -> RunningGateway:
+        arguments.setdefault("status", {"endpoint": "127.0.0.1:0"})
+        return start_gateway(**arguments)
+
+    return starter
+
+
+@pytest.fixture
+def devices() -> Iterator[list[Device]]:
+    """Devices that are closed after the test."""
+    opened: list[Device] = []
+    yield opened
+    for device in opened:
+        device.close()
+
+
+# ---- metrics
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """All samples by name and labels."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in parse(text)
+        for sample in family.samples
+    }
+
+
+def value(text: str, name: str, /, **labels: str) -> float:
+    """One sample's value."""
+    return samples(text)[f"mqtts_gateway_{name}", frozenset(labels.items())]
+
+
+def test_metrics_count_what_happened(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:
+    """Sessions by step, ends and refusals by reason, what passed, how long it took."""
+    broker = start_broker()
+    gateway = start(upstream=broker.port, admission={"max_sessions": 2})
+    devices.append(connected(gateway, "a"))
+    devices.append(Device(gateway.port))
+    eventually(lambda: len(gateway.service.gateway.sessions) == 2, "two sessions")
+    with Device(gateway.port) as refused:
+        assert refused.read_to_end() == b""
+    devices[0].send(mqtt.publish(payload=b"x" * 100))
+    eventually(lambda: broker.connection().received.endswith(b"x" * 100), "the packet")
+    devices[1].send(b"\x00\x00")
+    gateway.wait_ended()
+    text = ask(gateway, "/metrics").text
+    assert value(text, "sessions", step="relaying") == 1
+    assert value(text, "sessions", step="wait-connect") == 0
+    assert value(text, "sessions_limit") == 2
+    assert value(text, "sessions_started_total") == 1
+    assert value(text, "sessions_ended_total", reason="not-mqtt") == 1
+    assert value(text, "sessions_ended_total", reason="tls-expired") == 0
+    assert value(text, "connections_refused_total", reason="too-many-sessions") == 1
+    assert value(text, "relayed_bytes_total", direction="up") == len(broker.received)
+    assert value(text, "relayed_packets_total", direction="up") == 2
+    assert value(text, "relayed_packets_total", direction="down") == 1
+    assert value(text, "session_step_seconds_count", step="connack") == 1
+    assert value(text, "upstream_up", upstream=f"localhost:{broker.port}", name="localhost") == 1
+    assert value(text, "upstream_dials_total", upstream=f"localhost:{broker.port}", name="localhost") == 1
+    assert value(text, "ready") == 1
+    process = samples(text)
+    assert process["process_resident_memory_bytes", frozenset()] > 1e6
+    assert ("process_cpu_seconds_total", frozenset()) in process
+
+
+def test_metrics_say_that_an_upstream_is_left_alone(start: StartGateway, start_broker: StartBroker) -> None:
+    """And that another one served in its place."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()[1]
+    broker = start_broker()
+    upstreams = [{"host": "localhost", "port": closed}, {"host": "localhost", "port": broker.port}]
+    gateway = start(upstream=upstreams, failover={"retry_first": 30})
+    connected(gateway, "a").close()
+    text = ask(gateway, "/metrics").text
+    first = f"localhost:{closed}"
+    assert value(text, "upstream_up", upstream=first, name="localhost") == 0
+    assert value(text, "upstream_failed_dials_total", upstream=first, name="localhost", reason="tcp-refused") == 1
+    assert value(text, "upstream_passed_over_total", upstream=first, reason="tcp-refused") == 1
+    assert value(text, "ready") == 1
+
+
+def test_metrics_have_the_ends_of_certificates(start: StartGateway, start_broker: StartBroker, tmp_path: Path) -> None:
+    """The gateway's own, the CA's, and the broker's once it was seen; of two with one name, the first to end."""
+    root = certify(subject="root", ca=True, names=(), purposes=())
+    old = certify(subject="root", ca=True, names=(), purposes=(), valid_for=3)
+    leaf = certify(root, subject="broker")
+    own = certify(root, subject="gateway")
+    (tmp_path / "ca.pem").write_bytes(root.pem + old.pem)
+    broker = start_broker(tls=leaf.server())
+    gateway = start(
+        upstream=broker.port, ca_file=tmp_path / "ca.pem", tls={"client_cert": str(own.write(tmp_path / "own.pem"))}
+    )
+    upstream = f"localhost:{broker.port}"
+
+    def end(role: str, subject: str, upstream: str = "") -> float:
+        labels = {"role": role, "subject": subject, "upstream": upstream}
+        return value(ask(gateway, "/metrics").text, "certificate_not_after_timestamp_seconds", **labels)
+
+    assert end("own", "CN=gateway") == own.certificate.not_valid_after_utc.timestamp()
+    assert end("ca", "CN=root") == old.certificate.not_valid_after_utc.timestamp()
+    with pytest.raises(KeyError):
+        end("broker", "CN=broker", upstream)
+    connected(gateway, "a").close()
+    assert end("broker", "CN=broker", upstream) == leaf.certificate.not_valid_after_utc.timestamp()
+
+
+def test_metrics_are_openmetrics_for_those_who_ask(start: StartGateway) -> None:
+    """Prometheus does; both formats parse, and both hold the same families."""
+    gateway = start(upstream=1)
+    plain = ask(gateway, "/metrics")
+    assert plain.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    modern = ask(gateway, "/metrics", Accept="application/openmetrics-text; version=1.0.0,text/plain;q=0.5")
+    assert modern.headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    names = {family.name for family in openmetrics(modern.text)}
+    assert {family.name for family in parse(plain.text)} - {"mqtts_gateway_build_info"} <= names | {"python_info"}
+
+
+def test_no_label_is_a_devices(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:
+    """A thousand devices make no more series than one: nothing of what they call themselves is in the metrics."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, "device-16").close()
+    gateway.wait_ended()
+    before = samples(ask(gateway, "/metrics").text)
+    devices += [connected(gateway, f"device-{number}") for number in range(17, 22)]
+    text = ask(gateway, "/metrics").text
+    assert samples(text).keys() == before.keys()
+    assert "device-17" not in text
+
+
+def test_names_and_units_are_those_of_prometheus(start: StartGateway) -> None:
+    """One prefix, base units, _total for what only grows; each family has a help, and docs/sight.md names it."""
+    families = [each for each in parse(ask(start(upstream=1), "/metrics").text) if each.name.startswith("mqtts")]
+    documented = dict(re.findall(r"^\| `(mqtts_gateway_\w+)` \| (\w+) \|", DOCUMENT, re.MULTILINE))
+    assert {f"{each.name}_total" if each.type == "counter" else each.name: each.type for each in families} == documented
+    for each in families:
+        assert each.documentation.endswith(".")
+        assert not re.search(r"_(ms|milliseconds|kilobytes|minutes)\b", each.name)
+        if each.type == "histogram":
+            assert each.name.endswith("_seconds")
+
+
+# ---- health
+
+
+def test_readiness_follows_the_upstreams(start: StartGateway) -> None:
+    """503 with the reason while all are left alone; alive all the while."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    gateway = start(upstream=port, failover={"retry_first": 30})
+    assert (ask(gateway, "/readyz").status, ask(gateway, "/readyz").text) == (200, "ready\n")
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect())
+        device.read_to_end()
+    answer = ask(gateway, "/readyz")
+    assert (answer.status, answer.text) == (
+        503,
+        f"no upstream can be had: localhost:{port} is left alone (tcp-refused)\n",
+    )
+    assert ask(gateway, "/healthz").status == 200
+    gateway.wait_empty()
+
+
+def test_while_it_stops_it_is_not_ready_and_still_answers(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """A load balancer is told before the sessions have gone, and whoever looks sees them go."""
+    gateway = start(upstream=start_broker().port, timeouts={"close": 3})
+    devices.append(connected(gateway, "a"))
+    port = status_port(gateway)
+    gone: list[Any] = []
+    # The device does not close its side, so that the end takes as long as it may.
+    gateway.call(lambda: [gateway.service.stopService().addCallback(gone.append), None][1])
+    answer = ask(gateway, "/readyz")
+    assert (answer.status, answer.text) == (503, "the gateway is stopping\n")
+    assert not gone
+    devices[0].close()
+    eventually(lambda: gone, "the end")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 20)
+
+
+def test_a_gateway_whose_sweep_has_stopped_is_not_alive(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deadlines are not kept then: whoever watches the process should start it anew."""
+    gateway = start(upstream=1)
+    ledger = gateway.service.ledger
+    monkeypatch.setattr(ledger, "sweep", lambda: None)
+    ledger.swept -= 60
+    answer = ask(gateway, "/healthz")
+    assert (answer.status, answer.text) == (503, "the sweep does not run: deadlines are not kept\n")
+
+
+# ---- the document
+
+
+def test_the_document_says_where_each_device_stands(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """Step, address, listener, since when, upstream, what passed; the broker's silence is a step of its own."""
+
+    def serve(connection: BrokerConnection) -> None:
+        if b"patient" in connection.read_packet():
+            connection.read_to_end()
+        connection.send(mqtt.connack())
+        connection.read_to_end()
+
+    broker = start_broker(serve=serve)
+    gateway = start(upstream=broker.port, listen=[{"endpoint": "127.0.0.1:0", "name": "hall 3"}])
+    devices += [connected(gateway, "device-17"), Device(gateway.port), Device(gateway.port)]
+    devices[0].send(mqtt.publish(payload=b"12345"))
+    devices[1].send(mqtt.connect("patient"))
+    broker.connection(1)
+    eventually(lambda: len(gateway.service.gateway.sessions) == 3, "three sessions")
+    eventually(lambda: b"12345" in broker.received, "the packet")
+    document = ask(gateway).json
+    assert document["schema"] == SCHEMA
+    assert document["ready"]
+    assert document["sessions"]["open"] == 3
+    assert document["listeners"] == [{"name": "hall 3", "address": f"127.0.0.1:{gateway.port}"}]
+    by_name = {each["client_identifier"]: each for each in document["devices"]["items"]}
+    assert {name: each["step"] for name, each in by_name.items()} == {
+        "": "wait-connect",
+        "patient": "wait-connack",
+        "device-17": "relaying",
+    }
+    device = by_name["device-17"]
+    assert device["device_address"] == f"127.0.0.1:{devices[0].socket.getsockname()[1]}"
+    assert (device["listener"], device["upstream"]) == ("hall 3", f"localhost:{broker.port}")
+    assert device["traffic"]["packets_up"] == 2
+    assert device["traffic"]["bytes_up"] == len(mqtt.connect("device-17")) + len(mqtt.publish(payload=b"12345"))
+    assert device["end"] is None
+    assert datetime.now(UTC) - datetime.fromisoformat(device["since"]) < timedelta(minutes=1)
+    (upstream,) = document["upstreams"]
+    assert (upstream["state"], upstream["open"], upstream["last_failure"]) == ("serving", True, None)
+
+
+def test_the_document_says_why_a_device_is_silent(start: StartGateway, start_broker: StartBroker) -> None:
+    """Word, meaning, particulars, remedy; found by a part of its name."""
+    leaf = certify(certify(subject="another", ca=True, names=(), purposes=()))
+    gateway = start(upstream=start_broker(tls=leaf.server()).port, failover={"retry_first": 30})
+    for name in ("device-17", "device-18"):
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect(name))
+            device.read_to_end()
+    gateway.wait_empty()
+    document = ask(gateway, "/status?q=VICE-17").json
+    assert document["devices"]["counts"]["silent"] == 1
+    (device,) = document["devices"]["items"]
+    assert (device["client_identifier"], device["step"]) == ("device-17", "ended")
+    end = device["end"]
+    assert end["reason"] == "tls-untrusted-chain"
+    assert (end["meaning"], end["remedy"]) == (
+        EndReason.TLS_UNTRUSTED_CHAIN.meaning,
+        EndReason.TLS_UNTRUSTED_CHAIN.remedy,
+    )
+    assert end["detail"]
+    assert not document["ready"]
+    assert document["upstreams"][0]["last_failure"]["reason"] == "tls-untrusted-chain"
+    (lately,) = document["lately"]
+    assert (lately["reason"], lately["count"], lately["devices"]) == ("tls-untrusted-chain", 2, 2)
+    assert document["absent"] == 2
+
+
+def test_a_device_that_came_back_is_here_and_its_last_end_is_told(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """Two devices that fight for one Client Identifier are seen by how often it has ended."""
+    gateway = start(upstream=start_broker().port)
+    for _ in range(3):
+        connected(gateway, "device-17").close()
+        eventually(lambda: not gateway.service.gateway.sessions, "it is gone")
+    devices.append(connected(gateway, "device-17"))
+    (device,) = ask(gateway).json["devices"]["items"]
+    assert (device["step"], device["end"]["reason"], device["end"]["times"]) == ("relaying", "device-lost", 3)
+
+
+def test_devices_come_in_pages(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:
+    """The silent ones first; whatever a query asks for is bounded."""
+    gateway = start(upstream=start_broker().port)
+    devices += [connected(gateway, f"device-{number}") for number in range(5)]
+    connected(gateway, "gone").close()
+    gateway.wait_ended()
+    found = [
+        [each["client_identifier"] for each in ask(gateway, f"/status?limit=4&page={page}").json["devices"]["items"]]
+        for page in (1, 2, 3)
+    ]
+    assert found == [["gone", "device-4", "device-3", "device-2"], ["device-1", "device-0"], []]
+    only = ask(gateway, "/status?show=silent").json["devices"]
+    assert ([each["client_identifier"] for each in only["items"]], only["counts"]["connected"]) == (["gone"], 5)
+    odd = ask(gateway, "/status?limit=99999999999&page=-1&show=everything&q=").json["devices"]
+    assert (odd["page"], odd["show"], len(odd["items"])) == (1, "all", 6)
+    assert ask(gateway, "/status?limit=0").json["devices"]["items"] == []
+    assert ask(gateway, "/status?q=127.0.0.1").json["devices"]["matching"] == 6
+
+
+def test_the_device_that_is_named_in_full_comes_first(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """Whoever looks for device-1 does not want to go through all that begin so, even if those are in trouble."""
+    gateway = start(upstream=start_broker().port)
+    devices.append(connected(gateway, "Device-1"))
+    for number in range(10, 15):
+        connected(gateway, f"device-{number}").close()
+    gateway.wait_ended(5)
+    found = ask(gateway, "/status?q=device-1").json["devices"]
+    assert (found["matching"], found["items"][0]["client_identifier"]) == (6, "Device-1")
+
+
+def test_what_is_hostile_is_harmless_in_json(start: StartGateway, start_broker: StartBroker) -> None:
+    """Nothing but ASCII leaves, nothing in it is long, and the device is found by what is shown of it."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, HOSTILE).close()
+    connected(gateway, "x" * 65_000).close()
+    gateway.wait_ended(2)
+    answer = ask(gateway)
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.body.isascii()
+    assert len(answer.body) < 10_000
+    names = [each["client_identifier"] for each in answer.json["devices"]["items"]]
+    assert all(name.isprintable() and len(name) < 300 for name in names)
+    shown = r"\x1b[2J\u202egnp\u2028\x85 pump-3"
+    assert any(name.endswith(shown) for name in names)
+    assert ask(gateway, r"/status?q=\u202egnp").json["devices"]["matching"] == 1
+
+
+def test_history_is_drawn_from_samples(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], reactor: Any
+) -> None:
+    """What happened since the last one is the next interval's."""
+    broker = start_broker()
+    gateway = start(upstream=broker.port)
+    devices.append(connected(gateway, "a"))
+    devices[0].send(mqtt.publish() * 9)
+    eventually(lambda: broker.received.count(mqtt.publish()) == 9, "the packets")
+    gateway.call(gateway.service.ledger._sample)
+    history = ask(gateway).json["history"]
+    assert [(each["sessions"], each["packets"], each["failures"]) for each in history] == [(1, 11, 0)]
+
+
+# ---- who may ask, and what it costs
+
+
+def test_what_it_may_not_be_asked(start: StartGateway) -> None:
+    """Nothing can be changed, and there is nothing else there."""
+    gateway = start(upstream=1)
+    for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "X" * 100):
+        answer = ask(gateway, "/", method)
+        assert (answer.status, answer.headers["Allow"]) == (405, "GET, HEAD")
+    assert ask(gateway, "/../etc/passwd").status == 404
+    assert ask(gateway, "/status/").status == 404
+    assert ask(gateway, "/?q=" + "x" * 3000).status == 414
+    assert ask(gateway, "/?" + "&".join(f"a{number}=1" for number in range(200))).status == 400
+    head = ask(gateway, "/status", "HEAD")
+    assert (head.status, head.body) == (200, b"")
+    assert int(head.headers["Content-Length"]) > 100
+
+
+@pytest.mark.parametrize("path", ["/", "/status", "/metrics", "/healthz", "/nothing"])
+def test_every_answer_is_guarded(start: StartGateway, path: str) -> None:
+    """Not kept, not framed, not sniffed, and no script but the page's own."""
+    headers = ask(start(upstream=1), path).headers
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    policy = headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ")
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert "Server" not in headers or "Twisted" not in headers["Server"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:9883", 200),
+        ("LOCALHOST.", 200),
+        ("status.localhost:1", 200),
+        ("127.0.0.1:80", 200),
+        ("127.9.9.9", 200),
+        ("[::1]:9883", 200),
+        ("evil.example", 421),
+        ("evil.example:9883", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("192.168.1.7", 421),
+        ("[fe80::1]", 421),
+        ("[", 421),
+        ("", 421),
+    ],
+)
+def test_a_name_that_was_made_to_lead_here_is_refused(start: StartGateway, host: str, status: int) -> None:
+    """DNS rebinding: a web page of somebody else's must not read this one."""
+    gateway = start(upstream=1)
+    assert ask(gateway, Host=host).status == status
+
+
+def test_two_hosts_are_none_of_them(start: StartGateway) -> None:
+    """And who sends none is no browser."""
+    port = status_port(start(upstream=1))
+    assert (
+        b" 421 "
+        in raw(port, b"GET /status HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n").split(b"\r\n")[0]
+    )
+    assert b" 200 " in raw(port, b"GET /healthz HTTP/1.0\r\n\r\n").split(b"\r\n")[0]
+
+
+def test_a_public_endpoint_answers_to_any_name(start: StartGateway) -> None:
+    """Which names it has, only its owner knows."""
+    gateway = start(upstream=1, status={"endpoint": "127.0.0.1:0", "public": True})
+    assert ask(gateway, Host="gateway.example").status == 200
+
+
+def test_a_unix_socket_answers_to_any_name(start: StartGateway, tmp_path: Path) -> None:
+    """No name leads there; its mode says who may ask."""
+    path = tmp_path / "status.sock"
+    start(upstream=1, status={"endpoint": f"unix:{path}:mode=600"})
+    assert path.stat().st_mode & 0o777 == 0o600
+    with closing(UnixConnection(path)) as connection:
+        connection.request("GET", "/status")
+        assert Answer(connection.getresponse()).json["schema"] == SCHEMA
+
+
+def test_what_is_sent_along_is_not_kept(start: StartGateway) -> None:
+    """A body is neither held in memory nor written to a file, and the answer is the same; then it ends."""
+    gateway = start(upstream=1)
+    for length in (b"Content-Length: 200000", b"Content-Length: 99999999999999"):
+        answer = raw(
+            status_port(gateway), b"POST / HTTP/1.1\r\nHost: localhost\r\n" + length + b"\r\n\r\n" + b"x" * 200_000
+        )
+        assert answer.startswith(b"HTTP/1.1 405 ") or answer == b""
+    assert ask(gateway).status == 200
+
+
+def test_garbage_is_answered_in_short(start: StartGateway, devices: list[Device]) -> None:
+    """Neither a long header nor MQTT nor TLS makes a line in the log, or does any harm."""
+    gateway = start(upstream=1)
+    for garbage in (
+        mqtt.connect(),
+        b"\x16\x03\x01\x00\xa5\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+    ):
+        raw(status_port(gateway), garbage)
+    assert ask(gateway, "/healthz").status == 200
+
+
+def test_who_says_nothing_is_cut_off(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also who says it slowly; and there are not many of them at a time."""
+    monkeypatch.setattr(site_module, "_IDLE", 3600)
+    monkeypatch.setattr(site_module, "_LIFETIME", 0.5)
+    monkeypatch.setattr(site_module, "_MOST_CONNECTIONS", 3)
+    gateway = start(upstream=1)
+    leftovers = Leftovers(gateway)
+    slow = [socket.create_connection(("127.0.0.1", status_port(gateway)), 20) for _ in range(3)]
+    for connection in slow:
+        connection.sendall(b"GET /status HTTP/1.1\r\nHost: localhost\r\nX: ")
+    with socket.create_connection(("127.0.0.1", status_port(gateway)), 20) as one_more:
+        assert one_more.recv(1) == b""
+    for connection in slow:
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+        connection.close()
+    assert ask(gateway, "/healthz").status == 200
+    leftovers.check()
+
+
+def test_who_asks_too_often_has_to_wait(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The relay's time is not spent on those who look; health is answered all the same."""
+    monkeypatch.setattr(site_module, "_BURST", 3.0)
+    monkeypatch.setattr(site_module, "_RATE", 0.001)
+    gateway = start(upstream=1)
+    assert [ask(gateway).status for _ in range(4)] == [200, 200, 200, 429]
+    assert ask(gateway).headers["Retry-After"] == "1"
+    assert ask(gateway, "/healthz").status == 200
+
+
+def test_a_mistake_in_an_answer_stays_there(
+    start: StartGateway,
+    start_broker: StartBroker,
+    devices: list[Device],
+    monkeypatch: pytest.MonkeyPatch,
+    logged_errors: list[dict[str, Any]],
+) -> None:
+    """500 in words, a traceback in the log, and the sessions do not notice."""
+    gateway = start(upstream=start_broker().port)
+    devices.append(connected(gateway, "a"))
+    monkeypatch.setattr(gateway.service.sight, "document", lambda query: 1 / 0)
+    answer = ask(gateway)
+    assert (answer.status, "its log has the particulars" in answer.text) == (500, True)
+    assert "Traceback" not in answer.text
+    assert len(gateway.service.gateway.sessions) == 1
+    assert len(logged_errors) == 1
+    logged_errors.clear()
+
+
+# ---- the endpoint
+
+
+def test_without_an_endpoint_nothing_is_loaded() -> None:
+    """twisted.web and prometheus_client cost memory; who does not look does not pay."""
+    script = (
+        "import sys; from twisted.internet import reactor; from gateway.config import from_mapping; "
+        "from gateway.service import GatewayService; "
+        "GatewayService(from_mapping({'upstream': [{'host': 'a'}], 'listen': [{'endpoint': '127.0.0.1:0'}]}), reactor)"
+        ".startService(); print(sorted({'twisted.web', 'prometheus_client'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_a_status_endpoint_that_is_taken_does_not_keep_devices_away(
+    start: StartGateway,
+    start_broker: StartBroker,
+    devices: list[Device],
+    logged_errors: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error in the log with the remedy; it is opened as soon as it is free."""
+    monkeypatch.setattr("gateway.ops.web.port.RETRY_INTERVAL", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        gateway = start(upstream=start_broker().port, status={"endpoint": f"127.0.0.1:{port}"})
+        devices.append(connected(gateway, "a"))
+        assert gateway.service.status_port.port is None
+    eventually(lambda: gateway.service.status_port.port, "the endpoint opens")
+    assert ask(gateway, "/readyz").status == 200
+    assert "status.endpoint: cannot listen" in logged_errors[0]["problems"]
+    assert "ss -ltnp" in logged_errors[0]["problems"]
+    logged_errors.clear()
+
+
+def changed(gateway: RunningGateway, **status: Any) -> Any:
+    """The gateway's configuration with another `[status]`."""
+    upstream = gateway.config.upstream[0]
+    return from_mapping(
+        {
+            "listen": [{"endpoint": "127.0.0.1:0"}],
+            "upstream": [{"host": upstream.host, "port": upstream.port}],
+            "status": status,
+        }
+    )
+
+
+def test_a_new_configuration_moves_the_endpoint(start: StartGateway, tmp_path: Path) -> None:
+    """Elsewhere, away, and back; unchanged it stays open, whatever else changes."""
+    gateway = start(upstream=1)
+    first = gateway.service.status_port.port
+    gateway.call(gateway.service.change, changed(gateway, endpoint="127.0.0.1:0", public=True))
+    assert gateway.service.status_port.port is first
+    assert ask(gateway, Host="gateway.example").status == 200
+    path = tmp_path / "status.sock"
+    gateway.call(gateway.service.change, changed(gateway, endpoint=f"unix:{path}"))
+    assert path.exists()
+    gateway.call(gateway.service.change, changed(gateway))
+    assert gateway.service.status_port.port is None
+    eventually(lambda: not path.exists(), "the socket is gone")
+    gateway.call(gateway.service.change, changed(gateway, endpoint="127.0.0.1:0"))
+    assert ask(gateway, Host="gateway.example").status == 421
+
+
+def test_an_endpoint_that_cannot_be_had_refuses_a_new_configuration(start: StartGateway, tmp_path: Path) -> None:
+    """All stays as it was; and nothing stays open of one that is refused for something else."""
+    gateway = start(upstream=1)
+    before = gateway.service.status_port.port
+    with pytest.raises(ConfigError, match=r"status\.endpoint: cannot listen on unix:/nonexistent/s"):
+        gateway.call(gateway.service.change, changed(gateway, endpoint="unix:/nonexistent/s"))
+    path = tmp_path / "status.sock"
+    bad = from_mapping(
+        {
+            "listen": [{"endpoint": "unix:/nonexistent/mqtt"}],
+            "upstream": [{"host": "a"}],
+            "status": {"endpoint": f"unix:{path}"},
+        }
+    )
+    with pytest.raises(ConfigError, match="listen"):
+        gateway.call(gateway.service.change, bad)
+    eventually(lambda: not path.exists(), "the socket is gone")
+    assert gateway.service.status_port.port is before
+    assert ask(gateway, "/healthz").status == 200
+
+
+def test_a_reload_that_was_refused_is_to_be_seen(start: StartGateway, logged_errors: list[dict[str, Any]]) -> None:
+    """Until a better one comes: whoever changed the file and went home finds it here."""
+    gateway = start(upstream=1)
+    service = gateway.service
+
+    def missing() -> Any:
+        raise ConfigError(["tls.ca_file: ca.pem cannot be read"])
+
+    service._reread = missing
+    gateway.call(service.reload)
+    document = ask(gateway).json
+    assert (document["reloads"]["done"], document["reloads"]["refused"]) == (0, 1)
+    assert "tls.ca_file: ca.pem cannot be read" in ask(gateway, "/").text
+    assert value(ask(gateway, "/metrics").text, "reloads_total", result="refused") == 1
+    service._reread = lambda: gateway.config
+    gateway.call(service.reload)
+    document = ask(gateway).json
+    assert document["reloads"] == {"done": 1, "refused": 1, "wanting": []}
+    logged_errors.clear()
+
+
+def test_nothing_stays_behind(start: StartGateway, start_broker: StartBroker) -> None:
+    """No connection, no timer, after many who looked."""
+    gateway = start(upstream=start_broker().port)
+    ask(gateway)
+    leftovers = Leftovers(gateway)
+    for path in ("/", "/status", "/metrics", "/healthz", "/readyz", "/nothing"):
+        ask(gateway, path)
+    leftovers.check()
+
+
+# ---- certificates
+
+
+def test_the_brokers_certificate_is_warned_of_after_it_was_seen(
+    start: StartGateway,
+    start_broker: StartBroker,
+    ca_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the log, on the page and in the document, by a sweep of the running gateway."""
+    monkeypatch.setattr("gateway.ops.expiry._LOOK_AGAIN", 0.0)
+    root = certify(subject="root", ca=True, names=(), purposes=(), valid_for=400)
+    leaf = certify(root, subject="broker", valid_for=10)
+    (tmp_path / "ca.pem").write_bytes(root.pem)
+    gateway = start(upstream=start_broker(tls=leaf.server()).port, ca_file=tmp_path / "ca.pem")
+    events: list[dict[str, Any]] = []
+    globalLogPublisher.addObserver(events.append)
+    connected(gateway, "a").close()
+    eventually(lambda: [each for each in events if each.get("event") == "certificate-ends"], "the warning")
+    globalLogPublisher.removeObserver(events.append)
+    (warning,) = (each for each in events if each.get("event") == "certificate-ends")
+    assert (warning["role"], warning["subject"]) == ("broker", "CN=broker")
+    certificates = {each["role"]: each for each in ask(gateway).json["certificates"]}
+    assert (certificates["broker"]["state"], certificates["ca"]["state"]) == ("ends soon", "valid")
+    page = ask(gateway, "/").text
+    assert "something wants attention" in page
+    assert f"{warning['days_left']} days left" in page
