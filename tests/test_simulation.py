@@ -15,6 +15,8 @@ import pytest
 from gateway.errors import SessionEnd
 from gateway.mqtt.framer import Framer
 from gateway.policy.admission import Doorkeeper
+from gateway.policy.health import UpstreamHealth
+from gateway.policy.pacing import Pacer
 from gateway.race import _Race
 from gateway.session import Session, State
 from gateway.side import RelaySide
@@ -338,6 +340,31 @@ def tries_the_first_upstream_only(patch: pytest.MonkeyPatch) -> None:
         await dial(self, session, device)
 
     patch.setattr(Dialler, "_dial", first_only)
+
+
+@mutant("liveness")
+def leaves_a_broker_alone_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """A broker that failed is never tried again."""
+    patch.setattr(UpstreamHealth, "is_due", lambda *_: False)
+
+
+@mutant("liveness")
+def lets_sessions_wait_in_the_queue_for_ever(patch: pytest.MonkeyPatch) -> None:
+    """Nobody gets a turn who has had to wait for it."""
+    patch.setattr(Pacer, "_arm", lambda _: None)
+
+
+@mutant("end-to-end", "verified")
+def says_something_to_a_broker_that_it_tries(patch: pytest.MonkeyPatch) -> None:
+    """The gateway's own dial sends a packet in nobody's name."""
+    close = UpstreamProtocol.close
+
+    def with_a_word(self: UpstreamProtocol) -> None:
+        if self._session is None and not self._closing:
+            self.write(mqtt.connect("gateway"))
+        close(self)
+
+    patch.setattr(UpstreamProtocol, "close", with_a_word)
 
 
 @mutant("liveness")

@@ -21,9 +21,8 @@ from tests.simulation.network import Link, Name, Route, make_address
 if TYPE_CHECKING:
     from tests.simulation.world import World
 
-# Virtual seconds from the beginning after which nobody says anything more, so that nothing is on its way when the run
-# is judged.
-QUIET = 145.0
+# Virtual seconds before a run is judged after which nobody says anything more, so that nothing is on its way then.
+QUIET = 5.0
 PASSWORD, PAYLOAD = "hunter-", "payload-"
 
 CONNECT, CONNACK, PUBLISH, DISCONNECT, AUTH = 1, 2, 3, 14, 15
@@ -99,6 +98,8 @@ class Device(Model):
         same = world.config.admission.max_sessions_per_address and random.random() < 0.3
         self.address = IPv4Address("TCP", "192.168.1.1" if same else f"192.168.1.{number + 1}", 50_000 + number)
         self.start = random.choice((0.0, random.uniform(0, 5)))
+        if world.away_until and random.random() < 0.5:
+            self.start = world.found_by + random.uniform(0, 2)
         self.version = random.choice((3, 4, 4, 5, 5))
         self.keep_alive = random.choice((0, 8, 20, 60))
         self.authenticates = self.version == 5 and random.random() < 0.2
@@ -317,7 +318,7 @@ class Device(Model):
             self.say(mqtt.pingreq(), legal=False)
 
     def _keep_alive(self) -> None:
-        if self.keep_alive and self.world.now < QUIET:
+        if self.keep_alive and self.world.now < self.world.settled - QUIET:
             self.say(mqtt.pingreq())
             self.later(self.keep_alive * 0.7, self._keep_alive)
 
@@ -400,7 +401,16 @@ class Broker:
         world.network.names[self.host] = Name(dns, addresses)
         answers = any(world.network.routes[host].kind == "accept" for host in hosts)
         self.reachable = answers and not empty and dns is not None and dns < 5
+        self._hosts = hosts
         self.good = self.reachable and self.kind == "right"
+
+    def be_away(self, until: float) -> None:
+        """Answer no connection until then, in one way or another, and then be as chosen."""
+        routes = self.world.network.routes
+        for host in self._hosts:
+            before = routes[host]
+            routes[host] = Route(self.random.choice(("refuse", "unreachable", "blackhole")), before.delay)
+            self.world.clock.schedule(until, routes.__setitem__, host, before)
 
     def accept(self, link: Link) -> Protocol:
         """Answer a connection."""

@@ -348,9 +348,9 @@ class VirtualSocket:
     def fileno(self) -> int:
         return 0
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, flags: int = 0) -> bytes:
         if self.incoming.inbox:
-            return self.incoming.take(size)
+            return bytes(self.incoming.inbox[:size]) if flags & socket.MSG_PEEK else self.incoming.take(size)
         if self.broken:
             raise ConnectionResetError(errno.ECONNRESET, "reset")
         if self.incoming.finished:
