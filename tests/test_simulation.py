@@ -94,28 +94,31 @@ def any_chain_will_do(patch: pytest.MonkeyPatch) -> None:
 def connect_waits_in_the_channel(patch: pytest.MonkeyPatch) -> None:
     """CONNECT is given to the channel before it is verified, which keeps it until then."""
     made, send, handshake = UpstreamProtocol.connectionMade, TLSChannel.send, TLSChannel._handshake
+    outgoing = TLSChannel.outgoing
     kept: dict[int, bytes] = {}
+    encrypted: dict[int, bytes] = {}
 
     def connection_made(self: UpstreamProtocol) -> None:
         made(self)
         # Who waits for the handshake is told at once that it is done.
         self.transport.reactor.callLater(0.0, self.verified.callback, None)
 
-    def keep(self: TLSChannel, plaintext: bytes) -> None:
-        if self.state is ChannelState.HANDSHAKING:
-            kept[id(self)] = kept.get(id(self), b"") + plaintext
-        else:
-            send(self, plaintext)
+    def keep(self: TLSChannel, plaintext: bytes) -> bytes:
+        if self.state is not ChannelState.HANDSHAKING:
+            return send(self, plaintext)
+        kept[id(self)] = kept.get(id(self), b"") + plaintext
+        return b""
 
     def flush(self: TLSChannel) -> bool:
         done = handshake(self)
-        if done:
-            send(self, kept.pop(id(self), b""))
+        if done and id(self) in kept:
+            encrypted[id(self)] = send(self, kept.pop(id(self)))
         return done
 
     patch.setattr(UpstreamProtocol, "connectionMade", connection_made)
     patch.setattr(TLSChannel, "send", keep)
     patch.setattr(TLSChannel, "_handshake", flush)
+    patch.setattr(TLSChannel, "outgoing", lambda self: outgoing(self) + encrypted.pop(id(self), b""))
 
 
 @mutant("truth", "end-to-end")
@@ -214,8 +217,8 @@ def passes_on_before_connack(patch: pytest.MonkeyPatch) -> None:
 
     def upstream_verified(self: Session, upstream: Any, peer: Peer) -> None:
         verified(self, upstream, peer)
-        if self._state is State.WAIT_CONNACK:
-            upstream.write(self._device_reader.take_rest())
+        if self._state is State.WAIT_CONNACK and (rest := self._device_reader.take_rest()):
+            upstream.write(rest)
 
     patch.setattr(Session, "upstream_verified", upstream_verified)
 
