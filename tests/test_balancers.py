@@ -154,6 +154,58 @@ def test_nginx_keeps_the_devices_address(behind: RunningGateway, tmp_path: Path,
     assert behind.journal.turned_away == []
 
 
+def start_balancer(kind: str, directory: Path, to_port: int) -> tuple[Program, int]:
+    """Start one of either kind before a gateway; return it and its port."""
+    port = free_port()
+    if kind == "nginx":
+        return Nginx(directory, port, to_port), port
+    return haproxy_before(directory, port, to_port, "send-proxy-v2"), port
+
+
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+def test_a_device_is_told_the_truth_through_a_balancer(
+    start_gateway: Callable[..., RunningGateway], tmp_path: Path, programs: list[Program], kind: str
+) -> None:
+    """CONNACK 3 arrives whole, though the connection ends with it."""
+    listen = [{"endpoint": "127.0.0.1:0", "proxies": "127.0.0.1"}]
+    gateway = start_gateway(upstream=free_port(), listen=listen)
+    balancer, port = start_balancer(kind, tmp_path, gateway.port)
+    programs.append(balancer)
+    with Device(port) as device:
+        device.send(mqtt.connect())
+        device.socket.settimeout(20)
+        assert device.read_to_end() == mqtt.connack(code=3)
+    assert gateway.wait_ended().reason is EndReason.TCP_REFUSED
+
+
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+@pytest.mark.parametrize("is_polite", [True, False])
+def test_loss_is_passed_on_as_loss_through_a_balancer(
+    start_gateway: Callable[..., RunningGateway],
+    start_broker: Callable[..., Broker],
+    tmp_path: Path,
+    programs: list[Program],
+    kind: str,
+    is_polite: bool,
+) -> None:
+    """A device that closes, or vanishes with RST, ends its session at the broker without DISCONNECT."""
+    broker = start_broker()
+    gateway = start_gateway(upstream=broker.port, listen=[{"endpoint": "127.0.0.1:0", "proxies": "127.0.0.1"}])
+    balancer, port = start_balancer(kind, tmp_path, gateway.port)
+    programs.append(balancer)
+    device = Device(port)
+    device.send(mqtt.connect())
+    assert device.read(4) == mqtt.connack()
+    if is_polite:
+        device.close()
+    else:
+        device.reset()
+    assert gateway.wait_ended().reason is EndReason.DEVICE_LOST
+    connection = broker.connection()
+    assert connection.finished.wait(20)
+    assert bytes(connection.received) == mqtt.connect()
+
+
 # ---- two gateways, as docs/scaling.md has them
 
 
