@@ -20,7 +20,10 @@ from twisted.logger import formatEvent, globalLogPublisher
 
 from gateway.config import TLS, Upstream
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.tls import channel as channel_module
 from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_policy
+from gateway.tls.direct import DirectCalls
+from gateway.tls.engine import PublicCalls
 from gateway.tls.identity import Identity
 from gateway.tls.tickets import MAX_AGE, SUSPENDED_FOR, Ticket, Tickets
 from gateway.tls.trust import TLSPolicy, spki_pin
@@ -36,6 +39,7 @@ BROKER = certify(INTERMEDIATE, names=["DNS:localhost"], valid_for=10)
 LOCALHOST = Identity.of("localhost")
 START = NOW.timestamp()
 DAY = 86400.0
+BOTH_ENGINES = pytest.mark.parametrize("engine", [PublicCalls, DirectCalls])
 
 
 class Watch:
@@ -133,20 +137,27 @@ def talk(channel: TLSChannel, server: MemoryServer, *, cut: int = 1 << 20) -> No
             assert channel.receive(answer[start : start + cut]) == b""
 
 
-SESSION_TICKET = 35  # RFC 5077 §3.2
+SUPPORTED_GROUPS, SESSION_TICKET = 10, 35
 
 
-def hello_extensions(hello: bytes) -> list[int]:
-    """Return the types of the extensions in the record of a ClientHello (RFC 8446 §4.1.2)."""
+def hello_extensions(hello: bytes) -> dict[int, bytes]:
+    """Return the extensions in the record of a ClientHello, by their types (RFC 8446 §4.1.2)."""
     rest = hello[5 + 4 + 2 + 32 :]
     for size_of_length in (1, 2, 1):  # session id, ciphers, compression
         rest = rest[size_of_length + int.from_bytes(rest[:size_of_length], "big") :]
     rest = rest[2:]
-    types = []
+    extensions = {}
     while rest:
-        types.append(int.from_bytes(rest[:2], "big"))
-        rest = rest[4 + int.from_bytes(rest[2:4], "big") :]
-    return types
+        end = 4 + int.from_bytes(rest[2:4], "big")
+        extensions[int.from_bytes(rest[:2], "big")] = rest[4:end]
+        rest = rest[end:]
+    return extensions
+
+
+def groups(extensions: dict[int, bytes]) -> list[int]:
+    """Return the groups that a ClientHello offers (RFC 8446 §4.2.7)."""
+    listed = extensions[SUPPORTED_GROUPS][2:]
+    return [int.from_bytes(listed[start : start + 2], "big") for start in range(0, len(listed), 2)]
 
 
 @pytest.fixture
@@ -244,9 +255,30 @@ def test_tls_1_2_is_not_resumed(tmp_path: Path) -> None:
 
 
 def test_a_ticket_of_tls_1_3_is_of_no_use_to_tls_1_2(world: World) -> None:
-    """A broker that falls back to TLS 1.2 is verified in full."""
+    """A broker that falls back to TLS 1.2 resumes nothing, and is verified in full when it is tried again."""
     world.serve(BROKER, version="1.2")
+    channel, server = world.begin()
+    # With a ticket, one group is offered, and the key of the broker's certificate is of another (RFC 8422 §5.1).
+    with pytest.raises(UpstreamFailure):
+        talk(channel, server)
+    assert channel.resuming
+    assert server.received == b""
+    world.tickets.suspend()
     assert not world.resumed()
+
+
+@BOTH_ENGINES
+def test_a_key_is_made_for_the_group_that_the_broker_chose(
+    world: World, monkeypatch: pytest.MonkeyPatch, engine: Any
+) -> None:
+    """With a ticket, that group alone is offered; without, all of them, so that it may be a better one an hour later."""
+    monkeypatch.setattr(channel_module, "choose", lambda: engine)
+    full = hello_extensions(world.begin(tickets=Tickets(world.policy, LOCALHOST, world.watch))[0].outgoing())
+    with_ticket = hello_extensions(world.begin()[0].outgoing())
+    assert len(groups(full)) > 3
+    chosen = {"x25519": 0x001D, "X25519MLKEM768": 0x11EC}[ticket_of(world).verified.group]
+    assert groups(with_ticket) == ([chosen] if engine is DirectCalls else groups(full))
+    assert world.resumed()
 
 
 # ---- as long as everything that was verified still holds

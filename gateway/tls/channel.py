@@ -120,6 +120,10 @@ class TLSChannel:
             self._connection.set_session(ticket.session)
             # In TLS 1.3 that is the secret by which a session is resumed.
             self._offered = ticket, self._connection.master_key() or b""
+            # OpenSSL makes a key for each group that it prefers, and keeps them as long as the connection: 10 KiB, and
+            # as much work as all the rest of a resumed handshake.  One of the keys is what the broker will use.
+            if ticket.verified.group:
+                self._engine.offer_group(ticket.verified.group)
 
     @property
     def approved(self) -> bool:
@@ -343,11 +347,12 @@ class TLSChannel:
         if not chain or not self._approved:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a verified chain")
         if self._tickets is None and not self._policy.pins:
-            return Verified(leaf, self._matched, (), 0.0, 0.0)
+            return Verified(leaf, self._matched, (), "", 0.0, 0.0)
         certificates = [certificate.to_cryptography() for certificate in chain]
         pins = tuple(spki_pin(certificate) for certificate in certificates) if self._policy.pins else ()
         since = self._tickets.now() if self._tickets is not None else 0.0
-        return Verified(leaf, self._matched, pins, since, good_until(self._policy, certificates, since))
+        group = self._connection.get_group_name() or ""
+        return Verified(leaf, self._matched, pins, group, since, good_until(self._policy, certificates, since))
 
     def _keep_ticket(self) -> None:
         """Leave the next channel the ticket that may have come."""

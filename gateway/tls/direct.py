@@ -27,6 +27,8 @@ _bio_read = lib.BIO_read
 # Before OpenSSL 4.0, SSL_get_error(3) goes by the thread's error queue, which may hold what other calls have left.
 _clear_errors = lib.ERR_clear_error
 _unpack = ffi.unpack
+# Does without if it is missing: it only spares work.
+_set_groups = getattr(lib, "SSL_set1_curves_list", None)
 
 # More than the transports read and take at a time.
 _BUFFER_SIZE = 0x20000
@@ -50,6 +52,11 @@ class DirectCalls:
         self._buffer = _of_this_thread.buffer
         # pyOpenSSL has a write end after one record.  Into memory, all of them can be written at once.
         lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
+
+    def offer_group(self, name: str) -> None:
+        """See `Engine`."""
+        if _set_groups is not None and _set_groups(self._ssl, name.encode()) != 1:
+            _clear_errors()
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """See `Engine`."""

@@ -32,7 +32,10 @@ _TRIED_SIZES = (1, RECORD_SIZE, 5 * RECORD_SIZE // 2, 0x50000)
 
 
 class Engine(Protocol):
-    """What a channel asks of OpenSSL when its handshake is done."""
+    """What a channel asks of OpenSSL when its handshake is done, and one thing before."""
+
+    def offer_group(self, name: str) -> None:
+        """Offer this group alone for the key exchange, where OpenSSL can be told so; before the handshake begins."""
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """Return what is to be sent: what was waiting, then the records of `plaintext`.  Raises `SSL.Error`."""
@@ -57,6 +60,9 @@ class PublicCalls:
 
     def __init__(self, connection: SSL.Connection) -> None:
         self._connection = connection
+
+    def offer_group(self, name: str) -> None:
+        """See `Engine`; pyOpenSSL has no method for it."""
 
     def encrypt(self, plaintext: bytes) -> bytes:
         """See `Engine`."""

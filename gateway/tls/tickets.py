@@ -40,12 +40,14 @@ SUSPENDED_FOR = 3600.0
 class Verified:
     """What a full handshake showed about a broker; times are seconds since the epoch.
 
-    `pins` are those of the verified chain, the broker's own first, if the policy has any.
+    `pins` are those of the verified chain, the broker's own first, if the policy has any.  `group` is what the broker
+    chose for the key exchange.
     """
 
     certificate: x509.Certificate
     matched: str
     pins: tuple[bytes, ...]
+    group: str
     since: float
     until: float
 
