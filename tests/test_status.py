@@ -22,8 +22,8 @@ from twisted.logger import globalLogPublisher
 
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
-from gateway.ops.sight import SCHEMA
 from gateway.ops.web import site as site_module
+from gateway.ops.words import SCHEMA
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers
@@ -339,6 +339,15 @@ def test_the_document_says_where_each_device_stands(
     assert datetime.now(UTC) - datetime.fromisoformat(device["since"]) < timedelta(minutes=1)
     (upstream,) = document["upstreams"]
     assert (upstream["state"], upstream["open"], upstream["last_failure"]) == ("serving", True, None)
+
+
+def test_the_document_is_described(start: StartGateway) -> None:
+    """docs/sight.md names every field of the whole, and no other."""
+    section = re.search(r"^## The document\n(.*?)^## ", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    cells = re.findall(r"^\| (`.*?) \|", section[1], re.MULTILINE)
+    described = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(described) == sorted(ask(start(upstream=1)).json)
 
 
 def test_the_document_says_why_a_device_is_silent(start: StartGateway, start_broker: StartBroker) -> None:

@@ -86,6 +86,23 @@ def is_local(text: str) -> bool:
             return False
 
 
+def reachable_at(text: str) -> str | None:
+    """Give where a client on this machine finds an endpoint, `http://HOST:PORT` or `unix:PATH`; None if nobody can say.
+
+    Raises ValueError as `describe_endpoint` does.
+    """
+    kind, arguments = _parse(describe_endpoint(text))
+    match kind:
+        case "unix":
+            return f"unix:{arguments['address']}"
+        case "tcp" | "tcp6" if int(arguments["port"]):
+            interface = _interface(arguments.get("interface") or ("::" if kind == "tcp6" else "0.0.0.0"))  # noqa: S104  compared
+            host = {"::": "::1", "0.0.0.0": "127.0.0.1"}.get(interface, interface)  # noqa: S104  compared
+            return f"http://[{host}]:{arguments['port']}" if ":" in host else f"http://{host}:{arguments['port']}"
+        case _:
+            return None
+
+
 def _check_description(text: str) -> None:
     kind, arguments = _parse(text)
     if not _KIND.fullmatch(kind) or ":" not in text:

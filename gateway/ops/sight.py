@@ -17,13 +17,11 @@ from gateway import __version__
 from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate, Validity, shown_by
 from gateway.ops.ledger import IN_ORDER, REMEMBERED, End, Ledger
+from gateway.ops.words import SCHEMA
 from gateway.policy.health import UpstreamHealth
 from gateway.record import Traffic
 from gateway.session import Session, State
 from gateway.text import printable
-
-SCHEMA = 1
-"""Raised when a field changes its meaning or goes; new fields come without."""
 
 PER_PAGE = 50
 MOST_PER_PAGE = 1000

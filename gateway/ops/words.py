@@ -14,6 +14,9 @@ from attrs import frozen
 
 Part = Mapping[str, Any]
 
+SCHEMA = 1
+"""Of the document: raised when a field changes its meaning or goes; new fields come without."""
+
 _STEPS = {
     "wait-connect": "connecting: no CONNECT has come yet",
     "dialling": "connecting: on the way to the broker",

@@ -1,0 +1,418 @@
+"""`mqtts-gateway status`: how a running gateway is, and why a device is silent.
+
+In: the address of a status endpoint, or the configuration that names it.  Out: what the status page says, as lines; an
+exit status: 0 if all is well (of a device: if it is connected), 1 if the gateway cannot be asked, 2 if something wants
+attention, 3 if devices cannot be served (of a device: if it is not connected).
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import shutil
+import socket
+import sys
+import textwrap
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from attrs import frozen
+
+from gateway.cli.report import complain
+from gateway.config import load_file
+from gateway.config.listen import reachable_at
+from gateway.errors import ConfigError
+from gateway.ops.words import (
+    SCHEMA,
+    Level,
+    Part,
+    ago,
+    certificate_name,
+    certificate_words,
+    clock,
+    device_name,
+    device_state,
+    device_words,
+    duration,
+    number,
+    unknown_words,
+    upstream_words,
+    verdict,
+)
+from gateway.text import unprintable_escaped
+
+_DEFAULT = "http://127.0.0.1:9883"
+_PATIENCE = 10.0  # seconds
+_LARGEST = 64 * 1024 * 1024  # bytes; a thousand devices are one
+_CANNOT_ASK = 1
+_EXIT = {Level.WELL: 0, Level.ATTENTION: 2, Level.DOWN: 3}
+_NOT_CONNECTED = 3
+_SHOWN = 20  # devices, unless told otherwise
+_MATCHES = 5  # devices of which everything is said
+_COLOURS = {"good": "32", "wait": "33", "bad": "31", "strong": "1", "faint": "2"}  # SGR codes (ECMA-48 §8.3.117)
+_LEVELS = {Level.WELL: "good", Level.ATTENTION: "wait", Level.DOWN: "bad"}
+_BARS = "▁▂▃▄▅▆▇█"
+_CLEAR = "\033[H\033[2J\033[3J"
+
+
+class CannotAsk(Exception):
+    """The gateway cannot be asked: why, and what to do."""
+
+
+@frozen
+class Endpoint:
+    """Where to ask: a UNIX socket's path, or a URL."""
+
+    shown: str
+    path: str = ""
+    url: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of `status`."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--config", metavar="FILE", help="ask the gateway of this configuration, at its status.endpoint")
+    where.add_argument(
+        "--url", metavar="URL", help=f"ask here: http://HOST:PORT or unix:/PATH/OF/SOCKET (default: {_DEFAULT})"
+    )
+    parser.add_argument("--device", metavar="ID", help="say where a device stands, or why it is silent")
+    parser.add_argument(
+        "--devices", metavar="N", type=_count, default=_SHOWN, help=f"how many devices to list (default: {_SHOWN})"
+    )
+    parser.add_argument("--json", action="store_true", help="print the document as the gateway gives it")
+    parser.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        type=_interval,
+        nargs="?",
+        const=2.0,
+        help="print it anew every so many seconds (default: 2) until it is interrupted",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask and print; return the exit status."""
+    try:
+        endpoint = _endpoint(arguments)
+    except ConfigError as error:
+        for problem in error.problems:
+            complain(problem)
+        return _CANNOT_ASK
+    except CannotAsk as error:
+        complain(str(error))
+        return _CANNOT_ASK
+    if arguments.watch is None:
+        return _once(endpoint, arguments)
+    # Who watches stops by a signal, and has seen what there was to see.
+    while True:
+        if sys.stdout.isatty():
+            print(_CLEAR, end="")
+        _once(endpoint, arguments)
+        sys.stdout.flush()
+        time.sleep(arguments.watch)
+
+
+def _once(endpoint: Endpoint, arguments: argparse.Namespace) -> int:
+    try:
+        document = _fetch(endpoint, arguments)
+        status, lines = _answer(document, arguments.device)
+    except CannotAsk as error:
+        sys.stdout.flush()
+        complain(str(error))
+        return _CANNOT_ASK
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        complain(f"{endpoint.shown} answers with something else than a gateway of this version does")
+        return _CANNOT_ASK
+    if arguments.json:
+        print(json.dumps(document, indent=1))
+    else:
+        print("\n".join(lines))
+    return status
+
+
+def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
+    """Return the exit status and what is printed."""
+    if device is None:
+        return _EXIT[verdict(document).level], list(_overview(document))
+    # The gateway puts the one that is called so in full first.
+    items = document["devices"]["items"]
+    connected = bool(items) and items[0]["step"] == "relaying"
+    return 0 if connected else _NOT_CONNECTED, list(_about(document, device))
+
+
+# ---- asking
+
+
+def _endpoint(arguments: argparse.Namespace) -> Endpoint:
+    if arguments.config is None:
+        return _parsed(arguments.url or _DEFAULT)
+    status = load_file(Path(arguments.config)).status
+    if not status.endpoint:
+        raise CannotAsk(
+            f'{arguments.config} has no status endpoint: write endpoint = "127.0.0.1:9883" under [status], '
+            "and reload the gateway"
+        )
+    where = reachable_at(status.endpoint)
+    if where is None:
+        raise CannotAsk(f"where {status.endpoint} leads, only the running gateway knows: name the place with --url")
+    return _parsed(where)
+
+
+def _parsed(text: str) -> Endpoint:
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:").removeprefix("//")
+        return Endpoint(f"unix:{path}", path=path)
+    try:
+        parts = urlsplit(text)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise CannotAsk(f"--url: {unprintable_escaped(text)} is neither http://HOST:PORT nor unix:/PATH")
+    return Endpoint(text.rstrip("/"), url=text.rstrip("/"))
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a UNIX socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=_PATIENCE)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(_PATIENCE)
+        self.sock.connect(self._path)
+
+
+def _fetch(endpoint: Endpoint, arguments: argparse.Namespace) -> dict[str, Any]:
+    query = f"?limit={arguments.devices}"
+    if arguments.device is not None:
+        query = f"?limit={max(_MATCHES, arguments.devices)}&q={quote(arguments.device)}"
+    try:
+        with closing(_connection(endpoint)) as connection:
+            connection.request(
+                "GET", f"{urlsplit(endpoint.url).path}/status{query}", headers={"Accept": "application/json"}
+            )
+            response = connection.getresponse()
+            body = response.read(_LARGEST)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise CannotAsk(
+            f"{endpoint.shown} cannot be asked: {unprintable_escaped(reason)}; see whether the gateway runs and has "
+            "[status] endpoint in its configuration; --config FILE or --url say where else to ask"
+        ) from None
+    if response.status != http.client.OK:
+        words = body[:200].decode("utf-8", "replace").strip()
+        raise CannotAsk(f"{endpoint.shown} answers {response.status}: {unprintable_escaped(words)}")
+    try:
+        document: dict[str, Any] = json.loads(body)
+        schema = document["schema"]
+    except (ValueError, KeyError, TypeError):
+        raise CannotAsk(f"{endpoint.shown} does not answer as a gateway does: another service listens there") from None
+    if schema != SCHEMA:
+        raise CannotAsk(
+            f"{endpoint.shown} is a gateway of another version (its document is of schema {schema!r}, this command "
+            f"knows {SCHEMA}): use the command that was installed with it, or --json on the endpoint itself"
+        )
+    return document
+
+
+def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
+    if endpoint.path:
+        return _UnixConnection(endpoint.path)
+    parts = urlsplit(endpoint.url)
+    make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    return make(parts.hostname or "", parts.port, timeout=_PATIENCE)
+
+
+# ---- telling
+
+
+def _overview(document: Part) -> Iterator[str]:
+    sessions, steps = document["sessions"], document["sessions"]["by_step"]
+    history, devices = document["history"], document["devices"]
+    yield from _verdict(document)
+    yield ""
+    connecting = sessions["open"] - steps["relaying"]
+    yield _row(
+        "Sessions",
+        f"{number(steps['relaying'])} connected, {number(connecting)} connecting, {number(document['absent'])} not "
+        f"connected; {number(sessions['limit'])} at most",
+        _drawn([each["sessions"] for each in history]),
+    )
+    rates = [each["packets"] / (each["seconds"] or 1) for each in history]
+    yield _row("Messages", f"{rates[-1] if rates else 0:.1f} a second, both ways", _drawn(rates))
+    failures = sum(each["count"] for each in document["lately"])
+    yield _row("Failures", f"{number(failures)} in the last 15 min", _drawn([each["failures"] for each in history]))
+    yield from _heading("Upstreams")
+    for upstream in document["upstreams"]:
+        kind = "good" if upstream["open"] else "bad"
+        words = f"{upstream['address']}, verified as {upstream['verify_name']}: {upstream_words(upstream)}"
+        yield from _item(words, kind)
+        failure = upstream["last_failure"]
+        if upstream["open"] and failure is not None:
+            yield from _below(f"last failure {ago(failure['seconds_ago'])}: {failure['reason']}")
+    if document["certificates"]:
+        yield from _heading("Certificates")
+    for certificate in document["certificates"]:
+        kind = {"valid": "good", "ends soon": "wait"}.get(certificate["state"], "bad")
+        yield from _item(f"{certificate_name(certificate)}: {certificate_words(certificate)}", kind)
+    if document["lately"]:
+        yield from _heading("Why sessions ended in the last 15 minutes")
+    for each in document["lately"]:
+        yield from _item(f"{each['reason']}, {_times(each['count'])}: {each['meaning']}", "bad")
+        yield from _below(f"-> {each['remedy']}")
+    if devices["items"]:
+        yield from _heading("Devices")
+    width = min(40, max((len(device_name(each)) for each in devices["items"]), default=0))
+    for each in devices["items"]:
+        yield _device(each, width)
+    left = devices["matching"] - len(devices["items"])
+    if left > 0:
+        yield _coloured(f"  and {number(left)} more: --devices N lists more, --device ID finds one", "faint")
+
+
+def _about(document: Part, wanted: str) -> Iterator[str]:
+    devices = document["devices"]
+    judged = verdict(document)
+    if judged.level is Level.DOWN:
+        yield from _verdict(document)
+        yield ""
+    if not devices["items"]:
+        yield _coloured(_safe(f"Nothing is known of {wanted}"), "bad")
+        for line in unknown_words(document):
+            yield from _wrapped(line, "  ")
+        return
+    named = [each for each in devices["items"] if each["client_identifier"].casefold() == wanted.casefold()]
+    shown = named or devices["items"][:_MATCHES]
+    for each in shown:
+        yield _coloured(_safe(f"{device_name(each)}: {device_state(each)}"), _kind(each))
+        since = (
+            f"{ago(each['seconds'])}"
+            if each["end"] and each["step"] in {"ended", "refused"}
+            else (f"for {duration(each['seconds'])}")
+        )
+        traffic = each["traffic"]
+        facts = [
+            f"at {each['device_address']}",
+            f"{since} ({clock(each['since'])} UTC)",
+            f"upstream {each['upstream']}" if each["upstream"] else "",
+            f"{number(traffic['packets_up'])} packets to the broker and {number(traffic['packets_down'])} from it",
+            f"last heard {ago(each['heard_seconds_ago'])}" if each["heard_seconds_ago"] is not None else "",
+        ]
+        yield from _wrapped(", ".join(filter(None, facts)), "  ")
+        for line in device_words(each):
+            yield from _wrapped(line, "  ")
+    left = devices["matching"] - len(shown)
+    if left > 0:
+        yield _coloured(f"{number(left)} more {'has' if left == 1 else 'have'} that in their name or address", "faint")
+
+
+def _verdict(document: Part) -> Iterator[str]:
+    judged = verdict(document)
+    yield _coloured(_safe(judged.line), _LEVELS[judged.level])
+    for reason in judged.reasons:
+        yield from _wrapped(reason, "  ", "- ")
+    up = duration(document["uptime_seconds"])
+    yield _coloured(
+        _safe(f"{document['host']}, version {document['version']}, up {up}, as of {clock(document['time'])} UTC"),
+        "faint",
+    )
+
+
+def _device(device: Part, width: int) -> str:
+    name = _safe(device_name(device))
+    name = name if len(name) <= width else f"{name[: width - 1]}…"
+    state = _coloured(_safe(device_state(device)), _kind(device))
+    when = ago(device["seconds"]) if device["step"] in {"ended", "refused"} else f"for {duration(device['seconds'])}"
+    return f"  {name:<{width}}  {state}, {when}, {_safe(device['device_address'])}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{number(count)} times"
+
+
+def _kind(device: Part) -> str:
+    if device["step"] == "relaying":
+        return "good"
+    if device["step"] in {"ended", "refused"}:
+        return "faint" if device["end"]["in_order"] else "bad"
+    return "wait"
+
+
+def _row(name: str, words: str, drawn: str) -> str:
+    return f"{name:<10}{words}" + (f"  {drawn}" if drawn else "")
+
+
+def _heading(text: str) -> Iterator[str]:
+    yield ""
+    yield _coloured(text, "strong")
+
+
+def _item(words: str, kind: str) -> Iterator[str]:
+    mark = {"good": "ok", "wait": "!!"}.get(kind, "XX")
+    first, *others = _wrapped(words, "     ") or [""]
+    yield f"  {_coloured(mark, kind)} {first.strip()}"
+    yield from others
+
+
+def _below(words: str) -> Iterator[str]:
+    yield from _wrapped(words, "     ")
+
+
+def _wrapped(words: str, indent: str, mark: str = "") -> list[str]:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    return textwrap.wrap(
+        _safe(words),
+        max(40, width),
+        initial_indent=indent + mark,
+        subsequent_indent=indent + " " * len(mark),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _drawn(values: Sequence[float]) -> str:
+    """Return a line of bars, a dozen or two of them, if the terminal has such characters."""
+    if not values or not (sys.stdout.encoding or "").lower().startswith("utf"):
+        return ""
+    groups = [values[at : at + 3] for at in range(0, len(values), 3)]
+    means = [sum(group) / len(group) for group in groups]
+    top = max(means) or 1
+    return "".join(_BARS[min(len(_BARS) - 1, int(mean / top * len(_BARS)))] for mean in means)
+
+
+def _coloured(text: str, kind: str) -> str:
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{_COLOURS[kind]}m{text}\033[0m"
+
+
+def _safe(text: str) -> str:
+    """Escape what does not print, whoever answered."""
+    return unprintable_escaped(text)
+
+
+# ---- options
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if not 0 <= count <= 1000:
+        raise argparse.ArgumentTypeError("0 to 1000")
+    return count
+
+
+def _interval(text: str) -> float:
+    seconds = float(text)
+    if not 0.2 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError("0.2 to 3600 seconds")
+    return seconds

@@ -1,0 +1,405 @@
+"""`mqtts-gateway status`: the page's content on a terminal, the answer to "why is device 17 silent", exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.cli.main import console
+from gateway.config.listen import reachable_at
+from gateway.ops.words import SCHEMA, unknown_words
+from tests import mqtt_packets as mqtt
+from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
+from tests.pki import certify
+from tests.test_status import HOSTILE, connected, devices, start, status_port
+
+__all__ = ["devices", "start"]  # fixtures
+
+StartGateway = Callable[..., RunningGateway]
+StartBroker = Callable[..., Broker]
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(capfd: pytest.CaptureFixture[str]) -> Ask:
+    """Return a function that runs the command: its exit status, standard output, standard error."""
+
+    def run(*arguments: str, gateway: RunningGateway | None = None) -> tuple[int, str, str]:
+        where = [] if gateway is None else ["--url", f"http://127.0.0.1:{status_port(gateway)}"]
+        status = console(["status", *where, *arguments])
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+def silent(gateway: RunningGateway, name: str) -> None:
+    """A device that is not served."""
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect(name))
+        device.read_to_end()
+
+
+def test_it_says_what_the_page_says(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], ask: Ask
+) -> None:
+    """State, upstreams, certificates, why sessions ended, devices: each with a line, and status 0 if all is well."""
+    broker = start_broker()
+    gateway = start(upstream=broker.port)
+    devices.append(connected(gateway, "device-16"))
+    connected(gateway, "device-17").close()
+    gateway.wait_ended()
+    gateway.call(gateway.service.ledger._sample)
+    status, out, err = ask(gateway=gateway)
+    assert (status, err) == (0, "")
+    for words in (
+        "The gateway is well\n  - 1 device was here in the last 15 minutes and is not connected now",
+        "1 connected, 0 connecting, 1 not connected",
+        f"ok localhost:{broker.port}, verified as localhost: serving",
+        "ok Certificate (CA) ",
+        "days left",
+        "device-lost, once: The device closed",
+        "-> Look at the device's power and network",
+        "device-17  not connected: device-lost, ",
+        "device-16  connected, for ",
+    ):
+        assert words in out
+    assert "\x1b" not in out
+
+
+def test_what_wants_attention_is_status_2(
+    start: StartGateway, start_broker: StartBroker, ask: Ask, tmp_path: Path
+) -> None:
+    """A certificate that ends soon, while devices are served."""
+    root = certify(subject="root", ca=True, names=(), purposes=(), valid_for=400)
+    (tmp_path / "ca.pem").write_bytes(root.pem)
+    gateway = start(upstream=start_broker(tls=certify(root, valid_for=9).server()).port, ca_file=tmp_path / "ca.pem")
+    assert ask(gateway=gateway)[0] == 0
+    connected(gateway, "a").close()
+    status, out, _ = ask(gateway=gateway)
+    assert status == 2
+    assert out.startswith("Devices are served, but something wants attention\n")
+    assert re.search(r"!! Certificate \(broker's localhost:\d+\) CN=broker: 7 days left, until \d{4}-", out)
+    assert "Have it renewed on the broker" in out
+
+
+def test_devices_that_cannot_be_served_are_status_3(start: StartGateway, ask: Ask) -> None:
+    """With the upstream's last error in words and what to do."""
+    gateway = start(upstream=1, failover={"retry_first": 60, "retry_max": 60})
+    silent(gateway, "device-17")
+    status, out, _ = ask(gateway=gateway)
+    assert status == 3
+    assert out.startswith("Devices cannot be served: no upstream can be had\n")
+    assert "XX localhost:1, verified as localhost: left alone, tried again in " in out
+    assert "Check the port (8883 is usual for MQTT over TLS)" in " ".join(out.split())
+
+
+# ---- a device
+
+
+def test_why_is_device_17_silent(start: StartGateway, start_broker: StartBroker, ask: Ask) -> None:
+    """In words: what became of it, when, how often, what to do; status 3, since it is not connected."""
+    wrong = certify(names=["DNS:elsewhere.example"])
+    gateway = start(upstream=start_broker(tls=wrong.server()).port, failover={"retry_first": 0.001, "retry_max": 0.001})
+    for name in ("device-17", "device-170", "device-17"):
+        silent(gateway, name)
+    gateway.wait_empty()
+    status, out, err = ask("--device", "device-17", gateway=gateway)
+    assert (status, err) == (3, "")
+    words = " ".join(out.split())
+    assert "device-17: not connected: tls-untrusted-chain" in words
+    assert "The broker's certificate does not lead to a trusted root" in words
+    assert "What to do: Set tls.ca_file" in words
+    assert "That has happened 2 times since" in words
+    assert "device-170" not in words
+    assert "1 more has that in their name or address" in words
+
+
+def test_a_device_that_is_connected_is_status_0(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], ask: Ask
+) -> None:
+    """When it was heard, what passed; and that it keeps coming and going, if it does."""
+    gateway = start(upstream=start_broker().port)
+    for _ in range(2):
+        connected(gateway, "device-17").close()
+        eventually(lambda: not gateway.service.gateway.sessions, "it is gone")
+    devices.append(connected(gateway, "device-17"))
+    status, out, _ = ask("--device", "DEVICE-17", gateway=gateway)
+    words = " ".join(out.split())
+    assert status == 0
+    assert words.startswith("device-17: connected at 127.0.0.1:")
+    assert "last heard " in words
+    assert "Its last session ended" in words
+    assert "That has happened 2 times" in words
+
+
+def test_a_device_that_the_broker_does_not_take_from(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], ask: Ask
+) -> None:
+    """It is connected and sends, and still nothing arrives: the broker does not read."""
+    release = threading.Event()
+
+    def serve(connection: Any) -> None:
+        connection.read_packet()
+        connection.send(mqtt.connack())
+        release.wait(PATIENCE)
+        connection.read_to_end()
+
+    gateway = start(upstream=start_broker(serve=serve).port)
+    devices.append(connected(gateway, "device-17"))
+    device = devices[0].socket
+    device.setblocking(False)
+    packet = mqtt.publish(payload=b"x" * 60_000)
+    (session,) = gateway.service.gateway.sessions
+
+    def choked() -> bool:
+        with suppress(BlockingIOError):
+            device.send(packet)
+        return session.held_back
+
+    eventually(choked, "the broker does not keep up")
+    _, out, _ = ask("--device", "device-17", gateway=gateway)
+    assert "It is not read at the moment, since the broker does not take what it sends." in " ".join(out.split())
+    release.set()
+    devices[0].reset()
+    gateway.wait_empty()
+
+
+def test_a_device_that_was_never_here(start: StartGateway, ask: Ask) -> None:
+    """What that means, and where it should have come to."""
+    gateway = start(upstream=1)
+    status, out, _ = ask("--device", "device-17", gateway=gateway)
+    assert status == 3
+    assert out.startswith("Nothing is known of device-17\n")
+    assert f"Devices are expected at 127.0.0.1:{gateway.port}." in out
+    assert "the device does not reach this gateway" in out
+
+
+def test_who_was_turned_away_is_found_by_address(start: StartGateway, ask: Ask) -> None:
+    """It never said what it is called."""
+    gateway = start(upstream=1, admission={"allow": "10.0.0.0/8"})
+    with Device(gateway.port) as device:
+        device.read_to_end()
+    status, out, _ = ask("--device", "127.0.0.1", gateway=gateway)
+    assert status == 3
+    assert "at 127.0.0.1: not let in: network-not-allowed" in out
+    assert "admission.allow" in out
+    assert "search for the device's IP address" in ask("--device", "device-17", gateway=gateway)[1]
+
+
+def test_hostile_names_cannot_move_a_cursor(start: StartGateway, start_broker: StartBroker, ask: Ask) -> None:
+    """Neither a device's, nor one that was asked for."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, HOSTILE).close()
+    gateway.wait_ended()
+    for arguments in ([], ["--device", "pump-3"], ["--device", "\x1b[2J\u202e"]):
+        _, out, err = ask(*arguments, gateway=gateway)
+        assert all(line.isprintable() for line in (out + err).splitlines())
+        assert r"\x1b[2J" in out
+
+
+# ---- where to ask
+
+
+def config(path: Path, *lines: str) -> str:
+    """Write a configuration."""
+    path.write_text("\n".join(['[[upstream]]\nhost = "a"', *lines]))
+    return str(path)
+
+
+def test_the_configuration_says_where_to_ask(start: StartGateway, ask: Ask, tmp_path: Path) -> None:
+    """A port, or a UNIX socket; `--json` is what came."""
+    gateway = start(upstream=1)
+    path = config(tmp_path / "a.toml", f'[status]\nendpoint = "127.0.0.1:{status_port(gateway)}"')
+    status, out, _ = ask("--config", path, "--json")
+    assert (status, json.loads(out)["schema"]) == (0, SCHEMA)
+    unix = tmp_path / "s.sock"
+    start(upstream=1, status={"endpoint": f"unix:{unix}"})
+    path = config(tmp_path / "b.toml", f'[status]\nendpoint = "unix:{unix}:mode=600"')
+    assert ask("--config", path)[0] == 0
+    assert ask("--url", f"unix:{unix}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "where"),
+    [
+        ("127.0.0.1:9883", "http://127.0.0.1:9883"),
+        ("[::1]:9883", "http://[::1]:9883"),
+        ("9883", "http://127.0.0.1:9883"),
+        ("[::]:9883", "http://[::1]:9883"),
+        ("tcp6:9883", "http://[::1]:9883"),
+        ("192.168.7.1:80", "http://192.168.7.1:80"),
+        ("unix:/run/s:mode=600", "unix:/run/s"),
+        ("127.0.0.1:0", None),
+        ("systemd:domain=UNIX:name=s", None),
+    ],
+)
+def test_where_an_endpoint_is_found(endpoint: str, where: str | None) -> None:
+    """From this machine; nobody can know the port that the system chose."""
+    assert reachable_at(endpoint) == where
+
+
+def test_without_an_endpoint_it_says_how_to_get_one(ask: Ask, tmp_path: Path) -> None:
+    """In one line each, with status 1."""
+    for lines, words in (
+        ([], 'has no status endpoint: write endpoint = "127.0.0.1:9883" under [status]'),
+        (['[status]\nendpoint = "127.0.0.1:0"'], "only the running gateway knows: name the place with --url"),
+        (['[status]\nendpoint = "9883"'], "status.endpoint: "),
+    ):
+        status, out, err = ask("--config", config(tmp_path / "c.toml", *lines))
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert words in err
+    for url in ("gopher://x", "127.0.0.1", "http://", "http://a:b"):
+        status, out, err = ask("--url", url)
+        assert (status, out) == (1, "")
+        assert "is neither http://HOST:PORT nor unix:/PATH" in err
+
+
+def test_nobody_there_is_one_line(ask: Ask, tmp_path: Path) -> None:
+    """With where to look."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    for url in (f"http://127.0.0.1:{port}", f"unix:{tmp_path}/nothing"):
+        status, out, err = ask("--url", url)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert f"{url} cannot be asked: " in err
+        assert "see whether the gateway runs and has [status] endpoint in its configuration" in err
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[bytes], str]]:
+    """Return a function that starts a server with one answer to everything; it gives the URL."""
+    servers: list[socket.socket] = []
+
+    def serve(answer: bytes) -> str:
+        server = socket.create_server(("127.0.0.1", 0))
+        servers.append(server)
+
+        def run() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+
+        threading.Thread(target=run, daemon=True).start()
+        return f"http://127.0.0.1:{server.getsockname()[1]}"
+
+    yield serve
+    for server in servers:
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def http_answer(body: bytes, status: str = "200 OK") -> bytes:
+    """Make an answer."""
+    return f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"\x00\xffSSH-2.0\r\n", "cannot be asked"),
+        (b"", "cannot be asked"),
+        (http_answer(b"<html>\x1b[2J"), "does not answer as a gateway does: another service listens there"),
+        (http_answer(b"[]"), "another service listens there"),
+        (http_answer(b'{"schema": 99}'), "is a gateway of another version"),
+        (http_answer(b'{"schema": %d, "devices": 5}' % SCHEMA), "something else than a gateway of this version"),
+        (http_answer(b"\x1b[2Jno", "404 Not Found"), r"answers 404: \x1b[2Jno"),
+        (http_answer(b"ask again", "429 Too Many"), "answers 429: ask again"),
+    ],
+)
+def test_somebody_else_there_is_one_line(answering: Any, ask: Ask, answer: bytes, words: str) -> None:
+    """Whatever it says: no traceback, nothing that does not print."""
+    status, out, err = ask("--url", answering(answer))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert words in err
+    assert err[:-1].isprintable()
+
+
+def test_wrong_options_are_told(ask: Ask) -> None:
+    """Status 1, as for every wrong command line."""
+    for arguments in (["--devices", "5000"], ["--watch", "0"], ["--url", "http://a", "--config", "b"]):
+        status, _, err = ask(*arguments)
+        assert status == 1
+        assert "usage: " in err
+
+
+def test_no_answer_is_an_unknown_devices(start: StartGateway) -> None:
+    """The words for a device that is not known are made for what is known of the gateway."""
+    document = start(upstream=1).service.sight.document()
+    assert all(line.endswith(".") for line in unknown_words(document))
+
+
+# ---- on a terminal
+
+
+class Terminal:
+    """The command on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._own, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [Path(sys.executable).with_name("mqtts-gateway"), "status", *arguments],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"LC_ALL": "C.UTF-8"},
+        )
+        os.close(theirs)
+        self.shown = ""
+
+    def wait_for(self, words: str) -> str:
+        """Read until the words are there; return what came."""
+        deadline = time.monotonic() + PATIENCE
+        while words not in self.shown:
+            ready, _, _ = select.select([self._own], [], [], max(0, deadline - time.monotonic()))
+            assert ready, f"no {words!r} in {self.shown!r}"
+            try:
+                self.shown += os.read(self._own, 65536).decode()
+            except OSError:
+                raise AssertionError(f"it ended without {words!r}: {self.shown!r}") from None
+        shown, self.shown = self.shown, ""
+        return shown
+
+    def end(self) -> int:
+        """Interrupt it; return its exit status."""
+        self.process.send_signal(signal.SIGINT)
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            os.close(self._own)
+
+
+def test_watching_keeps_it_current(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], ask: Ask
+) -> None:
+    """Printed anew on a cleared screen, in colours; also while the gateway is away; until it is interrupted."""
+    gateway = start(upstream=start_broker().port)
+    terminal = Terminal("--watch", "0.2", "--url", f"http://127.0.0.1:{status_port(gateway)}")
+    first = terminal.wait_for("0 connected")
+    assert "\x1b[H\x1b[2J" in first
+    assert "\x1b[32mThe gateway is well\x1b[0m" in first
+    devices.append(connected(gateway, "device-17"))
+    assert "device-17" in terminal.wait_for("device-17") + terminal.wait_for("1 connected")
+    devices[0].close()
+    terminal.wait_for("device-lost")
+    gateway.stop()
+    terminal.wait_for("cannot be asked")
+    assert terminal.end() == 130
