@@ -105,6 +105,7 @@ class Gateway:
         self._uniform = uniform
         self._numbered = 0
         self._all_gone: list[Deferred[None]] = []
+        self._stopping = False
         self._drain: Spread[Session] | None = None
         self._generation: Generation | None = None
         self._generation = self.prepare(config)
@@ -139,7 +140,7 @@ class Gateway:
     @property
     def stopping(self) -> bool:
         """Whether `stop` was called."""
-        return self._drain is not None
+        return self._stopping
 
     def prepare(self, config: Config) -> Generation:
         """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
@@ -162,7 +163,7 @@ class Gateway:
 
     def start(self) -> None:
         """Begin to let devices in and to keep deadlines."""
-        self._drain = None
+        self._stopping = False
         self._sweeper.start(SWEEP_INTERVAL, now=False)
 
     def stop(self, seconds: float = 0.0) -> Deferred[None]:
@@ -176,18 +177,17 @@ class Gateway:
         now = self._clock.seconds()
         self.generation.dialler.stop()
         self._doorstep.clear()
-        if self._drain is None:
+        if not self._stopping:
+            self._stopping = True
             sessions = list(self.sessions)
+            self._drain = Spread((each for each in sessions if each.state is State.RELAYING), now, seconds)
+            self._drainer.start(DRAIN_INTERVAL)
             for session in sessions:
                 # Nobody's work is cut short here, and to wait would be to learn that there is no broker.
                 if session.state is not State.RELAYING:
                     self._end(session)
-            self._drain = Spread((each for each in sessions if each.state is State.RELAYING), now, seconds)
-        else:
+        elif self._drain is not None:
             self._drain.hasten(now, seconds)
-        if not self._drainer.running:
-            self._drainer.start(DRAIN_INTERVAL)
-        else:
             self._drain_some()
         self._check_all_gone()
         return gone
@@ -239,6 +239,7 @@ class Gateway:
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
+            self._drain = None
             self._journal.flush()
             waiting, self._all_gone = self._all_gone, []
             for gone in waiting:

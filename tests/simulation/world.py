@@ -20,7 +20,7 @@ from attrs import define, field, frozen
 from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher
 
-from gateway.config import TLS, Admission, Config, Failover, Limits, Pacing, Timeouts, Upstream
+from gateway.config import TLS, Admission, Config, Drain, Failover, Limits, Pacing, Timeouts, Upstream
 from gateway.errors import EndReason
 from gateway.ops.journal import Journal
 from gateway.record import SessionRecord
@@ -116,6 +116,9 @@ class World:
         self.calm = random.random() < 0.4
         self.flooded = random.random() < 0.06
         self.stop_at = random.uniform(0.5, 15) if random.random() < 0.15 else None
+        drain, change = self.fork("drain"), self.fork("change")
+        self.drain = Drain(seconds=drain.choice((0.0, 0.0, 2.0, 5.0)), wills=drain.choice(("publish", "discard")))
+        self.change_at = change.uniform(0.5, 15) if change.random() < 0.2 else None
         self.brokers = [
             Broker(self, index, self.fork(f"broker {index}")) for index in range(random.choice((1, 1, 2, 3)))
         ]
@@ -133,6 +136,7 @@ class World:
             failover=failover,
             pacing=pacing,
             admission=Admission(max_sessions_per_address=random.choice((0, 0, 0, 1))),
+            drain=self.drain,
         )
         self.gateway = Gateway(
             self.config,
@@ -200,6 +204,8 @@ class World:
             self.clock.schedule(device.start, device.connect)
         if self.stop_at is not None:
             self.clock.schedule(self.stop_at, self._stop)
+        if self.change_at is not None:
+            self.clock.schedule(self.change_at, self._change)
         self.clock.schedule(1.0, self._watch_deadlines)
         self._run(self.settled)
         for device in self.devices:
@@ -227,7 +233,12 @@ class World:
 
     def _stop(self) -> None:
         self.note("gateway", "is stopped")
-        self.gateway.stop().addCallback(self._stopped)
+        self.gateway.stop(self.drain.seconds).addCallback(self._stopped)
+
+    def _change(self) -> None:
+        """All is made anew, as at a reload; nobody may notice."""
+        self.note("gateway", "changes to another generation")
+        self.gateway.adopt(self.gateway.prepare(self.config))
 
     def _stopped(self, _: object) -> None:
         self.note("gateway", "has stopped")
@@ -315,6 +326,12 @@ class World:
         if self.now < self.over:
             self.clock.schedule(1.0, self._watch_deadlines)
 
+    def is_leave(self, device: Device, start: int, plaintext: bytes) -> bool:
+        """Whether the gateway may say this in a device's name: DISCONNECT behind `start` bytes, when it was stopped."""
+        may = self.drain.wills == "discard" and self.gateway.stopping
+        ends = [end for end, _, _ in packets_of(device.sent[:start])]
+        return may and plaintext == b"\xe0\x00" and ends[-1:] == [start]
+
     # ---- what is judged when everybody's script has run
 
     def _judge_device(self, device: Device) -> None:
@@ -393,7 +410,9 @@ class World:
     def _judge_disconnect(self, device: Device, connection: BrokerConnection) -> None:
         """DISCONNECT reached the broker if the device sent it and nothing came between, and only if it sent it."""
         arrived = any(first >> 4 == DISCONNECT for _, first, _ in packets_of(connection.received))
-        self.expect(not arrived or device.disconnected, "loss", f"{device.name}'s broker got a DISCONNECT of nobody's")
+        on_behalf = self.drain.wills == "discard" and self.stop_at is not None
+        own = not arrived or device.disconnected or on_behalf
+        self.expect(own, "loss", f"{device.name}'s broker got a DISCONNECT of nobody's")
         healthy = (
             device.disconnected
             and not device.violated
@@ -453,7 +472,7 @@ class World:
             self.expect(len(calls) == 1, "liveness", f"{len(calls)} delayed calls, the sweep among them")
             self._stop()
         self.expect(self.stopped, "liveness", "the gateway does not come to its end")
-        limit = (self.stop_at or self.over) + self.config.timeouts.close + 1.5
+        limit = (self.stop_at or self.over) + self.drain.seconds + self.config.timeouts.close + 1.5
         self.expect(not self.stopped or self.stopped[0] <= limit, "liveness", f"the gateway stopped at {self.stopped}")
         self._run(self.over + 3)
         self._judge_records()
