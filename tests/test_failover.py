@@ -64,9 +64,8 @@ class Plant:
         self.resolved[host] += 1
         return succeed(addresses(host))
 
-    def endpoint(self, address: Any, timeout: float) -> Any:
+    def endpoint(self, address: Any) -> Any:
         """See `Network.endpoint`."""
-        del timeout
         return Way(self, address.host)
 
     def serve(self, protocol: Any) -> None:

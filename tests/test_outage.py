@@ -96,6 +96,7 @@ def test_a_broker_that_is_killed_and_comes_back(
     standing.close()
     for _ in range(5):
         assert unavailable(connects(gateway, version), version)
+    gateway.wait_ended(6)
     assert {record.reason for record in gateway.ended[1:]} == {EndReason.TCP_REFUSED}
     (health,) = gateway.service.gateway.upstreams
     assert (health.state, health.dials, health.failed_dials) == (
@@ -145,7 +146,8 @@ def test_a_broker_that_is_blackholed_and_comes_back(
     assert (health.dials, health.failed_dials) == (2, {EndReason.TCP_TIMEOUT: 1})
     told = standing.read_to_end()
     assert (told[:1], told[2:3]) == (b"\xe0", b"\x80") if version == 5 else told == b""
-    assert gateway.ended[-1].reason is EndReason.UPSTREAM_LOST
+    gateway.wait_ended(7)
+    assert {record.number: record.reason for record in gateway.ended}[1] is EndReason.UPSTREAM_LOST
     standing.close()
     broker.come_back()
     health.retry_at = 0.0
@@ -158,6 +160,7 @@ def test_a_broker_that_hangs_in_the_handshake(start_gateway: StartGateway) -> No
         gateway = start_gateway(upstream=silent.getsockname()[1], timeouts={"tls": 0.3}, failover=LATE)
         for _ in range(3):
             assert unavailable(connects(gateway), 4)
+    gateway.wait_ended(3)
     assert [record.reason for record in gateway.ended] == [EndReason.TLS_TIMEOUT] * 3
     assert gateway.service.gateway.upstreams[0].dials == 1
 
@@ -330,6 +333,7 @@ def test_more_devices_than_the_queue_holds(
         assert told == b"\x20\x02\x00\x03" or (version == 5 and told[2:4] == b"\x00\x88" and b"too-many-new" in told)
     for device in devices[:4]:
         assert device.read(len(CONNACK[version])) == CONNACK[version]
+    gateway.wait_ended(4)
     assert {record.reason for record in gateway.ended} == {EndReason.TOO_MANY_NEW_SESSIONS}
     order = [broker.connection(index) for index in range(4)]
     assert [f"device-{number}".encode() in order[number].received for number in range(4)] == [True] * 4
