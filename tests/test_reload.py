@@ -203,6 +203,14 @@ def test_what_differs_is_named_by_its_key() -> None:
     assert changed(admission={"allow": ["10.0.0.0/8"]}) == ["admission.allow"]
 
 
+def test_what_waits_for_the_next_start_says_so(start_gateway: StartGateway, told: list[str], reactor: Any) -> None:
+    """The log's format is twistd's business, and is chosen before the first line."""
+    gateway = start_gateway(upstream=1)
+    gateway.service._reread = lambda: from_mapping(gateway._mapping | {"log": {"format": "json"}})
+    gateway.call(gateway.service.reload)
+    assert told == ["reloaded: log.format (from the next start on)"]
+
+
 # ---- files that change
 
 
