@@ -357,6 +357,19 @@ class SessionEnd(GatewayError):
         self.detail = detail
 
 
+class Refusal(SessionEnd):
+    """The gateway itself does not let a device in whose CONNECT it has read.
+
+    `code_3` is what its CONNACK says before 5.0, `code_5` the reason code of 5.0 (MQTT 3.1.1 §3.2.2.3, MQTT 5.0
+    §3.2.2.2).
+    """
+
+    def __init__(self, reason: EndReason, detail: str, code_3: int, code_5: int) -> None:
+        super().__init__(reason, detail)
+        self.code_3 = code_3
+        self.code_5 = code_5
+
+
 class PacketError(SessionEnd):
     """A peer broke MQTT's rules.
 

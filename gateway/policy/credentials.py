@@ -1,0 +1,147 @@
+"""Each device's own credentials for the broker: keys and certificates that are read at the start, passwords at CONNECT.
+
+In: the rules of the configuration, files, programs, the time.  Out: a password and how long it holds; a client identity
+for TLS; `ConfigError` with everything that is wrong with the files, `Refusal` when a password cannot be had.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from attrs import define, field
+
+from gateway.config import TLS, Device
+from gateway.config.templates import FROM_DEVICE, UnusableValueError, expand
+from gateway.errors import ConfigError, EndReason, Refusal
+from gateway.mqtt.rewrite import KEPT, Kept
+from gateway.policy.rules import Matched
+from gateway.policy.secrets import Programs, SecretUnavailable, credential_path, read_secret
+from gateway.policy.tokens import SigningKey, check_signing_key, json_web_token, sas_key, sas_token
+from gateway.tls.trust import ClientIdentity, read_client_identity, read_private_key
+
+# A session ends after some of its token's life, spread, so that those that began together do not end together.
+_EARLIEST, _LATEST = 0.80, 0.95
+
+_T = TypeVar("_T")
+
+
+@define(slots=True)
+class _Keys:
+    """What was read for one rule."""
+
+    sas: bytes | None = field(default=None, repr=False)
+    jwt: SigningKey | None = field(default=None, repr=False)
+    client: ClientIdentity | None = field(default=None, repr=False)
+
+
+class Credentials:
+    """What all rules need of files.  Raises `ConfigError` with every problem in every file."""
+
+    def __init__(
+        self,
+        devices: tuple[Device, ...],
+        programs: Programs | None,
+        uniform: Callable[[], float],
+        now: Callable[[], float] = time.time,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        """Take who runs programs, random numbers from 0 to 1, and the time of day in seconds since 1970."""
+        self._programs = programs
+        self._uniform = uniform
+        self._now = now
+        self._environment = environment
+        self._keys: dict[Device, _Keys] = {}
+        problems: list[str] = []
+        for device in devices:
+            if device.sas_key_file or device.jwt_key_file or device.client_cert:
+                self._keys[device] = _read(device, problems)
+        if problems:
+            raise ConfigError(problems)
+
+    def client_identity(self, device: Device) -> ClientIdentity | None:
+        """Return the certificate and the key of a device's own, if its rule has any."""
+        keys = self._keys.get(device)
+        return None if keys is None else keys.client
+
+    async def password(self, matched: Matched) -> tuple[bytes | Kept | None, float | None]:
+        """Return the password for the broker, and after how many seconds the session has to end.
+
+        `KEPT` is the device's own, None is none at all. Raises Refusal.
+        """
+        device = matched.rule.device
+        try:
+            if device.password_file is not None:
+                return read_secret(device.password_file), None
+            if device.password_credential:
+                return read_secret(credential_path(device.password_credential, self._environment)), None
+            if device.password_command:
+                return await self._run(matched), None
+        except SecretUnavailable as problem:
+            detail = f"rule {device.name}: {problem}"
+            raise Refusal(EndReason.CREDENTIALS_UNAVAILABLE, detail, 3, 0x88) from None
+        if device.sas_key_file is not None or device.jwt_key_file is not None:
+            return self._token(matched)
+        # What the gateway has checked itself is no secret of the broker's.
+        return (None if device.lan_password or device.credentials == "drop" else KEPT), None
+
+    async def _run(self, matched: Matched) -> bytes:
+        device = matched.rule.device
+        if self._programs is None:
+            raise SecretUnavailable("no programs can be run here")
+        environment = {}
+        for name in FROM_DEVICE:
+            try:
+                environment[name.upper()] = expand(f"{{{name}}}", matched.values)
+            except UnusableValueError:
+                # The program is not told of what could surprise it.
+                continue
+        if "CREDENTIALS_DIRECTORY" in self._environment:
+            environment["CREDENTIALS_DIRECTORY"] = self._environment["CREDENTIALS_DIRECTORY"]
+        return await self._programs.run(device.password_command, environment, device.password_timeout)
+
+    def _token(self, matched: Matched) -> tuple[bytes, float]:
+        device, keys = matched.rule.device, self._keys[matched.rule.device]
+        issued = int(self._now())
+        expires = issued + int(device.token_lifetime)
+        lives = device.token_lifetime * (_EARLIEST + (_LATEST - _EARLIEST) * self._uniform())
+        if keys.sas is not None:
+            resource = matched.expand("sas_resource", device.sas_resource)
+            return sas_token(resource, keys.sas, expires, device.sas_policy), lives
+        if keys.jwt is None:
+            raise AssertionError("a rule that makes tokens has a key")
+        return json_web_token(keys.jwt, device.jwt_audience, issued, expires), lives
+
+
+def _read(device: Device, problems: list[str]) -> _Keys:
+    keys = _Keys()
+    if device.sas_key_file is not None:
+        keys.sas = _attempt(
+            device, "sas_key_file", device.sas_key_file, lambda path: sas_key(read_secret(path)), problems
+        )
+    if device.jwt_key_file is not None:
+        keys.jwt = _attempt(
+            device,
+            "jwt_key_file",
+            device.jwt_key_file,
+            lambda path: check_signing_key(read_private_key(path)),
+            problems,
+        )
+    if device.client_cert is not None:
+        shown = TLS(client_cert=device.client_cert, client_key=device.client_key)
+        keys.client, found = read_client_identity(shown)
+        problems += [f"rule {device.name}: {problem.removeprefix('tls.')}" for problem in found]
+    return keys
+
+
+def _attempt(device: Device, key: str, path: Path, read: Callable[[Path], _T], problems: list[str]) -> _T | None:
+    try:
+        return read(path)
+    except SecretUnavailable as problem:
+        problems.append(f"rule {device.name}: {key}: {problem}")
+    except ValueError as problem:
+        problems.append(f"rule {device.name}: {key}: {path} {problem}")
+    return None

@@ -1,0 +1,257 @@
+"""Which rule is for a device, and what it makes of the device's CONNECT.
+
+In: the rules of the configuration; a CONNECT, and where it came from.  Out: a `Rule`; a `Treatment`; `Refusal` for what
+the rule does not permit.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address
+
+import attrs
+from attrs import field, frozen
+
+from gateway.config import Config, Device, Network
+from gateway.config.passwords import PasswordHash, parse_hash
+from gateway.config.templates import UnusableValueError, expand
+from gateway.errors import EndReason, Refusal
+from gateway.mqtt.connect import Connect
+from gateway.mqtt.inspector import TopicRules, at_broker, judge_publish
+from gateway.mqtt.packets import ProtocolVersion
+from gateway.mqtt.properties import PropertyId
+from gateway.mqtt.reader import Packet
+from gateway.mqtt.relayed import Publish
+from gateway.mqtt.rewrite import KEPT, ConnectChanges, Kept, rewrite_connect
+from gateway.mqtt.topics import TopicFilters
+from gateway.treatment import Treatment
+
+_WILDCARDS = frozenset("*?[")
+# Patterns of people's own making are tried on what strangers send, so not on everything.
+_LONGEST_MATCHED = 256
+_MAX_KEEP_ALIVE = 65_535
+_CODE_3_NOT_AUTHORIZED = 5
+
+
+@frozen
+class Caller:
+    """Who sent a CONNECT: its address without a port, "" for a local socket, and the listener's name."""
+
+    address: str
+    listener: str
+
+
+@frozen(eq=False)
+class Rule:
+    """A rule, made ready for use."""
+
+    device: Device
+    order: int
+    globs: tuple[re.Pattern[str], ...] = field(repr=False)
+    pattern: re.Pattern[str] | None = field(repr=False)
+    password: PasswordHash | None = field(repr=False)
+
+    @classmethod
+    def of(cls, device: Device, order: int) -> Rule:
+        """Make a rule of what is configured."""
+        return cls(
+            device,
+            order,
+            tuple(re.compile(fnmatch.translate(text)) for text in device.match_client_id),
+            re.compile(device.match_pattern) if device.match_pattern else None,
+            parse_hash(device.lan_password) if device.lan_password else None,
+        )
+
+    def groups(self, connect: Connect, caller: Caller) -> Mapping[str, str | None] | None:
+        """Return the named groups of the pattern if the rule is for this device, and None if it is not."""
+        device, name = self.device, connect.client_identifier
+        if device.match_listener and caller.listener not in device.match_listener:
+            return None
+        if device.match_username and connect.username not in device.match_username:
+            return None
+        if device.match_network and not _is_in(caller.address, device.match_network):
+            return None
+        if self.globs and not (name in device.match_client_id or self._matches_glob(name)):
+            return None
+        if self.pattern is None:
+            return {}
+        found = self.pattern.fullmatch(name) if len(name) <= _LONGEST_MATCHED else None
+        return None if found is None else found.groupdict()
+
+    def _matches_glob(self, name: str) -> bool:
+        return len(name) <= _LONGEST_MATCHED and any(glob.match(name) for glob in self.globs)
+
+
+@frozen(eq=False)
+class Matched:
+    """A rule, and the values that its templates are filled with for one device."""
+
+    rule: Rule
+    values: Mapping[str, str | None]
+
+    def expand(self, key: str, template: str) -> str:
+        """Fill a template that `key` holds.  Raises Refusal."""
+        try:
+            return expand(template, self.values)
+        except UnusableValueError as error:
+            raise Refusal(EndReason.DEVICE_NAME_UNUSABLE, f"{key}: {error}", 2, 0x85) from None
+
+
+class Rules:
+    """All rules, in their order.
+
+    Rules for exact Client Identifiers alone, of which there may be thousands, are found by the name; the others are
+    gone through.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._exact: dict[str, list[Rule]] = {}
+        self._others: list[Rule] = []
+        self._unknown_pass = config.devices.unknown == "pass"
+        for order, device in enumerate(config.device):
+            rule = Rule.of(device, order)
+            if device.match_client_id and not any(_WILDCARDS & set(text) for text in device.match_client_id):
+                for text in set(device.match_client_id):
+                    self._exact.setdefault(text, []).append(rule)
+            else:
+                self._others.append(rule)
+
+    def __iter__(self) -> Iterator[Rule]:
+        """Go through all rules, each once."""
+        yield from {rule.order: rule for rules in self._exact.values() for rule in rules}.values()
+        yield from self._others
+
+    def match(self, connect: Connect, caller: Caller) -> Matched | None:
+        """Return the first rule that is for a device; None for one that is unknown and may pass.
+
+        Raises Refusal for an unknown one that may not, and for one that is not where its rule binds it to.
+        """
+        matched = self._first(connect, caller)
+        if matched is None:
+            if self._unknown_pass:
+                return None
+            raise Refusal(EndReason.DEVICE_UNKNOWN, "", _CODE_3_NOT_AUTHORIZED, 0x87)
+        device = matched.rule.device
+        if device.bound_to and not _is_in(caller.address, device.bound_to):
+            bound = ", ".join(str(network) for network in device.bound_to)
+            raise Refusal(EndReason.SPOOFED, f"rule {device.name}: bound to {bound}", _CODE_3_NOT_AUTHORIZED, 0x87)
+        return matched
+
+    def _first(self, connect: Connect, caller: Caller) -> Matched | None:
+        best = self._first_of(self._exact.get(connect.client_identifier, ()), connect, caller)
+        # Those for other names stand among them; what comes later does not count.
+        others = self._others if best is None else (rule for rule in self._others if rule.order < best.rule.order)
+        return self._first_of(others, connect, caller) or best
+
+    def _first_of(self, rules: Iterable[Rule], connect: Connect, caller: Caller) -> Matched | None:
+        for rule in rules:
+            groups = rule.groups(connect, caller)
+            if groups is not None:
+                known = {
+                    "client_id": connect.client_identifier,
+                    "username": connect.username,
+                    "address": caller.address or None,
+                }
+                return Matched(rule, {**groups, **known})
+        return None
+
+
+def wrong_password(rule: Rule) -> Refusal:
+    """Make the refusal of a device whose password is not the rule's."""
+    return Refusal(EndReason.DEVICE_PASSWORD_WRONG, f"rule {rule.device.name}", 4, 0x86)
+
+
+def topic_rules(matched: Matched) -> TopicRules:
+    """Make what the inspectors go by.  Raises Refusal."""
+    device = matched.rule.device
+
+    def filters(key: str, texts: tuple[str, ...] | None) -> TopicFilters | None:
+        return None if texts is None else TopicFilters(tuple(matched.expand(key, text) for text in texts))
+
+    return TopicRules(
+        publish=filters("publish", device.publish),
+        subscribe=filters("subscribe", device.subscribe),
+        max_qos=device.max_qos,
+        strip_retain=device.retain == "strip",
+        refuse_retain=device.retain == "refuse",
+        publish_prefix=matched.expand("publish_prefix", device.publish_prefix),
+        subscribe_prefix=matched.expand("subscribe_prefix", device.subscribe_prefix),
+    )
+
+
+def treat(
+    matched: Matched,
+    packet: Packet,
+    connect: Connect,
+    password: bytes | Kept | None,
+    lives: float | None,
+    max_connect_size: int,
+) -> Treatment:
+    """Make of a CONNECT what the rule wants.
+
+    `password` is for the broker, `KEPT` if it is the device's own; `lives` is after how many seconds the session has to
+    end. Raises Refusal.
+    """
+    device = matched.rule.device
+    topics = topic_rules(matched)
+    username: str | Kept | None = None if device.credentials == "drop" else KEPT
+    if device.username:
+        username = matched.expand("username", device.username)
+    keep_alive = min(max(connect.keep_alive or _MAX_KEEP_ALIVE, device.keep_alive_min), device.keep_alive_max)
+    if not connect.keep_alive and device.keep_alive_max == _MAX_KEEP_ALIVE:
+        keep_alive = 0  # none, and none is wanted
+    is_upgraded = device.upgrade_3_1 and connect.version is ProtocolVersion.MQTT_3_1
+    version = ProtocolVersion.MQTT_3_1_1 if is_upgraded else connect.version
+    changes = ConnectChanges(
+        client_identifier=matched.expand("client_id", device.client_id) if device.client_id else KEPT,
+        username=username,
+        password=password,
+        keep_alive=keep_alive,
+        clean_start=KEPT if device.clean_start is None else device.clean_start,
+        version=version,
+    )
+    changes = _with_will(changes, topics, connect)
+    try:
+        written = rewrite_connect(packet, connect, changes, max_connect_size)
+    except ValueError as error:
+        raise Refusal(EndReason.CONNECT_NOT_REWRITABLE, f"rule {device.name}: {error}", 3, 0x88) from None
+    # A device that was not asked would not send its PINGREQs more often than it used to.
+    lowered = keep_alive and (not connect.keep_alive or keep_alive < connect.keep_alive)
+    return Treatment(
+        connect=written,
+        version=version,
+        topics=topics,
+        max_packet_size=device.max_packet_size,
+        packets_per_second=device.packets_per_second,
+        bytes_per_second=device.bytes_per_second,
+        ping_interval=keep_alive / 2 if lowered else 0.0,
+        lives=lives,
+    )
+
+
+def _with_will(changes: ConnectChanges, topics: TopicRules, connect: Connect) -> ConnectChanges:
+    """Judge and change the Will like the PUBLISH that the broker will make of it.  Raises Refusal."""
+    if connect.will is None:
+        return changes
+    answer = None if connect.will.properties is None else connect.will.properties.text(PropertyId.RESPONSE_TOPIC)
+    message = Publish(connect.will.topic, connect.will.qos, connect.will.retain, answer)
+    refused = judge_publish(topics, message, "a Will")
+    if refused is not None:
+        raise Refusal(refused.reason, refused.detail, _CODE_3_NOT_AUTHORIZED, refused.reason_code)
+    topic, answer = at_broker(topics, message)
+    return attrs.evolve(
+        changes,
+        will_topic=topic,
+        will_retain=False if topics.strip_retain else KEPT,
+        will_response_topic=KEPT if answer is None else answer,
+    )
+
+
+def _is_in(address: str, networks: Iterable[Network]) -> bool:
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return False
+    return any(parsed in network for network in networks)
