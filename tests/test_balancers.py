@@ -260,6 +260,7 @@ class Site:
                 "/run/haproxy/admin.sock": str(admin),
                 "log /dev/log local0": "log stdout format raw local0",
                 "maxconn 20000": "maxconn 500",
+                "check inter 2s": "check inter 200ms",
             },
         )
         if os.geteuid() != 0:
@@ -279,7 +280,7 @@ class Site:
                 '"ca.pem"': f'"{self._ca_file}"',
             },
         )
-        gateway = GatewayProcess(self._directory, name, configuration + "\n[drain]\nseconds = 10\n")
+        gateway = GatewayProcess(self._directory, name, configuration + "\n[drain]\nseconds = 8\n")
         self._programs.append(gateway)
         return gateway
 
@@ -378,7 +379,7 @@ def test_draining_one_gateway_disturbs_no_session_of_the_other(
     for sensor in on_b:
         sensor.wait_for_more()
         assert (sensor.connected, sensor.lost) == (1, 0)
-    # The health checks of all that time, one every two seconds, are nobody's business.
+    # The health checks of all that time, five a second, are nobody's business.
     for gateway in site.gateways.values():
         assert "not let in" not in gateway.log
         assert "no Client Identifier" not in gateway.log
