@@ -20,7 +20,7 @@ class Pace:
     for by a longer pause.
     """
 
-    __slots__ = ("_bytes", "_packets", "_rates", "_seconds", "_seen_packets", "_since")
+    __slots__ = ("_bytes", "_packets", "_rates", "_seconds", "_seen_packets", "_since", "paused")
 
     def __init__(self, packets_per_second: float, bytes_per_second: float, seconds: Callable[[], float]) -> None:
         self._rates = packets_per_second, bytes_per_second
@@ -28,6 +28,8 @@ class Pace:
         self._seconds = seconds
         self._since = seconds()
         self._seen_packets = 0
+        # Whether the last answer was that reading is to pause.
+        self.paused = False
 
     def overdrawn(self, packets: int, size: int) -> bool:
         """Count `size` bytes that came, after which there have been `packets` in all; whether reading is to pause."""
@@ -35,12 +37,14 @@ class Pace:
         self._packets -= packets - self._seen_packets
         self._seen_packets = packets
         self._bytes -= size
-        return self._is_overdrawn()
+        self.paused = self._is_overdrawn()
+        return self.paused
 
     def recovered(self, now: float) -> bool:
         """Whether reading may go on."""
         self._refill(now)
-        return not self._is_overdrawn()
+        self.paused = self._is_overdrawn()
+        return not self.paused
 
     def _is_overdrawn(self) -> bool:
         packets_per_second, bytes_per_second = self._rates

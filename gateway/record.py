@@ -45,6 +45,7 @@ class SessionRecord:
     started: float
     listener: str = ""
     via: str = ""
+    rule: str = ""
     client_identifier: str = ""
     protocol_version: str = ""
     upstream: str = ""

@@ -12,6 +12,7 @@ import gc
 import resource
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from random import random
 from socket import gethostname
@@ -23,6 +24,7 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from gateway.config import Config, Listener, changed_keys
@@ -40,7 +42,11 @@ from gateway.ops.web.port import StatusPort
 from gateway.policy.admission import Doorkeeper, host_of
 from gateway.policy.drain import Spread
 from gateway.policy.health import UpstreamHealth
+from gateway.policy.presence import Presence
+from gateway.policy.rules import Caller
+from gateway.policy.secrets import Programs
 from gateway.proxied import Doorstep
+from gateway.reception import Helpers, Reception, is_over
 from gateway.record import SessionRecord
 from gateway.session import Session, State
 from gateway.tls.channel import make_policy
@@ -77,6 +83,7 @@ class Generation:
     files: Mapping[Path, FileState]
     policy: TLSPolicy
     dialler: Dialler
+    reception: Reception
 
 
 class Gateway:
@@ -97,6 +104,7 @@ class Gateway:
         carried: int,
         swept: Callable[[], None] = lambda: None,
         uniform: Callable[[], float] = random,
+        helpers: Helpers = Helpers(),  # noqa: B008  frozen
     ) -> None:
         self.sessions: set[Session] = set()
         self._clock = clock
@@ -105,6 +113,8 @@ class Gateway:
         self._carried = carried
         self._swept = swept
         self._uniform = uniform
+        self._helpers = helpers
+        self._presence: Presence[Session] = Presence(clock.seconds, is_over)
         self._numbered = 0
         self._all_gone: list[Deferred[None]] = []
         self._stopping = False
@@ -146,7 +156,7 @@ class Gateway:
 
     def prepare(self, config: Config) -> Generation:
         """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
-        files = states(policy_files(config.tls))
+        files = states(watched_files(config))
         before = self._generation
         if before is not None and (config.tls, files) == (before.config.tls, before.files):
             # Nothing would be another, and the sessions of two generations share what they verify with.
@@ -155,7 +165,8 @@ class Gateway:
             policy = make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
         dialler = Dialler(targets, self._network, self._clock, config, self._journal, self._uniform)
-        return Generation(config, files, policy, dialler)
+        reception = Reception(config, dialler, self._presence, self._helpers, self._uniform, self._take_place)
+        return Generation(config, files, policy, dialler, reception)
 
     def adopt(self, generation: Generation) -> None:
         """Let new sessions begin under `generation`; those that stand go on under their own."""
@@ -212,6 +223,7 @@ class Gateway:
         """Return the protocol for a connection that the doorkeeper has let in; see `gateway.proxied.Enter`."""
         generation = self.generation
         host = host_of(address)
+        caller = Caller(host or "", listener)
 
         def open_session(device: DeviceProtocol) -> Session:
             self._numbered += 1
@@ -219,7 +231,7 @@ class Gateway:
             session = Session(
                 record,
                 device,
-                lambda session: generation.dialler.dial(session, device),
+                lambda session: generation.reception.dial(session, device, caller),
                 self._journal,
                 lambda session: self._gone(session, host),
                 self._clock.seconds,
@@ -233,6 +245,7 @@ class Gateway:
 
     def _gone(self, session: Session, host: str | None) -> None:
         self.sessions.discard(session)
+        self._presence.leave(session)
         self.doorkeeper.leave(host)
         self._check_all_gone()
 
@@ -254,6 +267,7 @@ class Gateway:
         try:
             self._doorstep.sweep(now, self.config.timeouts.connect_packet)
             self.doorkeeper.sweep()
+            self._presence.sweep(self.config.devices)
             if not self.stopping:
                 self.generation.dialler.sweep()
             self._journal.sweep()
@@ -269,6 +283,9 @@ class Gateway:
     def _end(self, session: Session) -> None:
         discard_will = self.config.drain.wills == "discard"
         self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING, discard_will=discard_will))
+
+    def _take_place(self, session: Session) -> None:
+        self._guarded(session, lambda session: session.stop(EndReason.TAKEN_OVER))
 
     def _guarded(self, session: Session, do: Callable[[Session], None]) -> None:
         """Do something to a session; a mistake that is made there ends that session and leaves the others alone."""
@@ -324,6 +341,7 @@ class GatewayService(Service):
             self.ledger,
             raise_descriptor_limit(),
             self._swept,
+            helpers=Helpers(Programs(reactor, reactor), partial(deferToThreadPool, reactor, reactor.getThreadPool())),
         )
         self._listeners = Listeners(self._relay, self.gateway.factory)
         self._watch = Watch(self.gateway.generation.files)
@@ -486,7 +504,7 @@ class GatewayService(Service):
         self._sweeps += 1
         if self._sweeps % _SWEEPS_PER_LOOK == 0 and not self.gateway.stopping:
             config = self.gateway.config
-            if self._watch.look(states(policy_files(config.tls))):
+            if self._watch.look(states(watched_files(config))):
                 # The configuration as such is only read when somebody says so: who edits it may not be done.
                 self._reload(lambda: config)
         self.status_port.sweep()
@@ -518,6 +536,13 @@ def _fares(upstream: UpstreamHealth) -> str:
     failure = None if upstream.is_open else upstream.last_failure
     why = f" ({failure.reason})" if failure is not None else ""
     return f"{upstream.address} {upstream.state.value}{why}"
+
+
+def watched_files(config: Config) -> list[Path]:
+    """Return the files that are read at the start and change without the configuration: certificates, keys, lists."""
+    keys = ("client_cert", "client_key", "sas_key_file", "jwt_key_file")
+    of_devices = [path for device in config.device for key in keys if (path := getattr(device, key)) is not None]
+    return [*policy_files(config.tls), *of_devices]
 
 
 def _tell_listening(port: IListeningPort) -> None:

@@ -11,8 +11,9 @@ The states, and where each may go; ENDED takes every late input and does nothing
 What holds in each:
 
 * WAIT_CONNECT: the device's bytes are collected until its CONNECT is whole; nothing is sent to anyone.
-* DIALLING: the device is not read.  There is no upstream side yet, so nothing can be sent to it: it comes into being
-  with `upstream_verified`, when the chain is trusted and the identity matches.
+* DIALLING: the device is not read.  `dial` finds out what is to become of it: a `Refusal`, a `Treatment`, or nothing.
+  There is no upstream side yet, so nothing can be sent to it: it comes into being with `upstream_verified`, when the
+  chain is trusted and the identity matches.
 * WAIT_CONNACK: CONNECT has been sent.  The device is read only for MQTT 5.0 enhanced authentication (§4.12).
 * RELAYING: both directions pass through a framer each.
 * ENDED: the reason is recorded, both sides are closing; the session is gone when both transports are.
@@ -24,14 +25,19 @@ from collections.abc import Callable
 from enum import Enum, auto
 from typing import Protocol
 
+import attrs
+
 from gateway.config import Limits, Timeouts
-from gateway.errors import EndReason, PacketError, SessionEnd
+from gateway.errors import EndReason, PacketError, Refusal, SessionEnd
 from gateway.mqtt.connack import connack_refusal, disconnect, parse_connack
 from gateway.mqtt.connect import Connect, UnsupportedVersion, parse_connect
 from gateway.mqtt.framer import Framer, Sender
+from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, describe_connack, describe_disconnect
 from gateway.mqtt.reader import Packet, PacketReader
+from gateway.pace import Pace
 from gateway.record import Peer, SessionRecord, Traffic
+from gateway.treatment import Treatment
 
 
 class State(Enum):
@@ -57,6 +63,7 @@ _AUTHENTICATING = frozenset({PacketType.AUTH, PacketType.DISCONNECT})
 _CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
 
 # With no reason code, which is Normal disconnection in MQTT 5.0 (§3.14.2.1), it is the same in all versions.
+_PINGREQ = bytes((PacketType.PINGREQ << 4, 0))
 _DISCONNECT = disconnect(0)
 
 # The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends a standing session.  For an upstream
@@ -65,7 +72,11 @@ _DISCONNECT = disconnect(0)
 _DISCONNECT_CODES = {
     EndReason.KEEPALIVE_TIMEOUT: ReasonCode.KEEP_ALIVE_TIMEOUT,
     EndReason.GATEWAY_STOPPING: ReasonCode.SERVER_SHUTTING_DOWN,
+    EndReason.TAKEN_OVER: ReasonCode.SESSION_TAKEN_OVER,
+    EndReason.TOKEN_EXPIRING: ReasonCode.MAXIMUM_CONNECT_TIME,
 }
+# So many PINGREQs of the gateway's own may be without an answer; then the broker is lost.
+_MAX_UNANSWERED_PINGS = 2
 
 
 class Side(Protocol):
@@ -135,11 +146,16 @@ class Session:
         "_journal",
         "_keep_alive_limit",
         "_last_heard",
+        "_last_pinged",
         "_limits",
+        "_lives_until",
+        "_pace",
+        "_ping_interval",
         "_seconds",
         "_sent_at",
         "_state",
         "_timeouts",
+        "_treatment",
         "_upstream",
         "_upstream_reader",
         "record",
@@ -174,8 +190,13 @@ class Session:
         self._upstream_reader: PacketReader | None = None
         self._connect: Connect | None = None
         self._connect_packet: Packet | None = None
-        self._from_device: Framer | None = None
-        self._from_broker: Framer | None = None
+        self._treatment: Treatment | None = None
+        self._from_device: Framer | DeviceInspector | None = None
+        self._from_broker: Framer | BrokerInspector | None = None
+        self._pace: Pace | None = None
+        self._ping_interval = 0.0
+        self._last_pinged = 0.0
+        self._lives_until = float("inf")
         self._bytes_up = 0
         self._bytes_down = 0
         self._sent_at = 0.0
@@ -217,6 +238,13 @@ class Session:
     def pending(self) -> int:
         """How many bytes the device has sent that wait here: behind CONNECT, or of a packet that is not whole."""
         return self._device_reader.buffered
+
+    @property
+    def connect(self) -> tuple[Packet, Connect]:
+        """The device's CONNECT, while there is no upstream yet."""
+        assert self._connect_packet is not None  # noqa: S101  `dial` is called with a CONNECT; narrows the type
+        assert self._connect is not None  # noqa: S101  the same
+        return self._connect_packet, self._connect
 
     # ---- from the device
 
@@ -261,7 +289,12 @@ class Session:
         self._upstream_reader = PacketReader(
             frozenset(awaited), self._limits.max_connect_size, EndReason.UPSTREAM_PROTOCOL_ERROR
         )
-        packet, self._connect_packet = self._connect_packet.raw, None
+        treatment = self._treatment
+        packet = self._connect_packet.raw if treatment is None else treatment.connect
+        if treatment is not None:
+            # It holds credentials, and nobody needs it any more.
+            self._treatment = attrs.evolve(treatment, connect=b"")
+        self._connect_packet = None
         self._bytes_up = len(packet)
         self.record.packets_up = 1
         # The channel may break under this and end the session before it returns, so this is the last use of the packet.
@@ -272,6 +305,18 @@ class Session:
             self._device_reader.feed(rest)
             self._device.release()
             self._authenticate()
+
+    def treat(self, treatment: Treatment) -> None:
+        """What is to become of this session, which has no upstream yet, by its rule."""
+        self._treatment = treatment
+        if treatment.lives is not None:
+            self._lives_until = self._seconds() + treatment.lives
+
+    def refuse(self, refusal: Refusal) -> None:
+        """The gateway itself does not let this device in."""
+        if self._state is State.DIALLING:
+            self._dialling = None
+            self._end(refusal.reason, refusal.detail, connack_codes=(refusal.code_3, refusal.code_5))
 
     def upstream_failed(self, failure: SessionEnd) -> None:
         """There will be no verified channel."""
@@ -312,6 +357,8 @@ class Session:
                 self._last_heard = now
             elif self._keep_alive_limit and now - self._last_heard > self._keep_alive_limit:
                 self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
+            if self._treatment is not None and self._state is State.RELAYING:
+                self._sweep_treatment(now)
         elif now >= self._deadline:
             self._deadline_passed()
 
@@ -373,6 +420,30 @@ class Session:
         if self._state is State.DIALLING:
             self._dialling = dialling
 
+    def _sweep_treatment(self, now: float) -> None:
+        """Do what the session's rule asks for from time to time."""
+        if self._pace is not None and self._pace.paused and self._pace.recovered(now):
+            self._device.release()
+        if now >= self._lives_until:
+            # The device is to come back at once, so there is nothing to publish a Will for.
+            self.stop(EndReason.TOKEN_EXPIRING, discard_will=True)
+        elif self._ping_interval and now - self._last_pinged >= self._ping_interval:
+            self._ping(now)
+
+    def _ping(self, now: float) -> None:
+        """Keep the broker's Keep Alive, which is shorter than the device's; the device's own is kept as ever."""
+        down, upstream = self._from_broker, self._upstream
+        if self._state is not State.RELAYING or upstream is None or not isinstance(down, BrokerInspector):
+            return
+        assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
+        if down.pings >= _MAX_UNANSWERED_PINGS:
+            self._end(EndReason.UPSTREAM_LOST, f"{down.pings} PINGREQs of the gateway without an answer")
+        elif self._from_device.at_boundary:
+            down.pings += 1
+            self._last_pinged = now
+            self._bytes_up += len(_PINGREQ)
+            upstream.write(_PINGREQ)
+
     def _authenticate(self) -> None:
         """Pass AUTH on, and DISCONNECT, until CONNACK comes (MQTT 5.0 §4.12)."""
         connect, upstream = self._connect, self._upstream
@@ -400,11 +471,14 @@ class Session:
                 packet = reader.next_packet()
                 if packet is None:
                     return
-                connack = None if packet.type is PacketType.AUTH else parse_connack(packet, self._connect.version)
+                version = self._connect.version if self._treatment is None else self._treatment.version
+                connack = None if packet.type is PacketType.AUTH else parse_connack(packet, version)
             except PacketError as error:
                 self._end(error.reason, error.detail)
                 return
-            self._device.write(packet.raw)
+            # What 3.1.1 calls Session Present is reserved in 3.1, and a device may want it to be 0.
+            answer = packet.raw if version is self._connect.version else b"\x20\x02\0" + packet.body[1:2]
+            self._device.write(answer)
             self._bytes_down += len(packet.raw)
             self.record.packets_down += 1
             if connack is None:
@@ -420,15 +494,24 @@ class Session:
             self.record.connack_seconds = now - self._sent_at
             if connack.assigned_client_identifier is not None:
                 self.record.client_identifier = connack.assigned_client_identifier
-            keep_alive = connack.server_keep_alive
-            self._relay(self._connect.keep_alive if keep_alive is None else keep_alive, reader, now)
+            self._relay(connack.server_keep_alive, reader, now)
 
-    def _relay(self, keep_alive: int, reader: PacketReader, now: float) -> None:
+    def _relay(self, server_keep_alive: int | None, reader: PacketReader, now: float) -> None:
         """Let both directions flow; what waited behind CONNECT and CONNACK goes first."""
         assert self._connect is not None  # noqa: S101  see _read_connack
         version, limit = self._connect.version, self._limits.max_packet_size
-        self._from_device = Framer(Sender.DEVICE, version, limit)
-        self._from_broker = Framer(Sender.BROKER, version, limit)
+        treatment = self._treatment
+        if treatment is None:
+            self._from_device = Framer(Sender.DEVICE, version, limit)
+            self._from_broker = Framer(Sender.BROKER, version, limit)
+        else:
+            self._from_device = treatment.from_device(version, limit)
+            self._from_broker = treatment.from_broker(version, limit)
+            self._pace = treatment.pace(self._seconds)
+            # A device that was told a Keep Alive by the broker keeps that one itself (MQTT 5.0 §3.2.2.3.14).
+            self._ping_interval = treatment.ping_interval if server_keep_alive is None else 0.0
+            self._last_pinged = now
+        keep_alive = self._connect.keep_alive if server_keep_alive is None else server_keep_alive
         self._keep_alive_limit = keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
         self._last_heard = now
         self._enter(State.RELAYING)
@@ -439,7 +522,7 @@ class Session:
             self.upstream_received(waiting_down)
         if waiting_up:
             self.device_received(waiting_up)
-        if self._state is State.RELAYING:
+        if self._state is State.RELAYING and not (self._pace is not None and self._pace.paused):
             self._device.release()
 
     def _relay_up(self, data: bytes) -> None:
@@ -454,6 +537,8 @@ class Session:
             self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
         elif framer.disconnected:
             self._end(EndReason.DEVICE_DISCONNECT)
+        elif self._pace is not None and self._pace.overdrawn(framer.packets, len(data)):
+            self._device.hold()
 
     def _relay_down(self, data: bytes) -> None:
         framer = self._from_broker
@@ -486,15 +571,17 @@ class Session:
         answer: bytes | None = None,
         code: int | None = None,
         answered: bool = False,
+        connack_codes: tuple[int, int] = (_CONNACK_SERVER_UNAVAILABLE, ReasonCode.SERVER_UNAVAILABLE),
     ) -> None:
         """End the session: tell the device, close both sides, write the record.
 
         `answer` overrides what the device is told; `answered` means that it has been told already; `code` is the
-        reason code of the DISCONNECT, if it is not the reason's usual one.
+        reason code of the DISCONNECT, if it is not the reason's usual one; `connack_codes` are those of a CONNACK that
+        is still due, before 5.0 and in 5.0.
         """
         if self._state is State.ENDED:
             return
-        told = answer if answer is not None else b"" if answered else self._farewell(reason, code)
+        told = answer if answer is not None else b"" if answered else self._farewell(reason, code, connack_codes)
         self._enter(State.ENDED)
         self._write_record(reason, detail)
         self._deadline = self._seconds() + self._timeouts.close
@@ -514,7 +601,7 @@ class Session:
         finally:
             self._check_gone()
 
-    def _farewell(self, reason: EndReason, code: int | None) -> bytes:
+    def _farewell(self, reason: EndReason, code: int | None, connack_codes: tuple[int, int]) -> bytes:
         """Return what a device is told about an end that is not of its own making, in its own protocol version.
 
         Before CONNACK that is a CONNACK; after it, MQTT 5.0 has DISCONNECT and 3.x has nothing but the close.
@@ -524,10 +611,7 @@ class Session:
         version, words = self._connect.version, f"{reason}: {reason.meaning}"
         limit = self._connect.maximum_packet_size or self._limits.max_packet_size
         if self._from_broker is None:
-            full, short = (
-                connack_refusal(version, _CONNACK_SERVER_UNAVAILABLE, ReasonCode.SERVER_UNAVAILABLE, text)
-                for text in (words, "")
-            )
+            full, short = (connack_refusal(version, *connack_codes, text) for text in (words, ""))
         elif version is not ProtocolVersion.MQTT_5_0 or not self._from_broker.at_boundary:
             # A DISCONNECT in the middle of a packet that is half relayed would be taken for that packet's body.
             return b""

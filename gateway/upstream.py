@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from attrs import Factory as Default
 from attrs import field, frozen
@@ -204,6 +204,10 @@ class Target:
     )
 
 
+Route: TypeAlias = Sequence[tuple[Target, "UpstreamHealth"]]
+"""Brokers in the order of preference, each with how it fares."""
+
+
 class DialJournal(Protocol):
     """Who is told what became of dials; upstreams are named by `host:port`."""
 
@@ -235,12 +239,17 @@ class Dialler:
         uniform: Callable[[], float],
     ) -> None:
         """Take where to go, whom to tell, and where random numbers from 0 to 1 come from."""
-        self._targets = [(target, UpstreamHealth.of(target.upstream, config.failover, uniform)) for target in targets]
+        self._targets: Route = [
+            (target, UpstreamHealth.of(target.upstream, config.failover, uniform)) for target in targets
+        ]
+        # Where sessions go that name no upstream.
+        self._route = [choice for choice in self._targets if choice[0].upstream.default]
         self._network = network
         self._clock = clock
         self._timeouts = config.timeouts
         self._journal = journal
         self.pacer = Pacer(config.pacing, clock)
+        self.identities = any(device.client_cert is not None for device in config.device)
         # The gateway's own dials that are under way, and the connections of those that are done, until they are closed.
         self._trials: set[Deferred[None]] = set()
         self._closing: dict[UpstreamProtocol, float] = {}
@@ -250,9 +259,23 @@ class Dialler:
         """How each broker fares, in the order of preference."""
         return [health for _, health in self._targets]
 
-    def dial(self, session: Session, device: DeviceProtocol) -> Deferred[None]:
+    def route(self, names: Sequence[str], policy: TLSPolicy | None) -> Route:
+        """Return a way of their own for some sessions: to the upstreams that are named, or to all that serve everybody.
+
+        With a `policy` of their own they have TLS sessions of their own, too: what is resumed is never another's.
+        """
+        chosen = (
+            [choice for name in names for choice in self._targets if choice[0].upstream.name == name]
+            if names
+            else self._route
+        )
+        if policy is None:
+            return chosen
+        return [(Target(target.upstream, target.identity, policy), health) for target, health in chosen]
+
+    def dial(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> Deferred[None]:
         """Find an upstream for `session`, whose device's side is `device`.  Cancelling it leaves nothing behind."""
-        dialling = Deferred.fromCoroutine(self._dial(session, device))
+        dialling = Deferred.fromCoroutine(self.lead(session, device, self._route if route is None else route))
 
         def failed(failure: Failure) -> None:
             if failure.check(CancelledError) is None:
@@ -282,16 +305,18 @@ class Dialler:
 
     # ---- a session's dial
 
-    async def _dial(self, session: Session, device: DeviceProtocol) -> None:
+    async def lead(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> None:
+        """Do what `dial` does; what is raised is a mistake of the gateway."""
+        route = self._route if route is None else route
         failures: dict[UpstreamHealth, UpstreamFailure] = {}
-        session.record.upstream = self._targets[0][1].address
-        if self._choose(failures) is None:
-            session.upstream_failed(self._summary(failures, None))
+        session.record.upstream = route[0][1].address
+        if self._choose(route, failures) is None:
+            session.upstream_failed(self._summary(route, failures, None))
             return
         if not await self._turn(session, device):
             return
         last: UpstreamFailure | None = None
-        while (choice := self._choose(failures)) is not None:
+        while (choice := self._choose(route, failures)) is not None:
             target, health = choice
             session.record.upstream = health.address
             try:
@@ -299,18 +324,18 @@ class Dialler:
             except UpstreamFailure as failure:
                 failures[health] = last = failure
             else:
-                self._tell_passed_over(health, failures)
+                self._tell_passed_over(route, health, failures)
                 protocol.serve(session, device, peer)
                 return
         if last is None:
             self.pacer.give_back()
-        session.upstream_failed(self._summary(failures, last))
+        session.upstream_failed(self._summary(route, failures, last))
 
-    def _choose(self, failures: Container[UpstreamHealth]) -> tuple[Target, UpstreamHealth] | None:
+    def _choose(self, route: Route, failures: Container[UpstreamHealth]) -> tuple[Target, UpstreamHealth] | None:
         """Return the next broker to dial: the first that serves; if none does, the first that may be tried again."""
         due: tuple[Target, UpstreamHealth] | None = None
         now = self._clock.seconds()
-        for choice in self._targets:
+        for choice in route:
             health = choice[1]
             if health not in failures:
                 if health.is_open:
@@ -338,8 +363,10 @@ class Dialler:
             return False
         return True
 
-    def _tell_passed_over(self, served: UpstreamHealth, failures: Mapping[UpstreamHealth, UpstreamFailure]) -> None:
-        for _, health in self._targets:
+    def _tell_passed_over(
+        self, route: Route, served: UpstreamHealth, failures: Mapping[UpstreamHealth, UpstreamFailure]
+    ) -> None:
+        for _, health in route:
             if health is served:
                 return
             failure = failures.get(health, health.last_failure)
@@ -347,7 +374,7 @@ class Dialler:
                 self._journal.passed_over(health.address, failure)
 
     def _summary(
-        self, failures: Mapping[UpstreamHealth, UpstreamFailure], last: UpstreamFailure | None
+        self, route: Route, failures: Mapping[UpstreamHealth, UpstreamFailure], last: UpstreamFailure | None
     ) -> UpstreamFailure:
         """Return why there is no upstream: the broker that was tried last gives the reason, all of them the detail.
 
@@ -355,7 +382,7 @@ class Dialler:
         """
         now = self._clock.seconds()
         told: list[tuple[str, UpstreamFailure]] = []
-        for _, health in self._targets:
+        for _, health in route:
             failure = failures.get(health)
             if failure is None and health.last_failure is not None:
                 before, standing = health.last_failure, health.standing(now)
@@ -375,6 +402,10 @@ class Dialler:
         try:
             protocol, peer = await self.reach(target, record)
         except UpstreamFailure as failure:
+            if failure.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED and self.identities:
+                # One identity's own matter: the broker may well serve the others.
+                health.given_up(attempt)
+                raise
             now = self._clock.seconds()
             if health.failed(attempt, failure, now) and health.retry_at is not None:
                 self._journal.left_alone(health.address, failure, health.retry_at - now)

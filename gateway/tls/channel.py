@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from base64 import b64encode
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from enum import Enum, auto
 from functools import lru_cache
@@ -88,6 +89,8 @@ class TLSChannel:
         """Take what to trust, who it must be, and the tickets of this broker.  Raises `ValueError` if of another."""
         if tickets is not None and (tickets.policy is not policy or tickets.identity != identity):
             raise ValueError(f"the tickets are not those of {identity.name} under this policy")
+        if tickets is not None and tickets.policy is not policy:
+            raise AssertionError("a TLS session of one identity was to be resumed under another")
         self._policy = policy
         self._identity = identity
         self._tickets = tickets
@@ -112,6 +115,7 @@ class TLSChannel:
         self._connection = SSL.Connection(policy.context, None)
         self._engine: Engine = choose()(self._connection)
         self._connection.set_app_data(self)
+        policy.introduce(self._connection)
         if identity.sni is not None:
             self._connection.set_tlsext_host_name(identity.sni)
         self._connection.set_connect_state()
@@ -407,10 +411,10 @@ def _peer(certificate: x509.Certificate, matched: str, tls_version: str, cipher:
     )
 
 
-def make_policy(tls: TLS) -> TLSPolicy:
+def make_policy(tls: TLS, intermediates: Sequence[x509.Certificate] = ()) -> TLSPolicy:
     """Build the policy for `tls` whose verification is the channels' own.  Raises `ConfigError`."""
     choose()  # At start-up, not at the first session: it takes some milliseconds, and may have something to say.
-    return load_policy(tls, _verify)
+    return load_policy(tls, _verify, intermediates)
 
 
 def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, accepted: int) -> bool:

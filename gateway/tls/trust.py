@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -50,6 +50,7 @@ class ClientIdentity:
 class TLSPolicy:
     """All that a session's TLS needs and that sessions share.
 
+    `client` is the identity that `context` shows the broker, `own` that of a device, which each connection is given.
     `roots` is empty if the platform's roots are used.  `strict` asks for the second opinion.  `crls_until` is when the
     first CRL is due to be replaced, in seconds since the epoch.  `resumption` allows session tickets.
     """
@@ -62,6 +63,13 @@ class TLSPolicy:
     client: ClientIdentity | None
     crls_until: float
     resumption: bool
+    own: ClientIdentity | None = None
+
+    def introduce(self, connection: SSL.Connection) -> None:
+        """Give a connection, before its handshake, the identity that it is to show.  Raises `SSL.Error`."""
+        if self.own is not None:
+            connection.use_certificate(self.own.chain[0])
+            connection.use_privatekey(self.own.key)
 
 
 def read_certificates(path: Path) -> list[x509.Certificate]:
@@ -163,9 +171,10 @@ def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
     return ClientIdentity(tuple(chain), keys[0]), problems
 
 
-def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
+def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.Certificate] = ()) -> TLSPolicy:
     """Build the policy that `tls` describes; `verify` is asked about each certificate (OpenSSL's SSL_CTX_set_verify).
 
+    `intermediates` are shown after the certificates of devices, where `tls` has none of the gateway's.
     Raises `ConfigError` with every problem in every file.
     """
     roots, problems = read_roots(tls)
@@ -205,6 +214,8 @@ def load_policy(tls: TLS, verify: VerifyCallback) -> TLSPolicy:
         context.set_alpn_protos([name.encode("ascii") for name in tls.alpn])
     if client is not None:
         _show(context, client, tls)
+    for certificate in intermediates:
+        context.add_extra_chain_cert(certificate)
     return TLSPolicy(
         context=context,
         roots=roots,

@@ -1,0 +1,145 @@
+"""What becomes of a CONNECT: whether its device is let in, as whom it is presented, and where it is led.
+
+In: sessions whose CONNECT is whole.  Out: `Session.refuse`, or `Session.treat` and a dial.
+
+The order is that of trust: which rule, whether the address is right, whether another session stands in the way, the
+password; only then is anything done to a session that stands, or asked of a file, a program or a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from attrs import frozen
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway.config import Config, Device
+from gateway.device import DeviceProtocol
+from gateway.errors import Refusal
+from gateway.mqtt.connect import Connect
+from gateway.policy.credentials import Credentials
+from gateway.policy.presence import Presence
+from gateway.policy.rules import Caller, Matched, Rules, treat, wrong_password
+from gateway.policy.secrets import Programs
+from gateway.session import Session, State
+from gateway.tls.devices import device_policies
+from gateway.upstream import Dialler, Route
+
+_log = Logger(namespace="gateway")
+_T = TypeVar("_T")
+
+
+def _at_once(work: Callable[[], _T]) -> Deferred[_T]:
+    return succeed(work())
+
+
+@frozen
+class Helpers:
+    """What is asked of the world besides the network: programs to run, and a thread for what takes long."""
+
+    programs: Programs | None = None
+    in_thread: Callable[[Callable[[], bool]], Deferred[bool]] = _at_once
+
+
+class Reception:
+    """Receives the sessions of one configuration.  Raises `ConfigError` with everything wrong with the rules' files.
+
+    `presence` outlives it. `end` ends a session whose place another one takes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dialler: Dialler,
+        presence: Presence[Session],
+        helpers: Helpers,
+        uniform: Callable[[], float],
+        end: Callable[[Session], None],
+    ) -> None:
+        self._config = config
+        self._dialler = dialler
+        self._presence = presence
+        self._helpers = helpers
+        self._end = end
+        self._rules = Rules(config)
+        self._credentials = Credentials(config.device, helpers.programs, uniform)
+        self._routes = self._make_routes()
+        self._is_plain = not config.device and config.devices.unknown == "pass"
+
+    def dial(self, session: Session, device: DeviceProtocol, caller: Caller) -> Deferred[None]:
+        """Receive a session and find its upstream.  Cancelling it leaves nothing behind."""
+        if self._is_plain:
+            _, connect = session.connect
+            try:
+                self._enter(session, connect, caller)
+            except Refusal as refusal:
+                session.refuse(refusal)
+                return succeed(None)
+            return self._dialler.dial(session, device)
+        dialling = Deferred.fromCoroutine(self._receive(session, device, caller))
+
+        def failed(failure: Failure) -> None:
+            if failure.check(CancelledError) is None:
+                _log.failure("session {number}: a mistake of the gateway", failure, number=session.record.number)
+                session.fail(failure.type.__name__ if failure.type is not None else "unknown")
+
+        dialling.addErrback(failed)
+        return dialling
+
+    async def _receive(self, session: Session, device: DeviceProtocol, caller: Caller) -> None:
+        packet, connect = session.connect
+        route = None
+        try:
+            matched = self._rules.match(connect, caller)
+            if matched is None:
+                self._enter(session, connect, caller)
+            else:
+                session.record.rule = matched.rule.device.name
+                route = self._routes.get(matched.rule.device)
+                await self._check_password(matched, connect, caller)
+                self._enter(session, connect, caller)
+                password, lives = await self._credentials.password(matched)
+                limit = self._config.limits.max_connect_size
+                session.treat(treat(matched, packet, connect, password, lives, limit))
+        except Refusal as refusal:
+            session.refuse(refusal)
+            return
+        await self._dialler.lead(session, device, route)
+
+    def _enter(self, session: Session, connect: Connect, caller: Caller) -> None:
+        """Count the session in, and end those whose place it takes.  Raises Refusal."""
+        devices = self._config.devices
+        for other in self._presence.enter(session, connect.client_identifier, caller.address, devices):
+            self._end(other)
+
+    async def _check_password(self, matched: Matched, connect: Connect, caller: Caller) -> None:
+        """Raise Refusal unless the device sent the password that its rule asks for, if it asks for one."""
+        wanted, given = matched.rule.password, connect.password
+        if wanted is None:
+            return
+        # The answer costs some 50 ms of a processor, which a stranger is to have as seldom as possible.
+        self._presence.judge(connect.client_identifier, caller.address, self._config.devices)
+        if given is None or not await self._helpers.in_thread(lambda: wanted.verify(given)):
+            raise wrong_password(matched.rule)
+
+    def _make_routes(self) -> dict[Device, Route]:
+        devices = self._config.device
+        identities = {
+            device: (f"rule {device.name}", client)
+            for device in devices
+            if (client := self._credentials.client_identity(device)) is not None
+        }
+        policies = device_policies(self._config.tls, identities)
+        return {
+            device: self._dialler.route(device.upstream, policies.get(device))
+            for device in devices
+            if device.upstream or device in policies
+        }
+
+
+def is_over(session: Session) -> bool:
+    """Whether a session has ended, though its connections may not be closed yet."""
+    return session.state is State.ENDED
