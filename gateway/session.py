@@ -494,9 +494,15 @@ class Session:
             self.record.connack_seconds = now - self._sent_at
             if connack.assigned_client_identifier is not None:
                 self.record.client_identifier = connack.assigned_client_identifier
-            self._relay(connack.server_keep_alive, reader, now)
+            keep_alive = connack.server_keep_alive
+            if keep_alive is None:
+                keep_alive = self._connect.keep_alive
+            elif self._treatment is not None:
+                # A device that is told a Keep Alive by the broker keeps that one itself (MQTT 5.0 §3.2.2.3.14).
+                self._treatment = attrs.evolve(self._treatment, ping_interval=0.0)
+            self._relay(keep_alive, reader, now)
 
-    def _relay(self, server_keep_alive: int | None, reader: PacketReader, now: float) -> None:
+    def _relay(self, keep_alive: int, reader: PacketReader, now: float) -> None:
         """Let both directions flow; what waited behind CONNECT and CONNACK goes first."""
         assert self._connect is not None  # noqa: S101  see _read_connack
         version, limit = self._connect.version, self._limits.max_packet_size
@@ -508,10 +514,8 @@ class Session:
             self._from_device = treatment.from_device(version, limit)
             self._from_broker = treatment.from_broker(version, limit)
             self._pace = treatment.pace(self._seconds)
-            # A device that was told a Keep Alive by the broker keeps that one itself (MQTT 5.0 §3.2.2.3.14).
-            self._ping_interval = treatment.ping_interval if server_keep_alive is None else 0.0
+            self._ping_interval = treatment.ping_interval
             self._last_pinged = now
-        keep_alive = self._connect.keep_alive if server_keep_alive is None else server_keep_alive
         self._keep_alive_limit = keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
         self._last_heard = now
         self._enter(State.RELAYING)

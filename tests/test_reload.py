@@ -458,7 +458,7 @@ def test_two_hundred_reloads_under_load_lose_no_session(
             f'[[listen]]\nendpoint = "127.0.0.1:0"\n{more}[[upstream]]\nhost = "127.0.0.1"\n'
             f'server_name = "localhost"\nport = {strict_mosquitto.ports[0]}\n'
             f'[tls]\nca_file = "{ca}"\nclient_cert = "{own}"\n'
-            f"[limits]\nmax_packet_size = {1000 + number}\n[drain]\nseconds = 0\n"
+            f"[limits]\nmax_packet_size = {1000 + number}\n[drain]\nseconds = 0\n[devices]\nconnects_per_minute = 0\n"
         )
 
     write(0)

@@ -336,13 +336,12 @@ def _won_without_abort(self: Any, protocol: Any, attempt: Any) -> None:
 @mutant("liveness")
 def tries_the_first_upstream_only(patch: pytest.MonkeyPatch) -> None:
     """There is no failover."""
-    dial = Dialler._dial
+    lead = Dialler.lead
 
-    async def first_only(self: Dialler, session: Session, device: Any) -> None:
-        self._targets = self._targets[:1]
-        await dial(self, session, device)
+    async def first_only(self: Dialler, session: Session, device: Any, route: Any = None) -> None:
+        await lead(self, session, device, (self._route if route is None else route)[:1])
 
-    patch.setattr(Dialler, "_dial", first_only)
+    patch.setattr(Dialler, "lead", first_only)
 
 
 @mutant("liveness")
