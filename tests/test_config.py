@@ -585,6 +585,30 @@ def test_paths_start_at_the_directory_of_the_file(tmp_path: Path, monkeypatch: p
     )
 
 
+def test_a_credential_stands_for_the_file_that_only_root_may_read(tmp_path: Path) -> None:
+    """What systemd has handed over is meant, however the path is written; anything else is the file itself."""
+    handed_over, rules = tmp_path / "handed over", tmp_path / "devices.d"
+    (handed_over).mkdir()
+    for name in ("credentials_client.key", "credentials_deep_er.key", "credentials_ca.pem", "other"):
+        (handed_over / name).touch()
+    rules.mkdir()
+    (rules / "pump.toml").write_text('password_file = "../credentials/deep/er.key"\n')
+    file = tmp_path / "gateway.toml"
+    file.write_text(
+        f'[tls]\nca_file = ["other", "{tmp_path}/credentials/ca.pem", "credentials/missing", "credentials"]\n'
+        'client_cert = "client.pem"\nclient_key = "credentials/client.key"\n'
+        '[devices]\ndirectory = "devices.d"\n'
+        '[[upstream]]\nhost = "broker.example.com"\n'
+    )
+    config = load_file(file, {"CREDENTIALS_DIRECTORY": str(handed_over)})
+    others = (tmp_path / "other", handed_over / "credentials_ca.pem")
+    assert config.tls.ca_file == (*others, tmp_path / "credentials/missing", tmp_path / "credentials")
+    assert config.tls.client_cert == tmp_path / "client.pem"
+    assert config.tls.client_key == handed_over / "credentials_client.key"
+    assert config.device[0].password_file == handed_over / "credentials_deep_er.key"
+    assert load_file(file, {}).tls.client_key == tmp_path / "credentials/client.key"
+
+
 def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path: Path) -> None:
     """Files may come from an editor on Windows."""
     file = tmp_path / "gateway.toml"

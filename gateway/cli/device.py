@@ -36,6 +36,7 @@ from gateway.cli.device_files import (
 )
 from gateway.cli.report import complain
 from gateway.config import Config, Device, load_file
+from gateway.config.anchor import Anchor
 from gateway.config.directory import read_directory
 from gateway.config.passwords import hash_password
 from gateway.config.profiles import with_profile
@@ -151,7 +152,7 @@ class _Rules:
 
     def devices(self) -> list[tuple[Path, Device]]:
         """Return the rules of the directory, each after its file."""
-        rules, problems = read_directory(self.directory, self.filled)
+        rules, problems = read_directory(self.directory, Anchor.of(self.file.absolute().parent), self.filled)
         if problems:
             raise _Problems(problems)
         return rules

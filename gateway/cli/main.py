@@ -1,4 +1,4 @@
-"""`mqtts-gateway`: check, init, status, device, demo.
+"""`mqtts-gateway`: check, init, install, uninstall, status, device, demo.
 
 In: the command line.  Out: an exit status: 0; 1 if something failed, a wrong command line included; 130 if the user
 interrupted.  `check --strict` has 2 for warnings; `status` has 2 and 3 for how the gateway is.
@@ -21,6 +21,8 @@ from gateway.cli.report import complain
 _COMMANDS = {
     "check": "go the way of a session and say what works",
     "init": "write a commented configuration",
+    "install": "make this environment's gateway a service of systemd",
+    "uninstall": "take the service away, and keep its configuration",
     "status": "say how a running gateway is, or why a device is silent",
     "device": "keep the directory of rules for devices",
     "demo": "show everything on this machine alone",

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import attrs
 
 from gateway.config import profiles
+from gateway.config.anchor import Anchor
 from gateway.config.passwords import parse_hash
 from gateway.config.templates import FROM_DEVICE, check_template
 from gateway.config.validators import (
@@ -208,10 +209,11 @@ class Device:
                 yield f".{key}", f"there is no {source} to sign with"
 
 
-def anchored(device: Device, base: Path) -> Device:
-    """Make the paths of a rule absolute; relative ones start at `base`."""
+def anchored(device: Device, anchor: Anchor) -> Device:
+    """Make the paths of a rule absolute."""
     keys = ("password_file", "sas_key_file", "jwt_key_file", "client_cert", "client_key")
-    return attrs.evolve(device, **{key: value and base / value for key in keys if (value := getattr(device, key))})
+    paths: dict[str, Any] = {key: anchor(value) for key in keys if (value := getattr(device, key))}
+    return attrs.evolve(device, **paths)
 
 
 def cross_problems(

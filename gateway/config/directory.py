@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from gateway.config.anchor import Anchor
 from gateway.config.devices import Device, anchored
 from gateway.config.structure import structure_device
 from gateway.config.tables import read_table
@@ -21,10 +22,11 @@ _WILDCARDS = frozenset("*?[")
 
 
 def read_directory(
-    directory: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]
+    directory: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> tuple[list[tuple[Path, Device]], list[str]]:
     """Return the rules, each after its file, and all problems.
 
+    `anchor` is that of the configuration; relative paths in a file here start at this directory.
     `filled` adds to what a file holds the values that stand in for what it leaves out.
 
     A file that matches nothing is for the Client Identifier that is its name without `.toml`. Hidden files are not
@@ -38,7 +40,7 @@ def read_directory(
     problems: list[str] = []
     for path in paths:
         try:
-            rules.append((path, _read(path, filled)))
+            rules.append((path, _read(path, anchor, filled)))
         except ConfigError as error:
             problems += _labelled(file_label(path), error)
     return rules, problems
@@ -49,7 +51,7 @@ def file_label(path: Path) -> str:
     return quoted(str(path), 4096)
 
 
-def _read(path: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> Device:
+def _read(path: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> Device:
     # An unfinished copy, most likely: as a rule, it would take the device's identity away.
     table = read_table(path, "write at least whom the rule is for")
     name = path.stem
@@ -58,7 +60,7 @@ def _read(path: Path, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> Dev
             raise ConfigError(["match_client_id: it is missing, and the file's name would be a pattern: write it"])
         table["match_client_id"] = name
     device = structure_device(filled(table))
-    return anchored(attrs.evolve(device, name=device.name or name[:64]), path.absolute().parent)
+    return anchored(attrs.evolve(device, name=device.name or name[:64]), anchor.moved(path.absolute().parent))
 
 
 def _labelled(label: str, error: ConfigError) -> Iterator[str]:

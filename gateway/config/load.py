@@ -6,6 +6,7 @@ In: a TOML file, flags or a mapping.  Out: `Config`, or `ConfigError` with one l
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import attrs
 
+from gateway.config.anchor import Anchor
 from gateway.config.devices import Device, anchored, cross_problems
 from gateway.config.directory import file_label, read_directory
 from gateway.config.profiles import profiled, with_profile
@@ -24,10 +26,13 @@ from gateway.config.tables import read_table
 from gateway.errors import ConfigError
 
 
-def load_file(path: Path) -> Config:
-    """Read a TOML file (UTF-8); relative paths in it start at its directory. Raises ConfigError."""
+def load_file(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
+    """Read a TOML file (UTF-8); relative paths in it start at its directory, see `Anchor`. Raises ConfigError.
+
+    `environment` says where the service's credentials are (CREDENTIALS_DIRECTORY, systemd.exec(5)).
+    """
     table = read_table(path, "`mqtts-gateway init` writes a configuration to start from")
-    return from_mapping(table, path.absolute().parent)
+    return _made(table, Anchor.of(path.absolute().parent, environment.get("CREDENTIALS_DIRECTORY", "")))
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config:
@@ -35,9 +40,7 @@ def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config
 
     Relative paths start at `base`, which is the current directory if None. Raises ConfigError.
     """
-    config = structure(profiled(mapping))
-    base = Path.cwd() if base is None else base
-    return _with_devices(attrs.evolve(config, tls=_anchored(config.tls, base)), base)
+    return _made(mapping, Anchor.of(Path.cwd() if base is None else base))
 
 
 def from_flags(
@@ -117,27 +120,31 @@ def _flag_line(problem: str) -> str:
 _FLAGS = frozenset(inspect.signature(from_flags).parameters)
 
 
-def _anchored(tls: TLS, base: Path) -> TLS:
-    """Make every path absolute, so that it means the same after a daemon has changed its directory."""
+def _made(mapping: Mapping[str, Any], anchor: Anchor) -> Config:
+    config = structure(profiled(mapping))
+    return _with_devices(attrs.evolve(config, tls=_anchored(config.tls, anchor)), anchor)
+
+
+def _anchored(tls: TLS, anchor: Anchor) -> TLS:
     return attrs.evolve(
         tls,
-        ca_file=tuple(base / path for path in tls.ca_file),
-        ca_dir=tls.ca_dir and base / tls.ca_dir,
-        client_cert=tls.client_cert and base / tls.client_cert,
-        client_key=tls.client_key and base / tls.client_key,
-        crl_file=tuple(base / path for path in tls.crl_file),
+        ca_file=tuple(anchor(path) for path in tls.ca_file),
+        ca_dir=tls.ca_dir and anchor(tls.ca_dir),
+        client_cert=tls.client_cert and anchor(tls.client_cert),
+        client_key=tls.client_key and anchor(tls.client_key),
+        crl_file=tuple(anchor(path) for path in tls.crl_file),
     )
 
 
-def _with_devices(config: Config, base: Path) -> Config:
+def _with_devices(config: Config, anchor: Anchor) -> Config:
     """Read the directory of rules, whose files come before the rules of the file itself: those are the general ones."""
     own = [
-        (label, attrs.evolve(anchored(device, base), name=device.name or label))
+        (label, attrs.evolve(anchored(device, anchor), name=device.name or label))
         for label, device in ((f"device[{index}]", device) for index, device in enumerate(config.device))
     ]
     directory = config.devices.directory
     profile = partial(with_profile, config.devices.profile, config.upstream[0].host)
-    in_files, problems = ([], []) if directory is None else read_directory(base / directory, profile)
+    in_files, problems = ([], []) if directory is None else read_directory(anchor(directory), anchor, profile)
     rules = [*((file_label(path), device) for path, device in in_files), *own]
     everybody = profile({})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
@@ -150,7 +157,7 @@ def _with_devices(config: Config, base: Path) -> Config:
     problems += _default_problems(config, rules)
     if problems:
         raise ConfigError(problems)
-    devices = attrs.evolve(config.devices, directory=directory and base / directory)
+    devices = attrs.evolve(config.devices, directory=directory and anchor(directory))
     return attrs.evolve(config, devices=devices, device=tuple(device for _, device in rules))
 
 
