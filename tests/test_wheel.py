@@ -81,8 +81,10 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(wheel: Path
         for path in (ROOT / "gateway").rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert {name for name in names if ".dist-info/" not in name} == sources | {PLUGIN}
+    units = {f"gateway/units/{path.name}" for path in (ROOT / "systemd").iterdir()}
+    assert {name for name in names if ".dist-info/" not in name} == sources | units | {PLUGIN}
     assert "gateway/config/template.toml" in names
+    assert len(units) == 4
 
 
 def test_pip_is_content(installed: Path) -> None:
@@ -116,6 +118,26 @@ def test_it_relays_a_session(
 def test_the_command_is_there(installed: Path) -> None:
     """`mqtts-gateway` is on the environment's path and explains itself."""
     assert "demo" in run(installed / "mqtts-gateway", "--help")
+
+
+def test_it_installs_its_service(installed: Path, tmp_path: Path) -> None:
+    """The units are in the wheel and get this environment's paths; where the service could not see those, it says so."""
+    stage = tmp_path / "stage"
+    result = subprocess.run(
+        [installed / "mqtts-gateway", "install", "--root", stage], cwd="/", capture_output=True, text=True, check=False
+    )
+    # Tests have their environments below /tmp, which the unit hides.
+    assert result.returncode == 1
+    assert f"this environment is {installed.parent}, and the service does not see /tmp" in result.stderr
+    assert not stage.exists()
+    code = (
+        "import sys; from gateway.cli import install; install._HIDDEN = (); "
+        "install._closed = lambda *_: (); from gateway.cli.main import console; sys.exit(console(sys.argv[1:]))"
+    )
+    run(installed / "python", "-c", code, "install", "--root", stage)
+    unit = (stage / "etc/systemd/system/mqtts-gateway.service").read_text()
+    assert f"ExecStart={installed}/twistd " in unit
+    assert (stage / "etc/mqtts-gateway/gateway.toml").exists()
 
 
 def test_uninstalled_it_leaves_no_plugin(installed: Path) -> None:
