@@ -121,7 +121,7 @@ def test_the_command_is_there(installed: Path) -> None:
 
 
 def test_it_installs_its_service(installed: Path, tmp_path: Path) -> None:
-    """The units are in the wheel and get this environment's paths; where the service could not see those, it says so."""
+    """The units are in the wheel and get this environment's paths; if the service can see those."""
     stage = tmp_path / "stage"
     result = subprocess.run(
         [installed / "mqtts-gateway", "install", "--root", stage], cwd="/", capture_output=True, text=True, check=False
