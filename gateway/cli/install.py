@@ -12,6 +12,7 @@ import shlex
 import stat
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import gateway
@@ -151,22 +152,22 @@ def _obstacles(programs: Path) -> Iterator[str]:
 
 def _closed(path: Path, what: str) -> Iterator[str]:
     """Yield what keeps others from reading a file or a whole directory, or lets them change it; one line is enough."""
-    for each in (*reversed(path.parents), path):
-        mode = each.stat().st_mode
-        if stat.S_ISDIR(mode) and not mode & stat.S_IXOTH:
+    for each in path.parents:
+        if not each.stat().st_mode & stat.S_IXOTH:
             yield f"{what}: others may not enter {each}: chmod o+x {shlex.quote(str(each))}"
             return
+    within = (Path(directory, name) for directory, names, files in os.walk(path) for name in (*names, *files))
+    for each in chain(path.parents, [path], within):
+        mode = each.lstat().st_mode
+        if stat.S_ISLNK(mode):
+            continue
         if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
             yield f"{what}: others may write to {each}, and so decide what runs: chmod o-w {shlex.quote(str(each))}"
             return
-    for directory, names, files in os.walk(path):
-        for name in (*names, *files):
-            each = Path(directory, name)
-            mode = each.lstat().st_mode
-            needed = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
-            if not stat.S_ISLNK(mode) and mode & needed != needed:
-                yield f"{what}: others may not read {each}: chmod -R o+rX {shlex.quote(str(path))}"
-                return
+        needed = stat.S_IROTH | (stat.S_IXOTH if stat.S_ISDIR(mode) else 0)
+        if each not in path.parents and mode & needed != needed:
+            yield f"{what}: others may not read {each}: chmod -R o+rX {shlex.quote(str(path))}"
+            return
 
 
 def _next_steps(places: Places, *, host_is_set: bool) -> str:
