@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from gateway.ops.watch import FileState, Watch, differing, states
 from gateway.ops.web.port import StatusPort
 from gateway.policy.admission import Doorkeeper, host_of
 from gateway.policy.drain import Spread
-from gateway.policy.health import UpstreamHealth
+from gateway.policy.health import UpstreamHealth, accounts
 from gateway.policy.presence import Presence
 from gateway.policy.rules import Caller
 from gateway.policy.secrets import Programs
@@ -158,13 +158,16 @@ class Gateway:
         """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
         files = states(watched_files(config))
         before = self._generation
-        if before is not None and (config.tls, files) == (before.config.tls, before.files):
-            # Nothing would be another, and the sessions of two generations share what they verify with.
-            policy = before.policy
-        else:
-            policy = make_policy(config.tls)
+        known: Sequence[UpstreamHealth] = ()
+        judged_alike = False
+        if before is not None:
+            known = before.dialler.upstreams
+            judged_alike = (config.tls, files) == (before.config.tls, before.files)
+        # If nothing would be another, the sessions of two generations share what they verify with.
+        policy = before.policy if before is not None and judged_alike else make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
-        dialler = Dialler(targets, self._network, self._clock, config, self._journal, self._uniform)
+        healths = accounts(config.upstream, config.failover, self._uniform, known, judged_alike=judged_alike)
+        dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal)
         reception = Reception(config, dialler, self._presence, self._helpers, self._uniform, self._take_place)
         return Generation(config, files, policy, dialler, reception)
 

@@ -232,16 +232,14 @@ class Dialler:
     def __init__(
         self,
         targets: Sequence[Target],
+        healths: Sequence[UpstreamHealth],
         network: Network,
         clock: IReactorTime,
         config: Config,
         journal: DialJournal,
-        uniform: Callable[[], float],
     ) -> None:
-        """Take where to go, whom to tell, and where random numbers from 0 to 1 come from."""
-        self._targets: Route = [
-            (target, UpstreamHealth.of(target.upstream, config.failover, uniform)) for target in targets
-        ]
+        """Take where to go, the account that is to be kept of each, and whom to tell."""
+        self._targets: Route = list(zip(targets, healths, strict=True))
         # Where sessions go that name no upstream.
         self._route = [choice for choice in self._targets if choice[0].upstream.default]
         self._network = network

@@ -19,7 +19,7 @@ from gateway.config import from_mapping
 from gateway.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import Journal
-from gateway.policy.health import UpstreamState
+from gateway.policy.health import UpstreamState, accounts
 from gateway.tls.channel import make_policy
 from gateway.tls.identity import Identity
 from gateway.upstream import Dialler, Target, UpstreamProtocol
@@ -48,11 +48,11 @@ class Plant:
         self._next_sweep = 1.0
         self.dialler = Dialler(
             [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream],
+            accounts(config.upstream, config.failover, lambda: 1.0),
             self,
             self.clock,
             config,
             Listening(self.told, self.clock),
-            lambda: 1.0,
         )
         self.health = dict(zip(hosts, self.dialler.upstreams, strict=True))
 

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.config import Failover, Upstream
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.policy.health import UpstreamHealth, UpstreamState
+from gateway.policy.health import UpstreamHealth, UpstreamState, accounts
 from gateway.record import Peer
 
 PEER = Peer("CN=broker", "CN=ca", "DNS:broker.example", datetime(2030, 1, 1, tzinfo=UTC), "TLSv1.3", "AES", "")
@@ -217,3 +217,50 @@ def test_what_is_news_is_told_once() -> None:
     assert verified_at(health, 500.0)
     assert not verified_at(health, 501.0)
     assert failed_at(health, 600.0, EXPIRED)
+
+
+def under(before: UpstreamHealth, *, judged_alike: bool = True, **failover: Any) -> UpstreamHealth:
+    """Return the account that a reload makes of `before`."""
+    upstream = Upstream("broker.example")
+    (health,) = accounts([upstream], Failover(**failover), lambda: 1.0, [before], judged_alike=judged_alike)
+    return health
+
+
+def test_a_reload_that_changes_nothing_here_keeps_what_is_known() -> None:
+    """A broker that is left alone stays so, and the counts go on; the old account is no longer written to."""
+    before = health_of()
+    verified_at(before, 1.0)
+    failed_at(before, 2.0)
+    health = under(before)
+    assert (health.state, health.retry_at, health.failures) == (UpstreamState.LEFT_ALONE, 3.0, 1)
+    assert (health.dials, health.failed_dials, health.last_peer) == (2, {EndReason.TCP_REFUSED: 1}, PEER)
+    failed_at(health, 3.0)
+    assert (before.dials, before.failed_dials) == (2, {EndReason.TCP_REFUSED: 1})
+
+
+def test_a_reload_during_a_trial_lets_another_one_begin() -> None:
+    """The one that is under way ends with the configuration that it belongs to."""
+    before = health_of()
+    failed_at(before, 0.0)
+    before.begin(5.0)
+    assert under(before).is_due(5.0)
+
+
+@pytest.mark.parametrize("changed", [{"judged_alike": False}, {"retry_max": 5.0}])
+def test_a_reload_that_may_have_mended_it_begins_anew(changed: dict[str, Any]) -> None:
+    """With another CA, say, the broker is dialled at once; only what was counted goes on."""
+    before = health_of()
+    failed_at(before, 0.0, EXPIRED)
+    health = under(before, **changed)
+    assert (health.state, health.last_failure, health.failures) == (UpstreamState.UNTRIED, None, 0)
+    assert (health.dials, health.failed_dials) == (1, {EndReason.TLS_EXPIRED: 1})
+
+
+def test_an_account_is_of_one_address_and_one_name() -> None:
+    """The same address under another name is another broker."""
+    before = health_of()
+    failed_at(before, 0.0)
+    upstreams = [Upstream("broker.example", server_name="other.example"), Upstream("broker.example")]
+    found = accounts(upstreams, Failover(), lambda: 1.0, [before], judged_alike=True)
+    assert [health.dials for health in found] == [0, 1]
+    assert [health.verify_name for health in found] == ["other.example", "broker.example"]

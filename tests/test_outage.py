@@ -207,6 +207,23 @@ def test_what_a_broker_makes_of_one_device_is_that_devices_matter(
     assert not gateway.service.gateway.upstreams[0].failed_dials
 
 
+def test_a_reload_does_not_forget_that_a_broker_is_away(
+    start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path
+) -> None:
+    """Unless it may have mended that: with other trust the broker is dialled by the next session."""
+    gone = start_broker()
+    gone.stop()
+    gateway = start_gateway(upstream=gone.port, failover=LATE)
+    assert unavailable(connects(gateway), 4)
+    gateway.change(limits={"max_packet_size": 65536})
+    assert unavailable(connects(gateway), 4)
+    assert gateway.service.gateway.upstreams[0].dials == 1
+    start_broker(port=gone.port)
+    gateway.change(tls={"ca_file": str(ca_file), "min_version": "1.3"})
+    established(gateway).close()
+    assert gateway.service.gateway.upstreams[0].dials == 2
+
+
 def test_a_box_with_a_wrong_clock_serves_by_itself_when_it_is_right(
     start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from gateway.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.network import ReactorNetwork
 from gateway.ops.journal import Journal
+from gateway.policy.health import accounts
 from gateway.race import ATTEMPT_DELAY, AllFailed, interleave, race
 from gateway.record import Peer, SessionRecord
 from gateway.tls.channel import NotVerified, TLSChannel, make_policy
@@ -856,7 +857,8 @@ class Dialling:
         self.passed_over: list[tuple[str, UpstreamFailure]] = []
         journal = Journal(self.clock.seconds)
         journal.passed_over = lambda *told: self.passed_over.append(told)  # type: ignore[method-assign]
-        dialler = Dialler(targets, self.network, self.clock, config, journal, lambda: 1.0)
+        healths = accounts(config.upstream, config.failover, lambda: 1.0)
+        dialler = Dialler(targets, healths, self.network, self.clock, config, journal)
         self.deferred = dialler.dial(self.session, self.device)
 
     def resolved(self, host: str = "one.example", *hosts: str) -> None:

@@ -16,10 +16,10 @@ own matter, and one device must not take the broker away from the others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from gateway.config import Failover, Upstream
 from gateway.errors import EndReason, UpstreamFailure
@@ -75,6 +75,20 @@ class UpstreamHealth:
     def of(cls, upstream: Upstream, failover: Failover, uniform: Callable[[], float]) -> UpstreamHealth:
         """Begin to keep an account of `upstream`; `uniform` returns random numbers from 0 to 1."""
         return cls(upstream.address, upstream.verify_name, failover, uniform)
+
+    def under(self, failover: Failover, *, judged_alike: bool) -> UpstreamHealth:
+        """Return the account of the same broker under another configuration; this one is left as it is.
+
+        What was counted goes on.  What was found out holds only if the broker is still judged in the same way, and left
+        alone for the same times: whoever has just mended one of them does not want to wait.
+        """
+        counted = Counter(self.failed_dials)
+        if judged_alike and failover == self._failover:
+            # The one dial that tries it belongs to the configuration that ends.
+            state = UpstreamState.LEFT_ALONE if self.state is UpstreamState.BEING_TRIED else self.state
+            return evolve(self, state=state, failed_dials=counted)
+        fresh = UpstreamHealth(self.address, self.verify_name, failover, self._uniform)
+        return evolve(fresh, dials=self.dials, failed_dials=counted)
 
     @property
     def is_open(self) -> bool:
@@ -144,3 +158,24 @@ class UpstreamHealth:
         doublings = min(self.failures - 1, _MOST_DOUBLINGS)
         longest = min(self._failover.retry_max, self._failover.retry_first * 2.0**doublings)
         return longest * (0.5 + 0.5 * self._uniform())
+
+
+def accounts(
+    upstreams: Sequence[Upstream],
+    failover: Failover,
+    uniform: Callable[[], float],
+    before: Sequence[UpstreamHealth] = (),
+    *,
+    judged_alike: bool = False,
+) -> list[UpstreamHealth]:
+    """Return an account of each upstream, in their order; those in `before` go on if they are of the same broker."""
+    known = {(health.address, health.verify_name): health for health in before}
+    found: list[UpstreamHealth] = []
+    for upstream in upstreams:
+        own = known.get((upstream.address, upstream.verify_name))
+        found.append(
+            UpstreamHealth.of(upstream, failover, uniform)
+            if own is None
+            else own.under(failover, judged_alike=judged_alike)
+        )
+    return found
