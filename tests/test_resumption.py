@@ -271,7 +271,7 @@ def test_a_ticket_of_tls_1_3_is_of_no_use_to_tls_1_2(world: World) -> None:
 def test_a_key_is_made_for_the_group_that_the_broker_chose(
     world: World, monkeypatch: pytest.MonkeyPatch, engine: Any
 ) -> None:
-    """With a ticket, that group alone is offered; without, all of them, so that it may be a better one an hour later."""
+    """With a ticket, that group alone is offered; without, all are, so that it may be a better one an hour later."""
     monkeypatch.setattr(channel_module, "choose", lambda: engine)
     full = hello_extensions(world.begin(tickets=Tickets(world.policy, LOCALHOST, world.watch))[0].outgoing())
     with_ticket = hello_extensions(world.begin()[0].outgoing())

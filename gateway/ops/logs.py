@@ -15,6 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, formatTime
@@ -118,7 +119,17 @@ def _text(event: LogEvent) -> Iterator[str]:
     level = event.get("log_level")
     system = f"{event.get('log_namespace') or '-'}#{level.name if level is not None else '-'}"
     for index, line in enumerate(_message(event)):
-        yield f"  {line}" if index else f"{formatTime(event.get('log_time'))} [{system}] {line}"
+        yield f"  {line}" if index else f"{_shown_second(event.get('log_time'))} [{system}] {line}"
+
+
+def _shown_second(time: float | None) -> str:
+    # Seconds are what the format shows, and strftime(3) by way of Python takes a good part of what a line costs.
+    return formatTime(None) if time is None else _shown_whole_second(int(time))
+
+
+@lru_cache(maxsize=2)
+def _shown_whole_second(time: int) -> str:
+    return formatTime(time)
 
 
 def _journal(event: LogEvent) -> Iterator[str]:
@@ -147,7 +158,8 @@ def _json(event: LogEvent) -> Iterator[str]:
 
 def _message(event: LogEvent) -> list[str]:
     """Return the lines of an event's text, and those of its traceback; none if it has neither."""
-    text = formatEvent(event)
+    # The records of sessions, which are most of all lines, have nothing to be formatted.
+    text = event["line"] if event.get("log_format") == "{line}" else formatEvent(event)
     lines = text.split("\n") if text else []
     failure = event.get("log_failure")
     if failure is not None:

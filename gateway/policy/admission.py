@@ -149,4 +149,4 @@ def _is_one_of(host: str | None, networks: Sequence[Proxy]) -> bool:
         address = plain_address(host)
     except ValueError:
         return False
-    return any(network != "unix" and address in network for network in networks)
+    return any(address in network for network in networks if not isinstance(network, str))

@@ -307,9 +307,11 @@ class TLSChannel:
         certificate = self._connection.get_peer_certificate()
         if certificate is None:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a certificate")
-        leaf = _shared(certificate.to_cryptography())
+        leaf = certificate.to_cryptography()
         resumed = self._resumed(leaf)
-        verified = resumed or self._verified_in_full(leaf)
+        verified = resumed or self._verified_in_full(_shared(leaf))
+        # The same, but for all sessions that resume: it is not to be kept once for each of them.
+        leaf = verified.certificate
         if self._identity.match(leaf) != verified.matched:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the certificate changed during the handshake")
         tls_version, cipher, alpn = self.agreed()
