@@ -17,6 +17,7 @@ from gateway.mqtt.framer import Framer
 from gateway.policy.admission import Doorkeeper
 from gateway.policy.health import UpstreamHealth
 from gateway.policy.pacing import Pacer
+from gateway.proxied import Doorstep, ProxiedConnection
 from gateway.race import _Race
 from gateway.session import Session, State
 from gateway.side import RelaySide
@@ -285,6 +286,30 @@ def forgets_to_let_a_session_go(patch: pytest.MonkeyPatch) -> None:
 def forgets_to_count_out(patch: pytest.MonkeyPatch) -> None:
     """Sessions are counted in, and never out."""
     patch.setattr(Doorkeeper, "leave", lambda *_: None)
+
+
+@mutant("liveness")
+def forgets_a_balancer_that_came_for_nobody(patch: pytest.MonkeyPatch) -> None:
+    """A connection whose header has not come is not let go of when it ends."""
+    patch.setattr(Doorstep, "gone", lambda *_: None)
+
+
+@mutant("truth", "end-to-end", "liveness")
+def drops_what_comes_with_the_header(patch: pytest.MonkeyPatch) -> None:
+    """CONNECT in one piece with the PROXY header is lost."""
+    become = ProxiedConnection.become
+    patch.setattr(ProxiedConnection, "become", lambda self, device, _: become(self, device, b""))
+
+
+@mutant("end-to-end", "liveness")
+def keeps_the_connection_that_it_passes_on(patch: pytest.MonkeyPatch) -> None:
+    """The transport's bytes go on coming to the one who read the header."""
+
+    def become(self: ProxiedConnection, device: Any, rest: bytes) -> None:
+        device.makeConnection(self.transport)
+        device.dataReceived(rest)
+
+    patch.setattr(ProxiedConnection, "become", become)
 
 
 @mutant("liveness")

@@ -15,6 +15,7 @@ from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
 from tests import mqtt_packets as mqtt
+from tests.proxy_headers import v1, v2
 from tests.simulation.identities import FAULTS, HOSTS
 from tests.simulation.network import Link, Name, Route, make_address
 
@@ -97,6 +98,7 @@ class Device(Model):
         super().__init__(world, f"device-{number}", random)
         same = world.config.admission.max_sessions_per_address and random.random() < 0.3
         self.address = IPv4Address("TCP", "192.168.1.1" if same else f"192.168.1.{number + 1}", 50_000 + number)
+        self.connects_from = IPv4Address("TCP", "192.168.9.1", 40_000 + number) if world.balanced else self.address
         self.start = random.choice((0.0, random.uniform(0, 5)))
         if world.away_until and random.random() < 0.5:
             self.start = world.found_by + random.uniform(0, 2)
@@ -126,7 +128,10 @@ class Device(Model):
 
     def connect(self) -> None:
         self.world.note(self.name, f"connects: MQTT {self.version}, {self.opening}, {self.ending}")
-        self.link = self.world.network.connect_device(self, self.address, self.world.factory)
+        self.link = self.world.network.connect_device(self, self.connects_from, self.world.factory)
+        if self.world.balanced:
+            header = self.world.fork(f"{self.name} header").choice((v1, v2))
+            self.transport.write(header(self.address.host, self.address.port))
         self.later(self.random.choice((0.0, 0.01, 2.0)), self._open)
 
     def last_heard(self, until: float) -> float:
