@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tests.leftovers import Leftovers
 from tests.proxy_headers import SIGNATURE, local, tlv, v1, v2, v2_raw
 
 LOOPBACK = ["127.0.0.0/8"]
+_passers_by = itertools.count()
 HEADERS = {"v1": v1(), "v2": v2(), "v2 with TLVs": v2(tlvs=tlv(1, b"mqtt") + tlv(0xEE, bytes(300)))}
 
 
@@ -53,9 +55,9 @@ def hang_up(device: Device) -> bytes:
 
 
 def session(gateway: RunningGateway, opening: bytes) -> None:
-    """Open a session behind `opening` and end it in order."""
+    """Open a session behind `opening`, of a device that has not been there yet, and end it in order."""
     with Device(gateway.port) as device:
-        device.send(opening + mqtt.connect() + mqtt.disconnect())
+        device.send(opening + mqtt.connect(f"passer-by-{next(_passers_by)}") + mqtt.disconnect())
         assert device.read(4) == mqtt.connack()
         assert hang_up(device) == b""
 
@@ -171,6 +173,18 @@ def test_the_rate_is_that_of_the_devices_address(start: Callable[..., RunningGat
     session(gateway, v2("192.168.7.10"))
     gateway.wait_ended(2)
     gateway.wait_empty()
+
+
+def test_rules_bind_devices_to_the_address_in_the_header(start: Callable[..., RunningGateway]) -> None:
+    """Behind one load balancer, one device cannot pass for another."""
+    gateway = start(device=[{"match_client_id": "pump-*", "bound_to": "192.168.7.9"}])
+    for source, is_let_in in (("192.168.7.10", False), ("192.168.7.9", True)):
+        with Device(gateway.port) as device:
+            device.send(v2(source) + mqtt.connect("pump-3") + mqtt.disconnect())
+            device.socket.settimeout(20)
+            assert (device.read_to_end() == mqtt.connack()) is is_let_in
+    gateway.wait_ended(2)
+    assert [record.reason for record in gateway.ended] == [EndReason.SPOOFED, EndReason.DEVICE_DISCONNECT]
 
 
 def test_an_ipv4_address_in_an_ipv6_header_is_that_ipv4_address(start: Callable[..., RunningGateway]) -> None:
