@@ -433,6 +433,13 @@ def shared_port(port: int = 0) -> socket.socket:
     return listener
 
 
+def test_the_documented_socket_is_the_units() -> None:
+    """The gateway asks for it by the name that the unit gives it, and several may open its port."""
+    unit = (ROOT / "systemd" / "mqtts-gateway@.socket").read_text().splitlines()
+    assert {"FileDescriptorName=mqtt", "ReusePort=yes"} <= set(unit)
+    assert 'endpoint = "systemd:domain=INET:name=mqtt"' in documented("reuseport.toml")
+
+
 def test_several_gateways_share_a_port(
     mosquitto: Mosquitto, ca_file: Path, tmp_path: Path, programs: list[Program]
 ) -> None:
