@@ -86,6 +86,43 @@ class Generation:
     reception: Reception
 
 
+class _Opening:
+    """A connection that was let in, and what its session needs of the gateway: instead of a closure for each."""
+
+    __slots__ = ("_device", "_gateway", "accepted", "address", "generation", "listener", "via")
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        generation: Generation,
+        address: IAddress | None,
+        listener: str,
+        accepted: float,
+        via: str,
+    ) -> None:
+        self._gateway = gateway
+        self._device: DeviceProtocol
+        self.generation = generation
+        self.address = address
+        self.listener = listener
+        self.accepted = accepted
+        self.via = via
+
+    def open(self, device: DeviceProtocol) -> Session:
+        """Begin the session."""
+        self._device = device
+        return self._gateway.open(self, device)
+
+    def dial(self, session: Session) -> Deferred[None]:
+        """Lead the session to its broker."""
+        caller = Caller(host_of(self.address) or "", self.listener)
+        return self.generation.reception.dial(session, self._device, caller)
+
+    def gone(self, session: Session) -> None:
+        """Forget the session."""
+        self._gateway.gone(self, session)
+
+
 class Gateway:
     """All sessions, and what they share.
 
@@ -225,31 +262,37 @@ class Gateway:
     def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
         """Return the protocol for a connection that the doorkeeper has let in; see `gateway.proxied.Enter`."""
         generation = self.generation
-        host = host_of(address)
-        caller = Caller(host or "", listener)
+        opening = _Opening(self, generation, address, listener, accepted, via)
+        return DeviceProtocol(opening.open, generation.config.timeouts.tcp_user)
 
-        def open_session(device: DeviceProtocol) -> Session:
-            self._numbered += 1
-            record = SessionRecord(self._numbered, shown_address(address), accepted, listener=listener, via=via)
-            session = Session(
-                record,
-                device,
-                lambda session: generation.reception.dial(session, device, caller),
-                self._journal,
-                lambda session: self._gone(session, host),
-                self._clock.seconds,
-                generation.config.limits,
-                generation.config.timeouts,
-            )
-            self.sessions.add(session)
-            return session
+    def open(self, opening: _Opening, device: DeviceProtocol) -> Session:
+        """Begin the session of a connection that stands."""
+        self._numbered += 1
+        config = opening.generation.config
+        session = Session(
+            SessionRecord(
+                self._numbered,
+                shown_address(opening.address),
+                opening.accepted,
+                listener=opening.listener,
+                via=opening.via,
+            ),
+            device,
+            opening.dial,
+            self._journal,
+            opening.gone,
+            self._clock.seconds,
+            config.limits,
+            config.timeouts,
+        )
+        self.sessions.add(session)
+        return session
 
-        return DeviceProtocol(open_session, generation.config.timeouts.tcp_user)
-
-    def _gone(self, session: Session, host: str | None) -> None:
+    def gone(self, opening: _Opening, session: Session) -> None:
+        """Forget a session of which nothing is left."""
         self.sessions.discard(session)
         self._presence.leave(session)
-        self.doorkeeper.leave(host)
+        self.doorkeeper.leave(host_of(opening.address))
         self._check_all_gone()
 
     def _check_all_gone(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
+from functools import partial
 from typing import Protocol, TypeAlias
 
 from attrs import Factory as Default
@@ -55,7 +56,10 @@ class UpstreamProtocol(RelaySide):
         self._session: Session | None = None
         self._device: DeviceProtocol | None = None
         self._unread_answers = 0
-        self.verified: Deferred[Peer] = Deferred(lambda _: self.abort())
+        self.verified: Deferred[Peer] = Deferred(self._given_up)
+
+    def _given_up(self, _: Deferred[Peer]) -> None:
+        self.abort()
 
     @property
     def resuming(self) -> bool:
@@ -471,9 +475,8 @@ class Dialler:
         resolved = seconds()
         record.dns_seconds = resolved - began
 
-        def build() -> UpstreamProtocol:
-            return UpstreamProtocol(TLSChannel(target.policy, target.identity, tickets), self._timeouts.tcp_user)
-
+        # No closure, since the transport keeps it for as long as it lives.
+        build = partial(_make_upstream, target, tickets, self._timeouts.tcp_user)
         protocol = await connect(self._network, addresses, build, self._clock, self._timeouts)
         record.tcp_seconds = seconds() - resolved
         record.upstream_address = shown_address(protocol.transport.getPeer())
@@ -484,6 +487,10 @@ class Dialler:
         peer = await handshake(protocol, self._clock, self._timeouts)
         record.tls_seconds = self._clock.seconds() - began
         return peer
+
+
+def _make_upstream(target: Target, tickets: Tickets | None, user_timeout: float) -> UpstreamProtocol:
+    return UpstreamProtocol(TLSChannel(target.policy, target.identity, tickets), user_timeout)
 
 
 async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
