@@ -42,7 +42,7 @@ class Plant:
             listen=[{"endpoint": "127.0.0.1:0", "name": "hall 3"}],
             status={"endpoint": "127.0.0.1:0"},
         )
-        names = [f"device-{number}" for number in range(1, 31)] + ["x" * 60_000, "w" * 200]
+        names = [f"device-{number}" for number in range(1, 31)] + ["x" * 60_000, "w" * 200, f"{HOSTILE} here"]
         self.devices = {name: connected(self.gateway, name) for name in names}
         self.devices["waiting"] = Device(self.gateway.port)
         for name in ("device-17", "device-18"):
@@ -120,7 +120,7 @@ def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width
             assert essential in text
         lines = tab.evaluate("[...document.querySelectorAll('svg')].map(each => each.getAttribute('aria-label'))")
         assert [line.partition(",")[0] for line in lines] == ["Sessions", "Messages", "Failures"]
-        assert "now 29, highest 29" in lines[0]
+        assert "now 30, highest 30" in lines[0]
         drawn = tab.evaluate("document.querySelector('polyline').getBoundingClientRect().height")
         assert drawn >= 0
         assert tab.evaluate("document.querySelector('meta[http-equiv=refresh]').content") == "30"
