@@ -125,7 +125,7 @@ def test_why_is_device_17_silent(start: StartGateway, start_broker: StartBroker,
     assert "device-17: not connected: tls-untrusted-chain" in words
     assert "The broker's certificate does not lead to a trusted root" in words
     assert "What to do: Set tls.ca_file" in words
-    assert "That has happened 2 times since" in words
+    assert "It has ended 2 times in the last " in words
     assert "device-170" not in words
     assert "1 more has that in their name or address" in words
 
@@ -145,7 +145,7 @@ def test_a_device_that_is_connected_is_status_0(
     assert words.startswith("device-17: connected at 127.0.0.1:")
     assert "last heard " in words
     assert "Its last session ended" in words
-    assert "That has happened 2 times" in words
+    assert "It has ended 2 times in the last " in words
 
 
 def test_a_device_that_the_broker_does_not_take_from(

@@ -1,4 +1,4 @@
-"""What the gateway counts and remembers: totals that only grow, a quarter of an hour of each device, bounded memory."""
+"""What the gateway counts and remembers: totals that only grow, the last end of each device, bounded memory."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_without_an_identifier_a_device_is_its_address() -> None:
     assert sessions.ledger.last_end("") is None
 
 
-def test_an_end_is_forgotten_after_a_quarter_of_an_hour() -> None:
+def test_an_end_is_forgotten_after_a_day() -> None:
     """The sweep does that."""
     sessions = Sessions()
     sessions.end("old")

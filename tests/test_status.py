@@ -373,6 +373,21 @@ def test_the_document_says_why_a_device_is_silent(start: StartGateway, start_bro
     assert document["absent"] == 2
 
 
+def test_a_device_that_went_hours_ago_is_still_found(start: StartGateway, start_broker: StartBroker) -> None:
+    """Who looks in the morning learns why it went in the night; it is none of those that went lately."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, "device-17").close()
+    gateway.wait_ended()
+    (end,) = gateway.service.ledger.ends()
+    end.ended -= 7 * 3600
+    document = ask(gateway, "/status?q=device-17").json
+    (device,) = document["devices"]["items"]
+    assert (device["end"]["reason"], device["seconds"] // 3600) == ("device-lost", 7)
+    assert document["absent"] == 0
+    assert document["lately"][0]["devices"] == 0
+    assert document["devices"]["remembered_seconds"] < 3600
+
+
 def test_a_device_that_came_back_is_here_and_its_last_end_is_told(
     start: StartGateway, start_broker: StartBroker, devices: list[Device]
 ) -> None:

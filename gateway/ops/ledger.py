@@ -1,4 +1,4 @@
-"""What happened, in numbers, and what became of each device in the last quarter of an hour.
+"""What happened, in numbers, and what became of each device.
 
 In: what the gateway tells its journal, which is passed on, and the sessions that are open.  Out: counts that only grow,
 durations by step, a ring of samples to draw lines from, and the last end of each device.
@@ -24,8 +24,10 @@ from gateway.text import printable
 
 SAMPLE_INTERVAL = 10.0  # seconds
 SAMPLES = 90  # intervals that are kept: a quarter of an hour
-REMEMBERED = SAMPLE_INTERVAL * SAMPLES  # seconds for which an end is remembered
-# Ends that are remembered, one for each device: some 10 MB if every identifier is as long as it may be.
+LATELY = SAMPLE_INTERVAL * SAMPLES  # seconds
+# The last end of each device is remembered for so many seconds: who looks for it in the morning finds it.
+REMEMBERED = 24 * 3600.0
+# And so many of them: some 10 MB if every identifier is as long as it may be.
 _MAX_ENDS = 10_000
 _MAX_TEXT = 256  # characters of a Client Identifier or a detail that are kept of it; MQTT allows 65,535 bytes
 
@@ -234,11 +236,11 @@ class Ledger:
         return self._open
 
     def ends(self) -> Iterator[End]:
-        """Yield the last end of each device of the last quarter of an hour, the latest first."""
+        """Yield the last end of each device, the latest first."""
         return reversed(self._ends.values())
 
     def last_end(self, client_identifier: str) -> End | None:
-        """Return how the last session of a device ended, if that was in the last quarter of an hour."""
+        """Return how the last session of a device ended, if that is remembered."""
         return self._ends.get(_device(client_identifier, "")) if client_identifier else None
 
     def ended_lately(self) -> Counter[EndReason]:

@@ -16,7 +16,7 @@ from attrs import frozen
 from gateway import __version__
 from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate, Validity, shown_by
-from gateway.ops.ledger import IN_ORDER, REMEMBERED, End, Ledger
+from gateway.ops.ledger import IN_ORDER, LATELY, REMEMBERED, End, Ledger
 from gateway.ops.words import SCHEMA
 from gateway.policy.health import UpstreamHealth
 from gateway.record import Traffic
@@ -156,7 +156,7 @@ class Sight:
                 "refused": ledger.refused_reloads,
                 "wanting": [printable(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
             },
-            "lately": self._lately(at),
+            "lately": self._lately(seconds, at),
             "history": [
                 {
                     "ended": at(interval.ended),
@@ -167,7 +167,7 @@ class Sight:
                 }
                 for interval in ledger.intervals()
             ],
-            "absent": sum(1 for end in absent if end.reason not in IN_ORDER),
+            "absent": sum(1 for end in absent if end.reason not in IN_ORDER and seconds - end.ended < LATELY),
             "devices": self._devices(query, absent, seconds, at),
         }
 
@@ -190,12 +190,14 @@ class Sight:
             | {"time": at(upstream.failed_at), "seconds_ago": round(seconds - upstream.failed_at)},
         }
 
-    def _lately(self, at: Callable[[float], str]) -> list[dict[str, Any]]:
+    def _lately(self, seconds: float, at: Callable[[float], str]) -> list[dict[str, Any]]:
         """Return the ends of the last quarter of an hour that were none in good order, the most frequent first."""
         counts = self.ledger.ended_lately()
         latest: dict[EndReason, End] = {}
         devices: dict[EndReason, int] = {}
         for end in self.ledger.ends():
+            if seconds - end.ended >= LATELY:
+                break
             latest.setdefault(end.reason, end)
             devices[end.reason] = devices.get(end.reason, 0) + 1
         return [
@@ -212,7 +214,7 @@ class Sight:
     # ---- devices
 
     def _absent(self) -> list[End]:
-        """Return how those ended that were here in the last quarter of an hour and are not now, the latest first."""
+        """Return how those ended that were here once and are not now, the latest first."""
         # What became of the last session of those that are here is told beside their present one.
         here = {id(self.ledger.last_end(session.record.client_identifier)) for session in self._standing()}
         return [end for end in self.ledger.ends() if id(end) not in here]
@@ -251,7 +253,7 @@ class Sight:
             "pages": max(1, -(-len(found) // query.limit)) if query.limit else 1,
             "matching": len(found),
             "counts": counts,
-            "remembered_seconds": round(REMEMBERED),
+            "remembered_seconds": round(min(REMEMBERED, seconds - self.ledger.began)),
             "items": [
                 _ended(each, seconds, at)
                 if isinstance(each, End)
@@ -327,7 +329,7 @@ def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]
         "time": at(end.ended),
         "seconds_ago": round(seconds - end.ended),
         "times": end.times,
-        "times_since": at(end.since),
+        "times_seconds": round(seconds - end.since),
         "established": end.established,
         "duration": round(end.duration, 1),
         "in_order": end.reason in IN_ORDER,

@@ -154,7 +154,7 @@ def unknown_words(document: Part) -> list[str]:
     remembered = duration(document["devices"]["remembered_seconds"])
     where = ", ".join(listener["address"] for listener in document["listeners"]) or "nowhere"
     lines = [
-        f"No session is open that fits, and none ended within the last {remembered}.",
+        f"No session is open that fits, and none has ended within {remembered}: longer ago is not known.",
         "So the device does not reach this gateway, or only under another name.",
         "Look at its power and network, and whether it is set to this gateway's address.",
         f"Devices are expected at {where}.",
@@ -212,4 +212,4 @@ def _detail(end: Part) -> str:
 def _times(end: Part) -> list[str]:
     if end["times"] < 2:
         return []
-    return [f"That has happened {end['times']} times since {clock(end['times_since'])} UTC."]
+    return [f"It has ended {end['times']} times in the last {duration(max(1, end['times_seconds']))}."]

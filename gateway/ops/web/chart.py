@@ -10,7 +10,7 @@ from datetime import datetime
 
 from attrs import frozen
 
-from gateway.ops.ledger import REMEMBERED
+from gateway.ops.ledger import LATELY
 from gateway.ops.web.markup import Markup, element
 from gateway.ops.words import number
 
@@ -39,7 +39,7 @@ def chart(line: Line, moments: Sequence[str], now: str) -> Markup:
     points = []
     for moment, value in zip(moments, line.values, strict=True):
         age = (end - datetime.fromisoformat(moment)).total_seconds()
-        x = _WIDTH * (1 - min(max(age / REMEMBERED, 0), 1))
+        x = _WIDTH * (1 - min(max(age / LATELY, 0), 1))
         points.append((x, _HEIGHT - (_HEIGHT - _GAP) * value / top))
     shown = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     under = f"{points[0][0]:.1f},{_HEIGHT} {shown} {points[-1][0]:.1f},{_HEIGHT}"

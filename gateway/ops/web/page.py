@@ -143,7 +143,7 @@ def _now(document: Part) -> Markup:
     tiles = [
         ("Connected", number(steps["relaying"]), f"of {number(sessions['limit'])} at most"),
         ("Connecting", number(sessions["open"] - steps["relaying"]), "not accepted by the broker yet"),
-        ("Not connected", number(document["absent"]), "seen in the last 15 min"),
+        ("Not connected", number(document["absent"]), "of those seen in the last 15 min"),
         ("Messages", f"{rate:.0f}/s" if rate >= 10 or not rate else f"{rate:.1f}/s", "MQTT packets, both ways"),
         ("Failures", number(failures), "sessions in the last 15 min"),
     ]
