@@ -125,6 +125,27 @@ def test_the_message_arrives_and_the_impostor_learns_nothing(start_demo: Callabl
     assert gone(int(running.wait_for(r"\(process (\d+)\)")))
 
 
+def test_each_sensor_has_an_identity_of_its_own_and_the_spoofer_has_none(
+    start_demo: Callable[..., RunningDemo],
+) -> None:
+    """`--profile aws-like` shows two sensors under their own certificates, and ends with 0 and nothing left."""
+    running = start_demo("--profile", "aws-like", "--once")
+    assert running.wait() == 0, running.output
+    shown = running.output
+    for fact in (
+        r"broker  listens on 127\.0\.0\.1:\d+ .* it demands ALPN x-amzn-mqtt-ca, the name localhost",
+        r"boiler-1  was told CONNACK 0 \(Success\)",
+        r"broker  boiler-1 proved itself by the certificate CN=boiler-1, and published on plant/boiler-1/temperature",
+        r"broker  boiler-2 proved itself by the certificate CN=boiler-2, and published on plant/boiler-2/temperature",
+        r"session 3 ended: spoofed \(rule boiler-1: bound to 127\.0\.0\.1/32\)",
+        r"spoofer  connected from 127\.0\.0\.66 as boiler-1, and was told CONNACK 5 \(Not authorized\)",
+    ):
+        assert re.search(fact, shown), f"{fact} is not in:\n{shown}"
+    assert "Traceback" not in shown
+    assert running.left_behind() == []
+    assert gone(int(running.wait_for(r"\(process (\d+)\)")))
+
+
 def test_the_impostor_counts_what_it_is_told(reactor: Any, ca: trustme.CA) -> None:
     """Its zero means something: a client that verifies nothing is counted to the byte."""
     impostor = Impostor(ca.issue_cert("elsewhere.example"))
@@ -227,7 +248,7 @@ def test_a_missing_extra_is_one_line(
 ) -> None:
     """The line says what to type, and names the packages of the extra."""
     monkeypatch.setitem(sys.modules, module, None)
-    assert demo.run(argparse.Namespace(listen=0, once=True)) == 1
+    assert demo.run(argparse.Namespace(listen=0, once=True, profile="plain")) == 1
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = " ".join(each.partition(">")[0] for each in project["optional-dependencies"]["demo"])
     expected = f"mqtts-gateway demo: {package} is missing: pip install {packages}, or '.[demo]' in a clone\n"

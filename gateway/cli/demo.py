@@ -1,6 +1,7 @@
 """`mqtts-gateway demo`: the whole way from a plain-MQTT sensor to a TLS broker, on this machine alone.
 
-In: the command line.  Out: an exit status; what is shown is in `gateway.cli.demo_show`, which needs the extra `demo`.
+In: the command line.  Out: an exit status; what is shown is in `gateway.cli.demo_show` and
+`gateway.cli.demo_identities`, which need the extra `demo`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PORT",
         help="accept plain MQTT on this port of 127.0.0.1 (default: a free one)",
     )
+    parser.add_argument(
+        "--profile",
+        choices=("plain", "aws-like"),
+        default="plain",
+        help="aws-like: a broker that wants a certificate of each device (default: plain)",
+    )
     parser.add_argument("--once", action="store_true", help="end when all has been shown, without waiting for clients")
 
 
@@ -36,7 +43,10 @@ def run(arguments: argparse.Namespace) -> int:
     # Not at the top: these modules need the extra, and other subcommands need neither them nor a reactor.
     from twisted.internet import reactor
 
-    from gateway.cli.demo_show import Show
+    if arguments.profile == "aws-like":
+        from gateway.cli.demo_identities import IdentitiesShow as Show
+    else:
+        from gateway.cli.demo_show import Show  # type: ignore[assignment]  # either is a Stage
 
     return Show(reactor, port=arguments.listen, once=arguments.once).run()
 

@@ -2,161 +2,54 @@
 
 In: a reactor, the port to listen on.  Out: lines on standard output, an exit status.
 
-The steps stand in `Show._steps`, in the order in which they are seen.  Whatever one of them opens is closed when the
-demo ends: by itself, by Ctrl-C, SIGTERM or SIGHUP, or by a failure.  No private key is on disk once the broker has
+The steps stand in `Show.steps`, in the order in which they are seen.  No private key is on disk once the broker has
 read its own, so that none is left behind even by SIGKILL.
 """
 
 from __future__ import annotations
 
-import os
 import shlex
-import signal
-import sys
-from collections.abc import Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import trustme
 from OpenSSL import SSL
-from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
-from twisted.internet.defer import CancelledError, Deferred, DeferredQueue, maybeDeferred
-from twisted.internet.defer import TimeoutError as DeferredTimeout
-from twisted.internet.interfaces import IListeningPort, IOpenSSLServerConnectionCreator
-from twisted.internet.protocol import Factory, ProcessProtocol, Protocol, connectionDone
-from twisted.internet.threads import deferToThread
-from twisted.logger import (
-    FilteringLogObserver,
-    LogLevel,
-    LogLevelFilterPredicate,
-    globalLogBeginner,
-    textFileLogObserver,
-)
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.config import from_mapping
-from gateway.errors import EndReason, GatewayError, UpstreamFailure
-from gateway.record import SessionRecord
-from gateway.service import GatewayService
-from gateway.text import printable
+from gateway.cli.demo_stage import (
+    LOOPBACK,
+    PATIENCE,
+    BrokerProcess,
+    DemoFailed,
+    Journal,
+    Stage,
+    awaited,
+    port_of,
+    shown,
+)
+from gateway.errors import EndReason
 
-_T = TypeVar("_T")
-
-LOOPBACK = "127.0.0.1"
 # The first is what the gateway verifies; the address lets other clients verify the broker where they dial it.
 BROKER_NAMES = ("localhost", LOOPBACK)
 OTHER_NAME = "elsewhere.example"
 TOPIC, PAYLOAD = "demo/temperature", "21.5"
-PATIENCE = 20.0  # seconds for a step that takes milliseconds: it bounds a hang on a slow board
-BROKER_PATIENCE = 60.0  # seconds for amqtt to be imported and to listen
-STOP_PATIENCE = 5.0  # seconds for the broker to close its sessions
-
-# paho-mqtt gives MQTT 5.0's names to the return codes of 3.1.1 as well (MQTT 3.1.1 §3.2.2.3).
-_RETURN_CODES = (
-    "Success",
-    "Unsupported protocol version",
-    "Client identifier not valid",
-    "Server unavailable",
-    "Bad user name or password",
-    "Not authorized",
-)
 
 
-class DemoFailed(GatewayError):
-    """A step did not come about."""
+class Show(Stage):
+    """One run of the demo."""
 
-
-class Show:
-    """One run of the demo on one reactor."""
-
-    def __init__(self, reactor: Any, *, port: int, once: bool) -> None:
-        self._reactor = reactor
-        self._port = port
-        self._once = once
-        self._all_shown = False
-        self._failure: str | None = None
-        self._running: Deferred[None] | None = None
-        self._ending = False
-        self._stopped = False
-
-    def run(self) -> int:
-        """Run the reactor until the demo has ended; return the exit status."""
-        errors = FilteringLogObserver(
-            textFileLogObserver(sys.stderr), [LogLevelFilterPredicate(defaultLogLevel=LogLevel.error)]
-        )
-        globalLogBeginner.beginLoggingTo([errors], redirectStandardIO=False)
-        self._reactor.addSystemEventTrigger("before", "shutdown", self._shut_down)
-        self._reactor.callWhenRunning(self._start)
-        self._reactor.run()
-        if self._failure is not None:
-            print(f"mqtts-gateway demo: {self._failure}", file=sys.stderr)
-        return 0 if self._all_shown and self._failure is None else 1
-
-    def _start(self) -> None:
-        # In place of the reactor's own: a closed terminal counts as Ctrl-C, and an impatient second one as nothing.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, lambda *_: self._reactor.callFromThread(self._stop))
-        self._running = Deferred.fromCoroutine(self._main())
-        self._running.addErrback(self._failed)
-        self._running.addBoth(lambda _: self._ended())
-
-    def _failed(self, failure: Failure) -> None:
-        if failure.check(CancelledError):
-            return  # ended by the user, or by `_give_up`, which has said why
-        if failure.check(GatewayError, OSError):
-            self._failure = self._failure or str(failure.value)
-        else:
-            self._failure = f"a mistake of the demo\n{failure.getTraceback()}"
-
-    def _ended(self) -> None:
-        self._running = None
-        self._stop()
-
-    def _stop(self) -> None:
-        if not self._stopped:
-            self._stopped = True
-            self._reactor.stop()
-
-    def _shut_down(self) -> Deferred[None] | None:
-        self._cancel()
-        return self._running
-
-    def _cancel(self) -> None:
-        """End the steps; what closes the things that they opened is not to be disturbed."""
-        if self._running is not None and not self._ending:
-            self._ending = True
-            self._running.cancel()
-
-    def _give_up(self, why: str) -> None:
-        self._failure = self._failure or why
-        self._reactor.callLater(0, self._cancel)  # not at once: it may be one of the steps that says so
-
-    def _say(self, who: str, what: str) -> None:
-        try:
-            print(f"{who:>11}  {what}", flush=True)
-        except OSError as error:  # the reader of our output has gone
-            # What is still buffered would fail once more when the interpreter ends.
-            with Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            self._give_up(f"cannot write to standard output: {error.strerror}")
-
-    async def _main(self) -> None:
-        async with AsyncExitStack() as stack:
-            try:
-                await self._steps(stack)
-            finally:
-                self._ending = True
-
-    async def _steps(self, stack: AsyncExitStack) -> None:
-        say = self._say
+    async def steps(self, stack: AsyncExitStack) -> None:
+        """Show a message that arrives, and one that does not leave."""
+        say = self.say
         say("demo", "a plain-MQTT sensor reaches a TLS broker through the gateway; all of it on this machine")
 
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="mqtts-gateway-demo-")))
@@ -165,14 +58,14 @@ class Show:
         ca.cert_pem.write_to_path(str(ca_file))
         say("certificate", f"a CA and a certificate for {' and '.join(BROKER_NAMES)} are made in {directory}")
 
-        broker = await self._start_broker(stack, ca, directory)
+        broker = await self._start_amqtt(stack, ca, directory)
         say(
             "broker",
             f"amqtt {version('amqtt')} listens on {LOOPBACK}:{broker.port}, TLS only (process {broker.pid}); "
             "its key is off the disk again",
         )
 
-        port, journal = self._start_gateway(stack, "gateway", broker.port, ca_file, self._port)
+        port, journal = self.start_gateway(stack, "gateway", _before(broker.port, ca_file), self._port)
         await self._show_delivery(stack, broker.port, ca_file, port, journal)
         async with AsyncExitStack() as inner:
             await self._show_refusal(inner, ca, ca_file)
@@ -193,215 +86,70 @@ class Show:
         )
         await Deferred()  # until somebody ends it
 
-    async def _start_broker(self, stack: AsyncExitStack, ca: trustme.CA, directory: Path) -> _BrokerProcess:
+    async def _start_amqtt(self, stack: AsyncExitStack, ca: trustme.CA, directory: Path) -> BrokerProcess:
         certificate = ca.issue_cert(*BROKER_NAMES, not_after=datetime.now(UTC) + timedelta(days=7))
         chain, key = directory / "broker.pem", directory / "broker.key"
         for number, pem in enumerate(certificate.cert_chain_pems):
             pem.write_to_path(str(chain), append=number > 0)
         key.touch(mode=0o600)
         certificate.private_key_pem.write_to_path(str(key))
-        broker = _BrokerProcess(self._give_up)
-        command = [sys.executable, "-P", "-m", "gateway.cli.demo_broker", str(chain), str(key)]
         try:
-            self._reactor.spawnProcess(broker, sys.executable, command, env=os.environ)
-            stack.push_async_callback(broker.stop, self._reactor)
-            await self._within(BROKER_PATIENCE, broker.ready, "the broker listens")
+            return await self.start_broker(stack, "gateway.cli.demo_broker", str(chain), str(key))
         finally:
             key.unlink()  # the broker has it in memory, or never will
-        return broker
-
-    def _start_gateway(
-        self, stack: AsyncExitStack, name: str, upstream_port: int, ca_file: Path, port: int = 0
-    ) -> tuple[int, _Journal]:
-        """Start a gateway in front of an upstream; return its port and its journal."""
-        config = from_mapping(
-            {
-                "listen": [{"endpoint": f"{LOOPBACK}:{port}"}],
-                "upstream": [{"host": LOOPBACK, "port": upstream_port, "server_name": BROKER_NAMES[0]}],
-                "tls": {"ca_file": [str(ca_file)]},
-                "timeouts": {"close": 1},
-                "drain": {"seconds": 0},
-            }
-        )
-        journal = _Journal(lambda what: self._say(name, what))
-        service = GatewayService(config, self._reactor, journal)
-        service.startService()
-        stack.push_async_callback(_awaited, service.stopService)
-        port = _port_of(service.ports[0])
-        upstream = config.upstream[0]
-        self._say(
-            name,
-            f"takes plain MQTT on {LOOPBACK}:{port}; its upstream is {upstream.address}, "
-            f"which must prove to be {upstream.verify_name}",
-        )
-        return port, journal
 
     async def _show_delivery(
-        self, stack: AsyncExitStack, broker_port: int, ca_file: Path, port: int, journal: _Journal
+        self, stack: AsyncExitStack, broker_port: int, ca_file: Path, port: int, journal: Journal
     ) -> None:
-        say = self._say
-        subscriber = await self._connect(stack, "demo-subscriber", broker_port, ca_file)
-        await self._next(subscriber, "CONNACK")
+        say = self.say
+        subscriber = await self.connect(stack, "demo-subscriber", broker_port, ca_file)
+        await self.next(subscriber, "CONNACK")
         subscriber.paho.subscribe("demo/#", qos=1)
-        await self._next(subscriber, "SUBACK")
+        await self.next(subscriber, "SUBACK")
         say("subscriber", f"is connected to the broker itself over {subscriber.tls_version}, subscribed to demo/#")
 
-        sensor = await self._connect(stack, "demo-sensor", port)
-        code: ReasonCode = await self._next(sensor, "CONNACK")
-        say("sensor", f"was told {_shown(code)}: the broker's own answer, to a client that speaks no TLS")
+        sensor = await self.connect(stack, "demo-sensor", port)
+        code: ReasonCode = await self.next(sensor, "CONNACK")
+        say("sensor", f"was told {shown(code)}: the broker's own answer, to a client that speaks no TLS")
         if code.is_failure:
             raise DemoFailed("the sensor was not let in, see above")
         sensor.paho.publish(TOPIC, PAYLOAD, qos=1)
-        await self._next(sensor, "PUBACK")
+        await self.next(sensor, "PUBACK")
         say("sensor", f"published {PAYLOAD} on {TOPIC}, QoS 1; the broker's PUBACK came back")
-        topic, payload = await self._next(subscriber, "PUBLISH")
+        topic, payload = await self.next(subscriber, "PUBLISH")
         say("subscriber", f"received {payload} on {topic}")
         if (topic, payload) != (TOPIC, PAYLOAD):
             raise DemoFailed(f"the subscriber should have received {PAYLOAD} on {TOPIC}")
         # From here on others may publish.
         subscriber.on_publish = lambda topic, payload: say("subscriber", f"received {payload} on {topic}")
         sensor.paho.disconnect()
-        await self._within(PATIENCE, journal.ended, "the session ended")
+        await self.within(PATIENCE, journal.ended, "the session ended")
 
     async def _show_refusal(self, stack: AsyncExitStack, ca: trustme.CA, ca_file: Path) -> None:
-        say = self._say
+        say = self.say
         impostor = Impostor(ca.issue_cert(OTHER_NAME))
         listening = self._reactor.listenSSL(0, impostor, impostor, interface=LOOPBACK)
-        stack.push_async_callback(_awaited, listening.stopListening)
-        where = f"{LOOPBACK}:{_port_of(listening)}"
+        stack.push_async_callback(awaited, listening.stopListening)
+        where = f"{LOOPBACK}:{port_of(listening)}"
         say("impostor", f"listens with TLS on {where}; same CA, but a certificate for {OTHER_NAME}")
 
-        port, journal = self._start_gateway(stack, "2nd gateway", _port_of(listening), ca_file)
-        sensor = await self._connect(stack, "demo-sensor", port)
-        code: ReasonCode = await self._next(sensor, "CONNACK")
-        record = await self._within(PATIENCE, journal.ended, "the session ended")
-        say("sensor", f"was told {_shown(code)}, and keeps its message")
-        await self._within(PATIENCE, impostor.gone, "the gateway let go of the impostor")
+        port, journal = self.start_gateway(stack, "2nd gateway", _before(port_of(listening), ca_file))
+        sensor = await self.connect(stack, "demo-sensor", port)
+        code: ReasonCode = await self.next(sensor, "CONNACK")
+        record = await self.within(PATIENCE, journal.ended, "the session ended")
+        say("sensor", f"was told {shown(code)}, and keeps its message")
+        await self.within(PATIENCE, impostor.gone, "the gateway let go of the impostor")
         say("impostor", f"received {impostor.received} bytes of MQTT: neither the sensor's name nor its password")
         if record.reason is not EndReason.TLS_NAME_MISMATCH or not code.is_failure or impostor.received:
             raise DemoFailed("the gateway should have refused the impostor before the first MQTT byte")
 
-    async def _connect(self, stack: AsyncExitStack, name: str, port: int, ca_file: Path | None = None) -> _Client:
-        client = _Client(self._reactor, name, ca_file)
-        stack.push_async_callback(deferToThread, client.stop)
-        try:
-            await deferToThread(client.start, port)
-        except OSError as error:
-            raise DemoFailed(f"{name} cannot connect to {LOOPBACK}:{port}: {error}") from None
-        return client
 
-    async def _next(self, client: _Client, kind: str) -> Any:
-        """Return what the client's next event brings, which should be a packet of this kind."""
-        name, value = await self._within(PATIENCE, client.events.get(), f"{client.name} got {kind}")
-        if name != kind:
-            raise DemoFailed(f"{client.name} got {name} where {kind} was due")
-        return value
-
-    async def _within(self, seconds: float, deferred: Deferred[_T], what: str) -> _T:
-        try:
-            return await deferred.addTimeout(seconds, self._reactor)
-        except DeferredTimeout:
-            raise DemoFailed(f"did not come about within {seconds:g} s: {what}") from None
-
-
-class _BrokerProcess(ProcessProtocol):
-    """The broker's process.  `ready` fires once `port` is known; `died` is called if it ends by itself after that."""
-
-    transport: Any
-
-    def __init__(self, died: Callable[[str], None]) -> None:
-        self.port = 0
-        self.pid = 0
-        self.ready: Deferred[None] = Deferred()
-        self._died = died
-        self._output = b""
-        self._complaints = b""
-        self._gone: Deferred[None] = Deferred()
-        self._stopping = False
-
-    def connectionMade(self) -> None:
-        self.pid = self.transport.pid
-
-    def outReceived(self, data: bytes) -> None:  # noqa: N802  IProcessProtocol's name
-        self._output += data
-        if self._output.startswith(b"ready ") and self._output.endswith(b"\n") and not self.ready.called:
-            self.port = int(self._output.split()[1])
-            self.ready.callback(None)
-
-    def errReceived(self, data: bytes) -> None:  # noqa: N802  IProcessProtocol's name
-        self._complaints = (self._complaints + data)[-4096:]
-
-    def processEnded(self, reason: Failure) -> None:  # noqa: N802  IProcessProtocol's name
-        ended: Any = reason.value
-        status = f"exit status {ended.exitCode}" if ended.signal is None else f"signal {ended.signal}"
-        lines = [printable(line) for line in self._complaints.decode("utf-8", "replace").splitlines()[-12:]]
-        why = "\n".join([f"({status}); its last lines:", *(f"  {line}" for line in lines)])
-        self._gone.callback(None)
-        if not self.ready.called:
-            self.ready.errback(DemoFailed(f"the broker did not start {why}"))
-        elif not self._stopping:
-            self._died(f"the broker has ended {why}")
-
-    async def stop(self, reactor: Any) -> None:
-        """Ask the process to end, make it end, wait until it has."""
-        self._stopping = True
-        if self._gone.called:
-            return
-        self.transport.closeStdin()
-        kill = reactor.callLater(STOP_PATIENCE, self.transport.signalProcess, "KILL")
-        await self._gone
-        if kill.active():
-            kill.cancel()
-
-
-class _Client:
-    """A client of paho-mqtt, on the thread of its own that paho gives it.
-
-    `events` gives the packets that come, in order, as pairs of kind and value.
-    """
-
-    def __init__(self, reactor: Any, name: str, ca_file: Path | None) -> None:
-        self.name = name
-        self.events: DeferredQueue[tuple[str, Any]] = DeferredQueue()
-        self.on_publish: Callable[[str, str], None] = lambda topic, payload: self.events.put(
-            ("PUBLISH", (topic, payload))
-        )
-        self.paho = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            client_id=name,
-            protocol=MQTTProtocolVersion.MQTTv311,
-            reconnect_on_failure=False,
-        )
-        self.paho.username_pw_set(name, "a password that only the broker may learn")
-        if ca_file is not None:
-            self.paho.tls_set(ca_certs=str(ca_file))
-
-        def put(kind: str, value: Any = None) -> None:
-            reactor.callFromThread(self.events.put, (kind, value))
-
-        def on_message(_client: paho.Client, _userdata: Any, message: paho.MQTTMessage) -> None:
-            payload = printable(message.payload.decode("utf-8", "replace"), 80)
-            reactor.callFromThread(lambda: self.on_publish(printable(message.topic, 80), payload))
-
-        self.paho.on_connect = lambda _client, _userdata, _flags, code, _properties: put("CONNACK", code)
-        self.paho.on_subscribe = lambda *_: put("SUBACK")
-        self.paho.on_publish = lambda *_: put("PUBACK")
-        self.paho.on_message = on_message
-
-    @property
-    def tls_version(self) -> str:
-        """The TLS version of the connection."""
-        return str(self.paho.socket().version())  # type: ignore[union-attr]  # asked only of a client with TLS
-
-    def start(self, port: int) -> None:
-        """Connect; blocks until TCP and TLS stand.  Raises `OSError`."""
-        self.paho.connect(LOOPBACK, port)
-        self.paho.loop_start()
-
-    def stop(self) -> None:
-        """End the connection and the thread; blocks until both have ended."""
-        self.paho.disconnect()
-        self.paho.loop_stop()
+def _before(port: int, ca_file: Path) -> dict[str, Any]:
+    """Return the configuration of a gateway in front of a broker."""
+    return {
+        "upstream": [{"host": LOOPBACK, "port": port, "server_name": BROKER_NAMES[0]}],
+        "tls": {"ca_file": [str(ca_file)]},
+    }
 
 
 class _ImpostorConnection(Protocol):
@@ -431,66 +179,3 @@ class Impostor(Factory):
     def serverConnectionForTLS(self, tlsProtocol: object) -> SSL.Connection:  # noqa: ARG002, N802, N803  zope's names
         """See `IOpenSSLServerConnectionCreator`."""
         return SSL.Connection(self._context, None)
-
-
-class _Journal:
-    """A gateway's journal in plain words.  `ended` fires with the record of the first session that ends."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.ended: Deferred[SessionRecord] = Deferred()
-        self._say = say
-
-    def session_started(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
-        name, peer = printable(record.client_identifier, 40), record.peer
-        self._say(f'session {record.number}: "{name}" from {record.device_address}, MQTT {record.protocol_version}')
-        if peer is not None:
-            self._say(
-                f"session {record.number}: {record.upstream_address} verified as {peer.matched_san}, "
-                f"issuer {peer.issuer}, {peer.tls_version} {peer.cipher}"
-            )
-
-    def session_ended(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
-        detail = f" ({printable(record.detail, 200)})" if record.detail else ""
-        counts = f"{record.bytes_up} bytes up, {record.bytes_down} bytes down"
-        self._say(f"session {record.number} ended: {record.reason}{detail}; {counts}")
-        if not self.ended.called:
-            self.ended.callback(record)
-
-    def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
-        """See `gateway.ops.journal.GatewayJournal`."""
-        self._say(f"{device_address} not let in: {reason}{f' ({detail})' if detail else ''}. {reason.remedy}")
-
-    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """See `gateway.ops.journal.GatewayJournal`."""
-        self._say(f"{upstream} passed over: {failure}")
-
-    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
-        """See `gateway.upstream.DialJournal`."""
-        self._say(f"{upstream} is left alone for {seconds:.1f} s: {failure}")
-
-    def serves_again(self, upstream: str) -> None:
-        """See `gateway.upstream.DialJournal`."""
-        self._say(f"{upstream} serves again")
-
-    def sweep(self) -> None:
-        """See `gateway.ops.journal.GatewayJournal`."""
-
-    def flush(self) -> None:
-        """See `gateway.ops.journal.GatewayJournal`."""
-
-
-async def _awaited(function: Callable[[], Any]) -> None:
-    await maybeDeferred(function)
-
-
-def _port_of(listening: IListeningPort) -> int:
-    address: Any = listening.getHost()
-    return int(address.port)
-
-
-def _shown(code: ReasonCode) -> str:
-    """Return what the packet said: the number on the wire and its meaning."""
-    name = str(code)
-    return f"CONNACK {_RETURN_CODES.index(name)} ({name})" if name in _RETURN_CODES else f"CONNACK ({name})"
