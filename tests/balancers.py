@@ -141,7 +141,8 @@ class Nginx(Program):
         path.write_text(f"""\
 {module}
 daemon off;
-worker_processes 1;
+# One process: a worker would outlive a master that is killed.
+master_process off;
 pid {directory}/nginx.pid;
 error_log stderr;
 events {{ worker_connections 64; }}
