@@ -24,6 +24,7 @@ class DeviceProtocol(RelaySide):
     """One device's connection.  `open_session` is called with it once it stands."""
 
     def __init__(self, open_session: Callable[[DeviceProtocol], Session], user_timeout: float) -> None:
+        super().__init__()
         self._open_session = open_session
         self._user_timeout = user_timeout
         self._session: Session

@@ -31,10 +31,11 @@ class RelaySide(Protocol):
 
     transport: RelayTransport
 
-    _held = False
-    _choked = False
-    _closing = False
-    _lost = False
+    def __init__(self) -> None:
+        self._held = False
+        self._choked = False
+        self._closing = False
+        self._lost = False
 
     @property
     def reading(self) -> bool:

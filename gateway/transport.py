@@ -17,6 +17,7 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from twisted.internet import tcp, unix
@@ -62,6 +63,17 @@ class _SendsAtOnce(tcp.Connection):
     _send_failed = False
     _wanted = _SMALL_READ
 
+    def __init_subclass__(cls) -> None:
+        """Give each class code of its own for what is done with each message.
+
+        Python adapts code to the types that it meets (PEP 659); code that two classes take turns with, as a device's
+        transport and a broker's do, is adapted to neither.
+        """
+        super().__init_subclass__()
+        for method in (_SendsAtOnce.doRead, _SendsAtOnce.write):
+            own = FunctionType(method.__code__.replace(), method.__globals__, closure=method.__closure__)
+            setattr(cls, method.__name__, own)
+
     def startWriting(self) -> None:
         self._writing = True
         super().startWriting()
@@ -85,9 +97,9 @@ class _SendsAtOnce(tcp.Connection):
         size = len(data)
         if size == wanted:
             self._wanted = _LARGE_READ
-        elif size < _SMALL_READ:
-            if not size:
-                return CONNECTION_DONE
+        elif not size:
+            return CONNECTION_DONE
+        elif size < _SMALL_READ < wanted:
             self._wanted = _SMALL_READ
         self.protocol.dataReceived(data)
         return None
@@ -300,8 +312,19 @@ class RelayReactor:
         fresh = self._fresh
         for descriptor, events in self._epoll.poll(0, _BATCH):
             selectable = selectables.get(descriptor)
-            if selectable is not None and not (fresh and descriptor in fresh):
+            if selectable is None or (fresh and descriptor in fresh):
+                continue
+            if events != _READ:
                 self._report(selectable, events)
+                continue
+            # By far the most frequent, so it is spared a call; `_report` would do the same.
+            why: BaseException | None
+            try:
+                why = selectable.doRead()
+            except Exception as error:  # noqa: BLE001  a mistake in one connection must not end the others
+                why = _mistake(error)
+            if why is not None:
+                self._disconnect(selectable, why, reading=True)
 
     def connectionLost(self, reason: Failure) -> None:
         """See IReadDescriptor: the reactor stops."""
@@ -316,10 +339,7 @@ class RelayReactor:
         why: BaseException | None = None
         reading = False
         try:
-            if events == _READ:
-                reading = True
-                why = selectable.doRead()
-            elif events & _DISCONNECTED and not events & _READ:
+            if events & _DISCONNECTED and not events & _READ:
                 # What was sent before has been read; a connection that is read ends so in good order.
                 reading = self._events[selectable.fileno()] & _READ != 0
                 why = ConnectionDone() if reading else ConnectionLost()
@@ -331,18 +351,23 @@ class RelayReactor:
                     reading = False
                     why = selectable.doWrite()
         except Exception as error:  # noqa: BLE001  a mistake in one connection must not end the others
-            _log.failure("a mistake of the gateway in a connection")
-            why = error
+            why = _mistake(error)
         if why is not None:
-            self._disconnect(selectable, why, reading)
+            self._disconnect(selectable, why, reading=reading)
 
-    def _disconnect(self, selectable: IReadWriteDescriptor, why: BaseException, reading: bool) -> None:
+    def _disconnect(self, selectable: IReadWriteDescriptor, why: BaseException, *, reading: bool) -> None:
         self.removeReader(selectable)
         if reading and isinstance(why, ConnectionDone) and IHalfCloseableDescriptor.providedBy(selectable):
             _lose(IHalfCloseableDescriptor(selectable).readConnectionLost, why)
         else:
             self.removeWriter(selectable)
             _lose(selectable.connectionLost, why)
+
+
+def _mistake(error: Exception) -> Exception:
+    """Log what a descriptor has just raised, which then is the reason for its end."""
+    _log.failure("a mistake of the gateway in a connection")
+    return error
 
 
 def _lose(tell: Callable[[Failure], object], why: BaseException) -> None:

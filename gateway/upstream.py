@@ -51,6 +51,7 @@ class UpstreamProtocol(RelaySide):
     """
 
     def __init__(self, channel: TLSChannel, user_timeout: float) -> None:
+        super().__init__()
         self._channel = channel
         self._user_timeout = user_timeout
         self._session: Session | None = None
@@ -116,7 +117,7 @@ class UpstreamProtocol(RelaySide):
                 return
             # The end of the handshake leaves in one piece with the session's CONNECT.
             self.verified.callback(channel.peer)
-        if not self._closing:
+        if channel.waiting and not self._closing:
             self._flush()
         session = self._session
         if session is None:

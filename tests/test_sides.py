@@ -1088,7 +1088,12 @@ def test_a_broker_that_demands_tls_answers_and_does_not_read_them_is_cut_off(
 ) -> None:
     """OpenSSL answers each KeyUpdate, past all backpressure; a thousand unread ones are enough."""
     upstream, _, _, session, device = world.serving()
-    monkeypatch.setattr(TLSChannel, "receive", lambda *_: b"")
+
+    def answered(channel: TLSChannel, _: bytes) -> bytes:
+        channel.waiting = True
+        return b""
+
+    monkeypatch.setattr(TLSChannel, "receive", answered)
     monkeypatch.setattr(TLSChannel, "outgoing", lambda *_: b"answer")
     for _ in range(3000):
         upstream.dataReceived(b"key update")

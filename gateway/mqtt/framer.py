@@ -258,6 +258,13 @@ class Framer:
             self._special = False
         size = len(data)
         position = self._skip
+        if not position and size > 1:
+            # One short packet and nothing else is what most messages are.
+            first = data[0]
+            length = data[1]
+            if length + 2 == size and self._low[first] <= length <= self._high[first]:
+                self.packets += 1
+                return data
         if position >= size:
             self._skip = position - size
             return data

@@ -53,12 +53,17 @@ class ChannelState(Enum):
     CLOSED = auto()
 
 
+# Asked of each message: Python 3.11 takes longer to find a member of an Enum than to call a function.
+_VERIFIED = ChannelState.VERIFIED
+
+
 class TLSChannel:
     """One TLS connection to one broker, client side.
 
     `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
-    came, `broken` if the channel failed behind plaintext that `receive` has returned.  `approved` says whether OpenSSL
-    trusts the chain and the identity matches, which is not all that VERIFIED asks for.
+    came, `broken` if the channel failed behind plaintext that `receive` has returned, `waiting` while `outgoing` may
+    have something.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that
+    VERIFIED asks for.
 
     With `tickets`, the channel resumes a TLS session if it may, and leaves a ticket for the next one.
     """
@@ -78,11 +83,11 @@ class TLSChannel:
         "_policy",
         "_tickets",
         "_verified",
-        "_waiting",
         "broken",
         "peer",
         "received_close",
         "state",
+        "waiting",
     )
 
     def __init__(self, policy: TLSPolicy, identity: Identity, tickets: Tickets | None = None) -> None:
@@ -106,8 +111,7 @@ class TLSChannel:
         # Where the ciphertext that came so far ends: bytes missing of the current record, or the header's first bytes.
         self._missing = 0
         self._partial_header = b""
-        # Whether OpenSSL may have something to be sent.
-        self._waiting = False
+        self.waiting = False
         self.peer: Peer | None = None
         self.received_close = False
         self.broken: UpstreamFailure | None = None
@@ -162,32 +166,36 @@ class TLSChannel:
         Raises `UpstreamFailure` when the handshake, the verification or a record fails; `outgoing` may then hold an
         alert.  After that, and after `close`, everything received is dropped.
         """
-        if self.state is ChannelState.VERIFIED:
-            return self._decrypt(ciphertext, self._completed_records(ciphertext))
+        if self.state is _VERIFIED:
+            plaintext, ended = self._engine.decrypt(ciphertext, self._completed_records(ciphertext))
+            return plaintext if ended is None else self._ended(plaintext, ended)
         if self.state is ChannelState.CLOSED or not ciphertext:
             return b""
         records = self._completed_records(ciphertext)
         self._connection.bio_write(ciphertext)
-        return self._decrypt(b"", records) if self._handshake() else b""
+        if not self._handshake():
+            return b""
+        plaintext, ended = self._engine.decrypt(b"", records)
+        return plaintext if ended is None else self._ended(plaintext, ended)
 
     def send(self, plaintext: bytes) -> bytes:
         """Encrypt, and return all that is to be sent to the network.
 
         Raises `NotVerified` unless the channel is VERIFIED, and `UpstreamFailure` when OpenSSL fails.
         """
-        if self.state is not ChannelState.VERIFIED:
+        if self.state is not _VERIFIED:
             raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
         try:
             return self._engine.encrypt(plaintext)
         except SSL.Error as error:
-            self._waiting = True
+            self.waiting = True
             raise self._fail(UpstreamFailure(EndReason.UPSTREAM_LOST, _words(error))) from None
 
     def outgoing(self) -> bytes:
         """Return what is to be sent to the network unasked, and forget it: handshake messages, alerts, answers."""
-        if not self._waiting:
+        if not self.waiting:
             return b""
-        self._waiting = False
+        self.waiting = False
         return self._engine.waiting()
 
     def close(self) -> None:
@@ -196,7 +204,7 @@ class TLSChannel:
             # An error means that the broker has ended it in a worse way already: there is nobody to say goodbye to.
             with contextlib.suppress(SSL.Error):
                 self._connection.shutdown()
-            self._waiting = True
+            self.waiting = True
         self.state = ChannelState.CLOSED
 
     def dispose(self) -> None:
@@ -206,7 +214,7 @@ class TLSChannel:
 
     def _handshake(self) -> bool:
         """Go on with the handshake; return whether the channel is VERIFIED now."""
-        self._waiting = True
+        self.waiting = True
         try:
             self._connection.do_handshake()
         except SSL.WantReadError:
@@ -251,15 +259,12 @@ class TLSChannel:
             self._missing = end - size
         return completed
 
-    def _decrypt(self, ciphertext: bytes, records: int) -> bytes:
-        """Return the plaintext of up to `records` whole records."""
-        plaintext, ended = self._engine.decrypt(ciphertext, records)
-        if ended is None:
-            return plaintext
+    def _ended(self, plaintext: bytes, ended: SSL.Error) -> bytes:
+        """Return the plaintext that came before something else than a whole record of it, and mind that."""
         if isinstance(ended, SSL.ZeroReturnError):
             self.received_close = True
             return plaintext
-        self._waiting = True
+        self.waiting = True
         if isinstance(ended, SSL.WantReadError):
             # Some of them were no application data: a KeyUpdate, say, which wants to be answered, or a ticket.
             self._keep_ticket()
