@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.protocol import ClientFactory, Factory, Protocol, connectionDone
 from twisted.internet.test import test_tcp, test_unix
 from twisted.internet.test.reactormixins import ReactorBuilder
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import directlyProvides
 
 from gateway.transport import RelayReactor
 from tests.harness import PATIENCE
@@ -170,6 +172,42 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         assert len(self.flushLoggedErrors(KeyError)) == 1
         assert reactor.relay in reactor.getReaders()
         assert not reactor.relay._epoll.closed
+
+    def test_a_mistake_with_what_came_ends_that_connection_alone(self) -> None:
+        """The log has it, and the relay goes on."""
+        reactor, server, client = self.connected_pair()
+
+        def mistake(_: bytes) -> None:
+            raise KeyError("a mistake")
+
+        server.dataReceived = mistake  # type: ignore[method-assign]
+        client.transport.write(b"data")
+        self.turn(reactor, lambda: server.reason is not None and client.reason is not None)
+        assert server.reason.check(KeyError)
+        assert len(self.flushLoggedErrors(KeyError)) == 1
+        assert reactor.relay in reactor.getReaders()
+
+    def test_who_wants_to_know_of_a_half_close_may_still_write(self) -> None:
+        """The end of what a peer sends is not the end of the connection."""
+        reactor, server, client = self.connected_pair()
+        ended: list[str] = []
+        server.readConnectionLost = lambda: ended.append("read")
+        server.writeConnectionLost = lambda: ended.append("write")
+        directlyProvides(server, IHalfCloseableProtocol)
+        client.transport.loseWriteConnection()
+        self.turn(reactor, lambda: ended)
+        assert (ended, server.reason) == (["read"], None)
+        server.transport.write(b"answer")
+        self.turn(reactor, lambda: bytes(client.received) == b"answer")
+        server.transport.abortConnection()
+        self.turn(reactor, lambda: server.reason is not None and client.reason is not None)
+
+    def test_each_kind_of_transport_has_code_of_its_own(self) -> None:
+        """Python adapts code to the types that it meets, and what is shared by two it adapts to neither."""
+        _, server, client = self.connected_pair()
+        for name in ("doRead", "write"):
+            codes = [getattr(type(side.transport), name).__code__ for side in (server, client)]
+            assert codes[0] is not codes[1]
 
     def test_stopping_ends_what_is_still_open(self) -> None:
         """A relay reactor that stops leaves no connection and no descriptor behind."""
