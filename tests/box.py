@@ -203,7 +203,7 @@ class Box:
         inside = ["nsenter", f"--target={self._pid}", *(f"--{name}" for name in _NAMESPACES), "--", *map(str, command)]
         return subprocess.run(
             inside,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
+            env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8"},
             cwd="/",
             input=stdin,
             capture_output=True,

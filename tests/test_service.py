@@ -5,6 +5,7 @@ Everything runs in a box (tests/box.py) whose PID 1 is this machine's systemd, a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import socket
@@ -96,7 +97,8 @@ class Resolver:
         with box.network():
             self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             self._socket.bind(("127.0.0.1", 53))
-        threading.Thread(target=self._serve, daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
 
     def _serve(self) -> None:
         while True:
@@ -116,33 +118,47 @@ class Resolver:
 
     def stop(self) -> None:
         """Answer no more."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
-            own.close()
+        # A close does not wake a thread that reads; this does.
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE)
         self._socket.close()
 
 
 class Plant:
-    """A box with a broker that demands a client certificate, a name server, and the service as it was installed."""
+    """A box with a broker that demands a client certificate, a name server and, if told so, the service."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, box: Box, *, install: bool = True) -> None:
         self.box = box
         self.ca = trustme.CA()
         self.resolver = Resolver(box)
-        # What `install` printed the first time.
-        self.installed = box.do(PROGRAM, "install", "--upstream", BROKER)
         context = ServerTLS.from_trustme(self.ca.issue_cert(BROKER)).context()
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.ca.cert_pem.bytes().decode())
         with box.network():
             self.broker = Broker(tls=context)
+        if not install:
+            return
+        # What `install` printed the first time.
+        self.installed = box.do(PROGRAM, "install", "--upstream", BROKER)
         box.write(SETTINGS / "ca.pem", self.ca.cert_pem.bytes().decode())
         self.issue("gateway-1")
 
     def issue(self, name: str) -> None:
         """Have the gateway's certificate issued anew, with this common name."""
+        chain, key = self.issued(name)
+        self.box.write(SETTINGS / "client.pem", chain)
+        self.box.write(SETTINGS / "credentials/client.key", key, 0o600)
+
+    def issued(self, name: str) -> tuple[str, str]:
+        """Return a new client certificate with its chain, and its key."""
         issued = self.ca.issue_cert(f"{name}.example", common_name=name)
-        self.box.write(SETTINGS / "client.pem", "".join(pem.bytes().decode() for pem in issued.cert_chain_pems))
-        self.box.write(SETTINGS / "credentials/client.key", issued.private_key_pem.bytes().decode(), 0o600)
+        return "".join(pem.bytes().decode() for pem in issued.cert_chain_pems), issued.private_key_pem.bytes().decode()
+
+    def stop(self) -> None:
+        """Stop what is outside the box."""
+        self.resolver.stop()
+        self.broker.stop()
 
     def configure(
         self, endpoint: str = f"127.0.0.1:{PORT}", key: str = "credentials/client.key", more: str = ""
@@ -205,8 +221,7 @@ def whole_plant() -> Iterator[Plant]:
     with Box() as box:
         plant = Plant(box)
         yield plant
-        plant.resolver.stop()
-        plant.broker.stop()
+        plant.stop()
 
 
 @pytest.fixture
