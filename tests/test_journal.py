@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -18,6 +20,8 @@ from gateway.record import SessionRecord
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, accept_session
+
+ENDINGS = Path(__file__).resolve().parent.parent / "docs" / "endings.md"
 
 RECORD = SessionRecord(
     number=7,
@@ -407,3 +411,28 @@ def test_no_secret_reaches_a_traceback(
     for secret in SECRETS:
         assert secret not in everything
     logged_errors.clear()
+
+
+def test_the_lines_that_the_document_shows(journal: Journal, clock: Clock, events: list[dict[str, Any]]) -> None:
+    """docs/endings.md has each kind of line as it is written."""
+    failure = UpstreamFailure(EndReason.TLS_EXPIRED, "the broker's certificate: expired (OpenSSL error 10)")
+    kinds = {
+        "stood": lambda: journal.session_ended(attrs.evolve(RECORD, via="")),
+        "did not stand": lambda: journal.session_ended(
+            unfinished(EndReason.TLS_EXPIRED, via="", detail=failure.detail, upstream_address="")
+        ),
+        "not let in": lambda: journal.refused(EndReason.NETWORK_NOT_ALLOWED, "203.0.113.9:51200"),
+        "passed over": lambda: journal.passed_over("broker-1.example:8883", failure),
+        "left alone": lambda: journal.left_alone("broker-1.example:8883", failure, 12.5),
+    }
+    expected = {}
+    for kind, write in kinds.items():
+        write()
+        expected[kind] = lines(events)[-1]
+    for _ in range(FULL_RECORDS + 12):
+        journal.refused(EndReason.RATE_LIMITED, "192.168.1.9:40124")
+    clock.advance(WINDOW)
+    journal.sweep()
+    expected["withheld"] = lines(events)[-1]
+    shown = dict(re.findall(r"<!-- line: ([^>]+) -->\n```\n(.*)\n```", ENDINGS.read_text()))
+    assert shown == expected
