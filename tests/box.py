@@ -147,6 +147,7 @@ class Box:
         self._cgroup = cgroups / self._directory.name
         self._process: subprocess.Popen[bytes] | None = None
         self._pid = 0
+        self._cursor = ""
 
     def __enter__(self) -> Self:
         self._cgroup.mkdir()
@@ -235,8 +236,14 @@ class Box:
         return self.do("cat", path)
 
     def log(self, unit: str) -> str:
-        """Return what the journal has of a unit, and what systemd says about it."""
-        return self.do("journalctl", "--no-pager", "--output=cat", f"--unit={unit}")
+        """Return what the journal has of a unit since `begin_log`, and what systemd says about it."""
+        since = [f"--after-cursor={self._cursor}"] if self._cursor else []
+        return self.do("journalctl", "--no-pager", "--quiet", "--output=cat", f"--unit={unit}", *since)
+
+    def begin_log(self) -> None:
+        """Let `log` show only what is written from now on."""
+        said = self.do("journalctl", "--no-pager", "--quiet", "--lines=1", "--output=cat", "--show-cursor")
+        self._cursor = said.rpartition("-- cursor: ")[2].strip()
 
     def property(self, unit: str, name: str) -> str:
         """Return a property of a unit, as systemd has it now."""

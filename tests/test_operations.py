@@ -71,6 +71,7 @@ class Reader:
         self.plant.box.write("/srv/reader/client.key", key, 0o600)
 
 
+@pytest.mark.slow
 def test_the_operations_from_install_to_decommission(plant: Plant) -> None:
     """One life of a gateway, by nothing but the document's commands and the lines of configuration that it shows."""
     box, reader = plant.box, Reader(plant, OPERATIONS)
@@ -142,6 +143,7 @@ def test_the_words_of_the_troubleshooting_are_those_of_the_gateway() -> None:
     assert words - {str(reason) for reason in EndReason} - {"device-17"} == set()
 
 
+@pytest.mark.slow
 def test_the_questions_of_the_troubleshooting_are_answered(plant: Plant) -> None:
     """The three commands, and the one about a device, with a gateway that runs."""
     box, reader = plant.box, Reader(plant, TROUBLESHOOTING)

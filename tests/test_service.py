@@ -6,6 +6,7 @@ Everything runs in a box (tests/box.py) whose PID 1 is this machine's systemd, a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import socket
@@ -20,6 +21,8 @@ import trustme
 from tests.box import ENVIRONMENT, Box, require_box
 from tests.harness import PATIENCE, Broker, Device, ServerTLS, eventually
 from tests.mqtt_packets import connect, publish
+
+pytestmark = pytest.mark.slow
 
 PROGRAM = ENVIRONMENT / "bin" / "mqtts-gateway"
 SETTINGS = Path("/etc/mqtts-gateway")
@@ -131,6 +134,7 @@ class Plant:
     def __init__(self, box: Box, *, install: bool = True) -> None:
         self.box = box
         self.ca = trustme.CA()
+        self._numbers = itertools.count(1)
         self.resolver = Resolver(box)
         context = ServerTLS.from_trustme(self.ca.issue_cert(BROKER)).context()
         context.verify_mode = ssl.CERT_REQUIRED
@@ -187,10 +191,10 @@ class Plant:
             return Device(PORT)
 
     def session(self, expected: bytes = ACCEPTED) -> Device:
-        """Connect a device that says CONNECT and gets this CONNACK."""
+        """Connect a device that no other is called like; it says CONNECT and gets this CONNACK."""
         device = self.device()
         try:
-            device.send(connect())
+            device.send(connect(f"sensor-{next(self._numbers)}"))
             got = device.read(len(expected))
             assert got == expected, f"{got!r}: {self.box.log(UNIT)}"
         except (AssertionError, OSError):
@@ -211,6 +215,7 @@ class Plant:
         box.do("sh", "-c", "rm -rf /etc/systemd/system/mqtts-gateway*.d")
         box.do("systemctl", "daemon-reload")
         box.do("systemctl", "reset-failed")
+        box.begin_log()
         self.issue("gateway-1")
 
 
@@ -270,9 +275,11 @@ def test_a_session_passes_under_all_restrictions(plant: Plant, box: Box) -> None
     """DNS, TLS with the verify callback, the client key from its credential; as nobody, filtered, without any right."""
     plant.start()
     received = len(plant.broker.received)
-    with plant.session() as device:
-        device.send(publish(payload=b"21.5"))
-        eventually(lambda: plant.broker.received[received:] == connect() + publish(payload=b"21.5"), "both packets")
+    sent = connect() + publish(payload=b"21.5")
+    with plant.device() as device:
+        device.send(sent)
+        assert device.read(4) == ACCEPTED
+        eventually(lambda: plant.broker.received[received:] == sent, "both packets")
         assert plant.shown_name() == "gateway-1"
     assert BROKER in plant.resolver.asked
     process = int(box.property(UNIT, "MainPID"))
