@@ -641,6 +641,23 @@ def test_addresses_are_really_listened_on(
     assert not (tmp_path / "mqtt.sock").exists()
 
 
+def test_the_status_endpoint_is_listened_on_too(
+    checked: Callable[..., Checked], configuration: Callable[..., Path]
+) -> None:
+    """If there is one; that it cannot be had is a warning, since the gateway works without."""
+    assert checked(configuration(), offline=True).steps("status") == []
+
+    def step(endpoint: str) -> Step:
+        path = configuration()
+        path.write_text(f'{path.read_text()}\n[status]\nendpoint = "{endpoint}"\n')
+        return checked(path, offline=True).step("status")
+
+    assert step("127.0.0.1:0").status is Status.PASS
+    missing = step("unix:/nonexistent/status.sock")
+    assert missing.status is Status.WARN
+    assert "make the directory of the socket first" in missing.remedy
+
+
 def test_a_clock_before_the_release_is_wrong(
     checked: Callable[..., Checked], configuration: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

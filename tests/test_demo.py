@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import trustme
@@ -169,6 +170,9 @@ def test_it_serves_until_it_is_told_to_stop(start_demo: Callable[..., RunningDem
         device.send(connect(client_identifier="mine"))
         assert device.read(4) == b"\x20\x02\x00\x00"
         running.wait_for(r'("mine") from 127\.0\.0\.1')
+        status_page = running.wait_for(r"gateway  shows how it is on (http://\S+/)")
+        with urlopen(status_page, timeout=20) as page:  # noqa: S310  it is http
+            assert b">mine</b>" in page.read()
         assert running.private_keys() == []
         running.process.send_signal(number)
         running.process.send_signal(number)

@@ -551,6 +551,15 @@ def test_a_unix_socket_answers_to_any_name(start: StartGateway, tmp_path: Path) 
         assert Answer(connection.getresponse()).json["schema"] == SCHEMA
 
 
+def test_an_answer_ends_the_connection(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the client would like, and though more requests stand behind."""
+    monkeypatch.setattr(site_module, "_IDLE", 3600)
+    monkeypatch.setattr(site_module, "_LIFETIME", 3600)
+    request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n"
+    answer = raw(status_port(start(upstream=1)), request * 5)
+    assert answer.count(b"HTTP/1.1 200 OK") == 1
+
+
 def test_what_is_sent_along_is_not_kept(start: StartGateway) -> None:
     """A body is neither held in memory nor written to a file, and the answer is the same; then it ends."""
     gateway = start(upstream=1)

@@ -136,6 +136,8 @@ async def examine(reactor: Any, given: dict[str, list[str]], login: Login | None
     try:
         for listener in config.listen:
             report.add(await _listen(relay, listener))
+        if config.status.endpoint:
+            report.add(await _listen(relay, Listener(config.status.endpoint), "status", Status.WARN))
         report.add(_clock())
         if login is None:
             return
@@ -166,20 +168,21 @@ def _files(config: Config, report: Report) -> TLSPolicy | None:
         return None
 
 
-async def _listen(reactor: Any, listener: Listener) -> Step:
+async def _listen(reactor: Any, listener: Listener, name: str = "listen", otherwise: Status = Status.FAIL) -> Step:
+    """Say whether an endpoint can be opened; `otherwise` is how bad it is if not."""
     endpoint = listener.endpoint
     if endpoint.startswith("systemd:"):
-        return Step("listen", Status.SKIP, f"{endpoint}: systemd opens it and passes it on to the service")
+        return Step(name, Status.SKIP, f"{endpoint}: systemd opens it and passes it on to the service")
     try:
         port = listen(reactor, listener, Factory())
     except ListenFailed as error:
         message = f"{endpoint}: {error.cause}"
         if error.in_use:
             remedy = f"If that is the gateway itself, all is well; otherwise {error.remedy}."
-            return Step("listen", Status.WARN, message, remedy)
-        return Step("listen", Status.FAIL, message, error.remedy)
+            return Step(name, Status.WARN, message, remedy)
+        return Step(name, otherwise, message, error.remedy)
     await maybeDeferred(port.stopListening)
-    return Step("listen", Status.PASS, f"{endpoint} can be listened on")
+    return Step(name, Status.PASS, f"{endpoint} can be listened on")
 
 
 def _clock() -> Step:

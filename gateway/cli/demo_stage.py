@@ -167,6 +167,7 @@ class Stage:
                 "listen": [{"endpoint": f"{LOOPBACK}:{port}"}],
                 "timeouts": {"close": 1},
                 "drain": {"seconds": 0},
+                "status": {"endpoint": f"{LOOPBACK}:0"},
                 **sections,
             }
         )
@@ -181,6 +182,8 @@ class Stage:
             f"takes plain MQTT on {LOOPBACK}:{port}; its upstream is {upstream.address}, "
             f"which must prove to be {upstream.verify_name}",
         )
+        if service.status_port.port is not None:
+            self.say(name, f"shows how it is on http://{LOOPBACK}:{port_of(service.status_port.port)}/")
         return port, journal
 
     async def connect(

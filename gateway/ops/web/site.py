@@ -223,6 +223,8 @@ class _Request(Request):
             self.setHeader("Retry-After", "1")
         self.setHeader("Content-Type", content_type)
         self.setHeader("Content-Length", str(len(body)))
+        # One answer a connection: there are few connections, and whoever idles on one keeps somebody else waiting.
+        self.channel.persistent = False
         if self.method != b"HEAD":
             self.write(body)
         self.finish()
