@@ -31,7 +31,8 @@ from benchmarks.load import CannotMeasure, start_on
 from benchmarks.relays import BROKER_NAME, Relay, Setting, descriptor_limit, free_ports, running
 
 _CONNACK = b"\x20\x02\x00\x00"
-_GATEWAY_CORE, _OTHER_CORE = 0, 1
+_CORES = sorted(os.sched_getaffinity(0))
+_GATEWAY_CORE, _OTHER_CORE = _CORES[0], _CORES[-1]
 _SLOW = 3.0  # seconds that a slow broker takes for CONNACK
 
 
@@ -265,6 +266,8 @@ async def _outage(bench: _Bench, how: str, seconds: float) -> str:
         if newcomers is not None:
             await newcomers.dismiss()
         await fleet.dismiss()
+    if not standing or not waited:
+        raise CannotMeasure(f"{how} for {seconds:g} s: too short for anybody to come")
     told = f"all told within {max(standing):.1f} s" if len(standing) == len(fleet.devices) else "not told yet"
     return (
         f"{how} for {back - began:.0f} s: 100 sessions that stood {told}; those that came then waited "

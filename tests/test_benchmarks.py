@@ -115,3 +115,25 @@ def test_a_relay_that_failed_is_shown_as_failed() -> None:
 def test_numbers_have_two_or_three_digits(value: float, shown: str) -> None:
     """More would be noise."""
     assert number(value) == shown
+
+
+def test_outages_and_storms_are_measured() -> None:
+    """A small one of each: everybody is told, and served again in the end."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.outage", "--only=storm,killed"),
+            *("--storm=30", "--pacing=0,50", "--seconds=4"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    unpaced, paced, killed = done.stdout.splitlines()
+    assert unpaced.startswith("storm of 30, pacing 0/s: ")
+    assert paced.startswith("storm of 30, pacing 50/s: ")
+    assert "20 standing sessions: p50 " in paced
+    assert killed.startswith("killed for ")
+    assert "100 sessions that stood all told within " in killed

@@ -6,6 +6,7 @@ by `python -m benchmarks.outage`.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -222,6 +223,28 @@ def test_a_reload_does_not_forget_that_a_broker_is_away(
     gateway.change(tls={"ca_file": str(ca_file), "min_version": "1.3"})
     established(gateway).close()
     assert gateway.service.gateway.upstreams[0].dials == 2
+
+
+def test_a_reload_ends_a_trial_that_is_under_way(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """It belongs to the configuration that was replaced; a new one begins under the other."""
+    gone = start_broker()
+    gone.stop()
+    gateway = start_gateway(upstream=gone.port, failover=SOON)
+    assert unavailable(connects(gateway), 4)
+    with socket.create_server(("127.0.0.1", gone.port)) as silent:
+        silent.settimeout(20)
+        trial, _ = silent.accept()
+        trial.settimeout(20)
+        assert trial.recv(3)[:1] == b"\x16"
+        before = gateway.service.gateway.generation.dialler
+        gateway.change(limits={"max_packet_size": 65536})
+        assert not before._trials
+        with contextlib.suppress(ConnectionResetError):
+            while trial.recv(65536):
+                pass
+        again, _ = silent.accept()
+        for connection in (trial, again):
+            connection.close()
 
 
 def test_a_box_with_a_wrong_clock_serves_by_itself_when_it_is_right(

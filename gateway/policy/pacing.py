@@ -68,7 +68,7 @@ class Pacer:
 
     def give_back(self) -> None:
         """Return a turn of which no use was made."""
-        self._tokens = min(float(self._burst), self._tokens + 1)
+        self._tokens += 1
 
     def _take(self) -> bool:
         now = self._clock.seconds()
