@@ -6,6 +6,7 @@ transport, a half-close that loses nothing.
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -126,11 +127,16 @@ def tune(transport: RelayTransport, user_timeout: float) -> None:
     if not ISystemHandle.providedBy(transport):
         return
     handle = ISystemHandle(transport).getHandle()
-    if not isinstance(handle, socket.socket) or handle.family not in {socket.AF_INET, socket.AF_INET6}:
+    if not isinstance(handle, socket.socket):
         return
+    try:
+        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    except OSError as error:
+        if error.errno == errno.EOPNOTSUPP:  # A UNIX socket.
+            return
+        raise
     idle = max(1, int(user_timeout / 2))
     interval = max(1, int((user_timeout - idle) / _KEEPALIVE_PROBES))
-    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)

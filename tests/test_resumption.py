@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from attrs import evolve
+from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
 from twisted.logger import formatEvent, globalLogPublisher
 
@@ -412,7 +413,9 @@ def test_a_ticket_of_another_context_is_never_used(world: World, tmp_path: Path)
 def test_a_certificate_other_than_the_tickets_is_refused(world: World) -> None:
     """The certificate that OpenSSL keeps with the session must be the one whose verification is relied on."""
     ticket = ticket_of(world)
-    world.tickets.keep(evolve(ticket, verified=evolve(ticket.verified, certificate=certify(ROOT).certificate)))
+    world.tickets.keep(
+        evolve(ticket, verified=evolve(ticket.verified, der=certify(ROOT).certificate.public_bytes(Encoding.DER)))
+    )
     assert world.refused().reason is EndReason.TLS_VERIFICATION_ERROR
 
 

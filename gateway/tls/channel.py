@@ -23,6 +23,7 @@ from hmac import compare_digest
 from ipaddress import ip_address
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import verification
 from OpenSSL import SSL, crypto
 
@@ -312,10 +313,8 @@ class TLSChannel:
         certificate = self._connection.get_peer_certificate()
         if certificate is None:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a certificate")
-        leaf = certificate.to_cryptography()
-        resumed = self._resumed(leaf)
-        verified = resumed or self._verified_in_full(_shared(leaf))
-        # The same, but for all sessions that resume: it is not to be kept once for each of them.
+        resumed = self._resumed(certificate)
+        verified = resumed or self._verified_in_full(_shared(certificate.to_cryptography()))
         leaf = verified.certificate
         if self._identity.match(leaf) != verified.matched:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the certificate changed during the handshake")
@@ -334,7 +333,7 @@ class TLSChannel:
             self._verified = verified
         return _peer(leaf, verified.matched, tls_version, cipher, alpn, resumed is not None)
 
-    def _resumed(self, leaf: x509.Certificate) -> Verified | None:
+    def _resumed(self, certificate: crypto.X509) -> Verified | None:
         """Return what was verified when the resumed session began, or `None` if nothing was resumed.
 
         Raises `UpstreamFailure` if it was, and must not have been.
@@ -346,7 +345,9 @@ class TLSChannel:
             present = self._connection.master_key() or b""
         except SSL.Error:
             return None  # OpenSSL has a new session, without a secret to resume it by yet.
-        if not secret or not compare_digest(present, secret) or leaf != ticket.verified.certificate:
+        if not secret or not compare_digest(present, secret):
+            return None
+        if crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) != ticket.verified.der:
             return None
         if not self._tickets.holds(ticket.verified):
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the ticket expired during the handshake")
@@ -358,12 +359,13 @@ class TLSChannel:
         if not chain or not self._approved:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a verified chain")
         if self._tickets is None and not self._policy.pins:
-            return Verified(leaf, self._matched, (), "", 0.0, 0.0)
+            return Verified(leaf, b"", self._matched, (), "", 0.0, 0.0)
         certificates = [certificate.to_cryptography() for certificate in chain]
         pins = tuple(spki_pin(certificate) for certificate in certificates) if self._policy.pins else ()
         since = self._tickets.now() if self._tickets is not None else 0.0
         group = self._connection.get_group_name() or ""
-        return Verified(leaf, self._matched, pins, group, since, good_until(self._policy, certificates, since))
+        until = good_until(self._policy, certificates, since)
+        return Verified(leaf, leaf.public_bytes(Encoding.DER), self._matched, pins, group, since, until)
 
     def _keep_ticket(self) -> None:
         """Leave the next channel the ticket that may have come."""

@@ -40,11 +40,13 @@ SUSPENDED_FOR = 3600.0
 class Verified:
     """What a full handshake showed about a broker; times are seconds since the epoch.
 
+    `der` is the certificate as it came, so that those of resumed sessions are compared without being parsed.
     `pins` are those of the verified chain, the broker's own first, if the policy has any.  `group` is what the broker
     chose for the key exchange.
     """
 
     certificate: x509.Certificate
+    der: bytes
     matched: str
     pins: tuple[bytes, ...]
     group: str
