@@ -68,6 +68,9 @@ class DeviceProtocol(RelaySide):
         self.finish()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Tell the session."""
+        """Tell the session, for the last time."""
         self.lost()
-        self._session.device_gone(how_lost(reason))
+        session = self._session
+        # Each would keep the other, and both what the session began under, until the collector comes, which is seldom.
+        del self._session
+        session.device_gone(how_lost(reason))

@@ -529,9 +529,6 @@ class GatewayService(Service):
         self.gateway.adopt(generation)
         self.status_port.adopt(status)
         self._watch.know(generation.files)
-        # Sessions that have ended wait in cycles for the collector, which comes seldom (see spare_the_collector), and
-        # keep what was made for the configuration that they began under: up to a megabyte of certificates.
-        gc.collect()
         self._tell_limits()
         for port in opened:
             _tell_listening(port)

@@ -325,7 +325,8 @@ class Dialler:
             try:
                 protocol, peer = await self._attempt(target, health, session.record)
             except UpstreamFailure as failure:
-                failures[health] = last = failure
+                # A copy: what was raised keeps this frame, which would keep it.
+                failures[health] = last = UpstreamFailure(failure.reason, failure.detail)
             else:
                 self._tell_passed_over(route, health, failures)
                 protocol.serve(session, device, peer)
@@ -515,13 +516,16 @@ async def connect(
 ) -> UpstreamProtocol:
     """Return a connection to whichever address answers first.  Raises `UpstreamFailure`."""
     endpoints = [network.endpoint(address) for address in addresses]
+    factory = _UpstreamFactory(build)
     try:
-        protocol = await race(endpoints, _UpstreamFactory(build), clock).addTimeout(timeouts.tcp, clock)
+        protocol = await race(endpoints, factory, clock).addTimeout(timeouts.tcp, clock)
     except DeferredTimeout:
         shown = ", ".join(shown_address(address) for address in addresses)
         raise UpstreamFailure(EndReason.TCP_TIMEOUT, f"{shown}: no answer within {timeouts.tcp:g} s") from None
     except AllFailed as failed:
         raise _tcp_failure(failed.failures) from None
+    finally:
+        factory.close()
     assert isinstance(protocol, UpstreamProtocol)  # noqa: S101  the factory builds nothing else; narrows the type
     return protocol
 
@@ -561,9 +565,13 @@ class _UpstreamFactory(Factory):
     noisy = False
 
     def __init__(self, build: Callable[[], UpstreamProtocol]) -> None:
-        self._build = build
+        self._build: Callable[[], UpstreamProtocol] | None = build
 
-    def buildProtocol(self, addr: IAddress | None) -> UpstreamProtocol:
-        """Make the protocol for a connection that stands."""
+    def buildProtocol(self, addr: IAddress | None) -> UpstreamProtocol | None:
+        """Make the protocol for a connection that stands; `None`, which closes it, when the race is over."""
         del addr
-        return self._build()
+        return self._build() if self._build is not None else None
+
+    def close(self) -> None:
+        """The race is over.  Twisted's connectors are cycles, which the collector seldom looks at, and keep this."""
+        self._build = None

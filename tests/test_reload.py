@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,16 @@ from gateway.service import Generation
 from gateway.tls.trust import TLSPolicy
 from gateway.upstream import Dialler
 from tests import mqtt_packets as mqtt
-from tests.harness import PATIENCE, Broker, Device, RunningGateway, ServerTLS, eventually, open_descriptors
+from tests.harness import (
+    PATIENCE,
+    Broker,
+    BrokerConnection,
+    Device,
+    RunningGateway,
+    ServerTLS,
+    eventually,
+    open_descriptors,
+)
 from tests.mosquitto import Mosquitto, free_port
 from tests.pki import CLIENT, Certified, certify, certify_ca
 from tests.processes import GatewayProcess
@@ -405,6 +415,58 @@ def test_a_mistake_in_a_reload_is_a_refusal(
 
 
 # ---- often
+
+
+def test_an_old_configuration_goes_with_its_last_session(
+    start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path
+) -> None:
+    """At once, without the collector, which comes once in thousands of sessions: each holds up to a megabyte of roots.
+
+    However the sessions ended: by either side, refused, given up on the way, or for want of a broker.
+    """
+
+    def serve(connection: BrokerConnection) -> None:
+        packet = connection.read_packet()
+        if b"silent" in packet:
+            connection.read_to_end()
+        connection.send(mqtt.connack(code=5 if b"refused" in packet else 0))
+        if b"dropped" not in packet:
+            connection.read_to_end()
+
+    broker = start_broker(serve=serve)
+    wrong = start_broker(tls=ServerTLS.from_trustme(trustme.CA().issue_cert("localhost")))
+    upstream = [{"host": "localhost", "port": port} for port in (wrong.port, broker.port)]
+    gateway = start_gateway(upstream=upstream, limits={"max_packet_size": 1000}, timeouts={"connack": 1})
+    first = weakref.ref(gateway.service.gateway.generation)
+    gc.collect()
+    gc.disable()
+    try:
+        with established(gateway.port) as orderly:
+            orderly.send(mqtt.disconnect())
+            assert orderly.read_to_end() == b""
+        established(gateway.port).reset()
+        with established(gateway.port) as excessive:
+            excessive.send(mqtt.publish(payload=bytes(2000)))
+            assert excessive.read_to_end() == b""
+        for name, told in (("refused", mqtt.connack(code=5)), ("dropped", mqtt.connack())):
+            with Device(gateway.port) as device:
+                device.send(mqtt.connect(name))
+                assert device.read_to_end() == told
+        with Device(gateway.port) as silent:
+            silent.send(mqtt.connect("silent"))
+            eventually(lambda: b"silent" in broker.received, "CONNECT is at the broker")
+        gateway.wait_ended(6)
+        broker.stop()
+        with Device(gateway.port) as late:
+            late.send(mqtt.connect("late"))
+            assert late.read_to_end() == mqtt.connack(code=3)
+        gateway.wait_ended(7)
+        gateway.wait_empty()
+        assert first() is not None
+        gateway.change(limits={"max_packet_size": 1001})
+        eventually(lambda: first() is None, "the old configuration is gone")
+    finally:
+        gc.enable()
 
 
 def test_two_hundred_reloads_leave_nothing(

@@ -24,7 +24,7 @@ from gateway.side import RelaySide
 from gateway.tls import channel
 from gateway.tls.channel import ChannelState, TLSChannel
 from gateway.tls.identity import Identity
-from gateway.upstream import Dialler, Peer, UpstreamProtocol
+from gateway.upstream import Dialler, _UpstreamFactory, Peer, UpstreamProtocol
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
 from tests.simulation.run import report, run
@@ -349,6 +349,7 @@ def keeps_the_losers_of_the_race(patch: pytest.MonkeyPatch) -> None:
     """Connections that were not needed stay open."""
     patch.setattr(_Race, "_stop", lambda self: setattr(self, "_over", True))
     patch.setattr(_Race, "_won", _won_without_abort)
+    patch.setattr(_UpstreamFactory, "close", lambda self: None)
 
 
 def _won_without_abort(self: Any, protocol: Any, attempt: Any) -> None:

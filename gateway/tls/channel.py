@@ -212,6 +212,7 @@ class TLSChannel:
         """Let go of OpenSSL's part, whose way back to this object is a cycle that would outlive the session."""
         self.state = ChannelState.CLOSED
         self._connection.set_app_data(None)
+        self._failure = None  # Once raised, it keeps the frames that it came through, and they keep this.
 
     def _handshake(self) -> bool:
         """Go on with the handshake; return whether the channel is VERIFIED now."""

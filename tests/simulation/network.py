@@ -590,7 +590,9 @@ class Endpoint:
         def connected() -> None:
             if not result.called:
                 protocol = factory.buildProtocol(self._address)
-                assert protocol is not None
+                if protocol is None:
+                    result.errback(error.NoProtocol())
+                    return
                 assert route.accept is not None
                 self._network.connect_upstream(self._address, route.accept, protocol)
                 result.callback(protocol)
