@@ -24,7 +24,7 @@ from gateway.side import RelaySide
 from gateway.tls import channel
 from gateway.tls.channel import ChannelState, TLSChannel
 from gateway.tls.identity import Identity
-from gateway.upstream import Dialler, _UpstreamFactory, Peer, UpstreamProtocol
+from gateway.upstream import Dialler, Peer, UpstreamProtocol, _UpstreamFactory
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
 from tests.simulation.run import report, run

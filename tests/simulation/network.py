@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import heapq
 import socket
+import weakref
 from collections import deque
 from collections.abc import Callable
 from itertools import count
@@ -515,6 +516,7 @@ class VirtualNetwork:
         self.names: dict[str, Name] = {}
         self.routes: dict[str, Route] = {}
         self.connections: list[Connection] = []
+        self.channels_ever: list[weakref.ref[Any]] = []
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
         """See `Network.resolve`."""
@@ -561,6 +563,7 @@ class VirtualNetwork:
         name = f"gateway to broker {address.host}"
         own = self._keep(GatewayConnection(name, link.gateway, self._poller, local, address))
         own.begin(protocol)
+        self.channels_ever.append(weakref.ref(protocol.__dict__["_channel"]))
 
     def _keep(self, connection: Connection) -> Any:
         self.connections.append(connection)

@@ -88,8 +88,8 @@ def simulate(seed: int, identities: Identities) -> Outcome:
         world.gateway = None  # type: ignore[assignment]  # nothing but a leak may hold a session now
         gc.collect()
         if not world.violations:
-            left = [ref for ref in sessions if ref() is not None]
-            world.expect(not left, "liveness", f"{len(left)} session objects are left")
+            left = [type(ref()).__name__ for ref in (*sessions, *world.network.channels_ever) if ref() is not None]
+            world.expect(not left, "liveness", f"objects are left: {left}")
     finally:
         globalLogPublisher.removeObserver(world.observe)
     return Outcome(seed, world.violations, world.trace, world.clock.steps, [str(r.reason) for r in world.journal.ended])
