@@ -33,6 +33,7 @@ class DeviceProtocol(RelaySide):
         """Open a session."""
         tune(self.transport, self._user_timeout)
         self._session = self._open_session(self)
+        del self._open_session  # It knows this device, and each would keep the other.
 
     def dataReceived(self, data: bytes) -> None:
         """Give the device's bytes to the session."""
