@@ -349,6 +349,14 @@ def test_one_host_may_serve_several_names() -> None:
             {"listen": [{}]},
             'listen[0].endpoint: it is missing: name a port or an endpoint, as in endpoint = "1883"',
         ),
+        (
+            {"failover": {"retry_first": 31}},
+            "failover.retry_first: 31.0 is more than retry_max, which is 30.0",
+        ),
+        (
+            {"pacing": {"queue_seconds": -1}},
+            "pacing.queue_seconds: -1.0 is out of range (0 to 3600)",
+        ),
         ({"listen": [{"endpoint": 1883}]}, "listen[0].endpoint: expected a text, got the number 1883"),
         (
             {"listen": [{"endpoint": "1", "name": "\x1b[2J"}]},

@@ -436,3 +436,27 @@ def test_the_lines_that_the_document_shows(journal: Journal, clock: Clock, event
     expected["withheld"] = lines(events)[-1]
     shown = dict(re.findall(r"<!-- line: ([^>]+) -->\n```\n(.*)\n```", ENDINGS.read_text()))
     assert shown == expected
+
+
+def test_a_broker_that_is_left_alone_is_told_of_with_the_remedy(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """And when it serves again; what a stranger wrote is escaped."""
+    journal.left_alone("first.example:8883", UpstreamFailure(EndReason.TLS_EXPIRED, "certificate\n\x1b[2J"), 0.75)
+    journal.serves_again("first.example:8883")
+    left, again = lines(events)
+    assert left.startswith(
+        "upstream first.example:8883 is left alone for 0.8 s, and longer if it fails again: tls-expired"
+    )
+    assert r"(certificate\n\x1b[2J)" in left
+    assert left.endswith(EndReason.TLS_EXPIRED.remedy)
+    assert again == "upstream first.example:8883 serves again"
+
+
+def test_a_broker_that_comes_and_goes_does_not_fill_the_disk(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """Some lines a minute in both directions, and then how many more there were."""
+    for _ in range(1000):
+        journal.left_alone("first.example:8883", UpstreamFailure(EndReason.TCP_REFUSED), 0.5)
+        journal.serves_again("first.example:8883")
+    assert len(events) == 2 * FULL_RECORDS
+    journal.flush()
+    assert events[-1]["count"] == 1000 - FULL_RECORDS
+    assert "times first.example:8883 was left alone" in events[-1]["what"]

@@ -79,6 +79,7 @@ class Journal:
         # By what the records have in common: the reason, and whose it is.
         self._written: Counter[tuple[str, EndReason]] = Counter()
         self._withheld: Counter[tuple[str, EndReason]] = Counter()
+        self._told_left_alone: set[str] = set()
 
     def session_started(self, record: SessionRecord) -> None:
         """See `gateway.session.Journal`."""
@@ -134,6 +135,7 @@ class Journal:
         """`upstream` (`host:port`) failed, and for so many seconds no session dials it."""
         reason = failure.reason
         if self._is_due(f"times {upstream} was left alone", reason):
+            self._told_left_alone.add(upstream)
             self._log.warn(
                 "upstream {upstream} is left alone for {shown_seconds} s, and longer if it fails again: "
                 "{reason}{shown}. {remedy}",
@@ -149,7 +151,10 @@ class Journal:
 
     def serves_again(self, upstream: str) -> None:
         """`upstream` (`host:port`) had been left alone, and was verified again."""
-        self._log.info("upstream {upstream} serves again", event="upstream-serves-again", upstream=upstream)
+        # One that comes and goes each second is told of in both directions or in neither.
+        if upstream in self._told_left_alone:
+            self._told_left_alone.remove(upstream)
+            self._log.info("upstream {upstream} serves again", event="upstream-serves-again", upstream=upstream)
 
     def sweep(self) -> None:
         """Close the window if it is over."""
