@@ -328,6 +328,26 @@ def test_a_filter_too_narrow_would_be_noticed(plant: Plant, calls: str) -> None:
     assert answer != ACCEPTED
 
 
+def test_memory_cannot_be_kept_from_being_written_and_executed(plant: Plant, box: Box) -> None:
+    """Why MemoryDenyWriteExecute= is not in the unit; once this fails, it belongs there."""
+    plant.drop_in("MemoryDenyWriteExecute=yes")
+    assert box.run("systemctl", "start", UNIT).returncode == 1
+    assert "Cannot allocate write+execute memory for ffi.callback()" in box.log(UNIT)
+
+
+def test_the_status_is_asked_by_a_socket(plant: Plant, box: Box) -> None:
+    """In the runtime directory, by whom the socket's mode lets in; of instances each in its own."""
+    more = '[status]\nendpoint = "unix:/run/mqtts-gateway/status.sock:mode=666"\n'
+    plant.configure(endpoint="systemd:domain=INET:name=mqtt", more=more)
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    for name in ("mqtts-gateway", "mqtts-gateway@1"):
+        box.do("systemctl", "start", f"{name}.socket", f"{name}.service")
+        url = f"unix:/run/{name.replace('@', '-')}/status.sock"
+        for who in ([], nobody):
+            assert "The gateway is " in box.do(*who, PROGRAM, "status", "--url", url)
+        box.do("systemctl", "stop", f"{name}.socket", f"{name}.service")
+
+
 def test_a_configuration_that_cannot_be_used_is_refused_at_reload(plant: Plant, box: Box) -> None:
     """`systemctl reload` fails with the reason in the log, and the gateway goes on as it was; a good one is taken."""
     plant.start()
