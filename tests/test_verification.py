@@ -30,7 +30,7 @@ from gateway.tls import channel as channel_module
 from gateway.tls.channel import TLSChannel
 from gateway.tls.identity import Identity
 from gateway.tls.trust import platform_roots, spki_pin
-from gateway.upstream import UpstreamProtocol
+from gateway.upstream import Dialler, UpstreamProtocol
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.pki import (
@@ -137,10 +137,15 @@ def records(wire: bytes) -> list[tuple[int, bytes]]:
 
 @pytest.fixture
 def begin(
-    start_broker: Callable[..., Broker], start_gateway: Callable[..., RunningGateway], tmp_path: Path
+    start_broker: Callable[..., Broker],
+    start_gateway: Callable[..., RunningGateway],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Trial]:
     """Return a function that starts a broker, and a gateway in front of it."""
     numbers = count()
+    # Each dial is to be a session's: the gateway's own, to see whether a broker is well again, would take a turn away.
+    monkeypatch.setattr(Dialler, "sweep", lambda _: None)
 
     def write(*parts: bytes) -> Path:
         path = tmp_path / f"{next(numbers)}.pem"
@@ -169,6 +174,7 @@ def begin(
             ca_file=None if roots is None else write(*(root.pem for root in roots)),
             tls=tls,
             timeouts={"tls": SHORT if hangs else 20},
+            failover={"retry_first": 0.001, "retry_max": 0.001},
         )
         return Trial(gateway, brokers)
 

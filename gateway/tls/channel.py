@@ -141,8 +141,11 @@ class TLSChannel:
 
     @property
     def resuming(self) -> bool:
-        """Whether a session is to be resumed, in a handshake that is not done."""
-        return self._offered is not None
+        """Whether a session is to be resumed, in a handshake that is not done.
+
+        Once the broker has shown a certificate it is not: the ticket was declined, and the handshake is a full one.
+        """
+        return self._offered is not None and not self._asked
 
     def sent_chain(self) -> list[x509.Certificate]:
         """Return what the broker sent, its own certificate first, verified or not: for people who want to know why.
