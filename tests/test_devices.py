@@ -125,6 +125,9 @@ def test_what_is_resumed_is_never_anothers(start_gateway: StartGateway, tmp_path
         for event in cloud.told("connected"):
             expected = {"other": "gateway"}.get(event["client_identifier"], event["client_identifier"])
             assert event["certificate"] == expected
+        # Each of the three was resumed, or this would show nothing.
+        resumed = {event["client_identifier"] for event in cloud.told("connected") if event["resumed"]}
+        assert resumed == {"d1", "d2", "other"}
 
 
 def test_a_refused_certificate_does_not_take_the_broker_from_the_others(
