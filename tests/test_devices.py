@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import ssl
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from gateway.config.passwords import hash_password
 from gateway.errors import ConfigError, EndReason
 from tests import mqtt_packets as mqtt
 from tests.cloud import SERVER_NAME, Cloud
-from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
+from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, connect_version, eventually
 from tests.leftovers import Leftovers
 from tests.pki import CLIENT, certify, certify_ca
 
@@ -146,6 +147,27 @@ def test_a_refused_certificate_does_not_take_the_broker_from_the_others(
         established(gateway, client_identifier="d2").close()
         assert cloud.wait("connected")["certificate"] == "d2"
         assert len(cloud.told("connected")) == 1
+
+
+def test_a_certificate_that_is_refused_in_the_handshake_is_one_devices_own_matter(
+    start_gateway: StartGateway, start_broker: StartBroker, server_tls: ServerTLS, ca_file: Path, tmp_path: Path
+) -> None:
+    """TLS 1.2 says so before the channel stands; the broker is not left alone for it."""
+    root = certify_ca()
+    (tmp_path / "root.pem").write_bytes(root.pem)
+    context = server_tls.context()
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(tmp_path / "root.pem")
+    rules = []
+    for name, issuer in (("stranger", certify_ca(subject="Other CA")), ("d2", root)):
+        path = certify(issuer, subject=name, names=(), purposes=(CLIENT,)).write(tmp_path / f"{name}.pem")
+        rules.append({"match_client_id": name, "client_cert": str(path)})
+    gateway = start_gateway(upstream=start_broker(tls=context).port, device=rules)
+    for index in range(3):
+        assert told(gateway, mqtt.connect("stranger")) == b"\x20\x02\x00\x03"
+        assert gateway.wait_ended(index + 1).reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED
+    established(gateway, client_identifier="d2").close()
 
 
 @pytest.mark.parametrize(
@@ -540,8 +562,8 @@ def test_a_rule_names_its_upstreams(start_gateway: StartGateway, start_broker: S
     """In its own order; others go to those that serve everybody."""
     general, special, spare = (start_broker() for _ in range(3))
     upstream = [
-        {"host": "localhost", "port": general.port},
         {"host": "localhost", "port": special.port, "name": "special", "default": False},
+        {"host": "localhost", "port": general.port},
         {"host": "localhost", "port": spare.port, "name": "spare", "default": False},
     ]
     rule = {"match_client_id": "a", "upstream": ["spare", "special"]}
