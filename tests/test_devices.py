@@ -22,6 +22,7 @@ from tests.cloud import SERVER_NAME, Cloud
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, connect_version, eventually
 from tests.leftovers import Leftovers
 from tests.pki import CLIENT, certify, certify_ca
+from tests.test_status import ask, value
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]
@@ -781,3 +782,52 @@ def test_rules_change_with_a_reload_and_sessions_keep_theirs(
     other.send(mqtt.publish("b"))
     eventually(lambda: broker.received.endswith(mqtt.publish("b")), "the message under the new rule")
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("rules", "connect", "reason"),
+    [
+        ({"device": [{"bound_to": "127.0.0.1"}]}, {}, EndReason.SPOOFED),
+        ({}, {}, EndReason.CLIENT_ID_IN_USE),
+        ({"device": [{"match_client_id": "sensor-1", "bound_to": "127.0.0.1"}]}, {}, EndReason.SPOOFED),
+        (
+            {"device": [{"match_network": "127.0.0.1"}], "devices": {"unknown": "refuse"}},
+            {},
+            EndReason.DEVICE_UNKNOWN,
+        ),
+        (
+            {"device": [{"match_network": "127.0.0.1"}, {"lan_password": PASSWORD}]},
+            {"username": "u", "password": b"guess"},
+            EndReason.CLIENT_ID_IN_USE,
+        ),
+        (
+            {
+                "device": [{"match_network": "127.0.0.1"}, {"lan_password": PASSWORD}],
+                "devices": {"same_client_id": "take-over"},
+            },
+            {"username": "u", "password": b"guess"},
+            EndReason.DEVICE_PASSWORD_WRONG,
+        ),
+    ],
+)
+def test_every_attempt_at_anothers_name_is_refused_and_seen(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    logged: list[str],
+    rules: dict[str, Any],
+    connect: dict[str, Any],
+    reason: EndReason,
+) -> None:
+    """In the log, the metrics and the status; the device whose name it is goes on."""
+    broker = start_broker()
+    gateway = start_gateway(upstream=broker.port, status={"endpoint": "127.0.0.1:0"}, **rules)
+    device = established(gateway)
+    assert told(gateway, mqtt.connect(**connect), source="127.0.0.2")[:1] == b"\x20"
+    assert gateway.wait_ended().reason is reason
+    eventually(lambda: [line for line in logged if reason in line and "127.0.0.2" in line], "the log")
+    assert value(ask(gateway, "/metrics").text, "sessions_ended_total", reason=reason.value) == 1
+    (lately,) = ask(gateway, "/status").json["lately"]
+    assert (lately["reason"], lately["count"]) == (reason.value, 1)
+    device.send(mqtt.publish())
+    eventually(lambda: broker.received == mqtt.connect() + mqtt.publish(), "the device goes on")
+    device.close()
