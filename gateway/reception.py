@@ -65,7 +65,7 @@ class Reception:
         self._helpers = helpers
         self._end = end
         self._rules = Rules(config)
-        self._credentials = Credentials(config.device, helpers.programs, uniform)
+        self.credentials = Credentials(config.device, helpers.programs, uniform)
         self._routes = self._make_routes()
         self._is_plain = not config.device and config.devices.unknown == "pass"
 
@@ -101,7 +101,7 @@ class Reception:
                 route = self._routes.get(matched.rule.device)
                 await self._check_password(matched, connect, caller)
                 self._enter(session, connect, caller)
-                password, lives = await self._credentials.password(matched)
+                password, lives = await self.credentials.password(matched)
                 limit = self._config.limits.max_connect_size
                 session.treat(treat(matched, packet, connect, password, lives, limit))
         except Refusal as refusal:
@@ -130,7 +130,7 @@ class Reception:
         identities = {
             device: (f"rule {device.name}", client)
             for device in devices
-            if (client := self._credentials.client_identity(device)) is not None
+            if (client := self.credentials.client_identity(device)) is not None
         }
         policies = device_policies(self._config.tls, identities)
         return {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from gateway.device import DeviceProtocol
 from gateway.errors import ConfigError, EndReason
 from gateway.listening import ListenerFactory, Listeners
 from gateway.network import Network, ReactorNetwork
-from gateway.ops.expiry import ExpiryWatch, configured
+from gateway.ops.expiry import Certificate, ExpiryWatch, configured, of_devices
 from gateway.ops.journal import GatewayJournal, Journal
 from gateway.ops.ledger import Ledger
 from gateway.ops.notify import Notifier
@@ -551,7 +551,7 @@ class GatewayService(Service):
                 # The configuration as such is only read when somebody says so: who edits it may not be done.
                 self._reload(lambda: config)
         self.status_port.sweep()
-        self._expiry.sweep(self.sight.certificates)
+        self._expiry.sweep(self._certificates)
 
     def _stopped(self) -> Deferred[Any]:
         self._relay.stop()
@@ -562,6 +562,11 @@ class GatewayService(Service):
     def _tell_ready(self) -> None:
         if self.running and not self.gateway.stopping:
             self._notifier.ready(self.status)
+
+    def _certificates(self) -> Iterator[Certificate]:
+        """Yield all certificates whose end would end some service."""
+        yield from self.sight.certificates()
+        yield from of_devices(self.gateway.generation.reception.credentials.client_identities)
 
     def _tell_limits(self) -> None:
         carried, wanted = self.gateway.max_sessions, self.gateway.config.admission.max_sessions

@@ -268,7 +268,7 @@ def test_an_expired_token_is_refused_by_the_broker(
     }
     with Cloud(tmp_path / "cloud", client_ca="", hub=HUB, keys={"d1": KEY}) as cloud:
         gateway = start_gateway(upstream=at(cloud), ca_file=cloud.ca_file, device=[rule])
-        credentials = gateway.service.gateway.generation.reception._credentials
+        credentials = gateway.service.gateway.generation.reception.credentials
         monkeypatch.setattr(credentials, "_now", lambda: time.time() - 7200)
         assert told(gateway, mqtt.connect("d1")) == b"\x20\x02\x00\x05"
         cloud.wait("ended", why="expired SAS token")
@@ -831,3 +831,12 @@ def test_every_attempt_at_anothers_name_is_refused_and_seen(
     device.send(mqtt.publish())
     eventually(lambda: broker.received == mqtt.connect() + mqtt.publish(), "the device goes on")
     device.close()
+
+
+def test_the_end_of_a_devices_certificate_is_told_before(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, logged: list[str]
+) -> None:
+    """Brokers would refuse the device from then on."""
+    path = certify(certify_ca(), subject="d1", names=(), purposes=(CLIENT,), valid_for=10).write(tmp_path / "d1.pem")
+    start_gateway(upstream=start_broker().port, device=[{"match_client_id": "d1", "client_cert": str(path)}])
+    eventually(lambda: [line for line in logged if line.startswith("a device's certificate (CN=d1) ends")], "a warning")

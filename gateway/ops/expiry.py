@@ -16,7 +16,7 @@ from twisted.logger import Logger
 
 from gateway.record import Peer
 from gateway.text import printable
-from gateway.tls.trust import TLSPolicy
+from gateway.tls.trust import ClientIdentity, TLSPolicy
 
 SOON = timedelta(days=30)
 _TELL_AGAIN = 24 * 3600.0  # seconds
@@ -29,17 +29,20 @@ class Role(StrEnum):
     OWN = "own"
     CA = "ca"
     BROKER = "broker"
+    DEVICE = "device"
 
 
 _WHOSE = {
     Role.OWN: "the gateway's own certificate",
     Role.CA: "the CA certificate",
     Role.BROKER: "the certificate of the broker",
+    Role.DEVICE: "a device's certificate",
 }
 _REMEDIES = {
     Role.OWN: "Have it renewed and put the new one into tls.client_cert: past its end, brokers refuse the gateway.",
     Role.CA: "Put its successor beside it into tls.ca_file: past its end, the brokers that it vouches for are refused.",
     Role.BROKER: "Have it renewed on the broker: past its end, no session is opened.",
+    Role.DEVICE: "Have it renewed and put the new one into client_cert of its rule: past its end, brokers refuse it.",
 }
 
 
@@ -92,6 +95,12 @@ def configured(policy: TLSPolicy) -> Iterator[Certificate]:
         yield _shown(Role.OWN, certificate)
     for certificate in policy.roots:
         yield _shown(Role.CA, certificate)
+
+
+def of_devices(identities: Iterable[ClientIdentity]) -> Iterator[Certificate]:
+    """Yield the certificates that devices show by their rules; thousands perhaps, so they are for the log alone."""
+    for identity in identities:
+        yield _shown(Role.DEVICE, identity.chain[0])
 
 
 def shown_by(upstream: str, peer: Peer) -> Certificate:

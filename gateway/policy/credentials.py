@@ -69,6 +69,11 @@ class Credentials:
         keys = self._keys.get(device)
         return None if keys is None else keys.client
 
+    @property
+    def client_identities(self) -> list[ClientIdentity]:
+        """All certificates and keys of devices' own."""
+        return [keys.client for keys in self._keys.values() if keys.client is not None]
+
     async def password(self, matched: Matched) -> tuple[bytes | Kept | None, float | None]:
         """Return the password for the broker, and after how many seconds the session has to end.
 
