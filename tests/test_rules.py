@@ -363,3 +363,12 @@ def test_judging_counts_nothing() -> None:
     with pytest.raises(Refusal):
         world.presence.judge("a", "10.0.0.1", world.devices)
     world.presence.judge("", "10.0.0.1", world.devices)
+
+
+def test_a_name_that_comes_often_is_not_the_first_to_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a flood of other names would give it a full bucket."""
+    monkeypatch.setattr(presence_module, "_MAX_NAMES", 3)
+    world = World()
+    for number, name in enumerate("abcad"):
+        world.enter(number, name=name)
+    assert set(world.presence._buckets) == {"c", "a", "d"}
