@@ -120,7 +120,7 @@ class Reception:
         wanted, given = matched.rule.password, connect.password
         if wanted is None:
             return
-        # The answer costs some 50 ms of a processor, which a stranger is to have as seldom as possible.
+        # The answer costs some 30 ms of a processor, which a stranger is to have as seldom as possible.
         self._presence.judge(connect.client_identifier, caller.address, self._config.devices)
         if given is None or not await self._helpers.in_thread(lambda: wanted.verify(given)):
             raise wrong_password(matched.rule)
