@@ -204,6 +204,24 @@ def test_a_broker_as_strict_as_the_clouds_ends_what_is_wrong(
         gateway.wait_ended()
 
 
+@pytest.mark.parametrize("is_ruled", [False, True])
+def test_qos_2_ends_the_session_before_such_a_broker_or_at_it(
+    start_gateway: StartGateway, tmp_path: Path, *, is_ruled: bool
+) -> None:
+    """With a rule the broker never sees it."""
+    with Cloud(tmp_path) as cloud:
+        rule = {"match_client_id": "d1", "client_cert": str(cloud.device("d1"))} | ({"max_qos": 1} if is_ruled else {})
+        gateway = start_gateway(upstream=at(cloud), ca_file=cloud.ca_file, device=[rule])
+        device = established(gateway, client_identifier="d1")
+        device.send(mqtt.publish(qos=2))
+        assert device.read_to_end() == b""
+        device.close()
+        assert gateway.wait_ended().reason is (EndReason.RULE_REFUSED if is_ruled else EndReason.UPSTREAM_LOST)
+        if not is_ruled:
+            cloud.wait("ended", why="QoS 2")
+        assert bool(cloud.told("ended")) is not is_ruled
+
+
 def test_mistakes_in_the_files_of_rules_are_all_told(tmp_path: Path, reactor: Any, ca_file: Path) -> None:
     """Before anything listens, each with its rule and its key."""
     garbage, other = tmp_path / "garbage.pem", tmp_path / "other.pem"
