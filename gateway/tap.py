@@ -22,7 +22,7 @@ from gateway.config import Config
 from gateway.errors import ConfigError
 from gateway.flags import FLAGS, Flag, config_from, explained
 from gateway.network import PatientlessThread
-from gateway.ops.logs import make_observer
+from gateway.ops.logs import LineObserver, make_observer
 from gateway.ops.notify import Notifier
 from gateway.ops.signals import call_on_signal
 from gateway.service import GatewayService
@@ -71,7 +71,7 @@ for _flag in FLAGS:
 class _Service(GatewayService):
     """The gateway as twistd runs it, and what signals do to it."""
 
-    observer: ILogObserver | None = None
+    observer: LineObserver | None = None
 
     def setServiceParent(self, parent: Any) -> None:
         """Be part of the application that twistd runs, and be the one to write its log."""
@@ -91,6 +91,13 @@ class _Service(GatewayService):
             words = explained(error)
             sys.excepthook = lambda *_: sys.stderr.write(f"{words}\n")
             raise
+
+    def change(self, config: Config) -> list[str]:
+        """Take another configuration, and write the log as it says.  Raises `ConfigError`."""
+        changed = super().change(config)
+        if self.observer is not None:
+            self.observer.use(config.log.format)
+        return changed
 
     def startService(self) -> None:
         """Begin; from now on SIGHUP is a reload."""

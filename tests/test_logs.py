@@ -184,6 +184,18 @@ def test_the_format_is_chosen_by_where_it_goes_unless_one_is_wanted(
     assert r"gr\xfc\xdf" in second or r"gr\u00fc\u00df" in second
 
 
+def test_another_configuration_changes_the_format(output: Any) -> None:
+    """Also back to the one that is chosen by where it goes."""
+    observer = make_observer("auto", FOREGROUND, {"JOURNAL_STREAM": stream_of(output)}, output)
+    assert observer is not None
+    log = Logger(namespace="gateway", observer=observer)
+    for wanted in ("json", "auto", "text"):
+        observer.use(wanted)
+        log.info("hello")
+    output.seek(0)
+    assert [line[0] for line in output.read().splitlines()] == ["{", "<", "2"]
+
+
 @pytest.mark.parametrize("option", [{"syslog": True}, {"logger": print}, {"nodaemon": False, "logfile": "-"}])
 def test_what_twistd_is_told_is_left_to_it(option: dict[str, Any]) -> None:
     """Its own options for the log go on to mean what they mean."""
@@ -233,6 +245,9 @@ def twistd(tmp_path: Path, start_broker: Callable[..., Broker], ca_file: Path, c
             device.send(connect("a\x1b[2J\u202eb") + disconnect())
             device.read_to_end()
         eventually(lambda: "device-disconnect" in log(), "the record")
+        config.write_text(config.read_text().replace(f'"{configured}"', '"json"'))
+        process.send_signal(signal.SIGHUP)
+        eventually(lambda: '"event": "reloaded"' in log(), "the reload is told as JSON")
     finally:
         process.terminate()
         process.wait(20)
@@ -242,9 +257,12 @@ def twistd(tmp_path: Path, start_broker: Callable[..., Broker], ca_file: Path, c
 def test_under_systemd_twistd_writes_priorities(
     tmp_path: Path, start_broker: Callable[..., Broker], ca_file: Path
 ) -> None:
-    """From the first line to the last, by itself."""
+    """From the first line on, by itself; a reload may ask for another format."""
     lines = twistd(tmp_path, start_broker, ca_file, "auto").splitlines()
-    assert all(re.match(r"<\d>", line) for line in lines)
+    changed = next(index for index, line in enumerate(lines) if line.startswith("{"))
+    assert changed > 5
+    assert all(re.match(r"<\d>", line) for line in lines[:changed])
+    assert all(json.loads(line) for line in lines[changed:])
     (end,) = (line for line in lines if "device-disconnect" in line)
     assert end.startswith("<6>session 1 127.0.0.1:")
     assert r"a\x1b[2J\u202eb" in end

@@ -41,11 +41,17 @@ _OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line
 
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as lines; `write` is given them with their ends."""
+    """Writes each event as lines; `write` is given them with their ends, `in_journal` says where they end up."""
 
-    def __init__(self, write: Writer, written: Literal["text", "journal", "json"]) -> None:
+    def __init__(self, write: Writer, wanted: Format, *, in_journal: bool = False) -> None:
         self._write = write
-        self._lines = {"text": _text, "journal": _journal, "json": _json}[written]
+        self._in_journal = in_journal
+        self.use(wanted)
+
+    def use(self, wanted: Format) -> None:
+        """Write what follows in this format."""
+        automatic = _journal if self._in_journal else _text
+        self._lines = {"auto": automatic, "text": _text, "journal": _journal, "json": _json}[wanted]
 
     def __call__(self, event: LogEvent) -> None:
         """See `twisted.logger.ILogObserver`."""
@@ -73,9 +79,8 @@ def make_observer(
         stream = sys.stdout if stdout is None else stdout
         if stream is None:
             return None
-        written = ("journal" if is_journal(stream, environment) else "text") if wanted == "auto" else wanted
-        return LineObserver(_to_stream(stream), written)
-    return LineObserver(_to_file(str(name)), "text" if wanted == "auto" else wanted)
+        return LineObserver(_to_stream(stream), wanted, in_journal=is_journal(stream, environment))
+    return LineObserver(_to_file(str(name)), wanted)
 
 
 def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
