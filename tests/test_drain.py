@@ -193,6 +193,23 @@ def test_the_wills_are_published_or_not(reactor: Any, ca_file: Path, mosquitto: 
     gateway.stop()
 
 
+def test_nothing_is_said_amid_a_packet(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """A DISCONNECT there would be taken for a part of the device's PUBLISH."""
+    broker = start_broker()
+    gateway = start_gateway(upstream=broker.port, drain={"seconds": 0, "wills": "discard"})
+    half = mqtt.publish(payload=bytes(100))[:50]
+    with established(gateway.port, 4) as amid, established(gateway.port, 4) as between:
+        amid.send(half)
+        eventually(lambda: half in broker.received, "half a packet has passed")
+        gateway.call(lambda: [gateway.service.stopService(), None][1])
+        assert amid.read_to_end() == between.read_to_end() == b""
+    gateway.wait_empty()
+    assert all(connection.finished.wait(20) for connection in broker.connections)
+    assert sorted(bytes(connection.received) for connection in broker.connections) == sorted(
+        [mqtt.connect() + half, mqtt.connect() + mqtt.disconnect()]
+    )
+
+
 # ---- a thousand
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import mqtt_packets as mqtt
-from tests.harness import Broker, Device, eventually
+from tests.harness import PATIENCE, Broker, Device, eventually
 from tests.processes import GatewayProcess, ServiceManager
 
 CONNACK = mqtt.connack(version=5)
@@ -223,3 +223,13 @@ def test_a_look_up_that_hangs_does_not_keep_it(tmp_path: Path, start_broker: Sta
         assert device.read_to_end()[3:4] == b"\x88"
         device.close()
         assert gateway.wait() in ENDED_BY_SIGTERM
+
+
+def test_a_thread_that_hangs_does_not_keep_a_process_that_ends_by_itself() -> None:
+    """Neither its pool nor Python waits for it."""
+    script = (
+        "import time; from twisted.python.threadpool import ThreadPool; from gateway.network import PatientlessThread; "
+        "pool = ThreadPool(); pool.threadFactory = PatientlessThread; pool.start(); "
+        "pool.callInThread(time.sleep, 3600); pool.stop()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
