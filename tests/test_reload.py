@@ -180,7 +180,7 @@ def test_no_attempt_to_connect_is_refused_while_listeners_come_and_go(
         except (AssertionError, OSError) as error:
             failures.append(error)
 
-    thread = threading.Thread(target=knock)
+    thread = threading.Thread(target=knock, daemon=True)
     thread.start()
     for number in range(40):
         gateway.change(listen=[{"endpoint": f"127.0.0.1:{comes}"}, {"endpoint": "127.0.0.1:0", "name": str(number)}])
@@ -418,7 +418,7 @@ def test_a_mistake_in_a_reload_is_a_refusal(
 
 
 def test_an_old_configuration_goes_with_its_last_session(
-    start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path
+    start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path, tmp_path: Path
 ) -> None:
     """At once, without the collector, which comes once in thousands of sessions: each holds up to a megabyte of roots.
 
@@ -436,8 +436,13 @@ def test_an_old_configuration_goes_with_its_last_session(
     broker = start_broker(serve=serve)
     wrong = start_broker(tls=ServerTLS.from_trustme(trustme.CA().issue_cert("localhost")))
     upstream = [{"host": "localhost", "port": port} for port in (wrong.port, broker.port)]
-    gateway = start_gateway(upstream=upstream, limits={"max_packet_size": 1000}, timeouts={"connack": 1})
-    first = weakref.ref(gateway.service.gateway.generation)
+    (tmp_path / "ca.pem").write_bytes(ca_file.read_bytes())
+    gateway = start_gateway(
+        upstream=upstream, ca_file=tmp_path / "ca.pem", limits={"max_packet_size": 1000}, timeouts={"connack": 1}
+    )
+    first = gateway.service.gateway.generation
+    old = [weakref.ref(each) for each in (first, first.policy, first.policy.context)]
+    del first
     gc.collect()
     gc.disable()
     try:
@@ -462,9 +467,10 @@ def test_an_old_configuration_goes_with_its_last_session(
             assert late.read_to_end() == mqtt.connack(code=3)
         gateway.wait_ended(7)
         gateway.wait_empty()
-        assert first() is not None
+        assert None not in [each() for each in old]
+        os.utime(tmp_path / "ca.pem", (0, 0))
         gateway.change(limits={"max_packet_size": 1001})
-        eventually(lambda: first() is None, "the old configuration is gone")
+        eventually(lambda: not [each() for each in old if each() is not None], "the old configuration is gone")
     finally:
         gc.enable()
 
