@@ -11,8 +11,10 @@ import contextlib
 import sys
 from collections.abc import Coroutine
 from datetime import UTC, datetime
+from ipaddress import ip_address
 from typing import Any
 
+from attrs import evolve, frozen
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.protocol import Factory
@@ -20,11 +22,12 @@ from twisted.python.failure import Failure
 
 from gateway.cli.certificates import now
 from gateway.cli.files import file_steps
+from gateway.cli.identity import Guise, put_on
 from gateway.cli.login import Login, make_login
 from gateway.cli.openssl import s_client_command
 from gateway.cli.probe import Probe, upstream_steps
 from gateway.cli.report import Report, Status, Step, TextView, complain
-from gateway.config import TLS, Config, Listener
+from gateway.config import TLS, Config, Listener, Upstream
 from gateway.errors import ConfigError
 from gateway.flags import CONFIG, FLAGS, config_from
 from gateway.listening import ListenFailed, listen
@@ -47,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         gateway.add_argument(flag.option, dest=flag.name, action="append", metavar=flag.value, help=text)
     login = parser.add_argument_group("the session that is tried")
     login.add_argument("--client-id", metavar="ID", help="its Client Identifier (default: one of its own)")
+    login.add_argument("--device", metavar="ID", help="take on this device's identity, by its rule")
+    login.add_argument(
+        "--from", dest="address", metavar="ADDRESS", help="where --device connects from (default: by its rule)"
+    )
+    login.add_argument("--listener", default="", metavar="NAME", help="the listener that --device connects to")
     login.add_argument("--username", metavar="NAME", help="its user name (default: none)")
     login.add_argument("--password-file", metavar="FILE", help="the file with its password (default: none)")
     output = parser.add_argument_group("the report")
@@ -60,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Check, and report; return the exit status."""
     try:
-        login = make_login(arguments.client_id, arguments.username, arguments.password_file)
+        login = make_login(_identifier(arguments), arguments.username, arguments.password_file)
+        worn = None if arguments.device is None else _Worn(login, _address(arguments.address), arguments.listener)
     except ValueError as error:
         complain(str(error))
         return 1
@@ -72,13 +81,43 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.files:
         examine_files(given, report)
     else:
-        run_in_reactor(reactor, examine(reactor, given, None if arguments.offline else login, report))
+        run_in_reactor(reactor, examine(reactor, given, None if arguments.offline else login, report, worn))
     if arguments.json:
         print(report.as_json(quiet=arguments.quiet, strict=arguments.strict))
     elif not arguments.quiet:
         for command in report.commands:
             print(command)
     return report.exit_status(strict=arguments.strict)
+
+
+@frozen
+class _Worn:
+    """What the device sends, and where it is said to connect from, whose identity is taken on."""
+
+    login: Login
+    address: str
+    listener: str
+
+
+def _identifier(arguments: argparse.Namespace) -> str | None:
+    """Return the Client Identifier that was chosen.  Raises `ValueError`."""
+    if arguments.device is None:
+        if arguments.address is not None or arguments.listener:
+            raise ValueError("--from and --listener go with --device")
+        return arguments.client_id  # type: ignore[no-any-return]  # argparse knows no types
+    if arguments.client_id is not None:
+        raise ValueError("--client-id: --device gives it already")
+    return arguments.device  # type: ignore[no-any-return]  # argparse knows no types
+
+
+def _address(text: str | None) -> str:
+    """Return an IP address as given, empty if none is.  Raises `ValueError`."""
+    if text is not None:
+        try:
+            ip_address(text)
+        except ValueError:
+            raise ValueError(f"--from: {text} is no IP address") from None
+    return text or ""
 
 
 def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None]) -> None:
@@ -122,8 +161,10 @@ def examine_files(given: dict[str, list[str]], report: Report) -> tuple[Config |
     return config, _files(config, report)
 
 
-async def examine(reactor: Any, given: dict[str, list[str]], login: Login | None, report: Report) -> None:
-    """Take all steps; without `login` those that need no broker."""
+async def examine(
+    reactor: Any, given: dict[str, list[str]], login: Login | None, report: Report, worn: _Worn | None = None
+) -> None:
+    """Take all steps; without `login` those that need no broker, with `worn` as the device that is named in it."""
     config, policy = examine_files(given, report)
     if config is None:
         _skip(["listen"], "the configuration cannot be used", report)
@@ -139,18 +180,40 @@ async def examine(reactor: Any, given: dict[str, list[str]], login: Login | None
         if config.status.endpoint:
             report.add(await _listen(relay, Listener(config.status.endpoint), "status", Status.WARN))
         report.add(_clock())
+        guise = None
+        if worn is not None:
+            guise = await put_on(config, worn.login, worn.address, worn.listener, reactor, report.add)
         if login is None:
             return
-        for upstream in config.upstream:
-            if policy is None:
+        if worn is not None and guise is None:
+            for upstream in config.upstream:
+                _skip(upstream_steps(config.tls), "the gateway itself refuses it", report, upstream.address)
+            return
+        tls, shown = config.tls, policy
+        if guise is not None and guise.device is not None and guise.policy is not None:
+            shown = guise.policy
+            tls = evolve(tls, client_cert=guise.device.client_cert, client_key=guise.device.client_key)
+        for upstream in _led_to(config, guise):
+            if policy is None or shown is None:
                 _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
                 continue
-            target = Target(upstream, Identity.of(upstream.verify_name), policy)
-            await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add).run()
-            client_chain = policy.client is not None and len(policy.client.chain) > 1
-            report.commands.append(s_client_command(upstream, config.tls, client_chain=client_chain))
+            target = Target(upstream, Identity.of(upstream.verify_name), shown)
+            await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add, guise).run()
+            client = shown.own or shown.client
+            client_chain = client is not None and len(client.chain) > 1
+            report.commands.append(s_client_command(upstream, tls, client_chain=client_chain))
     finally:
         relay.stop()
+
+
+def _led_to(config: Config, guise: Guise | None) -> list[Upstream]:
+    """Return the upstreams to try: all, or those that a device is led to."""
+    if guise is None:
+        return list(config.upstream)
+    names = guise.device.upstream if guise.device is not None else ()
+    if not names:
+        return [upstream for upstream in config.upstream if upstream.default]
+    return [upstream for name in names for upstream in config.upstream if upstream.name == name]
 
 
 def _files(config: Config, report: Report) -> TLSPolicy | None:

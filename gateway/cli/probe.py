@@ -17,12 +17,14 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
+from gateway.cli.identity import Guise
 from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
 from gateway.cli.verdict import failed, tls_steps
 from gateway.config import TLS, Config
 from gateway.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.mqtt.connect import Connect
 from gateway.mqtt.packets import PacketType
 from gateway.network import Network
 from gateway.record import Peer, SessionRecord
@@ -64,13 +66,16 @@ class Probe:
         clock: IReactorTime,
         login: Login,
         add: Callable[[Step], None],
+        guise: Guise | None = None,
     ) -> None:
+        """Take where to go and what the device sends; `guise` is what its rule makes of that."""
         self._target = target
         self._config = config
         self._network = network
         self._clock = clock
         self._login = login
         self._add_step = add
+        self._guise = guise
         self._left = upstream_steps(config.tls)
         self._failed_at = ""
         self._gone: Deferred[None] = Deferred()
@@ -117,6 +122,8 @@ class Probe:
         """See `gateway.session.Journal`; the end is reported when nothing of the session is left."""
 
     def _dial(self, session: Session) -> Deferred[None]:
+        if self._guise is not None and self._guise.treatment is not None:
+            session.treat(self._guise.treatment)
         dialling = Deferred.fromCoroutine(self._reach(session))
         dialling.addErrback(lambda failure: None if failure.check(CancelledError) else self._finish(failure))
         return dialling
@@ -140,8 +147,9 @@ class Probe:
             return
         protocol.serve(session, self._device, peer)
         if session.record.packets_up:
-            name = f'"{printable(self._login.client_identifier)}"'
-            credentials = "a" if self._login.username is not None else "no"
+            sent: Login | Connect = self._login if self._guise is None else self._guise.connect
+            name = f'"{printable(sent.client_identifier)}"'
+            credentials = "a" if sent.username is not None else "no"
             self._pass("connect", f"MQTT 3.1.1, Client Identifier {name}, clean session, {credentials} user name")
 
     async def _connect(self) -> tuple[UpstreamProtocol, TLSChannel]:
@@ -222,6 +230,8 @@ class Probe:
     def _refusal(self, code: int) -> tuple[Status, str]:
         """Tell a refusal of what this CONNECT happened to carry from one that every device will meet."""
         login = self._login
+        if self._guise is not None:
+            return Status.FAIL, _CONNACK_REMEDIES.get(code, EndReason.UPSTREAM_REFUSED.remedy)
         if code in {_BAD_CREDENTIALS, _NOT_AUTHORIZED} and login.username is None:
             words = "The way is open; the broker wants credentials: devices bring their own."
             return Status.WARN, f"{words} --username and --password-file try some."

@@ -1,0 +1,146 @@
+"""A device's identity, put on by a check: its rule, the password that it must send, its credentials for the broker.
+
+In: the configuration, a CONNECT, where it is said to come from.  Out: a `Step` for each, and the `Guise` in which the
+CONNECT goes to the broker, or nothing if the gateway itself would refuse the device.
+
+Whether another session has the Client Identifier is not judged: the check runs beside the gateway, not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import random
+from typing import Any
+
+from attrs import frozen
+
+from gateway.cli.certificates import expiry, subject
+from gateway.cli.login import Login
+from gateway.cli.report import Status, Step
+from gateway.config import Config, Device
+from gateway.errors import ConfigError, EndReason, Refusal
+from gateway.mqtt.connect import Connect, parse_connect
+from gateway.mqtt.packets import PacketType
+from gateway.mqtt.reader import Packet, PacketReader
+from gateway.policy.credentials import Credentials
+from gateway.policy.rules import Caller, Matched, Rules, treat, wrong_password
+from gateway.policy.secrets import Programs
+from gateway.text import printable
+from gateway.tls.devices import device_policies
+from gateway.tls.trust import TLSPolicy
+from gateway.treatment import Treatment
+
+STEPS = ["rule", "lan-password", "credentials"]
+_LOCALHOST = "127.0.0.1"
+
+
+@frozen
+class Guise:
+    """What the broker sees of a device: its CONNECT, its certificate; and where it is led.
+
+    `treatment` is None if no rule is for it, `policy` if it has no certificate of its own.
+    """
+
+    connect: Connect
+    treatment: Treatment | None = None
+    policy: TLSPolicy | None = None
+    device: Device | None = None
+
+
+async def put_on(
+    config: Config, login: Login, address: str, listener: str, reactor: Any, add: Callable[[Step], None]
+) -> Guise | None:
+    """Take the steps of a device whose CONNECT is `login`; `address` is "" for one that its rule agrees to."""
+    packet, connect = _read(login.packet, config)
+    caller = Caller(address or _address_of(config, connect.client_identifier), listener)
+    left = list(STEPS)
+
+    def told(name: str, status: Status, message: str, remedy: str = "") -> None:
+        left.remove(name)
+        add(Step(name, status, message, remedy))
+
+    def refused(name: str, refusal: Refusal, remedy: str = "") -> None:
+        words = f"{refusal.reason}: {printable(refusal.detail or refusal.reason.meaning, 400)}"
+        told(name, Status.FAIL, words, remedy or refusal.reason.remedy)
+        for each in left:
+            add(Step(each, Status.SKIP, f"not reached: {name} failed"))
+
+    try:
+        matched = Rules(config).match(connect, caller)
+    except Refusal as refusal:
+        spoofed = refusal.reason is EndReason.SPOOFED
+        refused(
+            "rule", refusal, f"{caller.address} was taken for its address: --from gives another." if spoofed else ""
+        )
+        return None
+    if matched is None:
+        told("rule", Status.PASS, "none is for it; it passes as it is")
+        for each in list(left):
+            told(each, Status.SKIP, "no rule")
+        return Guise(connect)
+    device = matched.rule.device
+    told("rule", Status.PASS, f"{printable(device.name)}, from {caller.address}")
+    try:
+        told("lan-password", *_lan_password(matched, connect))
+    except Refusal as refusal:
+        refused("lan-password", refusal)
+        return None
+    try:
+        credentials = Credentials((device,), Programs(reactor, reactor), random)
+        password, lives = await credentials.password(matched)
+        treatment = treat(matched, packet, connect, password, lives, config.limits.max_connect_size)
+        client = credentials.client_identity(device)
+        policy = None if client is None else device_policies(config.tls, {0: (f"rule {device.name}", client)})[0]
+    except Refusal as refusal:
+        refused("credentials", refusal)
+        return None
+    except ConfigError as error:
+        told("credentials", Status.FAIL, "; ".join(error.problems))
+        return None
+    _, presented = _read(treatment.connect, config)
+    status, parts = Status.PASS, []
+    if client is not None:
+        status, words = expiry(client.chain[0])
+        parts.append(f"client certificate {subject(client.chain[0])}, {words}")
+    parts.append(_words(device, presented, lives))
+    told("credentials", status, "; ".join(parts), "Renew it." if status is not Status.PASS else "")
+    return Guise(presented, treatment, policy, device)
+
+
+def _lan_password(matched: Matched, connect: Connect) -> tuple[Status, str] | tuple[Status, str, str]:
+    wanted = matched.rule.password
+    if wanted is None:
+        return Status.SKIP, "its rule asks for none"
+    if connect.password is None:
+        return Status.SKIP, "its rule asks for one, and none was given: --username and --password-file try it"
+    if not wanted.verify(connect.password):
+        raise wrong_password(matched.rule)
+    return Status.PASS, "the one that was given is right"
+
+
+def _words(device: Device, presented: Connect, lives: float | None) -> str:
+    """Say what CONNECT carries, and nothing of a secret."""
+    name = "no user name" if presented.username is None else f'user name "{printable(presented.username)}"'
+    source = device.sources[0].removesuffix("_file") if device.sources else "the device's own"
+    password = "no password" if presented.password is None else f"a password ({source})"
+    until = f", for which the session ends after {lives:.0f} s" if lives is not None else ""
+    return f"{name}, {password}{until}"
+
+
+def _address_of(config: Config, client_identifier: str) -> str:
+    """Return an address from which the first rule that names this device agrees to have it."""
+    for device in config.device:
+        if client_identifier in device.match_client_id:
+            for network in (*device.bound_to, *device.match_network):
+                return str(next(network.hosts(), network.network_address))
+    return _LOCALHOST
+
+
+def _read(raw: bytes, config: Config) -> tuple[Packet, Connect]:
+    reader = PacketReader(
+        frozenset({PacketType.CONNECT}), max(len(raw), config.limits.max_connect_size), EndReason.NOT_MQTT
+    )
+    reader.feed(raw)
+    packet = reader.next_packet()
+    assert packet is not None  # noqa: S101  the gateway's own is whole; narrows the type
+    return packet, parse_connect(packet)

@@ -1,0 +1,198 @@
+"""`mqtts-gateway check --device`: the whole way as one device, against a broker as strict as the clouds."""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.config.passwords import hash_password
+from tests.cloud import SERVER_NAME, Cloud
+from tests.pki import certify_ca
+
+KEY = base64.b64encode(b"the device's key").decode()
+
+
+@pytest.fixture
+def start_cloud(tmp_path: Path) -> Iterator[Callable[..., Cloud]]:
+    """Return a function that starts a strict broker."""
+    clouds: list[Cloud] = []
+
+    def start(**rules: Any) -> Cloud:
+        clouds.append(Cloud(tmp_path / "cloud", **rules))
+        return clouds[-1]
+
+    yield start
+    for cloud in clouds:
+        cloud.stop()
+
+
+def configured(
+    directory: Path, cloud: Cloud, rules: str, *, devices: str = 'unknown = "refuse"', tls: str = ""
+) -> Path:
+    """Write a configuration for a gateway before the strict broker."""
+    path = directory / "gateway.toml"
+    path.write_text(
+        f"""
+[[listen]]
+endpoint = "127.0.0.1:0"
+name = "sensors"
+[[upstream]]
+host = "127.0.0.1"
+port = {cloud.port}
+server_name = "{SERVER_NAME}"
+[tls]
+ca_file = "{cloud.ca_file}"
+{tls}
+[devices]
+{devices}
+{rules}
+"""
+    )
+    return path
+
+
+def check(path: Path, *arguments: str) -> dict[str, Any]:
+    """Run the command; return its report, steps by name."""
+    command = [sys.executable, "-m", "gateway.cli.main", "check", "--json", "--config", str(path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout, done.stderr
+    report = json.loads(done.stdout)
+    assert report["exit_status"] == done.returncode
+    return {"result": report["result"], "text": done.stdout} | {step["step"]: step for step in report["steps"]}
+
+
+def test_a_device_is_checked_under_its_own_certificate(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """The broker sees that device, with its certificate, its Client Identifier and its Keep Alive in range."""
+    cloud = start_cloud(alpn="mqtt", sni=SERVER_NAME, keep_alive=(100, 1200))
+    path = configured(
+        tmp_path,
+        cloud,
+        f'[[device]]\nmatch_client_id = "d1"\nclient_cert = "{cloud.device("plant-d1")}"\n'
+        'client_id = "plant-{client_id}"\nkeep_alive_min = 100\nbound_to = "10.7.0.0/24"\n',
+        tls='alpn = "mqtt"',
+    )
+    report = check(path, "--device", "d1")
+    assert report["result"] == "PASS", report["text"]
+    assert report["rule"]["message"] == "device[0], from 10.7.0.1"
+    assert "client certificate CN=plant-d1, " in report["credentials"]["message"]
+    assert '"plant-d1"' in report["connect"]["message"]
+    event = cloud.wait("connected")
+    assert (event["certificate"], event["client_identifier"], event["keep_alive"]) == ("plant-d1", "plant-d1", 100)
+
+
+def test_a_device_is_checked_with_a_token(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """Made for it, of the profile's form, and never shown."""
+    cloud = start_cloud(client_ca="", hub="127.0.0.1", keys={"d1": KEY})
+    (tmp_path / "d1.key").write_text(KEY)
+    path = configured(
+        tmp_path,
+        cloud,
+        '[[device]]\nmatch_client_id = "d1"\nsas_key_file = "d1.key"\n',
+        devices='profile = "azure-iot-hub"',
+    )
+    report = check(path, "--device", "d1")
+    assert report["result"] == "PASS", report["text"]
+    assert "a password (sas_key), for which the session ends after" in report["credentials"]["message"]
+    assert "SharedAccessSignature" not in report["text"]
+    assert KEY not in report["text"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "step", "words"),
+    [
+        (["--device", "d9"], "rule", "device-unknown"),
+        (["--device", "d1", "--from", "10.8.0.1"], "rule", "spoofed: rule device[0]: bound to 10.7.0.0/24"),
+        (["--device", "d2", "--listener", "other"], "rule", "device-unknown"),
+        (["--device", "d3"], "credentials", "credentials-unavailable"),
+    ],
+)
+def test_what_the_gateway_would_refuse_never_reaches_the_broker(
+    tmp_path: Path, start_cloud: Callable[..., Cloud], arguments: list[str], step: str, words: str
+) -> None:
+    """The step says why, and the rest of the way is skipped."""
+    cloud = start_cloud()
+    rules = (
+        '[[device]]\nmatch_client_id = "d1"\nbound_to = "10.7.0.0/24"\n'
+        '[[device]]\nmatch_client_id = "d2"\nmatch_listener = "sensors"\n'
+        '[[device]]\nmatch_client_id = "d3"\npassword_file = "missing"\n'
+    )
+    report = check(configured(tmp_path, cloud, rules), *arguments)
+    assert report["result"] == "FAIL"
+    assert report[step]["status"] == "FAIL"
+    assert words in report[step]["message"]
+    assert report[step]["remedy"]
+    assert report["connack"]["status"] == "SKIP"
+    assert cloud.events == []
+
+
+def test_the_lan_password_is_tried_if_it_is_given(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """Right, wrong or left out; whichever it is, it is not shown, and not passed on."""
+    cloud = start_cloud()
+    hashed = hash_password(b"right", b"salt" * 4)
+    rule = f'[[device]]\nmatch_client_id = "d1"\nlan_password = "{hashed}"\nclient_cert = "{cloud.device("d1")}"\n'
+    path = configured(tmp_path, cloud, rule)
+    (tmp_path / "password").write_text("right\n")
+    (tmp_path / "other").write_text("wrong\n")
+    given = ["--device", "d1", "--username", "u", "--password-file"]
+    assert check(path, "--device", "d1")["lan-password"]["status"] == "SKIP"
+    assert check(path, *given, str(tmp_path / "password"))["lan-password"]["status"] == "PASS"
+    report = check(path, *given, str(tmp_path / "other"))
+    assert (report["lan-password"]["status"], report["connack"]["status"]) == ("FAIL", "SKIP")
+    assert "wrong" not in report["lan-password"]["message"].replace("device-password-wrong", "")
+
+
+def test_a_certificate_that_the_broker_does_not_know_is_a_failure(
+    tmp_path: Path, start_cloud: Callable[..., Cloud]
+) -> None:
+    """The gateway's own would have been good: it is this device's that is shown."""
+    cloud = start_cloud()
+    own = cloud.device("d1", root=certify_ca(subject="Other CA"))
+    report = check(
+        configured(tmp_path, cloud, f'[[device]]\nmatch_client_id = "d1"\nclient_cert = "{own}"\n'), "--device", "d1"
+    )
+    assert report["result"] == "FAIL"
+    assert report["credentials"]["status"] == "PASS"
+    assert report["connack"]["status"] != "PASS"
+    assert cloud.told("connected") == []
+
+
+def test_without_a_rule_a_device_goes_as_it_is(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """Said plainly, since that may be the surprise."""
+    cloud = start_cloud(client_ca="")
+    report = check(configured(tmp_path, cloud, "", devices=""), "--device", "d1")
+    assert report["rule"]["message"] == "none is for it; it passes as it is"
+    assert cloud.wait("connected")["client_identifier"] == "d1"
+
+
+def test_offline_the_identity_is_checked_and_nobody_is_dialled(
+    tmp_path: Path, start_cloud: Callable[..., Cloud]
+) -> None:
+    """Its files need no broker."""
+    cloud = start_cloud()
+    rule = f'[[device]]\nmatch_client_id = "d1"\nclient_cert = "{cloud.device("d1")}"\n'
+    report = check(configured(tmp_path, cloud, rule), "--device", "d1", "--offline")
+    assert report["credentials"]["status"] == "PASS"
+    assert "connack" not in report
+    assert cloud.events == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "d1", "--client-id", "x"], "--client-id: --device gives it already"),
+        (["--from", "10.0.0.1"], "--from and --listener go with --device"),
+        (["--device", "d1", "--from", "here"], "--from: here is no IP address"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(tmp_path: Path, arguments: list[str], words: str) -> None:
+    """With a line that names them."""
+    command = [sys.executable, "-m", "gateway.cli.main", "check", "--config", str(tmp_path / "x"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, f"mqtts-gateway: {words}\n")
