@@ -858,3 +858,18 @@ def test_the_end_of_a_devices_certificate_is_told_before(
     path = certify(certify_ca(), subject="d1", names=(), purposes=(CLIENT,), valid_for=10).write(tmp_path / "d1.pem")
     start_gateway(upstream=start_broker().port, device=[{"match_client_id": "d1", "client_cert": str(path)}])
     eventually(lambda: [line for line in logged if line.startswith("a device's certificate (CN=d1) ends")], "a warning")
+
+
+def test_the_log_says_which_rule_a_session_goes_by(
+    start_gateway: StartGateway, start_broker: StartBroker, logged: list[str]
+) -> None:
+    """At its start, its end and its refusal, in the line for people."""
+    rules = [{"name": "boilers", "match_client_id": "a"}, {"name": "bound", "bound_to": "10.0.0.1"}]
+    gateway = start_gateway(upstream=start_broker().port, device=rules)
+    established(gateway, client_identifier="a").close()
+    told(gateway, mqtt.connect("b"))
+    gateway.wait_ended(2)
+    eventually(lambda: len([line for line in logged if '"a" MQTT 3.1.1 by rule boilers' in line]) == 2, "two lines")
+    eventually(
+        lambda: [line for line in logged if "ended: spoofed (rule bound: bound to 10.0.0.1" in line], "a refusal"
+    )

@@ -215,7 +215,9 @@ def _who(record: SessionRecord) -> str:
     name = f'"{printable(record.client_identifier, 80)}"' if record.client_identifier else "no Client Identifier"
     version = f" MQTT {record.protocol_version}" if record.protocol_version else ""
     via = f" via {record.via}" if record.via else ""
-    return f"session {record.number} {record.device_address}{via} {name}{version}"
+    # The operator's own word, but a file's name may be anything.
+    rule = f" by rule {printable(record.rule, 80)}" if record.rule else ""
+    return f"session {record.number} {record.device_address}{via} {name}{version}{rule}"
 
 
 def _start_line(record: SessionRecord) -> str:
