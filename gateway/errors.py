@@ -78,7 +78,7 @@ class EndReason(StrEnum):
     PACKET_TOO_LARGE = (
         "packet-too-large",
         "A packet was above the configured maximum size.",
-        "Raise limits.max_packet_size, or max_packet_size of the device's rule; for a CONNECT, limits.max_connect_size.",
+        "Raise limits.max_packet_size, or max_packet_size of its rule; for a CONNECT, limits.max_connect_size.",
     )
     UNSUPPORTED_PROTOCOL_VERSION = (
         "unsupported-protocol-version",
