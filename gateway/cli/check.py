@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Coroutine
-from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any
 
@@ -20,6 +19,7 @@ from twisted.internet.error import ReactorNotRunning
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
+from gateway import MADE
 from gateway.cli.certificates import now
 from gateway.cli.files import file_steps
 from gateway.cli.identity import Guise, put_on
@@ -37,9 +37,6 @@ from gateway.tls.identity import Identity
 from gateway.tls.trust import TLSPolicy
 from gateway.transport import RelayReactor
 from gateway.upstream import Target
-
-# Shortly before this version's release: no clock that is right shows less.
-_EARLIEST = datetime(2026, 10, 1, tzinfo=UTC)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,7 +248,7 @@ async def _listen(reactor: Any, listener: Listener, name: str = "listen", otherw
 def _clock() -> Step:
     time = now()
     message = f"{time:%Y-%m-%d %H:%M} UTC"
-    if time >= _EARLIEST:
+    if time >= MADE:
         return Step("clock", Status.PASS, message)
     remedy = "Set it, by NTP for instance: certificates are judged by it."
     return Step("clock", Status.FAIL, f"{message} is before this version was made", remedy)
