@@ -202,6 +202,54 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         server.transport.abortConnection()
         self.turn(reactor, lambda: server.reason is not None and client.reason is not None)
 
+    def playing(self) -> tuple[RelayTestReactor, Recorder, Recorder]:
+        """Return a reactor, and a server and a client that throw a byte to and fro, a thousand times."""
+        reactor, server, client = self.connected_pair()
+        for side in (server, client):
+
+            def throw_back(data: bytes, side: Recorder = side) -> None:
+                side.received += data
+                if len(side.received) < 1000:
+                    side.transport.write(data)
+
+            side.dataReceived = throw_back  # type: ignore[method-assign]
+        client.transport.write(b"x")
+        return reactor, server, client
+
+    def test_what_follows_soon_is_worked_off_in_the_same_turn(self) -> None:
+        """A turn of the reactor costs more than a message does."""
+        reactor, server, client = self.playing()
+        reactor.iterate(0.01)
+        assert len(server.received + client.received) > 2
+        client.transport.abortConnection()
+        self.turn(reactor, lambda: server.reason is not None)
+
+    def test_however_much_follows_the_reactor_has_its_turn(self) -> None:
+        """Its timers and threads wait for a moment, not until there is nothing to relay."""
+        reactor, server, client = self.playing()
+        called: list[int] = []
+        throw_back = server.dataReceived
+
+        def begin(data: bytes) -> None:
+            reactor.callLater(0, lambda: called.append(len(server.received)))
+            server.dataReceived = throw_back  # type: ignore[method-assign]
+            throw_back(data)
+
+        server.dataReceived = begin  # type: ignore[method-assign]
+        self.turn(reactor, lambda: len(server.received) == 1000)
+        assert called[0] < 100
+        client.transport.abortConnection()
+        self.turn(reactor, lambda: server.reason is not None)
+
+    def test_the_relay_may_stop_while_it_works_off(self) -> None:
+        """As when a session's end is the last that the gateway waited for."""
+        reactor, server, client = self.connected_pair()
+        server.dataReceived = lambda _: reactor.relay.stop()  # type: ignore[method-assign]
+        client.transport.write(b"the last")
+        self.turn(reactor, lambda: server.reason is not None)
+        reactor.iterate(0)
+        assert client.reason is not None
+
     def test_each_kind_of_transport_has_code_of_its_own(self) -> None:
         """Python adapts code to the types that it meets, and what is shared by two it adapts to neither."""
         _, server, client = self.connected_pair()
