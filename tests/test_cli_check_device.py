@@ -105,6 +105,25 @@ def test_a_device_is_checked_with_a_token(tmp_path: Path, start_cloud: Callable[
 
 
 @pytest.mark.parametrize(
+    ("key", "networks", "address"),
+    [
+        ("bound_to", '"192.168.7.11"', "192.168.7.11"),
+        ("bound_to", '"192.168.7.10/31"', "192.168.7.10"),
+        ("bound_to", '"192.168.7.0/24"', "192.168.7.1"),
+        ("match_network", '["fd12::7", "10.7.0.1"]', "fd12::7"),
+    ],
+)
+def test_a_device_is_taken_to_come_from_where_its_rule_has_it(
+    tmp_path: Path, start_cloud: Callable[..., Cloud], key: str, networks: str, address: str
+) -> None:
+    """Without --from; be it a network or a single address, as `device import` writes it."""
+    rule = f'[[device]]\nmatch_client_id = "d1"\n{key} = {networks}\n'
+    report = check(configured(tmp_path, start_cloud(), rule), "--device", "d1", "--offline")
+    assert report["result"] == "PASS", report["text"]
+    assert report["rule"]["message"] == f"device[0], from {address}"
+
+
+@pytest.mark.parametrize(
     ("arguments", "step", "words"),
     [
         (["--device", "d9"], "rule", "device-unknown"),

@@ -132,7 +132,7 @@ def _address_of(config: Config, client_identifier: str) -> str:
     for device in config.device:
         if client_identifier in device.match_client_id:
             for network in (*device.bound_to, *device.match_network):
-                return str(next(network.hosts(), network.network_address))
+                return str(next(iter(network.hosts()), network.network_address))  # a list for one address
     return _LOCALHOST
 
 
