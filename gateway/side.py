@@ -21,6 +21,8 @@ _KEEPALIVE_PROBES = 3
 class RelayTransport(ITCPTransport, IConsumer, IPushProducer):
     """What a side asks of its transport: bytes out, half-close, abort, and flow control both ways."""
 
+    protocol: Protocol
+
 
 @implementer(IPushProducer)
 class RelaySide(Protocol):

@@ -81,6 +81,8 @@ class UpstreamProtocol(RelaySide):
         """Become the upstream of `session`."""
         self._session = session
         self._device = device
+        # The endpoint's wrapper around this protocol has done its work, and would be one more call for each message.
+        self.transport.protocol = self
         self.link(device)
         session.upstream_verified(self, peer)
 

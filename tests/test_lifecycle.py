@@ -20,6 +20,7 @@ from gateway.network import ReactorNetwork
 from gateway.ops.journal import FULL_RECORDS
 from gateway.service import GatewayService
 from gateway.session import Session
+from gateway.upstream import UpstreamProtocol
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers
@@ -638,3 +639,17 @@ def test_a_gateway_that_stops_tells_what_it_had_kept_for_later(start_gateway: Ca
     gateway.wait_ended(FULL_RECORDS + 2)
     gateway.stop()
     assert [event["count"] for event in events if event["event"] == "records-withheld"] == [2]
+
+
+def test_what_the_broker_sends_comes_straight_to_its_protocol(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """Nothing that only a connection's beginning needs stands between the transport and the protocol for its life."""
+    gateway = start_gateway(upstream=start_broker().port)
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect())
+        assert device.read(4) == mqtt.connack()
+        (session,) = gateway.service.gateway.sessions
+        upstream = session._upstream
+        assert type(upstream) is UpstreamProtocol
+        assert upstream.transport.protocol is upstream
