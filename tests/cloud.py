@@ -27,7 +27,7 @@ class Cloud:
         self._directory = directory
         self.ca_file = directory / "ca.pem"
         self.ca_file.write_bytes(self.root.pem)
-        broker = certify(self.root, names=(f"DNS:{SERVER_NAME}",))
+        broker = certify(self.root, names=(f"DNS:{SERVER_NAME}", "IP:127.0.0.1"))
         chain, key = directory / "broker.pem", directory / "broker-key.pem"
         chain.write_bytes(broker.pem)
         key.write_bytes(broker.key_pem)

@@ -204,6 +204,20 @@ def test_a_broker_as_strict_as_the_clouds_ends_what_is_wrong(
         gateway.wait_ended()
 
 
+@pytest.mark.parametrize("demanded", ["", SERVER_NAME])
+def test_an_address_has_no_name_to_send_to_a_broker_that_demands_one(
+    start_gateway: StartGateway, tmp_path: Path, demanded: str
+) -> None:
+    """SNI carries names alone (RFC 6066 §3): with an address and no `server_name`, such a broker ends the handshake."""
+    with Cloud(tmp_path, sni=demanded) as cloud:
+        rule = {"match_client_id": "d1", "client_cert": str(cloud.device("d1"))}
+        upstream = [{"host": "127.0.0.1", "port": cloud.port}]
+        gateway = start_gateway(upstream=upstream, ca_file=cloud.ca_file, device=[rule])
+        answer = told(gateway, mqtt.connect("d1") + mqtt.disconnect())
+        assert answer == bytes((0x20, 2, 0, 3 if demanded else 0))
+        assert bool(cloud.told("connected")) != bool(demanded)
+
+
 @pytest.mark.parametrize("is_ruled", [False, True])
 def test_qos_2_ends_the_session_before_such_a_broker_or_at_it(
     start_gateway: StartGateway, tmp_path: Path, *, is_ruled: bool
