@@ -39,10 +39,10 @@ def configured(directory: Path, port: int, ca_file: Path, more: str = "") -> Pat
     return path
 
 
-def established(port: int) -> Device:
+def established(port: int, name: str = "sensor-1") -> Device:
     """A 5.0 device that has its CONNACK."""
     device = Device(port)
-    device.send(mqtt.connect(version=5))
+    device.send(mqtt.connect(name, version=5))
     assert device.read(len(CONNACK)) == CONNACK
     return device
 
@@ -191,7 +191,7 @@ def test_a_second_signal_ends_a_drain_at_once(tmp_path: Path, start_broker: Star
     broker = start_broker()
     config = configured(tmp_path, broker.port, ca_file, "[drain]\nseconds = 3600\n[timeouts]\nclose = 3600\n")
     with GatewayProcess(tmp_path, "--config", str(config)) as gateway:
-        devices = [established(gateway.ports[0]) for _ in range(20)]
+        devices = [established(gateway.ports[0], f"sensor-{number}") for number in range(20)]
         gateway.signal(signal.SIGTERM)
         eventually(lambda: "Received SIGTERM" in gateway.text, "the drain begins")
         with pytest.raises(ConnectionRefusedError):
