@@ -141,6 +141,7 @@ class Session:
         "_device_reader",
         "_dial",
         "_dialling",
+        "_down_when_pinged",
         "_from_broker",
         "_from_device",
         "_gone",
@@ -199,6 +200,7 @@ class Session:
         self._pace: Pace | None = None
         self._ping_interval = 0.0
         self._last_pinged = 0.0
+        self._down_when_pinged = 0
         self._lives_until = float("inf")
         self._bytes_up = 0
         self._bytes_down = 0
@@ -439,11 +441,15 @@ class Session:
         if self._state is not State.RELAYING or upstream is None or not isinstance(down, BrokerInspector):
             return
         assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
-        if down.pings >= _MAX_UNANSWERED_PINGS:
+        # Nor is a broker lost that is not read, because the device does not keep up, or whose answer waits behind what
+        # it sends.
+        is_silent = upstream.reading and self._bytes_down == self._down_when_pinged
+        if down.pings >= _MAX_UNANSWERED_PINGS and is_silent:
             self._end(EndReason.UPSTREAM_LOST, f"{down.pings} PINGREQs of the gateway without an answer")
         elif self._from_device.at_boundary:
             down.pings += 1
             self._last_pinged = now
+            self._down_when_pinged = self._bytes_down
             self._bytes_up += len(_PINGREQ)
             upstream.write(_PINGREQ)
 

@@ -121,6 +121,7 @@ def test_what_is_held_is_bounded():
 
 REFUSED = [
     (TopicRules(publish=TopicFilters(("a/#",))), lambda version: publish("b", version=version), 0x87),
+    (TopicRules(publish=TopicFilters(("a/#",))), lambda version: publish("$share/g/a/b", version=version), 0x87),
     (TopicRules(publish=TopicFilters(())), lambda version: publish("b", version=version), 0x87),
     (TopicRules(publish=TopicFilters(("#",))), lambda version: publish("$SYS/x", version=version), 0x87),
     (TopicRules(max_qos=1), lambda version: publish(qos=2, version=version), 0x9B),
@@ -128,6 +129,7 @@ REFUSED = [
     (TopicRules(refuse_retain=True), lambda version: publish(retain=True, version=version), 0x9A),
     (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("a/b", "#", version=version), 0x87),
     (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("$share/g/#", version=version), 0x87),
+    (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("$share//b", version=version), 0x87),
     (TopicRules(subscribe=TopicFilters(("a/#",))), lambda version: subscribe("a/b#", version=version), 0x8F),
 ]
 
@@ -219,8 +221,9 @@ def test_a_prefix_is_added_and_taken_off_and_nothing_else_changes(version, qos, 
 def test_subscriptions_take_the_prefix_both_ways(version):
     """SUBSCRIBE and UNSUBSCRIBE alike, and each with its options and properties."""
     inspector = from_device(version=version)
-    filters = ("a/#", "$share/g/+/b", "$SYS/#")
-    there = ("down/a/#", "$share/g/down/+/b", "$SYS/#")
+    # A group without a name is none, and Mosquitto serves it all the same.
+    filters = ("a/#", "$share/g/+/b", "$share//b/#", "$SYS/#")
+    there = ("down/a/#", "$share/g/down/+/b", "$share//down/b/#", "$SYS/#")
     assert inspector.feed(subscribe(*filters, qos=1, version=version)) == subscribe(*there, qos=1, version=version)
     assert inspector.feed(unsubscribe(*filters, version=version)) == unsubscribe(*there, version=version)
     if version == 5:
@@ -304,6 +307,16 @@ def test_the_answer_to_the_gateways_own_ping_does_not_reach_the_device():
     inspector.pings = 2
     assert inspector.feed(pingresp() + publish() + pingresp() + pingresp()) == publish() + pingresp()
     assert inspector.pings == 0
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_an_answer_whose_length_is_padded_is_one(version):
+    """Before 5.0 a Remaining Length may take more bytes than it needs."""
+    padded = packet(0xD0, length_size=2)
+    inspector = from_broker(version=version)
+    inspector.pings = 1
+    assert inspector.feed(padded + padded) == padded
+    assert (inspector.error, inspector.pings) == (None, 0)
 
 
 # ---- packets that no version allows

@@ -104,6 +104,16 @@ def test_a_list_permits_what_one_of_it_covers():
     assert not TopicFilters(()).permits("a")
 
 
+def test_a_shared_subscription_is_no_topic_name():
+    """What is published to `$share/group/a` goes there, and not to `a`."""
+    permitted = TopicFilters(("a", "b/#", "$aws/#"))
+    assert permitted.permits_name("a")
+    assert permitted.permits_name("b/c")
+    assert permitted.permits_name("$aws/c")
+    assert not permitted.permits_name("$share/group/a")
+    assert not permitted.permits_name("$share/group/b/c")
+
+
 @pytest.mark.parametrize("text", ["", "a#", "#/a", "a/#/b", "a+", "+a/b", "\0", "##"])
 def test_what_is_no_topic_filter(text):
     """MQTT 5.0 §4.7.1: a wildcard stands for whole levels."""
@@ -139,7 +149,10 @@ def test_a_prefix_that_was_added_can_be_removed(name, prefix):
         ("$SYS/broker/#", "$SYS/broker/#"),
         ("$share/group/$SYS/#", "$share/group/$SYS/#"),
         ("$share/group", "$share/group"),
-        ("$share//a", "$share//a"),
+        ("$share/group/", "$share/group/p/"),
+        ("$share//a", "$share//p/a"),
+        ("$share//a/#", "$share//p/a/#"),
+        ("$share///a", "$share//p//a"),
         ("/a", "p//a"),
     ],
 )

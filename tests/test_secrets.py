@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -155,6 +156,22 @@ def test_a_program_that_takes_too_long_is_killed(run: Callable[..., Any], tmp_pa
     pid = int((tmp_path / "pid").read_text())
     eventually(lambda: not alive(pid), "the end of the program")
     assert deferred.called
+
+
+def test_nothing_is_left_of_a_program_whose_child_keeps_its_output(run: Callable[..., Any], tmp_path: Path) -> None:
+    """The program itself has ended, so there is nothing to kill; its pipes are closed all the same."""
+    script = (
+        "import os, pathlib, signal, time\n"
+        "if os.fork(): os._exit(0)\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
+    before = set(Path("/proc/self/fd").iterdir())
+    outcome = run(script, timeout=2.0)
+    try:
+        assert "took longer than 2 s" in str(outcome)
+        eventually(lambda: set(Path("/proc/self/fd").iterdir()) <= before, "the pipes closed")
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
 
 
 def test_a_program_for_a_device_that_has_gone_is_killed(run: Callable[..., Any], reactor: Any, tmp_path: Path) -> None:

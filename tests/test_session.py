@@ -9,8 +9,10 @@ from twisted.internet.task import Clock
 
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.mqtt.packets import ProtocolVersion
 from gateway.record import SessionRecord, Traffic
 from gateway.session import TRANSITIONS, Session, State
+from gateway.treatment import Treatment
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 
@@ -992,3 +994,43 @@ def test_it_tells_when_the_device_was_last_heard_and_whether_it_is_held_back() -
     assert bench.session.held_back
     bench.session.device_gone("closed")
     assert not bench.session.held_back
+
+
+# ---- the gateway's own PINGREQ
+
+
+def pinging() -> Bench:
+    """Return a bench whose rule has the broker pinged every ten seconds, while the device has no Keep Alive."""
+    bench = Bench().connect(keep_alive=0)
+    sent = mqtt.connect(keep_alive=20)
+    bench.session.treat(Treatment(connect=sent, version=ProtocolVersion.MQTT_3_1_1, ping_interval=10.0))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(mqtt.connack())
+    bench.upstream.written.clear()
+    return bench
+
+
+def test_a_broker_that_is_not_read_is_not_blamed_for_its_silence() -> None:
+    """Its answers wait behind what the device does not take; it is pinged on, and judged when it is read again."""
+    bench = pinging()
+    bench.upstream.choked = True
+    bench.pass_seconds(60)
+    assert bench.state is State.RELAYING
+    assert bench.upstream.bytes == mqtt.pingreq() * 6
+    bench.upstream.choked = False
+    # What waited comes by and by, the answers last.
+    bench.pass_seconds(8)
+    bench.session.upstream_received(mqtt.publish())
+    bench.pass_seconds(8)
+    assert bench.state is State.RELAYING
+    bench.pass_seconds(20)
+    assert bench.reason is EndReason.UPSTREAM_LOST
+
+
+def test_a_broker_that_is_read_and_silent_is_lost() -> None:
+    """After two PINGREQs without an answer, when the third would be due."""
+    bench = pinging()
+    bench.pass_seconds(29)
+    assert bench.state is State.RELAYING
+    bench.pass_seconds(2)
+    assert bench.reason is EndReason.UPSTREAM_LOST

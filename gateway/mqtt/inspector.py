@@ -32,7 +32,7 @@ from gateway.mqtt.relayed import (
 from gateway.mqtt.topics import TopicFilters, add_prefix, check_filter, remove_prefix
 
 _RETAIN_BIT = 0b0001
-_PINGRESP = bytes((PacketType.PINGRESP << 4, 0))
+_PINGRESP_BYTE = PacketType.PINGRESP << 4
 # Flags that 3.1 gives these three packets and 3.1.1 fixes at QoS 1 (MQTT 3.1.1 §2.2.2).
 _FIXED_FIRST_BYTES = {
     packet_type: packet_type << 4 | 0b0010
@@ -78,7 +78,7 @@ class TopicRules:
 
 def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") -> PacketError | None:
     """Say why a message of the device, which `what` names, is not permitted, or None if it is."""
-    if rules.publish is not None and message.topic and not rules.publish.permits(message.topic):
+    if rules.publish is not None and message.topic and not rules.publish.permits_name(message.topic):
         return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to a topic that publish does not name")
     if message.qos > rules.max_qos:
         return _refused(ReasonCode.QOS_NOT_SUPPORTED, f"{what} with QoS {message.qos}, above max_qos {rules.max_qos}")
@@ -290,7 +290,7 @@ class BrokerInspector(_Cutter):
         self.pings = 0
 
     def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
-        if packet == _PINGRESP:
+        if first == _PINGRESP_BYTE:
             if self.pings:
                 self.pings -= 1
                 return b""

@@ -60,20 +60,27 @@ class TopicFilters:
         self._wild = tuple(text for text in filters if text not in self._exact)
 
     def permits(self, wanted: str) -> bool:
-        """Whether a Topic Name, or all that a Topic Filter matches, is covered by one of the list.
+        """Whether all that a Topic Filter matches is covered by one of the list.
 
         Of a shared subscription the filter counts (MQTT 5.0 §4.8.2).
         """
-        _, wanted = split_shared(wanted)
+        return self.permits_name(split_shared(wanted)[1])
+
+    def permits_name(self, wanted: str) -> bool:
+        """Whether a Topic Name is covered by one of the list; none is a shared subscription's."""
         return wanted in self._exact or any(covers(allowed, wanted) for allowed in self._wild)
 
 
 def split_shared(text: str) -> tuple[str, str]:
-    """Cut `$share/group/filter` into `$share/group/` and `filter`; others have nothing before (MQTT 5.0 §4.8.2)."""
+    """Cut `$share/group/filter` into `$share/group/` and `filter`; others have nothing before (MQTT 5.0 §4.8.2).
+
+    A group without a name is none [MQTT-4.8.2-1], but brokers serve it (Mosquitto does). So it is cut, too: its filter
+    is not to go past the rules.
+    """
     if not text.startswith(_SHARED):
         return "", text
     group, slash, rest = text.removeprefix(_SHARED).partition("/")
-    return (f"{_SHARED}{group}/", rest) if slash and group and rest else ("", text)
+    return (f"{_SHARED}{group}/", rest) if slash else ("", text)
 
 
 def add_prefix(text: str, prefix: str) -> str:

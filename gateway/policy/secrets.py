@@ -5,6 +5,7 @@ In: where one is.  Out: its bytes; `SecretUnavailable`, which says what is wrong
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -127,6 +128,8 @@ class _Program(ProcessProtocol):
 
     def outReceived(self, data: bytes) -> None:  # noqa: N802  Twisted's name
         """Keep what it writes."""
+        if self._done:
+            return
         self._output += data
         if len(self._output) > _LARGEST + 2:
             self._fail(f"{self._shown} wrote more than {_LARGEST} bytes")
@@ -154,10 +157,9 @@ class _Program(ProcessProtocol):
     def _give_up(self) -> None:
         self._done = True
         self._output.clear()
-        try:
+        with contextlib.suppress(error.ProcessExitedAlready):
             self.transport.signalProcess(signal.SIGKILL.name.removeprefix("SIG"))
-        except error.ProcessExitedAlready:
-            return
+        # Also of one that has ended: a child of its own may hold the other ends for as long as it likes.
         self.transport.loseConnection()
 
 
