@@ -231,7 +231,7 @@ class EndReason(StrEnum):
     TLS_CLIENT_CERTIFICATE_REFUSED = (
         "tls-client-certificate-refused",
         "The broker demands a client certificate, or refused the one it was shown.",
-        "Set tls.client_cert and tls.client_key to what the broker expects, and check that it is not expired.",
+        "Set tls.client_cert and its key, or those of the device's rule, as the broker expects; check its dates.",
     )
     TLS_ALPN_MISMATCH = (
         "tls-alpn-mismatch",

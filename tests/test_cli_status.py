@@ -235,6 +235,21 @@ def test_the_configuration_says_where_to_ask(start: StartGateway, ask: Ask, tmp_
     assert ask("--url", f"unix:{unix}")[0] == 0
 
 
+def test_a_configuration_that_cannot_be_used_still_says_where_to_ask(
+    start: StartGateway, ask: Ask, tmp_path: Path
+) -> None:
+    """After a reload that was refused, the file is one that cannot be used, and the gateway runs all the same."""
+    endpoint = f'[status]\nendpoint = "127.0.0.1:{status_port(start(upstream=1))}"'
+    path = config(tmp_path / "a.toml", f"{endpoint}\n[drain]\nsecond = 3")
+    status, out, err = ask("--config", path, "--json")
+    assert (status, json.loads(out)["schema"]) == (0, SCHEMA)
+    assert "drain.second: unknown key" in err
+    for unusable in ("[status]\nendpoint = 9883", '[status]\nendpoint = "no:where"', "[[status]]", "[status]\n[drain"):
+        status, out, err = ask("--config", config(tmp_path / "b.toml", unusable))
+        assert (status, out) == (1, "")
+        assert err
+
+
 @pytest.mark.parametrize(
     ("endpoint", "where"),
     [

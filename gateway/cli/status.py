@@ -27,6 +27,7 @@ from attrs import frozen
 from gateway.cli.report import complain
 from gateway.config import load_file
 from gateway.config.listen import reachable_at
+from gateway.config.tables import read_table
 from gateway.errors import ConfigError
 from gateway.ops.words import (
     SCHEMA,
@@ -152,16 +153,34 @@ def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
     if arguments.config is None:
         return _parsed(arguments.url or _DEFAULT)
-    status = load_file(Path(arguments.config)).status
-    if not status.endpoint:
+    named = _named_in(Path(arguments.config))
+    if not named:
         raise CannotAsk(
             f'{arguments.config} has no status endpoint: write endpoint = "127.0.0.1:9883" under [status], '
             "and reload the gateway"
         )
-    where = reachable_at(status.endpoint)
+    where = reachable_at(named)
     if where is None:
-        raise CannotAsk(f"where {status.endpoint} leads, only the running gateway knows: name the place with --url")
+        raise CannotAsk(f"where {named} leads, only the running gateway knows: name the place with --url")
     return _parsed(where)
+
+
+def _named_in(path: Path) -> str:
+    """Return status.endpoint, also of a configuration that cannot be used: a refused reload is when one asks."""
+    try:
+        return load_file(path).status.endpoint
+    except ConfigError as error:
+        status = read_table(path, "").get("status")
+        endpoint = status.get("endpoint") if isinstance(status, dict) else None
+        try:
+            usable = isinstance(endpoint, str) and reachable_at(endpoint) is not None
+        except ValueError:
+            usable = False
+        if not usable or any(problem.startswith("status") for problem in error.problems):
+            raise
+        for problem in error.problems:
+            complain(problem)
+        return str(endpoint)
 
 
 def _parsed(text: str) -> Endpoint:
