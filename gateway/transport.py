@@ -138,6 +138,10 @@ class _SendsAtOnce(tcp.Connection):
         self._writing = True  # What is written from here on is for Twisted's `write`, which drops it.
         self._closeWriteConnection()
 
+    def abortConnection(self) -> None:
+        super().abortConnection()
+        self._writing = True  # Until the end, in the reactor's next turn, writes are for Twisted, which drops them.
+
     def connectionLost(self, reason: Failure) -> None:
         if self._send_failed and reason.check(ConnectionDone):
             reason = Failure(ConnectionLost())

@@ -158,6 +158,16 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         self.turn(reactor, lambda: client.reason is not None)
         assert client.reason.check(ConnectionDone)
 
+    def test_nothing_leaves_after_an_abort(self) -> None:
+        """Twisted ends the connection a moment later; until then what is written is dropped, as Twisted drops it."""
+        reactor, server, client = self.connected_pair()
+        client.transport.write(b"before")
+        client.transport.abortConnection()
+        client.transport.write(b"after")
+        self.turn(reactor, lambda: server.reason is not None)
+        assert client.reason is not None
+        assert b"after" not in bytes(server.received)
+
     def test_a_mistake_at_the_end_of_one_connection_leaves_the_others_alone(self) -> None:
         """Were it let out, the real reactor would take it for the end of the whole relay."""
         reactor, server, client = self.connected_pair()
