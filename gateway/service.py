@@ -59,8 +59,6 @@ _log = Logger(namespace="gateway")
 
 SWEEP_INTERVAL = 1.0  # seconds; deadlines are kept to this precision
 DRAIN_INTERVAL = 0.1  # seconds; so often some of the sessions are ended that end spread over a time
-# Keys that a reload does not change.
-_READ_AT_START = "log."
 # Sweeps between two looks at the files.  A change counts when two looks agree on it, so it takes up to twice as long.
 _SWEEPS_PER_LOOK = 2
 # Seconds that systemd is asked for beyond those that a stop may take by the configuration.
@@ -536,11 +534,8 @@ class GatewayService(Service):
             _log.info("no longer listening on {endpoint}", endpoint=listener.endpoint)
             if listener.endpoint.startswith("systemd:"):
                 _log.warn("systemd keeps {endpoint} open: whoever connects waits", endpoint=listener.endpoint)
-        keys = [
-            f"{key} (from the next start on)" if key.startswith(_READ_AT_START) else key
-            for key in changed_keys(before.config, config)
-        ]
-        return keys + [str(path) for path in differing(before.files, generation.files)]
+        files = [str(path) for path in differing(before.files, generation.files)]
+        return changed_keys(before.config, config) + files
 
     def _swept(self) -> None:
         self._notifier.alive(self.status, SWEEP_INTERVAL)

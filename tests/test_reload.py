@@ -213,14 +213,6 @@ def test_what_differs_is_named_by_its_key() -> None:
     assert changed(admission={"allow": ["10.0.0.0/8"]}) == ["admission.allow"]
 
 
-def test_what_waits_for_the_next_start_says_so(start_gateway: StartGateway, told: list[str], reactor: Any) -> None:
-    """The log's format is twistd's business, and is chosen before the first line."""
-    gateway = start_gateway(upstream=1)
-    gateway.service._reread = lambda: from_mapping(gateway._mapping | {"log": {"format": "json"}})
-    gateway.call(gateway.service.reload)
-    assert told == ["reloaded: log.format (from the next start on)"]
-
-
 # ---- files that change
 
 
@@ -336,6 +328,7 @@ def test_a_renewed_ca_is_what_the_next_session_trusts(
     eventually(lambda: told, "the change is seen")
     assert told == [f"reloaded: {ca_file}"]
     standing.append(established(gateway.port))
+    eventually(lambda: len(gateway.journal.started) == 4, "its record")
     assert gateway.journal.started[-1].upstream == f"localhost:{brokers[1].port}"
     assert len(brokers[0].connections) == 3, "the first broker is not trusted any more"
     for device in standing:
