@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from attrs import frozen
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from attrs import field, frozen
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -31,6 +31,8 @@ from gateway.upstream import Dialler, Route
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
 
+_PASSWORDS_AT_A_TIME = 2
+
 
 def _at_once(work: Callable[[], _T]) -> Deferred[_T]:
     return succeed(work())
@@ -38,10 +40,14 @@ def _at_once(work: Callable[[], _T]) -> Deferred[_T]:
 
 @frozen
 class Helpers:
-    """What is asked of the world besides the network: programs to run, and a thread for what takes long."""
+    """What is asked of the world besides the network: programs to run, and a thread for what takes long.
+
+    `turns` are those of passwords that are checked: the threads are the resolver's, too, and the processor the relay's.
+    """
 
     programs: Programs | None = None
     in_thread: Callable[[Callable[[], bool]], Deferred[bool]] = _at_once
+    turns: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(_PASSWORDS_AT_A_TIME))
 
 
 class Reception:
@@ -122,7 +128,15 @@ class Reception:
             return
         # The answer costs some 30 ms of a processor, which a stranger is to have as seldom as possible.
         self._presence.judge(connect.client_identifier, caller.address, self._config.devices)
-        if given is None or not await self._helpers.in_thread(lambda: wanted.verify(given)):
+        if given is None:
+            raise wrong_password(matched.rule)
+        self._presence.attempt(connect.client_identifier, caller.address, self._config.devices)
+        await self._helpers.turns.acquire()
+        try:
+            is_right = await self._helpers.in_thread(lambda: wanted.verify(given))
+        finally:
+            self._helpers.turns.release()
+        if not is_right:
             raise wrong_password(matched.rule)
 
     def _make_routes(self) -> dict[Device, Route]:

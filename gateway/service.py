@@ -306,8 +306,12 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = self._clock.seconds()
+        # Without `_guarded`, whose two calls for each of ten thousand sessions would keep messages waiting.
         for session in list(self.sessions):
-            self._guarded(session, lambda session: session.sweep(now))
+            try:
+                session.sweep(now)
+            except Exception as error:  # noqa: BLE001  a mistake in one session leaves the others alone
+                self._mistaken(session, error)
         try:
             self._doorstep.sweep(now, self.config.timeouts.connect_packet)
             self.doorkeeper.sweep()
@@ -336,8 +340,11 @@ class Gateway:
         try:
             do(session)
         except Exception as error:  # noqa: BLE001  see above
-            _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
-            session.fail(type(error).__name__)
+            self._mistaken(session, error)
+
+    def _mistaken(self, session: Session, error: Exception) -> None:
+        _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
+        session.fail(type(error).__name__)
 
 
 class _DeviceFactory(ListenerFactory):

@@ -355,14 +355,14 @@ class Session:
 
     def sweep(self, now: float) -> None:
         """Find out whether a deadline has passed; called every second or so, `now` in seconds on the injected clock."""
-        if self._state is State.RELAYING:
+        if self._state is _RELAYING:
             # A device that is not read, because the broker does not keep up, is not silent: we are deaf.
             if self._heard or not self._device.reading:
                 self._heard = False
                 self._last_heard = now
             elif self._keep_alive_limit and now - self._last_heard > self._keep_alive_limit:
                 self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
-            if self._treatment is not None and self._state is State.RELAYING:
+            if self._treatment is not None and self._state is _RELAYING:
                 self._sweep_treatment(now)
         elif now >= self._deadline:
             self._deadline_passed()

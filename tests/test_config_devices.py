@@ -68,6 +68,15 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert not any("hunter2" in line for line in found)
 
 
+def test_a_prefix_of_the_devices_own_ends_with_a_level() -> None:
+    """Otherwise the device "a" could write to the topics of the device "ab"."""
+    assert problems({"publish_prefix": "p/{client_id}", "subscribe_prefix": "{address}-"}) == [
+        f'device[0].{key}: "{prefix}" has to end in "/": otherwise one device could be within another\'s'
+        for key, prefix in (("publish_prefix", "p/{client_id}"), ("subscribe_prefix", "{address}-"))
+    ]
+    assert made({"publish_prefix": "plant7-", "subscribe_prefix": "{client_id}/"}).device
+
+
 def test_what_does_not_go_together() -> None:
     """Within one rule: all of it, each under its key."""
     found = problems(

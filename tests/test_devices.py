@@ -434,6 +434,20 @@ def test_a_wrong_lan_password(
     assert (record.rule, broker.accepted) == ("device[0]", 0)
 
 
+def test_who_guesses_a_lan_password_is_slowed_down(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """And the device that knows it is let in meanwhile, from its own address."""
+    gateway = start_gateway(
+        upstream=start_broker().port, devices={"connects_per_minute": 3}, device=[{"lan_password": PASSWORD}]
+    )
+    for _ in range(5):
+        answer = told(gateway, mqtt.connect("d1", username="u", password=b"guess"), source="127.0.0.66")
+        assert answer[0] == 0x20
+    gateway.wait_ended(5)
+    reasons = [record.reason for record in gateway.ended]
+    assert reasons == [EndReason.DEVICE_PASSWORD_WRONG] * 3 + [EndReason.CLIENT_ID_PACED] * 2
+    established(gateway, client_identifier="d1", username="u", password=b"lan password").close()
+
+
 @pytest.mark.parametrize("version", [3, 4, 5])
 def test_the_right_lan_password_stays_on_the_lan(
     start_gateway: StartGateway, start_broker: StartBroker, version: int

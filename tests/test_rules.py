@@ -365,6 +365,28 @@ def test_judging_counts_nothing() -> None:
     world.presence.judge("", "10.0.0.1", world.devices)
 
 
+def test_attempts_at_a_password_are_counted_where_they_come_from() -> None:
+    """A stranger who guesses runs out of attempts, and takes none from the device that knows."""
+    world = World(connects_per_minute=2)
+    for _ in range(2):
+        world.presence.attempt("a", "10.0.0.66", world.devices)
+    with pytest.raises(Refusal) as caught:
+        world.presence.attempt("a", "10.0.0.66", world.devices)
+    assert caught.value.reason is EndReason.CLIENT_ID_PACED
+    world.presence.attempt("a", "10.0.0.1", world.devices)
+    assert world.enter(1) == []
+    world.now += 31
+    world.presence.attempt("a", "10.0.0.66", world.devices)
+
+
+def test_without_a_rate_attempts_are_not_counted() -> None:
+    """0 is no limit."""
+    world = World(connects_per_minute=0)
+    for _ in range(100):
+        world.presence.attempt("a", "10.0.0.66", world.devices)
+    assert not world.presence._buckets
+
+
 def test_a_name_that_comes_often_is_not_the_first_to_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a flood of other names would give it a full bucket."""
     monkeypatch.setattr(presence_module, "_MAX_NAMES", 3)

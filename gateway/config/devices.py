@@ -191,6 +191,11 @@ class Device:
                 check_template(text, known)
             except ValueError as error:
                 yield where, str(error)
+        for key in ("publish_prefix", "subscribe_prefix"):
+            prefix = getattr(self, key)
+            if "{" in prefix and not prefix.endswith("/"):
+                # The device "a" with the topic "b/x" would be where the device "ab" is with "/x".
+                yield f".{key}", f'{quoted(prefix)} has to end in "/": otherwise one device could be within another\'s'
 
     def _credential_problems(self) -> Iterable[tuple[str, str]]:
         sources = self.sources

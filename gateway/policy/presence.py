@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from hashlib import sha256
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 from gateway.config import Devices
 from gateway.errors import EndReason, Refusal
@@ -24,6 +24,8 @@ _SECONDS = 60.0
 _TAKEOVER_COST = 10.0
 
 _S = TypeVar("_S", bound=Hashable)
+# A name; or, for attempts at its password, the address that they come from and the name.
+_Key: TypeAlias = str | bytes | tuple[str, str | bytes]
 
 
 class Presence(Generic[_S]):
@@ -35,12 +37,21 @@ class Presence(Generic[_S]):
         self._standing: dict[str | bytes, dict[_S, str]] = {}
         self._names: dict[_S, str | bytes] = {}
         # Token buckets (tokens left, when that was so); a full bucket is the same as none.
-        self._buckets: dict[str | bytes, tuple[float, float]] = {}
+        self._buckets: dict[_Key, tuple[float, float]] = {}
 
     def judge(self, client_identifier: str, address: str, devices: Devices) -> None:
         """Raise Refusal if a session with this name could not be entered now; nothing is counted."""
         if client_identifier:
             self._judge(_name(client_identifier), address, devices)
+
+    def attempt(self, client_identifier: str, address: str, devices: Devices) -> None:
+        """Count an attempt at a device's password.  Raises Refusal when there were too many.
+
+        Counted for each address apart: a stranger who guesses must not lock out the device that knows.
+        """
+        if devices.connects_per_minute:
+            key = (address, _name(client_identifier))
+            self._fill(key, self._taken(key, 1.0, devices))
 
     def enter(self, session: _S, client_identifier: str, address: str, devices: Devices) -> list[_S]:
         """Count a session in; return those that it takes the place of.
@@ -52,10 +63,7 @@ class Presence(Generic[_S]):
         name = _name(client_identifier)
         others, tokens = self._judge(name, address, devices)
         if tokens is not None:
-            self._buckets.pop(name, None)  # so that it is the youngest again
-            while len(self._buckets) >= _MAX_NAMES:
-                del self._buckets[next(iter(self._buckets))]
-            self._buckets[name] = (tokens, self._seconds())
+            self._fill(name, tokens)
         self._standing.setdefault(name, {})[session] = address
         self._names[session] = name
         return others if devices.same_client_id == "take-over" else []
@@ -86,14 +94,24 @@ class Presence(Generic[_S]):
             raise Refusal(EndReason.CLIENT_ID_IN_USE, f"its session is from {where}", 2, 0x85)
         if not devices.connects_per_minute:
             return others, None
+        cost = min(_TAKEOVER_COST, _burst(devices)) if standing else 1.0
+        return others, self._taken(name, cost, devices)
+
+    def _taken(self, key: _Key, cost: float, devices: Devices) -> float:
+        """Return what is left in a bucket when `cost` is taken from it.  Raises Refusal when there is not so much."""
         burst, now = _burst(devices), self._seconds()
-        tokens, since = self._buckets.get(name, (burst, now))
+        tokens, since = self._buckets.get(key, (burst, now))
         tokens = min(burst, tokens + max(0.0, now - since) * devices.connects_per_minute / _SECONDS)
-        cost = min(_TAKEOVER_COST, burst) if standing else 1.0
         if tokens < cost:
             detail = f"more often than {devices.connects_per_minute:g} times a minute"
             raise Refusal(EndReason.CLIENT_ID_PACED, detail, 3, 0x9F)
-        return others, tokens - cost
+        return tokens - cost
+
+    def _fill(self, key: _Key, tokens: float) -> None:
+        self._buckets.pop(key, None)  # so that it is the youngest again
+        while len(self._buckets) >= _MAX_NAMES:
+            del self._buckets[next(iter(self._buckets))]
+        self._buckets[key] = (tokens, self._seconds())
 
 
 def _burst(devices: Devices) -> float:
