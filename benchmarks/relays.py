@@ -135,7 +135,7 @@ sni = {BROKER_NAME}
     return command
 
 
-def _gateway(program: list[str], pacing: str) -> Callable[[Setting], list[str]]:
+def _gateway(program: list[str], unhindered: str) -> Callable[[Setting], list[str]]:
     def command(setting: Setting) -> list[str]:
         path = setting.directory / "gateway.toml"
         path.write_text(f"""\
@@ -147,22 +147,24 @@ server_name = "{BROKER_NAME}"
 endpoint = "127.0.0.1:{setting.port}"
 [tls]
 ca_file = "{setting.ca_file}"
-{pacing}""")
+{unhindered}""")
         return [*program, "--nodaemon", "--pidfile=", "mqtts-gateway", "--config", str(path)]
 
     return command
 
 
-def _without_pacing(python: Path, environment: dict[str, str]) -> str:
-    """Return what turns the pacing of new sessions off: the other relays have none, and set-up is to be compared.
+def _unhindered(python: Path, environment: dict[str, str]) -> str:
+    """Return what lets sessions come as they like: the other relays do, and set-up is to be compared.
 
-    A gateway from before there was pacing would refuse the section.
+    There are more of them a minute than one Client Identifier may have.  A gateway from before there was pacing, or
+    rules, would refuse their sections.
     """
     ask = "from gateway.config import template_text; print(template_text())"
     template = subprocess.run(
         [python, "-P", "-c", ask], capture_output=True, text=True, check=False, env=os.environ | environment
     )
-    return "[pacing]\nnew_sessions_per_second = 0\n" if "[pacing]" in template.stdout else ""
+    sections = {"[pacing]": "new_sessions_per_second = 0", "[devices]": "connects_per_minute = 0"}
+    return "".join(f"{name}\n{key}\n" for name, key in sections.items() if name in template.stdout)
 
 
 def find_peer(name: str) -> Relay:
@@ -190,12 +192,12 @@ def find_gateway(name: str, where: Path) -> Relay:
     if not where.exists():
         raise CannotMeasure(f"{name}: {where} does not exist")
     if not where.is_dir():
-        return Relay(name, "installed", _gateway([str(where)], _without_pacing(where.with_name("python"), {})))
+        return Relay(name, "installed", _gateway([str(where)], _unhindered(where.with_name("python"), {})))
     twistd = Path(sys.executable).with_name("twistd")
     if not twistd.exists():
         raise CannotMeasure(f"{name}: there is no twistd beside {sys.executable}: pip install -e .[test]")
     environment = {"PYTHONPATH": str(where)}
-    pacing = _without_pacing(Path(sys.executable), environment)
+    pacing = _unhindered(Path(sys.executable), environment)
     return Relay(name, _commit(where), _gateway([str(twistd)], pacing), environment=environment)
 
 
