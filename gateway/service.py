@@ -21,7 +21,7 @@ from typing import Any
 from attrs import frozen
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList
-from twisted.internet.interfaces import IAddress, IListeningPort, IReactorTime
+from twisted.internet.interfaces import IAddress, IDelayedCall, IListeningPort, IReactorTime
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.internet.threads import deferToThreadPool
@@ -58,6 +58,8 @@ from gateway.upstream import Dialler, Target, shown_address
 _log = Logger(namespace="gateway")
 
 SWEEP_INTERVAL = 1.0  # seconds; deadlines are kept to this precision
+# So many sessions take a few tenths of a millisecond.
+_SWEPT_AT_A_TIME = 250
 DRAIN_INTERVAL = 0.1  # seconds; so often some of the sessions are ended that end spread over a time
 # Sweeps between two looks at the files.  A change counts when two looks agree on it, so it takes up to twice as long.
 _SWEEPS_PER_LOOK = 2
@@ -158,6 +160,7 @@ class Gateway:
         self._generation = self.prepare(config)
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
         self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
+        self._sweeping: IDelayedCall | None = None
         self._sweeper = LoopingCall(self._sweep)
         self._drainer = LoopingCall(self._drain_some)
         self._sweeper.clock = self._drainer.clock = clock
@@ -298,6 +301,8 @@ class Gateway:
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
+            if self._sweeping is not None and self._sweeping.active():
+                self._sweeping.cancel()
             self._drain = None
             self._journal.flush()
             waiting, self._all_gone = self._all_gone, []
@@ -306,12 +311,10 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = self._clock.seconds()
-        # Without `_guarded`, whose two calls for each of ten thousand sessions would keep messages waiting.
-        for session in list(self.sessions):
-            try:
-                session.sweep(now)
-            except Exception as error:  # noqa: BLE001  a mistake in one session leaves the others alone
-                self._mistaken(session, error)
+        if self._sweeping is not None and self._sweeping.active():
+            # Over those that were not reached within a second this one goes, too.
+            self._sweeping.cancel()
+        self._sweep_sessions(list(self.sessions), now)
         try:
             self._doorstep.sweep(now, self.config.timeouts.connect_packet)
             self.doorkeeper.sweep()
@@ -322,6 +325,17 @@ class Gateway:
             self._swept()
         except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more
             _log.failure("a mistake of the gateway in its sweep")
+
+    def _sweep_sessions(self, left: list[Session], now: float) -> None:
+        """Sweep some sessions now and the others in the next turns of the reactor, so that messages need not wait."""
+        # Without `_guarded`, whose two calls for each of ten thousand sessions would be most of it.
+        for session in left[:_SWEPT_AT_A_TIME]:
+            try:
+                session.sweep(now)
+            except Exception as error:  # noqa: BLE001  a mistake in one session leaves the others alone
+                self._mistaken(session, error)
+        rest = left[_SWEPT_AT_A_TIME:]
+        self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest, now) if rest else None
 
     def _drain_some(self) -> None:
         if self._drain is not None:

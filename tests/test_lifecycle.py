@@ -14,11 +14,12 @@ import pytest
 from twisted.internet.defer import succeed
 from twisted.logger import Logger
 
+from gateway import service as service_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
 from gateway.network import ReactorNetwork
 from gateway.ops.journal import FULL_RECORDS
-from gateway.service import GatewayService
+from gateway.service import Gateway, GatewayService
 from gateway.session import Session
 from gateway.upstream import UpstreamProtocol
 from tests import mqtt_packets as mqtt
@@ -653,3 +654,29 @@ def test_what_the_broker_sends_comes_straight_to_its_protocol(
         upstream = session._upstream
         assert type(upstream) is UpstreamProtocol
         assert upstream.transport.protocol is upstream
+
+
+def test_many_sessions_are_swept_a_few_at_a_time(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Messages have their turn in between, and none of the sessions is forgotten."""
+    left: list[int] = []
+    sweep = Gateway._sweep_sessions
+
+    def counted(gateway: Gateway, sessions: list[Session], now: float) -> None:
+        left.append(len(sessions))
+        sweep(gateway, sessions, now)
+
+    monkeypatch.setattr(service_module, "_SWEPT_AT_A_TIME", 2)
+    monkeypatch.setattr(Gateway, "_sweep_sessions", counted)
+    gateway = start_gateway(upstream=start_broker().port)
+    devices = [Device(gateway.port) for _ in range(5)]
+    for number, device in enumerate(devices):
+        device.send(mqtt.connect(f"sensor-{number}", keep_alive=1))
+        assert device.read(4) == mqtt.connack()
+    gateway.wait_ended(5)
+    assert {record.reason for record in gateway.ended} == {EndReason.KEEPALIVE_TIMEOUT}
+    assert any(left[index : index + 3] == [5, 3, 1] for index in range(len(left)))
+    for device in devices:
+        device.close()
+    gateway.wait_empty()
