@@ -65,8 +65,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 _AUTHENTICATING = frozenset({PacketType.AUTH, PacketType.DISCONNECT})
 _CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
 
-# With no reason code, which is Normal disconnection in MQTT 5.0 (§3.14.2.1), it is the same in all versions.
 _PINGREQ = bytes((PacketType.PINGREQ << 4, 0))
+# With no reason code, which is Normal disconnection in MQTT 5.0 (§3.14.2.1), it is the same in all versions.
 _DISCONNECT = disconnect(0)
 
 # The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends a standing session.  For an upstream

@@ -465,7 +465,8 @@ def test_an_old_configuration_goes_with_its_last_session(
         os.utime(tmp_path / "ca.pem", (0, 0))
         gateway.change(limits={"max_packet_size": 1001})
         if sys.version_info >= (3, 12):
-            # There something of a session that failed still waits for the collector; what, has not been found.
+            # Twisted throws a failure into a coroutine from a frame that holds it.  There, the frames of a coroutine
+            # that ends in that keep the ones that called them, so those of a dial that failed wait for the collector.
             gc.collect()
         eventually(lambda: not [each() for each in old if each() is not None], "the old configuration is gone")
     finally:

@@ -755,6 +755,7 @@ def problems(**tls: object) -> list[str]:
 DER = ROOT.certificate.public_bytes(Encoding.DER)
 ENCRYPTED_KEY = ROOT.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"passphrase"))
 BROKEN_PEM = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+# Begins like a key, and holds the word "secret".
 BROKEN_KEY = b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n"
 BROKEN_CRL = b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"
 

@@ -98,13 +98,15 @@ class _Worn:
 
 def _identifier(arguments: argparse.Namespace) -> str | None:
     """Return the Client Identifier that was chosen.  Raises `ValueError`."""
-    if arguments.device is None:
+    chosen: str | None = arguments.client_id
+    device: str | None = arguments.device
+    if device is None:
         if arguments.address is not None or arguments.listener:
             raise ValueError("--from and --listener go with --device")
-        return arguments.client_id  # type: ignore[no-any-return]  # argparse knows no types
-    if arguments.client_id is not None:
+        return chosen
+    if chosen is not None:
         raise ValueError("--client-id: --device gives it already")
-    return arguments.device  # type: ignore[no-any-return]  # argparse knows no types
+    return device
 
 
 def _address(text: str | None) -> str:

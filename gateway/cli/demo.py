@@ -43,12 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
     # Not at the top: these modules need the extra, and other subcommands need neither them nor a reactor.
     from twisted.internet import reactor
 
-    if arguments.profile == "aws-like":
-        from gateway.cli.demo_identities import IdentitiesShow as Show
-    else:
-        from gateway.cli.demo_show import Show  # type: ignore[assignment]  # either is a Stage
+    from gateway.cli.demo_identities import IdentitiesShow
+    from gateway.cli.demo_show import Show
 
-    return Show(reactor, port=arguments.listen, once=arguments.once).run()
+    show = IdentitiesShow if arguments.profile == "aws-like" else Show
+    return show(reactor, port=arguments.listen, once=arguments.once).run()
 
 
 def _port(text: str) -> int:

@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 from contextlib import AsyncExitStack
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import trustme
@@ -43,11 +43,7 @@ class IdentitiesShow(Stage):
         """Show two sensors that pass, each under its own certificate, and a spoofer that does not."""
         say = self.say
         say("demo", "two plain-MQTT sensors reach a broker that wants a certificate of each; all of it on this machine")
-        # Private (mode 0700), and gone at the end.
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="mqtts-gateway-demo-")))
-        ca = trustme.CA(organization_name="mqtts-gateway demo", organization_unit_name="CA")
-        ca_file = directory / "ca.pem"
-        ca.cert_pem.write_to_path(str(ca_file))
+        directory, ca, ca_file = self.make_ca(stack)
         self._write_rules(directory, ca)
 
         told: DeferredQueue[dict[str, Any]] = DeferredQueue()
@@ -130,7 +126,7 @@ class IdentitiesShow(Stage):
         )
 
     def _broker_rules(self, directory: Path, ca: trustme.CA, ca_file: Path) -> Rules:
-        certificate = ca.issue_cert(BROKER_NAME, not_after=now().replace(year=now().year + 1))
+        certificate = ca.issue_cert(BROKER_NAME, not_after=now() + timedelta(days=DAYS))
         chain, key = directory / "broker.pem", directory / "broker.key"
         chain.write_bytes(b"".join(pem.bytes() for pem in certificate.cert_chain_pems))
         key.touch(mode=0o600)

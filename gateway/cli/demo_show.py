@@ -13,7 +13,6 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import trustme
@@ -52,10 +51,7 @@ class Show(Stage):
         say = self.say
         say("demo", "a plain-MQTT sensor reaches a TLS broker through the gateway; all of it on this machine")
 
-        directory = Path(stack.enter_context(TemporaryDirectory(prefix="mqtts-gateway-demo-")))
-        ca = trustme.CA(organization_name="mqtts-gateway demo", organization_unit_name="CA")
-        ca_file = directory / "ca.pem"
-        ca.cert_pem.write_to_path(str(ca_file))
+        directory, ca, ca_file = self.make_ca(stack)
         say("certificate", f"a CA and a certificate for {' and '.join(BROKER_NAMES)} are made in {directory}")
 
         broker = await self._start_amqtt(stack, ca, directory)

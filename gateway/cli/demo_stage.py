@@ -13,8 +13,10 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
+import trustme
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
 from paho.mqtt.reasoncodes import ReasonCode
@@ -146,6 +148,14 @@ class Stage:
     async def steps(self, stack: AsyncExitStack) -> None:
         """Show what there is to show; `stack` ends what was begun."""
         raise NotImplementedError
+
+    def make_ca(self, stack: AsyncExitStack) -> tuple[Path, trustme.CA, Path]:
+        """Make a directory, private (mode 0700) and gone at the end, and a CA; return both, and the CA's file there."""
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="mqtts-gateway-demo-")))
+        ca = trustme.CA(organization_name="mqtts-gateway demo", organization_unit_name="CA")
+        ca_file = directory / "ca.pem"
+        ca.cert_pem.write_to_path(str(ca_file))
+        return directory, ca, ca_file
 
     async def start_broker(
         self, stack: AsyncExitStack, module: str, *arguments: str, told: Callable[[str], None] = lambda _: None

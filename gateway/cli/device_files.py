@@ -112,7 +112,7 @@ class Writer:
         writer = cls([])
         try:
             yield writer
-        except BaseException:
+        except BaseException:  # Ctrl-C too leaves no half of a device behind
             for path in writer._written:
                 path.unlink(missing_ok=True)
             raise
