@@ -30,7 +30,7 @@ from gateway.cli.report import Report, Status, Step, TextView
 from gateway.config import from_mapping
 from tests.harness import PATIENCE, Broker, BrokerConnection, ServerTLS
 from tests.pki import CLIENT, Certified, certify, certify_ca, revocation_list, rsa_key
-from tests.tools import require_tool
+from tests.tools import as_from_a_terminal, require_tool
 
 TO_THE_BROKER = ["dns", "tcp", "client-hello", "certificate", "chain", "identity", "tls", "connect", "connack"]
 
@@ -885,6 +885,7 @@ def test_an_interrupted_check_says_so(configuration: Callable[..., Path], start_
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=as_from_a_terminal,
     )
     assert process.stdout is not None
     for line in process.stdout:

@@ -27,6 +27,7 @@ from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.pki import certify
 from tests.test_status import HOSTILE, connected, devices, start, status_port
+from tests.tools import as_from_a_terminal
 
 __all__ = ["devices", "start"]  # fixtures
 
@@ -376,6 +377,7 @@ class Terminal:
             stdout=theirs,
             stderr=theirs,
             env={name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"LC_ALL": "C.UTF-8"},
+            preexec_fn=as_from_a_terminal,
         )
         os.close(theirs)
         self.shown = ""

@@ -24,18 +24,13 @@ from gateway.cli import demo
 from gateway.cli.demo_show import Impostor
 from tests.harness import Device, eventually
 from tests.mqtt_packets import connect
+from tests.tools import as_from_a_terminal
 
 ROOT = Path(__file__).resolve().parent.parent
 # The console script's own words; the script itself stands wherever pip has put it.
 _COMMAND = (sys.executable, "-c", "import sys; from gateway.cli.main import console; sys.exit(console())", "demo")
 # An unbuffered Python would hide what happens to output that waits in a buffer.
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-
-
-def _as_from_a_terminal() -> None:
-    """Undo what `nohup` and a shell's background jobs hand down: signals that are ignored stay ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class RunningDemo:
@@ -51,7 +46,7 @@ class RunningDemo:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=_ENVIRONMENT | {"TMPDIR": str(self.temporary)} | (environment or {}),
-                preexec_fn=_as_from_a_terminal,
+                preexec_fn=as_from_a_terminal,
             )
 
     @property

@@ -1,9 +1,10 @@
-"""Programs that some tests need and Python does not bring: `require_tool("mosquitto")`."""
+"""Programs that tests start: those that Python does not bring (`require_tool("mosquitto")`), and how signals reach them."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 import pytest
 
@@ -21,3 +22,9 @@ def require_tool(name: str) -> str:
     if os.environ.get("CI") == "true":
         pytest.fail(f"{advice} (in CI everything is there, so that nothing is skipped)")
     pytest.skip(advice)
+
+
+def as_from_a_terminal() -> None:
+    """Undo what `nohup` and a shell's background jobs hand down to a child: signals that are ignored stay ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
