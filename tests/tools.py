@@ -1,4 +1,4 @@
-"""Programs that tests start: those that Python does not bring (`require_tool("mosquitto")`), and how signals reach them."""
+"""Programs that tests start: those that Python does not bring, by `require_tool("mosquitto")`, and their signals."""
 
 from __future__ import annotations
 
