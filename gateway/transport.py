@@ -19,6 +19,7 @@ from __future__ import annotations
 import select
 import socket
 from collections.abc import Callable
+from time import monotonic
 from types import FunctionType
 from typing import Any
 
@@ -45,12 +46,13 @@ _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 _DISCONNECTED = select.EPOLLHUP | select.EPOLLERR
 # Events taken from the kernel at a time; the reactor's timers and threads have their turn in between.
-_BATCH = 256
-# Batches that are worked off in one turn, how small they must be for the next to be waited for, and for how long, in
-# seconds: the least that epoll knows.  So the reactor's timers and threads wait for some milliseconds, at worst.
-_BATCHES = 10
+_BATCH = 64
+# How small a batch must be for the next one to be waited for, and for how long, in seconds: the least that epoll knows.
+# And how long all of one turn may take, before it waits no more: so much later, at worst, are the reactor's timers and
+# threads.
 _SMALL_BATCH = 16
 _LINGER = 0.001
+_TURN = 0.01
 # Bytes read at a time.  Python allocates what is asked for and gives back what did not come, so a large read is for
 # those who send much; it stays below malloc's threshold for mapping pages anew at each call (128 KiB).
 _SMALL_READ = 0x1000
@@ -318,35 +320,29 @@ class RelayReactor:
 
     def doRead(self) -> None:
         """Work off what there is to report, and what follows soon."""
-        wait = 0.0
-        for _ in range(_BATCHES):
-            reported = self._work_off(wait)
-            if not 0 < reported <= _SMALL_BATCH or self._epoll.closed:
+        poll, selectables, fresh = self._epoll.poll, self._selectables, self._fresh
+        wait, until = 0.0, monotonic() + _TURN
+        while True:
+            fresh.clear()
+            batch = poll(wait, _BATCH)
+            for descriptor, events in batch:
+                selectable = selectables.get(descriptor)
+                if selectable is None or (fresh and descriptor in fresh):
+                    continue
+                if events != _READ:
+                    self._report(selectable, events)
+                    continue
+                # By far the most frequent, so it is spared a call; `_report` would do the same.
+                why: BaseException | None
+                try:
+                    why = selectable.doRead()
+                except Exception as error:  # noqa: BLE001  a mistake in one connection must not end the others
+                    why = _mistake(error)
+                if why is not None:
+                    self._disconnect(selectable, why, reading=True)
+            if not 0 < len(batch) <= _SMALL_BATCH or self._epoll.closed or monotonic() >= until:
                 return
             wait = _LINGER
-
-    def _work_off(self, wait: float) -> int:
-        """Wait for something to be reported, up to `wait` seconds, and work it off; return how much it was."""
-        self._fresh.clear()
-        selectables = self._selectables
-        fresh = self._fresh
-        batch = self._epoll.poll(wait, _BATCH)
-        for descriptor, events in batch:
-            selectable = selectables.get(descriptor)
-            if selectable is None or (fresh and descriptor in fresh):
-                continue
-            if events != _READ:
-                self._report(selectable, events)
-                continue
-            # By far the most frequent, so it is spared a call; `_report` would do the same.
-            why: BaseException | None
-            try:
-                why = selectable.doRead()
-            except Exception as error:  # noqa: BLE001  a mistake in one connection must not end the others
-                why = _mistake(error)
-            if why is not None:
-                self._disconnect(selectable, why, reading=True)
-        return len(batch)
 
     def connectionLost(self, reason: Failure) -> None:
         """See IReadDescriptor: the reactor stops."""

@@ -213,13 +213,14 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         self.turn(reactor, lambda: server.reason is not None and client.reason is not None)
 
     def playing(self) -> tuple[RelayTestReactor, Recorder, Recorder]:
-        """Return a reactor, and a server and a client that throw a byte to and fro, a thousand times."""
+        """Return a reactor, and a server and a client that throw a byte to and fro."""
         reactor, server, client = self.connected_pair()
+        deadline = time.monotonic() + PATIENCE
         for side in (server, client):
 
             def throw_back(data: bytes, side: Recorder = side) -> None:
                 side.received += data
-                if len(side.received) < 1000:
+                if time.monotonic() < deadline:
                     side.transport.write(data)
 
             side.dataReceived = throw_back  # type: ignore[method-assign]
@@ -237,17 +238,11 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
     def test_however_much_follows_the_reactor_has_its_turn(self) -> None:
         """Its timers and threads wait for a moment, not until there is nothing to relay."""
         reactor, server, client = self.playing()
-        called: list[int] = []
-        throw_back = server.dataReceived
-
-        def begin(data: bytes) -> None:
-            reactor.callLater(0, lambda: called.append(len(server.received)))
-            server.dataReceived = throw_back  # type: ignore[method-assign]
-            throw_back(data)
-
-        server.dataReceived = begin  # type: ignore[method-assign]
-        self.turn(reactor, lambda: len(server.received) == 1000)
-        assert called[0] < 100
+        called: list[float] = []
+        asked = time.monotonic()
+        reactor.callLater(0.001, lambda: called.append(time.monotonic()))
+        self.turn(reactor, lambda: called)
+        assert called[0] - asked < PATIENCE / 2, "it came when there was nothing left to relay"
         client.transport.abortConnection()
         self.turn(reactor, lambda: server.reason is not None)
 
