@@ -16,9 +16,10 @@ from typing import Any, Protocol
 from attrs import define, field
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint
 from twisted.internet.interfaces import IAddress, IHostResolution, IResolutionReceiver, IStreamClientEndpoint
 from zope.interface import implementer
+
+from gateway.connecting import TCPEndpoint
 
 Address = IPv4Address | IPv6Address
 
@@ -70,7 +71,7 @@ class ReactorNetwork:
     """
 
     def __init__(self, reactor: Any) -> None:
-        """Take a reactor that provides IReactorPluggableNameResolver, IReactorTCP and IReactorTime."""
+        """Take the relay's reactor."""
         self._reactor = reactor
         self._under_way: dict[tuple[str, int], _LookUp] = {}
 
@@ -103,9 +104,8 @@ class ReactorNetwork:
 
     def endpoint(self, address: Address) -> IStreamClientEndpoint:
         """See `Network.endpoint`."""
-        make = TCP4ClientEndpoint if isinstance(address, IPv4Address) else TCP6ClientEndpoint
         # No time-out of its own: whoever connects keeps one for all addresses together.
-        return make(self._reactor, address.host, address.port, timeout=None)  # type: ignore[arg-type]  # connectors know it
+        return TCPEndpoint(self._reactor, address)
 
 
 @lru_cache(maxsize=32)

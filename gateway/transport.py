@@ -24,18 +24,20 @@ from types import FunctionType
 from typing import Any
 
 from twisted.internet import tcp, unix
+from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IDelayedCall,
     IHalfCloseableDescriptor,
     IListeningPort,
+    IProtocol,
     IReactorTime,
     IReadDescriptor,
     IReadWriteDescriptor,
     IWriteDescriptor,
 )
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
-from twisted.internet.protocol import ClientFactory, Factory
+from twisted.internet.protocol import Factory
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -59,6 +61,8 @@ _SMALL_READ = 0x1000
 _LARGE_READ = 0x10000
 # Twisted's own limit on a send: more than that waits its turn, so that one connection does not keep the others waiting.
 _SENT_AT_ONCE = tcp.Connection.SEND_LIMIT
+# How most connections end; one for all, as Twisted has it, too.
+_ORDERLY = Failure(CONNECTION_DONE)
 
 
 class _SendsAtOnce(tcp.Connection):
@@ -68,6 +72,8 @@ class _SendsAtOnce(tcp.Connection):
     only while it does not may anything overtake its buffer.
     """
 
+    # Only a process that shares its sockets with another needs to shut one down before it closes it.
+    _shouldShutdown = False
     _writing = False
     _send_failed = False
     _wanted = _SMALL_READ
@@ -154,8 +160,25 @@ class _TCPServer(_SendsAtOnce, tcp.Server):
     pass
 
 
-class _TCPClient(_SendsAtOnce, tcp.Client):
-    pass
+class TCPClient(_SendsAtOnce):
+    """A connection that the gateway has made (`gateway/connecting.py`)."""
+
+    logstr = "gateway"
+
+    def __init__(
+        self, connected: socket.socket, protocol: IProtocol, peer: IPv4Address | IPv6Address, reactor: RelayReactor
+    ) -> None:
+        super().__init__(connected, protocol, reactor)  # type: ignore[arg-type]  # it has what transports ask for
+        self._peer = peer
+        self.connected = True
+
+    def getHost(self) -> IPv4Address | IPv6Address:
+        """See ITransport."""
+        return type(self._peer)("TCP", *self.socket.getsockname())
+
+    def getPeer(self) -> IPv4Address | IPv6Address:
+        """See ITransport."""
+        return self._peer
 
 
 class _UNIXServer(_SendsAtOnce, unix.Server):
@@ -170,18 +193,12 @@ class _UNIXPort(unix.Port):
     transport = _UNIXServer
 
 
-class _TCPConnector(tcp.Connector):
-    def _makeTransport(self) -> tcp.Client:
-        # How Twisted's connectors say which transport they make; it has been so since before 2010.
-        return _TCPClient(self.host, self.port, self.bindAddress, self, self.reactor)
-
-
 @implementer(IReactorTime, IReadDescriptor)
 class RelayReactor:
     """The part of a reactor that endpoints and transports ask for, on top of a real one.
 
-    It listens on TCP and UNIX sockets and on sockets of systemd's, and connects TCP.  Time, threads and names are the
-    real reactor's.
+    It listens on TCP and UNIX sockets and on sockets of systemd's; `gateway/connecting.py` connects.  Time, threads and
+    names are the real reactor's.
     """
 
     def __init__(self, reactor: Any) -> None:
@@ -242,19 +259,6 @@ class RelayReactor:
         listening.startListening()
         return listening
 
-    def connectTCP(
-        self,
-        host: str,
-        port: int,
-        factory: ClientFactory[Any],
-        timeout: float = 30,
-        bindAddress: Any = None,
-    ) -> tcp.Connector:
-        """See IReactorTCP."""
-        connector = _TCPConnector(host, port, factory, timeout, bindAddress, self)
-        connector.connect()
-        return connector
-
     @property
     def nameResolver(self) -> Any:
         """See IReactorPluggableNameResolver."""
@@ -291,6 +295,13 @@ class RelayReactor:
     def removeWriter(self, writer: IWriteDescriptor) -> None:
         """Report it no longer."""
         self._change(writer, 0, _WRITE)
+
+    def replace(self, before: IReadWriteDescriptor, after: IReadWriteDescriptor) -> None:
+        """Report when `after` can be read, in place of `before`, whose descriptor it has taken over."""
+        descriptor = before.fileno()
+        self._epoll.modify(descriptor, _READ)
+        self._selectables[descriptor] = after
+        self._events[descriptor] = _READ
 
     def _change(self, selectable: Any, added: int, removed: int) -> None:
         descriptor = selectable.fileno()
@@ -394,6 +405,6 @@ def _lose(tell: Callable[[Failure], object], why: BaseException) -> None:
     Let out, it would reach the real reactor, which would take it for the end of the whole relay.
     """
     try:
-        tell(Failure(why))
+        tell(_ORDERLY if why is CONNECTION_DONE else Failure(why))
     except Exception:  # noqa: BLE001  a mistake in one connection must not end the others
         _log.failure("a mistake of the gateway at the end of a connection")

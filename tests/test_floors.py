@@ -27,6 +27,7 @@ FLOORS = {
     "gateway.treatment": 1,
     "gateway.device": 2,
     "gateway.listening": 2,
+    "gateway.connecting": 2,
     "gateway.network": 2,
     "gateway.ops": 2,
     "gateway.policy": 2,

@@ -7,41 +7,44 @@ reactors and signal handlers and use up all descriptors, which no other thread o
 
 from __future__ import annotations
 
+import errno
+import resource
 import select
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from twisted.internet import error
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import CancelledError
 from twisted.internet.epollreactor import EPollReactor
-from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.error import ConnectError, ConnectionDone, ConnectionLost, NoProtocol
 from twisted.internet.interfaces import IHalfCloseableProtocol
-from twisted.internet.protocol import ClientFactory, Factory, Protocol, connectionDone
+from twisted.internet.protocol import Factory, Protocol, connectionDone
 from twisted.internet.test import test_tcp, test_unix
 from twisted.internet.test.reactormixins import ReactorBuilder
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides
 
+from gateway.connecting import TCPEndpoint, _for_socket
 from gateway.transport import RelayReactor
-from tests.harness import PATIENCE
+from tests.harness import PATIENCE, open_descriptors
 
 
 class RelayTestReactor(EPollReactor):
-    """An epoll reactor that listens and connects through a `RelayReactor`."""
+    """An epoll reactor that listens through a `RelayReactor`; `RelayEndpoints` connect through it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.relay = RelayReactor(self)
-        # The gateway connects to addresses only; Twisted's tests connect to names too.
-        self.relay.resolve = self.resolve
         self.relay.start()
 
     def listenTCP(self, *arguments: Any, **named: Any) -> Any:
         return self.relay.listenTCP(*arguments, **named)
-
-    def connectTCP(self, *arguments: Any, **named: Any) -> Any:
-        return self.relay.connectTCP(*arguments, **named)
 
     def listenUNIX(self, *arguments: Any, **named: Any) -> Any:
         return self.relay.listenUNIX(*arguments, **named)
@@ -76,8 +79,16 @@ class Recorder(Protocol):
         self.reason = reason
 
 
+class RelayEndpoints(test_tcp.TCPCreator):
+    """What Twisted's tests connect by: the relay's endpoint."""
+
+    def client(self, reactor: RelayTestReactor, serverAddress: IPv4Address) -> TCPEndpoint:
+        return TCPEndpoint(reactor.relay, serverAddress)
+
+
 class _OnRelay(SynchronousTestCase):
     reactorFactory = RelayTestReactor
+    endpoints = RelayEndpoints()
 
 
 class SendsAtOnceTests(_OnRelay, ReactorBuilder):
@@ -89,8 +100,7 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         server, client = Recorder(), Recorder()
         factory = Factory.forProtocol(lambda: server)
         port = reactor.listenTCP(0, factory, interface="127.0.0.1")
-        client_factory = ClientFactory.forProtocol(lambda: client)
-        reactor.connectTCP("127.0.0.1", port.getHost().port, client_factory)
+        TCPEndpoint(reactor.relay, port.getHost()).connect(Factory.forProtocol(lambda: client))
         self.turn(reactor, lambda: server.connected and client.connected)
         return reactor, server, client
 
@@ -270,6 +280,139 @@ class SendsAtOnceTests(_OnRelay, ReactorBuilder):
         assert client.reason is not None
 
 
+class ConnectingTests(_OnRelay, ReactorBuilder):
+    """What becomes of a connection that is being made."""
+
+    def attempt(
+        self,
+        address: IPv4Address | IPv6Address,
+        make: Callable[[], Any] = Recorder,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """Begin to connect, just after `before`; `outcome` is what becomes of it."""
+        self.reactor = self.buildReactor()
+        factory = Factory()
+        factory.buildProtocol = lambda _: make()  # type: ignore[method-assign]
+        self.outcomes: list[Any] = []
+        self.before = open_descriptors()
+        before()
+        self.connecting = TCPEndpoint(self.reactor.relay, address).connect(factory)
+        self.connecting.addBoth(self.outcomes.append)
+
+    def outcome(self) -> Any:
+        """Wait for it."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.outcomes:
+            assert time.monotonic() < deadline
+            self.reactor.iterate(0.01)
+        return self.outcomes[0]
+
+    def assert_nothing_is_left(self) -> None:
+        """No descriptor is watched that was not before, or open."""
+        assert not self.reactor.relay._selectables
+        assert not self.reactor.relay._events
+        assert open_descriptors() == self.before
+
+    @contextmanager
+    def listening(self, backlog: int = 5, host: str = "127.0.0.1") -> Iterator[Any]:
+        """Return the address of a socket on which somebody listens, and accepts nobody."""
+        with socket.create_server((host, 0), backlog=backlog, family=_family(host)) as listener:
+            self.listener = listener
+            kind = IPv6Address if ":" in host else IPv4Address
+            yield kind("TCP", host, listener.getsockname()[1])
+
+    def test_a_connection_knows_both_its_ends(self) -> None:
+        """By which a record says where a session went."""
+        for host in ("127.0.0.1", "::1"):
+            with self.listening(host=host) as address:
+                self.attempt(address)
+                transport = self.outcome().transport
+                accepted, peer = self.listener.accept()
+                assert transport.getPeer() == address
+                assert (transport.getHost().host, transport.getHost().port) == peer[:2]
+                assert type(transport.getHost()) is type(address)
+                transport.write(b"here")
+                assert accepted.recv(10) == b"here"
+                accepted.close()
+                self.turn_until_lost(transport)
+
+    def turn_until_lost(self, transport: Any) -> None:
+        """Wait for the end of a connection."""
+        protocol = transport.protocol
+        deadline = time.monotonic() + PATIENCE
+        while protocol.reason is None:
+            assert time.monotonic() < deadline
+            self.reactor.iterate(0.01)
+
+    def test_a_refusal_is_told_as_one(self) -> None:
+        """With what the kernel says."""
+        with self.listening() as address:
+            pass
+        self.attempt(address)
+        failure = self.outcome()
+        assert failure.check(error.ConnectionRefusedError)
+        assert failure.value.osError == errno.ECONNREFUSED
+        self.assert_nothing_is_left()
+
+    def test_what_the_kernel_refuses_at_once_is_told(self) -> None:
+        """Before anything was watched: here a link-local address that does not say on which link."""
+        self.attempt(IPv6Address("TCP", "fe80::1", 8883))
+        assert self.outcome().check(ConnectError)
+        self.assert_nothing_is_left()
+
+    def test_without_descriptors_it_fails(self) -> None:
+        """And says why."""
+        with self.listening() as address:
+            limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+            try:
+                self.attempt(address, before=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1])))
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert self.outcome().value.osError == errno.EMFILE
+            self.assert_nothing_is_left()
+
+    def test_who_gives_up_leaves_nothing(self) -> None:
+        """Here while the listener's queue is full, so that nobody answers."""
+        with self.listening(backlog=0) as address, socket.create_connection((address.host, address.port)):
+            self.attempt(address)
+            self.reactor.iterate(0)
+            assert not self.outcomes
+            self.connecting.cancel()
+            assert self.outcome().check(CancelledError)
+            self.assert_nothing_is_left()
+
+    def test_a_factory_that_wants_no_protocol_closes_the_connection(self) -> None:
+        """As when somebody else was quicker."""
+        with self.listening() as address:
+            self.attempt(address, lambda: None)
+            assert self.outcome().check(NoProtocol)
+            self.assert_nothing_is_left()
+
+    def test_a_mistake_of_the_factory_closes_the_connection(self) -> None:
+        """And whoever waits is told."""
+        with self.listening() as address:
+            self.attempt(address, lambda: 1 / 0)
+            assert self.outcome().check(ZeroDivisionError)
+            self.assert_nothing_is_left()
+
+    def test_who_still_waits_when_the_relay_stops_is_told(self) -> None:
+        """Nothing of it is left."""
+        with self.listening(backlog=0) as address, socket.create_connection((address.host, address.port)):
+            self.attempt(address)
+            self.reactor.relay.stop()
+            assert self.outcome().check(ConnectError)
+            assert open_descriptors() == self.before - 1  # and the relay's epoll is closed, too
+
+    def test_the_scope_of_an_address_is_the_sockets(self) -> None:
+        """A link-local address is one on each link, and `%` says which (RFC 4007 §11)."""
+        family, address = _for_socket(IPv6Address("TCP", "fe80::1%lo", 8883))
+        assert (family, address[1], address[3]) == (socket.AF_INET6, 8883, socket.if_nametoindex("lo"))
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
 class TCP4ClientTests(_OnRelay, test_tcp.TCP4ClientTestsBuilder):
     """Twisted's tests of TCP clients."""
 
@@ -277,10 +420,11 @@ class TCP4ClientTests(_OnRelay, test_tcp.TCP4ClientTestsBuilder):
     test_logPrefix = None
     # The relay has no connectSSL; TLS is gateway/tls's.
     test_badContext = None
-
-
-class TCP4ConnectorTests(_OnRelay, test_tcp.TCP4ConnectorTestsBuilder):
-    """Twisted's tests of connectors."""
+    # Nor has it connectTCP, whose connector and bound address these two are about.
+    test_interface = None
+    test_addresses = None
+    # The configuration knows ports by their number alone.
+    test_connectPortNotNumeric = None
 
 
 class TCPConnectionTests(_OnRelay, test_tcp.TCPConnectionTestsBuilder):
