@@ -64,8 +64,10 @@ class DeviceProtocol(RelaySide):
         """Send bytes to the device."""
         self.transport.write(data)
 
-    def close(self) -> None:
-        """Send what is waiting, then end the connection."""
+    def close(self, last: bytes = b"") -> None:
+        """Send what is waiting and `last`, then end the connection."""
+        if last:
+            self.transport.write(last)
         self.finish()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:

@@ -98,8 +98,8 @@ class Side(Protocol):
     def release(self) -> None:
         """Read again."""
 
-    def close(self) -> None:
-        """Send what is waiting, then end the connection in the orderly way.  Nothing is received any more."""
+    def close(self, last: bytes = b"") -> None:
+        """Send what is waiting and `last`, then end the connection in good order; nothing is received any more."""
 
     def abort(self) -> None:
         """End the connection now."""
@@ -543,13 +543,15 @@ class Session:
         assert framer is not None  # noqa: S101  made with the state; narrows the type
         self._heard = True
         passed = framer.feed(data)
+        if framer.disconnected and framer.error is None:
+            self._bytes_up += len(passed)
+            self._end(EndReason.DEVICE_DISCONNECT, last=passed)
+            return
         if passed and self._upstream is not None:
             self._upstream.write(passed)
             self._bytes_up += len(passed)
         if framer.error is not None:
             self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
-        elif framer.disconnected:
-            self._end(EndReason.DEVICE_DISCONNECT)
         elif self._pace is not None and self._pace.overdrawn(framer.packets, len(data)):
             self._device.hold()
 
@@ -585,12 +587,13 @@ class Session:
         code: int | None = None,
         answered: bool = False,
         connack_codes: tuple[int, int] = (_CONNACK_SERVER_UNAVAILABLE, ReasonCode.SERVER_UNAVAILABLE),
+        last: bytes = b"",
     ) -> None:
         """End the session: tell the device, close both sides, write the record.
 
         `answer` overrides what the device is told; `answered` means that it has been told already; `code` is the
         reason code of the DISCONNECT, if it is not the reason's usual one; `connack_codes` are those of a CONNACK that
-        is still due, before 5.0 and in 5.0.
+        is still due, before 5.0 and in 5.0.  `last` are the device's last packets, for the broker.
         """
         if self._state is State.ENDED:
             return
@@ -604,11 +607,9 @@ class Session:
         self._connect_packet = None
         self._upstream_reader = None
         if self._device_present:
-            if told:
-                self._device.write(told)
-            self._device.close()
+            self._device.close(told)
         if self._upstream is not None:
-            self._upstream.close()
+            self._upstream.close(last)
         try:
             self._journal.session_ended(self.record)
         finally:

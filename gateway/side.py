@@ -115,9 +115,10 @@ class RelaySide(Protocol):
 
 def how_lost(reason: Failure) -> str:
     """Return, in a word or two, how a connection was lost: `closed`, `reset`, or what the kernel says."""
-    if reason.check(ConnectionDone):
+    why = reason.value
+    if isinstance(why, ConnectionDone):
         return "closed"
-    return str(reason.value.args[0]) if isinstance(reason.value, ConnectionLost) and reason.value.args else "reset"
+    return str(why.args[0]) if isinstance(why, ConnectionLost) and why.args else "reset"
 
 
 def tune(transport: RelayTransport, user_timeout: float) -> None:

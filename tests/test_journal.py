@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 import pytest
 from twisted.internet.task import Clock
-from twisted.logger import LogLevel, formatEvent, globalLogPublisher, jsonFileLogObserver
+from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher, jsonFileLogObserver
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import FULL_RECORDS, FULL_RECORDS_OF_STANDING, WINDOW, Journal
@@ -116,6 +116,18 @@ def test_both_records_carry_every_field(journal: Journal, events: list[dict[str,
     assert {name: end[name] for name in FIELDS} == FIELDS
     at_start = FIELDS | {"reason": None, "duration": None, "detail": ""}
     assert {name: start[name] for name in FIELDS} == at_start
+
+
+def test_a_record_is_an_event_as_a_logger_emits_it(journal: Journal, events: list[dict[str, Any]]) -> None:
+    """It is made without `Logger.emit`, and observers are not to notice."""
+    Logger(namespace="gateway").warn("{line}", line="x", event="session-end")
+    journal.session_ended(attrs.evolve(RECORD, reason=EndReason.UPSTREAM_REFUSED))
+    emitted, made = events
+    assert emitted.keys() <= made.keys()
+    for name in ("log_format", "log_level", "log_namespace", "log_source", "event"):
+        assert made[name] == emitted[name], name
+    assert isinstance(made["log_logger"], Logger)
+    assert 0 <= made["log_time"] - emitted["log_time"] < 60
 
 
 def test_records_are_json(journal: Journal) -> None:

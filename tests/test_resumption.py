@@ -222,6 +222,22 @@ def test_tickets_are_kept_from_resumed_sessions_too(world: World) -> None:
     assert len(set(map(id, kept))) == 3
 
 
+def test_a_session_leaves_one_ticket(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brokers send several at a time, and to look at each is work for nothing."""
+    kept: list[Ticket] = []
+    keep = Tickets.keep
+
+    def counting_keep(tickets: Tickets, ticket: Ticket) -> None:
+        kept.append(ticket)
+        keep(tickets, ticket)
+
+    monkeypatch.setattr(Tickets, "keep", counting_keep)
+    world.context.num_tickets = 4
+    assert world.resumed()
+    assert len(kept) == 1
+    assert repr(kept[0].secret) not in repr(kept[0])
+
+
 def test_a_broker_that_has_lost_its_tickets_is_verified_in_full(world: World) -> None:
     """A broker that was started anew cannot resume; it shows its certificate, and its new tickets are good."""
     world.serve(BROKER)
@@ -424,8 +440,9 @@ def test_a_handshake_without_the_tickets_secret_is_refused(
     world: World, monkeypatch: pytest.MonkeyPatch, secrets: tuple[bytes, bytes]
 ) -> None:
     """That no callback was asked proves nothing; that the session has the ticket's secret does."""
-    told = iter(secrets)
-    monkeypatch.setattr(SSL.Connection, "master_key", lambda _: next(told))
+    of_ticket, of_session = secrets
+    world.tickets.keep(evolve(ticket_of(world), secret=of_ticket))
+    monkeypatch.setattr(SSL.Connection, "master_key", lambda _: of_session)
     assert world.refused().reason is EndReason.TLS_VERIFICATION_ERROR
 
 
@@ -440,6 +457,7 @@ def test_a_handshake_in_which_openssl_asks_is_never_taken_for_a_resumed_one(
 
     world.serve(BROKER)
     monkeypatch.setattr(TLSChannel, "judge", lax)
+    world.tickets.keep(evolve(ticket_of(world), secret=b"the ticket's"))
     monkeypatch.setattr(SSL.Connection, "master_key", lambda _: b"the ticket's")
     channel, server = world.begin()
     assert channel.resuming

@@ -48,7 +48,9 @@ class RememberingSide:
     def release(self) -> None:
         self.held = False
 
-    def close(self) -> None:
+    def close(self, last: bytes = b"") -> None:
+        if last and not self.closed:
+            self.written.append(last)
         self.closed = True
 
     def abort(self) -> None:
@@ -890,7 +892,8 @@ def test_a_side_that_fails_while_it_is_written_to_ends_the_session_once() -> Non
     """The channel may break under `write`, and say so before `write` returns."""
     bench = Bench().relaying(version=5)
     bench.upstream.write = lambda data: breaks(bench)  # type: ignore[method-assign]
-    bench.session.device_received(mqtt.publish(version=5) + mqtt.disconnect())
+    bench.session.device_received(mqtt.publish(version=5))
+    bench.session.device_received(mqtt.disconnect())
     assert bench.reason is EndReason.UPSTREAM_LOST
     assert bench.device.bytes[2] == 0x80
 

@@ -486,6 +486,38 @@ def test_a_channel_that_breaks_under_a_write_ends_the_session(world: World, monk
     assert session.named("upstream_broken") == [failure]
 
 
+def test_the_last_packets_and_close_notify_leave_in_one_piece(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DISCONNECT is mostly the last thing that a session sends: one send for both, and FIN behind it."""
+    upstream, transport, broker, *_ = world.serving()
+    writes: list[bytes] = []
+    write = transport.write
+
+    def counting_write(data: bytes) -> None:
+        writes.append(data)
+        write(data)
+
+    monkeypatch.setattr(transport, "write", counting_write)
+    upstream.close(b"the last")
+    assert len(writes) == 1
+    assert transport.half_closed
+    broker.talk(upstream)
+    assert (broker.received, broker.ended_cleanly) == (b"the last", True)
+
+
+def test_last_packets_that_openssl_does_not_take_do_not_keep_a_side_from_closing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session has ended by then; there is nobody to tell."""
+    upstream, transport, *_ = world.serving()
+
+    def send(channel: TLSChannel, plaintext: bytes) -> None:
+        raise UpstreamFailure(EndReason.UPSTREAM_LOST, "broken")
+
+    monkeypatch.setattr(TLSChannel, "send", send)
+    upstream.close(b"the last")
+    assert transport.half_closed
+
+
 def test_a_mistake_while_the_broker_is_read_ends_only_that_session(
     world: World, logged_errors: list[dict[str, Any]]
 ) -> None:

@@ -6,14 +6,15 @@ observers find them there) and one human line, in which text from strangers is e
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache
 from operator import attrgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 from attrs import asdict, fields
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.record import Peer, SessionRecord
@@ -83,7 +84,7 @@ class Journal:
 
     def session_started(self, record: SessionRecord) -> None:
         """See `gateway.session.Journal`."""
-        self._log.info("{line}", line=_start_line(record), event="session-start", **_fields(record))
+        self._write(LogLevel.info, _start_line(record), "session-start", record)
 
     def session_ended(self, record: SessionRecord) -> None:
         """See `gateway.session.Journal`."""
@@ -99,10 +100,10 @@ class Journal:
             quiet = reason in _ORDINARY
         if not due:
             return
-        level = self._log.info if quiet else self._log.warn
+        level = LogLevel.info if quiet else LogLevel.warn
         if reason is EndReason.INTERNAL_ERROR:
-            level = self._log.error
-        level("{line}", line=_end_line(record), event="session-end", **_fields(record))
+            level = LogLevel.error
+        self._write(level, _end_line(record), "session-end", record)
 
     def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         """A connection was closed before it became a session."""
@@ -178,6 +179,14 @@ class Journal:
         self._window_began = now
         self._written.clear()
         self._withheld.clear()
+
+    def _write(self, level: Any, line: str, event: str, record: SessionRecord) -> None:
+        """Emit what `Logger.emit` would at `level`, a `LogLevel`; it copies all fields three times on their way."""
+        log = self._log
+        fields = _fields(record)
+        fields |= {"line": line, "event": event, "log_format": "{line}", "log_level": level, "log_time": time.time()}
+        fields |= {"log_namespace": log.namespace, "log_source": log.source, "log_logger": log}
+        log.observer(fields)
 
     def _is_due(self, what: str, reason: EndReason, full: int = FULL_RECORDS) -> bool:
         if self._written[what, reason] < full:

@@ -95,8 +95,6 @@ class TLSChannel:
         """Take what to trust, who it must be, and the tickets of this broker.  Raises `ValueError` if of another."""
         if tickets is not None and (tickets.policy is not policy or tickets.identity != identity):
             raise ValueError(f"the tickets are not those of {identity.name} under this policy")
-        if tickets is not None and tickets.policy is not policy:
-            raise AssertionError("a TLS session of one identity was to be resumed under another")
         self._policy = policy
         self._identity = identity
         self._tickets = tickets
@@ -105,8 +103,8 @@ class TLSChannel:
         self._asked = False
         self._approved = False
         self._matched = ""
-        # The ticket that was offered and its secret, until the handshake is done.
-        self._offered: tuple[Ticket, bytes] | None = None
+        # The ticket that was offered, until the handshake is done.
+        self._offered: Ticket | None = None
         # What the tickets of this channel will be good for; `None` if it is to leave none.
         self._verified: Verified | None = None
         # Where the ciphertext that came so far ends: bytes missing of the current record, or the header's first bytes.
@@ -127,8 +125,7 @@ class TLSChannel:
         ticket = tickets.offer() if tickets is not None else None
         if ticket is not None:
             self._connection.set_session(ticket.session)
-            # In TLS 1.3 that is the secret by which a session is resumed.
-            self._offered = ticket, self._connection.master_key() or b""
+            self._offered = ticket
             # OpenSSL makes a key for each group that it prefers, and keeps them as long as the connection: 10 KiB, and
             # as much work as all the rest of a resumed handshake.  One of the keys is what the broker will use.
             if ticket.verified.group:
@@ -344,12 +341,12 @@ class TLSChannel:
         """
         if self._asked or self._offered is None or self._tickets is None:
             return None
-        ticket, secret = self._offered
+        ticket = self._offered
         try:
             present = self._connection.master_key() or b""
         except SSL.Error:
             return None  # OpenSSL has a new session, without a secret to resume it by yet.
-        if not secret or not compare_digest(present, secret):
+        if not ticket.secret or not compare_digest(present, ticket.secret):
             return None
         if crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) != ticket.verified.der:
             return None
@@ -376,12 +373,13 @@ class TLSChannel:
         if self._tickets is None or self._verified is None or self.state is not ChannelState.VERIFIED:
             return
         try:
-            self._connection.master_key()
+            secret = self._connection.master_key() or b""
         except SSL.Error:
             return  # It was something else; no ticket has come yet.
         session = self._connection.get_session()
         if session is not None:
-            self._tickets.keep(Ticket(session, self._verified))
+            self._tickets.keep(Ticket(session, secret, self._verified))
+            self._verified = None  # Brokers send several, and one is as good as another.
 
     def _check_pins(self, pins: tuple[bytes, ...]) -> None:
         if self._policy.pins.isdisjoint(pins):

@@ -23,7 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from attrs import frozen
+from attrs import field, frozen
 from cryptography import x509
 from OpenSSL import SSL
 
@@ -56,9 +56,13 @@ class Verified:
 
 @frozen(slots=True)
 class Ticket:
-    """OpenSSL's session, which holds secrets, and what the full handshake at its beginning showed."""
+    """OpenSSL's session, which holds secrets, and what the full handshake at its beginning showed.
+
+    `secret` is the one by which TLS 1.3 resumes the session.
+    """
 
     session: SSL.Session
+    secret: bytes = field(repr=False)
     verified: Verified
 
 
