@@ -38,6 +38,7 @@ from benchmarks.relays import (
     free_ports,
     running,
 )
+from benchmarks.shield import kernel_threads, shielded
 from benchmarks.table import Round, render
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,6 +79,7 @@ def _parse() -> argparse.Namespace:
         metavar="NAME=PATH",
         help="measure this gateway, too: another checkout, or the twistd beside which one is installed; repeatable",
     )
+    parser.add_argument("--shield", action="store_true", help="keep the kernel's threads off the relay's core")
     parser.add_argument("--quick", action="store_true", help="short and small: shows that it works, measures little")
     parser.add_argument("--save", metavar="NAME", help="write the results to benchmarks/results/NAME.md and .json")
     options = parser.parse_args()
@@ -135,7 +137,7 @@ class Bench:
         descriptor_limit()
         self._directory = directory
         self._load = Load(compile_load(directory), cores[0])
-        self._relay_core = cores[-1]
+        self.relay_core = cores[-1]
         self._certificates = Certificates(directory)
         self._started = 0
 
@@ -171,7 +173,7 @@ class Bench:
         directory.mkdir()
         device_port, broker_port = free_ports(2)
         setting = Setting(directory, device_port, broker_port, self._certificates.ca_file)
-        with running(relay, setting, self._relay_core) as started:
+        with running(relay, setting, self.relay_core) as started:
             yield started, {"device_port": device_port, "broker_port": broker_port}
 
 
@@ -181,9 +183,12 @@ def _run(options: argparse.Namespace) -> int:
     about = _about(options, relays, left_out)
     rounds: list[Round] = []
     report = ""
-    with TemporaryDirectory(prefix="benchmarks-") as directory:
+    with contextlib.ExitStack() as stack:
+        directory = stack.enter_context(TemporaryDirectory(prefix="benchmarks-"))
         Path(directory).chmod(0o755)  # nginx's worker is not root
         bench = Bench(Path(directory))
+        if options.shield:
+            about["shielded from"] = stack.enter_context(shielded(bench.relay_core, kernel_threads()))
         for relay in filter(None, relays.values()):
             _progress(f"{relay.name} {relay.version}: does it verify the broker?")
             bench.verify(relay)
@@ -259,6 +264,7 @@ def _report(about: dict[str, Any], rounds: Sequence[Round], table: str) -> str:
         f"Relays: {relays}. TLS: {', '.join(sorted(ciphers))}.",
         f"Rounds: {len(rounds)}, of {about['seconds']:g} s for each measurement. Median (least..greatest).",
         *(f"Left out: {reason}" for reason in about["left out"]),
+        *_shielded(about),
         "",
         table,
     ]
@@ -266,6 +272,12 @@ def _report(about: dict[str, Any], rounds: Sequence[Round], table: str) -> str:
     if failures:
         lines += ["", "Failed:", *failures]
     return "\n".join(lines)
+
+
+def _shielded(about: dict[str, Any]) -> list[str]:
+    if "shielded from" not in about:
+        return []
+    return [f"Kept off the relay's core: {about['shielded from']} threads of the kernel."]
 
 
 def _all(rounds: Sequence[Round]) -> Iterator[tuple[str, str, Counts]]:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.load import CannotMeasure, compile_load
 from benchmarks.measurements import DIRECT, Figure, Measurement
+from benchmarks.shield import kernel_threads, shielded
 from benchmarks.table import number, render
 from tests.tools import require_tool
 
@@ -79,6 +80,28 @@ def rounds(**costs: list[float]) -> list[dict[str, dict[str, dict[str, float]]]]
     """Return counts of as many rounds as each relay has costs."""
     turns = zip(*costs.values(), strict=True)
     return [{"work": {name: {"cost": cost} for name, cost in zip(costs, turn, strict=True)}} for turn in turns]
+
+
+def test_threads_are_kept_off_a_core_and_put_back() -> None:
+    """As far as they may be moved; one that has gone is no reason to stop."""
+    cores = os.sched_getaffinity(0)
+    core = max(cores)
+    with subprocess.Popen(["sleep", "60"]) as sleeping, subprocess.Popen(["true"]) as gone:
+        try:
+            gone.wait(20)
+            with shielded(core, [sleeping.pid, gone.pid]) as count:
+                assert os.sched_getaffinity(sleeping.pid) == (cores - {core} or cores)
+                assert count == (len(cores) > 1)
+            assert os.sched_getaffinity(sleeping.pid) == cores
+        finally:
+            sleeping.kill()
+
+
+def test_the_threads_of_the_kernel_are_no_processes() -> None:
+    """A container may hide them, but none of what this process and its parents are is among them."""
+    threads = kernel_threads()
+    assert os.getpid() not in threads
+    assert 1 not in threads
 
 
 def test_the_table_shows_medians_and_spread() -> None:

@@ -10,6 +10,7 @@ import gc
 import socket
 import ssl
 import threading
+import time
 import warnings
 from base64 import b64encode
 from collections import Counter
@@ -50,6 +51,8 @@ INTERMEDIATE = certify_ca(ROOT)
 EXPIRED_ROOT = certify_ca(subject="Expired Root CA", valid_from=-30, valid_for=29)
 # Seconds after which a handshake that hangs, and only such a one, is given up.
 SHORT = 0.3
+# Seconds for which a broker that was refused is left alone: the least that can be configured.
+LEFT_ALONE = 0.001
 
 VERSIONS = pytest.mark.parametrize("version", [4, 5])
 
@@ -104,7 +107,8 @@ class Trial:
 
 
 def settle(broker: Broker) -> None:
-    """Wait until the broker has read everything that was sent to it."""
+    """Wait until the broker has read everything that was sent to it, and may be dialled again if it was refused."""
+    time.sleep(2 * LEFT_ALONE)
     eventually(
         lambda: (
             broker.accepted
@@ -174,7 +178,7 @@ def begin(
             ca_file=None if roots is None else write(*(root.pem for root in roots)),
             tls=tls,
             timeouts={"tls": SHORT if hangs else 20},
-            failover={"retry_first": 0.001, "retry_max": 0.001},
+            failover={"retry_first": LEFT_ALONE, "retry_max": LEFT_ALONE},
         )
         return Trial(gateway, brokers)
 
