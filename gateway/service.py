@@ -311,10 +311,9 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = self._clock.seconds()
-        if self._sweeping is not None and self._sweeping.active():
-            # Over those that were not reached within a second this one goes, too.
-            self._sweeping.cancel()
-        self._sweep_sessions(list(self.sessions), now)
+        # One that did not reach all of them within a second goes on, since to begin anew would leave the same ones out.
+        if self._sweeping is None or not self._sweeping.active():
+            self._sweep_sessions(list(self.sessions))
         try:
             self._doorstep.sweep(now, self.config.timeouts.connect_packet)
             self.doorkeeper.sweep()
@@ -326,8 +325,9 @@ class Gateway:
         except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more
             _log.failure("a mistake of the gateway in its sweep")
 
-    def _sweep_sessions(self, left: list[Session], now: float) -> None:
+    def _sweep_sessions(self, left: list[Session]) -> None:
         """Sweep some sessions now and the others in the next turns of the reactor, so that messages need not wait."""
+        now = self._clock.seconds()
         # Without `_guarded`, whose two calls for each of ten thousand sessions would be most of it.
         for session in left[:_SWEPT_AT_A_TIME]:
             try:
@@ -335,7 +335,7 @@ class Gateway:
             except Exception as error:  # noqa: BLE001  a mistake in one session leaves the others alone
                 self._mistaken(session, error)
         rest = left[_SWEPT_AT_A_TIME:]
-        self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest, now) if rest else None
+        self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest) if rest else None
 
     def _drain_some(self) -> None:
         if self._drain is not None:

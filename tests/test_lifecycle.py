@@ -656,6 +656,35 @@ def test_what_the_broker_sends_comes_straight_to_its_protocol(
         assert upstream.transport.protocol is upstream
 
 
+def test_a_sweep_that_takes_long_reaches_everybody(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one does not begin before its end: it would begin with the same sessions, and leave out the same."""
+    swept: set[int] = set()
+    sweep = Session.sweep
+
+    def remembered(session: Session, now: float) -> None:
+        swept.add(session.record.number)
+        sweep(session, now)
+
+    monkeypatch.setattr(Session, "sweep", remembered)
+    monkeypatch.setattr(service_module, "_SWEPT_AT_A_TIME", 1)
+    gateway = start_gateway(upstream=start_broker().port)
+    clock = gateway.service.gateway._clock
+    call_later = clock.callLater
+
+    def later(delay: float, function: Any, *rest: Any) -> Any:
+        # So that a second is not enough for all of them.
+        return call_later(0.3 if getattr(function, "__name__", "") == "_sweep_sessions" else delay, function, *rest)
+
+    monkeypatch.setattr(clock, "callLater", later)
+    devices = [established(gateway, client_identifier=f"sensor-{number}") for number in range(7)]
+    eventually(lambda: len(swept) == len(devices), "each session is swept")
+    for device in devices:
+        device.close()
+    gateway.wait_ended(len(devices))
+
+
 def test_many_sessions_are_swept_a_few_at_a_time(
     start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -663,9 +692,9 @@ def test_many_sessions_are_swept_a_few_at_a_time(
     left: list[int] = []
     sweep = Gateway._sweep_sessions
 
-    def counted(gateway: Gateway, sessions: list[Session], now: float) -> None:
+    def counted(gateway: Gateway, sessions: list[Session]) -> None:
         left.append(len(sessions))
-        sweep(gateway, sessions, now)
+        sweep(gateway, sessions)
 
     monkeypatch.setattr(service_module, "_SWEPT_AT_A_TIME", 2)
     monkeypatch.setattr(Gateway, "_sweep_sessions", counted)
