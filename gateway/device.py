@@ -64,10 +64,12 @@ class DeviceProtocol(RelaySide):
         """Send bytes to the device."""
         self.transport.write(data)
 
-    def close(self, last: bytes = b"") -> None:
-        """Send what is waiting and `last`, then end the connection."""
-        if last:
-            self.transport.write(last)
+    def write_last(self, data: bytes) -> None:
+        """Send bytes to the device, and nothing behind them."""
+        self.transport.write(data)
+
+    def close(self) -> None:
+        """Send what is waiting, then end the connection."""
         self.finish()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:

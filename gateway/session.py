@@ -98,8 +98,11 @@ class Side(Protocol):
     def release(self) -> None:
         """Read again."""
 
-    def close(self, last: bytes = b"") -> None:
-        """Send what is waiting and `last`, then end the connection in good order; nothing is received any more."""
+    def write_last(self, data: bytes) -> None:
+        """Send bytes behind which there is nothing but `close`, for which they may wait."""
+
+    def close(self) -> None:
+        """Send what is waiting, then end the connection in the orderly way.  Nothing is received any more."""
 
     def abort(self) -> None:
         """End the connection now."""
@@ -376,7 +379,7 @@ class Session:
         if discard_will and self._state is State.RELAYING and self._upstream is not None:
             assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
             if self._from_device.at_boundary:
-                self._upstream.write(_DISCONNECT)
+                self._upstream.write_last(_DISCONNECT)
                 self._bytes_up += len(_DISCONNECT)
         self._end(reason)
 
@@ -543,15 +546,16 @@ class Session:
         assert framer is not None  # noqa: S101  made with the state; narrows the type
         self._heard = True
         passed = framer.feed(data)
-        if framer.disconnected and framer.error is None:
-            self._bytes_up += len(passed)
-            self._end(EndReason.DEVICE_DISCONNECT, last=passed)
-            return
         if passed and self._upstream is not None:
-            self._upstream.write(passed)
+            if framer.disconnected:
+                self._upstream.write_last(passed)
+            else:
+                self._upstream.write(passed)
             self._bytes_up += len(passed)
         if framer.error is not None:
             self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
+        elif framer.disconnected:
+            self._end(EndReason.DEVICE_DISCONNECT)
         elif self._pace is not None and self._pace.overdrawn(framer.packets, len(data)):
             self._device.hold()
 
@@ -587,13 +591,12 @@ class Session:
         code: int | None = None,
         answered: bool = False,
         connack_codes: tuple[int, int] = (_CONNACK_SERVER_UNAVAILABLE, ReasonCode.SERVER_UNAVAILABLE),
-        last: bytes = b"",
     ) -> None:
         """End the session: tell the device, close both sides, write the record.
 
         `answer` overrides what the device is told; `answered` means that it has been told already; `code` is the
         reason code of the DISCONNECT, if it is not the reason's usual one; `connack_codes` are those of a CONNACK that
-        is still due, before 5.0 and in 5.0.  `last` are the device's last packets, for the broker.
+        is still due, before 5.0 and in 5.0.
         """
         if self._state is State.ENDED:
             return
@@ -607,9 +610,11 @@ class Session:
         self._connect_packet = None
         self._upstream_reader = None
         if self._device_present:
-            self._device.close(told)
+            if told:
+                self._device.write(told)
+            self._device.close()
         if self._upstream is not None:
-            self._upstream.close(last)
+            self._upstream.close()
         try:
             self._journal.session_ended(self.record)
         finally:

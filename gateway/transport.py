@@ -54,7 +54,7 @@ _BATCH = 64
 # threads.
 _SMALL_BATCH = 16
 _LINGER = 0.001
-_TURN = 0.01
+_TURN = 0.004
 # Bytes read at a time.  Python allocates what is asked for and gives back what did not come, so a large read is for
 # those who send much; it stays below malloc's threshold for mapping pages anew at each call (128 KiB).
 _SMALL_READ = 0x1000
@@ -72,8 +72,6 @@ class _SendsAtOnce(tcp.Connection):
     only while it does not may anything overtake its buffer.
     """
 
-    # Only a process that shares its sockets with another needs to shut one down before it closes it.
-    _shouldShutdown = False
     _writing = False
     _send_failed = False
     _wanted = _SMALL_READ
@@ -145,6 +143,7 @@ class _SendsAtOnce(tcp.Connection):
         self._writeDisconnecting = self._writeDisconnected = True
         self._writing = True  # What is written from here on is for Twisted's `write`, which drops it.
         self._closeWriteConnection()
+        self._shouldShutdown = False  # Before the close, as Twisted does it: FIN has left.
 
     def abortConnection(self) -> None:
         super().abortConnection()
@@ -210,6 +209,11 @@ class RelayReactor:
         self._events: dict[int, int] = {}
         # Descriptors that were registered while a batch is worked off: what the batch says of them is about others.
         self._fresh: set[int] = set()
+
+    @property
+    def running(self) -> bool:
+        """Whether anything will be reported."""
+        return not self._epoll.closed
 
     def start(self) -> None:
         """Begin to report."""
@@ -331,11 +335,11 @@ class RelayReactor:
 
     def doRead(self) -> None:
         """Work off what there is to report, and what follows soon."""
-        poll, selectables, fresh = self._epoll.poll, self._selectables, self._fresh
+        epoll, selectables, fresh = self._epoll, self._selectables, self._fresh
         wait, until = 0.0, monotonic() + _TURN
         while True:
             fresh.clear()
-            batch = poll(wait, _BATCH)
+            batch = epoll.poll(wait, _BATCH)
             for descriptor, events in batch:
                 selectable = selectables.get(descriptor)
                 if selectable is None or (fresh and descriptor in fresh):
@@ -351,7 +355,7 @@ class RelayReactor:
                     why = _mistake(error)
                 if why is not None:
                     self._disconnect(selectable, why, reading=True)
-            if not 0 < len(batch) <= _SMALL_BATCH or self._epoll.closed or monotonic() >= until:
+            if not 0 < len(batch) <= _SMALL_BATCH or epoll.closed or monotonic() >= until:
                 return
             wait = _LINGER
 

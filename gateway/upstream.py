@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Protocol, TypeAlias, TypeVar
 
@@ -59,6 +58,8 @@ class UpstreamProtocol(RelaySide):
         self._session: Session | None = None
         self._device: DeviceProtocol | None = None
         self._unread_answers = 0
+        # Ciphertext that waits for `close`.
+        self._last = b""
         self.verified: Deferred[Peer] = Deferred(self._given_up)
 
     def _given_up(self, _: Deferred[Peer]) -> None:
@@ -145,17 +146,21 @@ class UpstreamProtocol(RelaySide):
         else:
             self.transport.write(ciphertext)
 
-    def close(self, last: bytes = b"") -> None:
-        """Send what is waiting and `last`, then close_notify and FIN; `last` and close_notify leave in one piece."""
+    def write_last(self, data: bytes) -> None:
+        """Encrypt bytes that leave with what `close` sends: DISCONNECT and close_notify in one piece."""
+        try:
+            self._last = self._channel.send(data)
+        except UpstreamFailure as failure:
+            if self._session is not None:
+                self._session.upstream_broken(failure)
+            self._flush()
+
+    def close(self) -> None:
+        """Send what is waiting, then close_notify and FIN."""
         if self._closing:
             return
-        ciphertext = b""
-        if last:
-            # If the channel fails now, the broker hears of the end by what is left of it.
-            with suppress(UpstreamFailure):
-                ciphertext = self._channel.send(last)
         self._channel.close()
-        ciphertext += self._channel.outgoing()
+        ciphertext = self._last + self._channel.outgoing()
         if ciphertext:
             self.transport.write(ciphertext)
         self.finish()

@@ -48,9 +48,10 @@ class RememberingSide:
     def release(self) -> None:
         self.held = False
 
-    def close(self, last: bytes = b"") -> None:
-        if last and not self.closed:
-            self.written.append(last)
+    def write_last(self, data: bytes) -> None:
+        self.write(data)
+
+    def close(self) -> None:
         self.closed = True
 
     def abort(self) -> None:
@@ -892,8 +893,7 @@ def test_a_side_that_fails_while_it_is_written_to_ends_the_session_once() -> Non
     """The channel may break under `write`, and say so before `write` returns."""
     bench = Bench().relaying(version=5)
     bench.upstream.write = lambda data: breaks(bench)  # type: ignore[method-assign]
-    bench.session.device_received(mqtt.publish(version=5))
-    bench.session.device_received(mqtt.disconnect())
+    bench.session.device_received(mqtt.publish(version=5) + mqtt.disconnect())
     assert bench.reason is EndReason.UPSTREAM_LOST
     assert bench.device.bytes[2] == 0x80
 

@@ -21,7 +21,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
-from gateway.config import from_mapping
+from gateway.config import Limits, Timeouts, from_mapping
 from gateway.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.network import ReactorNetwork
@@ -29,9 +29,11 @@ from gateway.ops.journal import Journal
 from gateway.policy.health import accounts
 from gateway.race import ATTEMPT_DELAY, AllFailed, interleave, race
 from gateway.record import Peer, SessionRecord
+from gateway.session import Session
 from gateway.tls.channel import NotVerified, TLSChannel, make_policy
 from gateway.tls.identity import Identity
 from gateway.upstream import Dialler, Target, UpstreamProtocol, shown_address
+from tests import mqtt_packets as mqtt
 from tests.harness import ServerTLS
 
 LOST = Failure(error.ConnectionLost())
@@ -497,25 +499,54 @@ def test_the_last_packets_and_close_notify_leave_in_one_piece(world: World, monk
         write(data)
 
     monkeypatch.setattr(transport, "write", counting_write)
-    upstream.close(b"the last")
+    upstream.write_last(b"the last")
+    upstream.close()
     assert len(writes) == 1
     assert transport.half_closed
     broker.talk(upstream)
     assert (broker.received, broker.ended_cleanly) == (b"the last", True)
 
 
-def test_last_packets_that_openssl_does_not_take_do_not_keep_a_side_from_closing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The session has ended by then; there is nobody to tell."""
-    upstream, transport, *_ = world.serving()
+def test_last_packets_that_openssl_does_not_take_end_the_session(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As others that it does not take; the side closes all the same."""
+    upstream, transport, _, session, _ = world.serving()
+    failure = UpstreamFailure(EndReason.UPSTREAM_LOST, "broken")
 
     def send(channel: TLSChannel, plaintext: bytes) -> None:
-        raise UpstreamFailure(EndReason.UPSTREAM_LOST, "broken")
+        raise failure
 
     monkeypatch.setattr(TLSChannel, "send", send)
-    upstream.close(b"the last")
+    upstream.write_last(b"the last")
+    assert session.named("upstream_broken") == [failure]
+    upstream.close()
     assert transport.half_closed
+
+
+@pytest.mark.parametrize("behind", [mqtt.disconnect(), mqtt.pingreq()], ids=["DISCONNECT", "PINGREQ"])
+def test_a_channel_that_breaks_behind_connack_is_a_lost_upstream(world: World, behind: bytes) -> None:
+    """Whatever the device sent behind CONNECT is relayed with CONNACK, when the channel is broken already."""
+    upstream, _, broker = world.upstream()
+    journal: Any = RememberingSession()
+    sessions: list[Session] = []
+
+    def open_session(device: DeviceProtocol) -> Session:
+        record = SessionRecord(1, "192.0.2.7:40000", 0.0)
+        dial = Deferred[None]
+        sessions.append(
+            Session(record, device, lambda _: dial(), journal, lambda _: None, lambda: 0.0, Limits(), Timeouts())
+        )
+        return sessions[0]
+
+    device = DeviceProtocol(open_session, 60.0)
+    device.makeConnection(Transport())
+    upstream.verified.addCallback(lambda peer: upstream.serve(sessions[0], device, peer))
+    device.dataReceived(mqtt.connect() + behind)
+    broker.talk(upstream)
+    whole, broken = broker.encrypt(mqtt.connack()), bytearray(broker.encrypt(b"x" * 30))
+    broken[-1] ^= 1
+    upstream.dataReceived(whole + bytes(broken))
+    assert [call for call, *_ in journal.calls] == ["session_started", "session_ended"]
+    assert sessions[0].record.reason is EndReason.UPSTREAM_LOST
 
 
 def test_a_mistake_while_the_broker_is_read_ends_only_that_session(

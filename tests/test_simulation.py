@@ -208,7 +208,7 @@ def says_goodbye_for_a_lost_device(patch: pytest.MonkeyPatch) -> None:
 @mutant("loss", "end-to-end")
 def cuts_the_upstream_off(patch: pytest.MonkeyPatch) -> None:
     """The upstream ends by RST, and DISCONNECT with it."""
-    patch.setattr(UpstreamProtocol, "close", lambda self, last=b"": self.abort())
+    patch.setattr(UpstreamProtocol, "close", RelaySide.abort)
 
 
 @mutant("hold")
@@ -387,10 +387,10 @@ def says_something_to_a_broker_that_it_tries(patch: pytest.MonkeyPatch) -> None:
     """The gateway's own dial sends a packet in nobody's name."""
     close = UpstreamProtocol.close
 
-    def with_a_word(self: UpstreamProtocol, last: bytes = b"") -> None:
+    def with_a_word(self: UpstreamProtocol) -> None:
         if self._session is None and not self._closing:
             self.write(mqtt.connect("gateway"))
-        close(self, last)
+        close(self)
 
     patch.setattr(UpstreamProtocol, "close", with_a_word)
 

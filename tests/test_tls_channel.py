@@ -867,5 +867,8 @@ def test_what_came_whole_before_a_bad_record_is_not_lost(policy: TLSPolicy) -> N
     assert channel.receive(good + bytes(bad)) == b"refused"
     assert channel.broken is not None
     assert channel.broken.reason is EndReason.UPSTREAM_LOST
-    with pytest.raises(NotVerified):
+    assert channel.outgoing()  # the alert
+    with pytest.raises(UpstreamFailure) as caught:
         channel.send(b"more")
+    assert caught.value.reason is EndReason.UPSTREAM_LOST
+    assert channel.outgoing() == b""

@@ -371,6 +371,47 @@ class ConnectingTests(_OnRelay, ReactorBuilder):
             assert self.outcome().value.osError == errno.EMFILE
             self.assert_nothing_is_left()
 
+    def test_who_asks_is_not_told_while_they_ask(self) -> None:
+        """A failure takes a turn of the reactor, like all else; who gives up before it hears of that alone."""
+        self.attempt(IPv6Address("TCP", "fe80::1", 8883))
+        assert not self.outcomes
+        self.connecting.cancel()
+        assert self.outcome().check(CancelledError)
+        assert not self.reactor.getDelayedCalls()
+        self.assert_nothing_is_left()
+
+    def test_a_mistake_of_the_protocol_at_its_beginning_ends_the_connection(self) -> None:
+        """Whoever waits is told."""
+
+        class Mistaken(Recorder):
+            def connectionMade(self) -> None:
+                raise KeyError("a mistake")
+
+        with self.listening() as address:
+            self.attempt(address, Mistaken)
+            assert self.outcome().check(KeyError)
+            self.reactor.iterate(0)
+            self.assert_nothing_is_left()
+
+    def test_who_gives_up_at_the_last_moment_has_no_connection(self) -> None:
+        """While the protocol is told that it is connected."""
+
+        class Last(Recorder):
+            def connectionMade(protocol) -> None:  # noqa: N805  the test is the other
+                self.connecting.cancel()
+
+        with self.listening() as address:
+            self.attempt(address, Last)
+            assert self.outcome().check(CancelledError)
+            self.reactor.iterate(0)
+            self.assert_nothing_is_left()
+
+    def test_nobody_connects_when_the_relay_has_stopped(self) -> None:
+        """Nothing would be reported; so it fails at once, and not when somebody's patience ends."""
+        with self.listening() as address:
+            self.attempt(address, before=lambda: self.reactor.relay.stop())
+            assert self.outcome().check(ConnectError)
+
     def test_who_gives_up_leaves_nothing(self) -> None:
         """Here while the listener's queue is full, so that nobody answers."""
         with self.listening(backlog=0) as address, socket.create_connection((address.host, address.port)):
@@ -405,8 +446,10 @@ class ConnectingTests(_OnRelay, ReactorBuilder):
 
     def test_the_scope_of_an_address_is_the_sockets(self) -> None:
         """A link-local address is one on each link, and `%` says which (RFC 4007 §11)."""
-        family, address = _for_socket(IPv6Address("TCP", "fe80::1%lo", 8883))
-        assert (family, address[1], address[3]) == (socket.AF_INET6, 8883, socket.if_nametoindex("lo"))
+        loopback = socket.if_nametoindex("lo")
+        for named in (IPv6Address("TCP", "fe80::1%lo", 8883), IPv6Address("TCP", "fe80::1", 8883, 0, loopback)):
+            family, address = _for_socket(named)
+            assert (family, address[1], address[3]) == (socket.AF_INET6, 8883, loopback)
 
 
 def _family(host: str) -> socket.AddressFamily:

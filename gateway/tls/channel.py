@@ -182,9 +182,13 @@ class TLSChannel:
     def send(self, plaintext: bytes) -> bytes:
         """Encrypt, and return all that is to be sent to the network.
 
-        Raises `NotVerified` unless the channel is VERIFIED, and `UpstreamFailure` when OpenSSL fails.
+        Raises `NotVerified` unless the channel is VERIFIED, and `UpstreamFailure` when OpenSSL fails or the channel has
+        broken behind plaintext that `receive` has returned.
         """
         if self.state is not _VERIFIED:
+            if self.broken is not None:
+                # A copy, since what was raised keeps the frames that it came through.
+                raise UpstreamFailure(self.broken.reason, self.broken.detail)
             raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
         try:
             return self._engine.encrypt(plaintext)
