@@ -196,17 +196,9 @@ def find_gateway(name: str, where: Path) -> Relay:
     twistd = Path(sys.executable).with_name("twistd")
     if not twistd.exists():
         raise CannotMeasure(f"{name}: there is no twistd beside {sys.executable}: pip install -e .[test]")
-    environment = {"PYTHONPATH": str(where)} | _environment_of_unit(where)
+    environment = {"PYTHONPATH": str(where)}
     pacing = _unhindered(Path(sys.executable), environment)
     return Relay(name, _commit(where), _gateway([str(twistd)], pacing), environment=environment)
-
-
-def _environment_of_unit(where: Path) -> dict[str, str]:
-    """Return what the gateway's unit puts into its environment, since that is how it is run."""
-    unit = where / "systemd" / "mqtts-gateway.service"
-    lines = unit.read_text().splitlines() if unit.exists() else []
-    assignments = [line.removeprefix("Environment=") for line in lines if line.startswith("Environment=")]
-    return dict(assignment.split("=", 1) for assignment in assignments)
 
 
 class RunningRelay:

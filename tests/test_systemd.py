@@ -5,8 +5,6 @@ What they do under systemd itself is in tests/test_service.py.
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import shlex
 import signal
@@ -113,28 +111,6 @@ def test_every_directive_has_its_reason_beside_it() -> None:
         if line and not line.startswith("#") and not explained:
             unexplained.append(line)
     assert unexplained == []
-
-
-def test_its_memory_comes_in_huge_pages() -> None:
-    """The environment tells glibc to, which asks the kernel for them where that waits to be asked (madvise(2))."""
-    (assignment,) = directives(UNIT)["Environment"]
-    assert f"ENV {assignment}\n" in (UNITS.parent / "docs/examples/Containerfile").read_text()
-    name, _, value = assignment.partition("=")
-    look = """if True:
-        pieces = [bytes(1000) for _ in range(10_000)]
-        heap = open("/proc/self/smaps").read().split("[heap]")[1]
-        flags = next(line for line in heap.splitlines() if line.startswith("VmFlags:"))
-        print("hg" in flags.split())
-    """
-    environment = os.environ | {name: value}
-    done = subprocess.run(
-        [sys.executable, "-c", look], env=environment, capture_output=True, text=True, check=True, timeout=60
-    )
-    kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    library, version = platform.libc_ver()
-    can_ask = library == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
-    asks = can_ask and kernel.exists() and "[madvise]" in kernel.read_text()
-    assert (done.stdout, done.stderr) == (f"{asks}\n", "")
 
 
 def test_its_command_starts_a_gateway(tmp_path: Path) -> None:
