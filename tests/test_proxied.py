@@ -154,8 +154,10 @@ def test_admission_judges_by_the_devices_address(start: Callable[..., RunningGat
                 stranger.send(v2(source, to="fd12::1" if ":" in source else "10.0.0.1") + mqtt.connect())
                 assert hang_up(stranger) == b""
     assert [reason for reason, _ in gateway.journal.turned_away][1:] == [EndReason.NETWORK_NOT_ALLOWED] * 4
+    # Whoever left is counted until nothing of their session is left.
     gateway.wait_ended(2)
-    # Whoever left, and whoever was turned away, is no longer counted.
+    gateway.wait_empty()
+    # Whoever was turned away is no longer counted either.
     session(gateway, v2())
     assert broker.accepted == 3
     leftovers.check()
@@ -209,6 +211,7 @@ def test_connections_without_their_header_count_in_the_limit_of_all(start: Calla
         assert turned_away(gateway)[0] is EndReason.TOO_MANY_SESSIONS
         assert hang_up(first) == hang_up(second) == b""
     assert turned_away(gateway, 3)[0] is EndReason.NO_PROXY_HEADER
+    gateway.wait_empty()
     session(gateway, v2())
     leftovers.check()
 
