@@ -6,7 +6,7 @@ In: an address.  Out: an endpoint (`IStreamClientEndpoint`), whose connections a
 Twisted's own endpoints make a connector, a client and a wrapper around the protocol for each connection, wait a turn of
 the reactor before they connect, and look at the socket anew when it has connected.  That is for names, for bound
 addresses, for reconnecting, and for reactors that are not epoll's, none of which the gateway needs here, and it was a
-good part of what a session costs (`docs/performance.md`).
+twelfth of what a session costs (`docs/performance.md`).
 """
 
 from __future__ import annotations

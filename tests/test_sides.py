@@ -475,17 +475,22 @@ def test_plaintext_after_an_abort_is_dropped(world: World) -> None:
     assert session.received == b""
 
 
-def test_a_channel_that_breaks_under_a_write_ends_the_session(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenSSL may refuse to encrypt; the session hears of it as of any other loss."""
-    upstream, _, _, session, _ = world.serving()
+@pytest.mark.parametrize("write", [UpstreamProtocol.write, UpstreamProtocol.write_last])
+def test_a_channel_that_breaks_under_a_write_ends_the_session(
+    world: World, monkeypatch: pytest.MonkeyPatch, write: Callable[[UpstreamProtocol, bytes], None]
+) -> None:
+    """OpenSSL may refuse to encrypt; the session hears of it as of any other loss, and the side closes all the same."""
+    upstream, transport, _, session, _ = world.serving()
     failure = UpstreamFailure(EndReason.UPSTREAM_LOST, "bad length")
 
     def send(channel: TLSChannel, plaintext: bytes) -> None:
         raise failure
 
     monkeypatch.setattr(TLSChannel, "send", send)
-    upstream.write(b"x")
+    write(upstream, b"x")
     assert session.named("upstream_broken") == [failure]
+    upstream.close()
+    assert transport.half_closed
 
 
 def test_the_last_packets_and_close_notify_leave_in_one_piece(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,21 +510,6 @@ def test_the_last_packets_and_close_notify_leave_in_one_piece(world: World, monk
     assert transport.half_closed
     broker.talk(upstream)
     assert (broker.received, broker.ended_cleanly) == (b"the last", True)
-
-
-def test_last_packets_that_openssl_does_not_take_end_the_session(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As others that it does not take; the side closes all the same."""
-    upstream, transport, _, session, _ = world.serving()
-    failure = UpstreamFailure(EndReason.UPSTREAM_LOST, "broken")
-
-    def send(channel: TLSChannel, plaintext: bytes) -> None:
-        raise failure
-
-    monkeypatch.setattr(TLSChannel, "send", send)
-    upstream.write_last(b"the last")
-    assert session.named("upstream_broken") == [failure]
-    upstream.close()
-    assert transport.half_closed
 
 
 @pytest.mark.parametrize("behind", [mqtt.disconnect(), mqtt.pingreq()], ids=["DISCONNECT", "PINGREQ"])
