@@ -17,16 +17,16 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Config, Device
-from gateway.device import DeviceProtocol
+from gateway.relay.device import DeviceProtocol
 from gateway.errors import Refusal
 from gateway.mqtt.connect import Connect
-from gateway.policy.credentials import Credentials
-from gateway.policy.presence import Presence
-from gateway.policy.rules import Caller, Matched, Rules, treat, wrong_password
-from gateway.policy.secrets import Programs
-from gateway.session import Session, State
+from gateway.rules.credentials import Credentials
+from gateway.rules.presence import Presence
+from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
+from gateway.rules.secrets import Programs
+from gateway.session.session import Session, State
 from gateway.tls.devices import device_policies
-from gateway.upstream import Dialler, Route
+from gateway.relay.upstream import Dialler, Route
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")

@@ -28,10 +28,10 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from gateway.config import Config, Listener, changed_keys
-from gateway.device import DeviceProtocol
+from gateway.relay.device import DeviceProtocol
 from gateway.errors import ConfigError, EndReason
-from gateway.listening import ListenerFactory, Listeners
-from gateway.network import Network, ReactorNetwork
+from gateway.net.listening import ListenerFactory, Listeners
+from gateway.net.network import Network, ReactorNetwork
 from gateway.ops.expiry import Certificate, ExpiryWatch, configured, of_devices
 from gateway.ops.journal import GatewayJournal, Journal
 from gateway.ops.ledger import Ledger
@@ -39,21 +39,21 @@ from gateway.ops.notify import Notifier
 from gateway.ops.sight import Sight, Sources
 from gateway.ops.watch import FileState, Watch, differing, states
 from gateway.ops.web.port import StatusPort
-from gateway.policy.admission import Doorkeeper, host_of
-from gateway.policy.drain import Spread
-from gateway.policy.health import UpstreamHealth, accounts
-from gateway.policy.presence import Presence
-from gateway.policy.rules import Caller
-from gateway.policy.secrets import Programs
-from gateway.proxied import Doorstep
+from gateway.rules.admission import Doorkeeper, host_of
+from gateway.drain import Spread
+from gateway.dial.health import UpstreamHealth, accounts
+from gateway.rules.presence import Presence
+from gateway.rules.rules import Caller
+from gateway.rules.secrets import Programs
+from gateway.relay.proxied import Doorstep
 from gateway.reception import Helpers, Reception, is_over
-from gateway.record import SessionRecord
-from gateway.session import Session, State
+from gateway.session.record import SessionRecord
+from gateway.session.session import Session, State
 from gateway.tls.channel import make_policy
-from gateway.tls.identity import Identity
+from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import TLSPolicy, policy_files
-from gateway.transport import RelayReactor
-from gateway.upstream import Dialler, Target, shown_address
+from gateway.net.transport import RelayReactor
+from gateway.relay.upstream import Dialler, Target, shown_address
 
 _log = Logger(namespace="gateway")
 
@@ -261,7 +261,7 @@ class Gateway:
         return self._enter(address, listener.name, self._clock.seconds())
 
     def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
-        """Return the protocol for a connection that the doorkeeper has let in; see `gateway.proxied.Enter`."""
+        """Return the protocol for a connection that the doorkeeper has let in; see `gateway.relay.proxied.Enter`."""
         generation = self.generation
         opening = _Opening(self, generation, address, listener, accepted, via)
         return DeviceProtocol(opening.open, generation.config.timeouts.tcp_user)

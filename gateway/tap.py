@@ -20,8 +20,8 @@ from twisted.python import usage
 
 from gateway.config import Config
 from gateway.errors import ConfigError
-from gateway.flags import FLAGS, Flag, config_from, explained
-from gateway.network import PatientlessThread
+from gateway.config.flags import FLAGS, Flag, config_from, explained
+from gateway.net.network import PatientlessThread
 from gateway.ops.logs import LineObserver, make_observer
 from gateway.ops.notify import Notifier
 from gateway.ops.signals import call_on_signal

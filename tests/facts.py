@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from gateway.record import Peer
+from gateway.session.record import Peer
 
 PEER = Peer(
     subject="CN=broker",

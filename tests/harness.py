@@ -25,7 +25,7 @@ from twisted.python.failure import Failure
 from benchmarks.blackhole import drop_packets, keep_packets
 from gateway.config import from_mapping
 from gateway.ops.journal import Journal
-from gateway.record import SessionRecord
+from gateway.session.record import SessionRecord
 from gateway.service import GatewayService
 
 # How long a test waits for something that should happen at once: it bounds a hang, it measures nothing.

@@ -6,11 +6,11 @@ import gc
 from collections import Counter
 from typing import Any
 
-from gateway.device import DeviceProtocol
-from gateway.proxied import ProxiedConnection
-from gateway.session import Session
+from gateway.relay.device import DeviceProtocol
+from gateway.relay.proxied import ProxiedConnection
+from gateway.session.session import Session
 from gateway.tls.channel import TLSChannel
-from gateway.upstream import UpstreamProtocol
+from gateway.relay.upstream import UpstreamProtocol
 from tests.harness import RunningGateway, eventually, open_descriptors
 
 _OF_SESSIONS = (Session, ProxiedConnection, DeviceProtocol, UpstreamProtocol, TLSChannel)

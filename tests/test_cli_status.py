@@ -22,7 +22,7 @@ import pytest
 
 from gateway.cli.main import console
 from gateway.config.listen import reachable_at
-from gateway.ops.words import SCHEMA, unknown_words
+from gateway.ops.status_words import SCHEMA, unknown_words
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.pki import certify

@@ -18,8 +18,8 @@ from twisted.python.usage import UsageError
 
 from gateway.config import Listener, from_flags
 from gateway.errors import ConfigError
-from gateway.flags import FLAGS, config_from
-from gateway.listening import ListenFailed, listen
+from gateway.config.flags import FLAGS, config_from
+from gateway.net.listening import ListenFailed, listen
 from gateway.tap import Options
 from tests.harness import eventually
 from tests.pki import certify, rsa_key

@@ -15,9 +15,9 @@ from twisted.internet.defer import ensureDeferred
 from gateway.config import TLS, from_mapping
 from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.rewrite import KEPT
-from gateway.policy.credentials import Credentials
-from gateway.policy.rules import Caller, Rules
-from gateway.policy.tokens import sas_token
+from gateway.rules.credentials import Credentials
+from gateway.rules.rules import Caller, Rules
+from gateway.rules.tokens import sas_token
 from gateway.tls.devices import device_policies
 from gateway.tls.trust import ClientIdentity
 from tests.mqtt_packets import connect

@@ -16,7 +16,7 @@ import trustme
 from attrs import define, field
 
 from gateway.errors import EndReason
-from gateway.policy.drain import Spread
+from gateway.drain import Spread
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.mosquitto import Mosquitto, free_port

@@ -16,13 +16,13 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 
 from gateway.config import from_mapping
-from gateway.device import DeviceProtocol
+from gateway.relay.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import Journal
-from gateway.policy.health import UpstreamState, accounts
+from gateway.dial.health import UpstreamState, accounts
 from gateway.tls.channel import make_policy
-from gateway.tls.identity import Identity
-from gateway.upstream import Dialler, Target, UpstreamProtocol
+from gateway.tls.broker_identity import Identity
+from gateway.relay.upstream import Dialler, Target, UpstreamProtocol
 from tests.harness import ServerTLS
 from tests.test_sides import MemoryBroker, RememberingSession, Transport, addresses, device_side, transport_of
 

@@ -17,27 +17,27 @@ FLOORS = {
     "gateway": 0,
     "gateway.errors": 0,
     "gateway.mqtt": 0,
-    "gateway.pace": 0,
-    "gateway.proxy_header": 0,
-    "gateway.record": 0,
+    "gateway.session.pace": 0,
+    "gateway.net.proxy_header": 0,
+    "gateway.session.record": 0,
     "gateway.text": 0,
     "gateway.config": 1,
-    "gateway.flags": 1,
-    "gateway.session": 1,
-    "gateway.treatment": 1,
-    "gateway.device": 2,
-    "gateway.listening": 2,
-    "gateway.connecting": 2,
-    "gateway.network": 2,
+    "gateway.config.flags": 1,
+    "gateway.session.session": 1,
+    "gateway.session.treatment": 1,
+    "gateway.relay.device": 2,
+    "gateway.net.listening": 2,
+    "gateway.net.connecting": 2,
+    "gateway.net.network": 2,
     "gateway.ops": 2,
     "gateway.policy": 2,
     "gateway.reception": 2,
-    "gateway.proxied": 2,
-    "gateway.race": 2,
-    "gateway.side": 2,
+    "gateway.relay.proxied": 2,
+    "gateway.net.race": 2,
+    "gateway.relay.side": 2,
     "gateway.tls": 2,
-    "gateway.transport": 2,
-    "gateway.upstream": 2,
+    "gateway.net.transport": 2,
+    "gateway.relay.upstream": 2,
     "gateway.service": 3,
     "gateway.cli": 4,
     "gateway.tap": 4,
@@ -73,7 +73,7 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            # `from gateway import session` imports a module, `from gateway.session import Session` does not.
+            # `from gateway import session` imports a module, `from gateway.session.session import Session` does not.
             for alias in node.names:
                 full = f"{module}.{alias.name}"
                 yield full if full in MODULES else module
@@ -107,7 +107,7 @@ def test_the_lower_floors_do_not_name_twisted(module: str) -> None:
 def test_the_lower_floors_run_without_twisted() -> None:
     """Imported in a process of their own, they bring neither Twisted nor OpenSSL with them."""
     lower = [name for name in MODULES if floor(name) <= WITHOUT_TWISTED]
-    assert {"gateway.session", "gateway.mqtt.framer", "gateway.config.load"} <= set(lower)
+    assert {"gateway.session.session", "gateway.mqtt.framer", "gateway.config.load"} <= set(lower)
     program = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]: importlib.import_module(name)\n"

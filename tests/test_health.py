@@ -10,8 +10,8 @@ import pytest
 
 from gateway.config import Failover, Upstream
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.policy.health import UpstreamHealth, UpstreamState, accounts
-from gateway.record import Peer
+from gateway.dial.health import UpstreamHealth, UpstreamState, accounts
+from gateway.session.record import Peer
 
 PEER = Peer("CN=broker", "CN=ca", "DNS:broker.example", datetime(2030, 1, 1, tzinfo=UTC), "TLSv1.3", "AES", "")
 REFUSED = UpstreamFailure(EndReason.TCP_REFUSED, "nobody listens")

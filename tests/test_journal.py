@@ -16,7 +16,7 @@ from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher, js
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import FULL_RECORDS, FULL_RECORDS_OF_STANDING, WINDOW, Journal
-from gateway.record import SessionRecord
+from gateway.session.record import SessionRecord
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, accept_session
@@ -413,7 +413,7 @@ def test_no_secret_reaches_a_traceback(
     with Device(gateway.port) as device:
         device.send(mqtt.connect(username="u", password=b"hunter2-password"))
         assert device.read(4) == mqtt.connack()
-        monkeypatch.setattr("gateway.session.Session._relay_up", mistake)
+        monkeypatch.setattr("gateway.session.session.Session._relay_up", mistake)
         device.send(mqtt.publish(payload=b"payload-up"))
         assert device.read_to_end() == b""
     assert gateway.wait_ended().reason is EndReason.INTERNAL_ERROR

@@ -13,8 +13,8 @@ from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops import ledger as module
 from gateway.ops.journal import Journal
 from gateway.ops.ledger import BUCKETS, REMEMBERED, SAMPLE_INTERVAL, SAMPLES, Histogram, Ledger
-from gateway.record import Traffic
-from gateway.session import State
+from gateway.session.record import Traffic
+from gateway.session.session import State
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 from tests.test_journal import RECORD

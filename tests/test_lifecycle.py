@@ -17,11 +17,11 @@ from twisted.logger import Logger
 from gateway import service as service_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
-from gateway.network import ReactorNetwork
+from gateway.net.network import ReactorNetwork
 from gateway.ops.journal import FULL_RECORDS
 from gateway.service import Gateway, GatewayService
-from gateway.session import Session
-from gateway.upstream import UpstreamProtocol
+from gateway.session.session import Session
+from gateway.relay.upstream import UpstreamProtocol
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers

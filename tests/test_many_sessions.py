@@ -17,7 +17,7 @@ import pytest
 from attrs import define, field
 
 from gateway.errors import EndReason
-from gateway.session import State
+from gateway.session.session import State
 from tests import mqtt_packets as packets
 from tests.harness import PATIENCE, Device, RunningGateway, ServerTLS, eventually, open_descriptors
 from tests.tls_broker import DISCONNECT, PUBLISH, answer_to, publish_fields, read_packet

@@ -20,8 +20,8 @@ from twisted.internet.interfaces import IAddress
 from twisted.logger import globalLogPublisher
 
 from gateway.errors import EndReason
-from gateway.network import ReactorNetwork
-from gateway.policy.health import UpstreamState
+from gateway.net.network import ReactorNetwork
+from gateway.dial.health import UpstreamState
 from gateway.tls import failures
 from tests import mqtt_packets as mqtt
 from tests import pki

@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.pace import Pace
+from gateway.session.pace import Pace
 
 
 class Clock:

@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 
 from gateway.config import Pacing
 from gateway.errors import EndReason, SessionEnd
-from gateway.policy.pacing import Pacer
+from gateway.dial.pacing import Pacer
 
 
 class Storm:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import EndReason
-from gateway.proxy_header import LARGEST_V2
+from gateway.net.proxy_header import LARGEST_V2
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.proxy_header import (
+from gateway.net.proxy_header import (
     LARGEST_V1,
     LARGEST_V2,
     MalformedProxyHeader,

@@ -24,7 +24,7 @@ from gateway.config import changed_keys, from_mapping
 from gateway.errors import ConfigError, EndReason
 from gateway.service import Generation
 from gateway.tls.trust import TLSPolicy
-from gateway.upstream import Dialler
+from gateway.relay.upstream import Dialler
 from tests import mqtt_packets as mqtt
 from tests.harness import (
     PATIENCE,

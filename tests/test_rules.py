@@ -16,9 +16,9 @@ from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import ProtocolVersion
 from gateway.mqtt.rewrite import KEPT
 from gateway.policy import presence as presence_module
-from gateway.policy.presence import Presence
-from gateway.policy.rules import Caller, Rules, treat
-from gateway.treatment import LARGEST_HELD, Treatment
+from gateway.rules.presence import Presence
+from gateway.rules.rules import Caller, Rules, treat
+from gateway.session.treatment import LARGEST_HELD, Treatment
 from tests.mqtt_packets import connect as connect_bytes
 from tests.test_mqtt_rewrite import read
 
@@ -117,7 +117,7 @@ def test_rules_for_exact_names_are_not_gone_through(monkeypatch: pytest.MonkeyPa
     """Of ten thousand rules, those for another name are not even looked at."""
     rules = rules_of(*({"match_client_id": f"d{number}", "max_qos": 1} for number in range(10_000)))
     looked_at: list[Any] = []
-    from gateway.policy.rules import Rule
+    from gateway.rules.rules import Rule
 
     groups = Rule.groups
     monkeypatch.setattr(Rule, "groups", lambda rule, *rest: looked_at.append(rule) or groups(rule, *rest))

@@ -15,7 +15,7 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.process import reapAllProcesses
 from twisted.internet.task import LoopingCall
 
-from gateway.policy.secrets import Programs, SecretUnavailable, credential_path, read_secret
+from gateway.rules.secrets import Programs, SecretUnavailable, credential_path, read_secret
 from tests.harness import PATIENCE, eventually
 
 # ---- files

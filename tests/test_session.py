@@ -10,9 +10,9 @@ from twisted.internet.task import Clock
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.mqtt.packets import ProtocolVersion
-from gateway.record import SessionRecord, Traffic
-from gateway.session import TRANSITIONS, Session, State
-from gateway.treatment import Treatment
+from gateway.session.record import SessionRecord, Traffic
+from gateway.session.session import TRANSITIONS, Session, State
+from gateway.session.treatment import Treatment
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 

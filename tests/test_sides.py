@@ -22,17 +22,17 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from gateway.config import Limits, Timeouts, from_mapping
-from gateway.device import DeviceProtocol
+from gateway.relay.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.network import ReactorNetwork
+from gateway.net.network import ReactorNetwork
 from gateway.ops.journal import Journal
-from gateway.policy.health import accounts
-from gateway.race import ATTEMPT_DELAY, AllFailed, interleave, race
-from gateway.record import Peer, SessionRecord
-from gateway.session import Session
+from gateway.dial.health import accounts
+from gateway.net.race import ATTEMPT_DELAY, AllFailed, interleave, race
+from gateway.session.record import Peer, SessionRecord
+from gateway.session.session import Session
 from gateway.tls.channel import NotVerified, TLSChannel, make_policy
-from gateway.tls.identity import Identity
-from gateway.upstream import Dialler, Target, UpstreamProtocol, shown_address
+from gateway.tls.broker_identity import Identity
+from gateway.relay.upstream import Dialler, Target, UpstreamProtocol, shown_address
 from tests import mqtt_packets as mqtt
 from tests.harness import ServerTLS
 

@@ -14,17 +14,17 @@ import pytest
 
 from gateway.errors import SessionEnd
 from gateway.mqtt.framer import Framer
-from gateway.policy.admission import Doorkeeper
-from gateway.policy.health import UpstreamHealth
-from gateway.policy.pacing import Pacer
-from gateway.proxied import Doorstep, ProxiedConnection
-from gateway.race import _Race
-from gateway.session import Session, State
-from gateway.side import RelaySide
+from gateway.rules.admission import Doorkeeper
+from gateway.dial.health import UpstreamHealth
+from gateway.dial.pacing import Pacer
+from gateway.relay.proxied import Doorstep, ProxiedConnection
+from gateway.net.race import _Race
+from gateway.session.session import Session, State
+from gateway.relay.side import RelaySide
 from gateway.tls import channel
 from gateway.tls.channel import ChannelState, TLSChannel
-from gateway.tls.identity import Identity
-from gateway.upstream import Dialler, Peer, UpstreamProtocol, _UpstreamFactory
+from gateway.tls.broker_identity import Identity
+from gateway.relay.upstream import Dialler, Peer, UpstreamProtocol, _UpstreamFactory
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
 from tests.simulation.run import report, run

@@ -31,7 +31,7 @@ from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_poli
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import PublicCalls
 from gateway.tls.failures import handshake_failure, verification_failure
-from gateway.tls.identity import Identity, shown_names
+from gateway.tls.broker_identity import Identity, shown_names
 from gateway.tls.trust import TLSPolicy, platform_roots, spki_pin
 from tests.pki import CLIENT, NOW, Certified, certify, certify_ca, revocation_list, rsa_key
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.policy.tokens import check_signing_key, json_web_token, sas_key, sas_token, sign
+from gateway.rules.tokens import check_signing_key, json_web_token, sas_key, sas_token, sign
 
 NOW = 1_700_000_000
 

@@ -25,13 +25,13 @@ from attrs import field, frozen
 from OpenSSL import SSL, crypto
 
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.record import SessionRecord
-from gateway.session import Session
+from gateway.session.record import SessionRecord
+from gateway.session.session import Session
 from gateway.tls import channel as channel_module
 from gateway.tls.channel import TLSChannel
-from gateway.tls.identity import Identity
+from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import platform_roots, spki_pin
-from gateway.upstream import Dialler, UpstreamProtocol
+from gateway.relay.upstream import Dialler, UpstreamProtocol
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.pki import (

@@ -30,8 +30,8 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import directlyProvides
 
-from gateway.connecting import TCPEndpoint, _for_socket
-from gateway.transport import RelayReactor
+from gateway.net.connecting import TCPEndpoint, _for_socket
+from gateway.net.transport import RelayReactor
 from tests.harness import PATIENCE, open_descriptors
 
 

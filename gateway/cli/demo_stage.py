@@ -36,7 +36,7 @@ from twisted.python.failure import Failure
 
 from gateway.config import from_mapping
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
-from gateway.record import SessionRecord
+from gateway.session.record import SessionRecord
 from gateway.service import GatewayService
 from gateway.text import printable
 
@@ -339,7 +339,7 @@ class Journal:
         self._say = say
 
     def session_started(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
+        """See `gateway.session.session.Journal`."""
         name, peer = printable(record.client_identifier, 40), record.peer
         self._say(f'session {record.number}: "{name}" from {record.device_address}, MQTT {record.protocol_version}')
         if peer is not None:
@@ -349,7 +349,7 @@ class Journal:
             )
 
     def session_ended(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
+        """See `gateway.session.session.Journal`."""
         detail = f" ({printable(record.detail, 200)})" if record.detail else ""
         counts = f"{record.bytes_up} bytes up, {record.bytes_down} bytes down"
         self._say(f"session {record.number} ended: {record.reason}{detail}; {counts}")
@@ -365,11 +365,11 @@ class Journal:
         self._say(f"{upstream} passed over: {failure}")
 
     def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
-        """See `gateway.upstream.DialJournal`."""
+        """See `gateway.relay.upstream.DialJournal`."""
         self._say(f"{upstream} is left alone for {seconds:.1f} s: {failure}")
 
     def serves_again(self, upstream: str) -> None:
-        """See `gateway.upstream.DialJournal`."""
+        """See `gateway.relay.upstream.DialJournal`."""
         self._say(f"{upstream} serves again")
 
     def sweep(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.config import TLS, Upstream
-from gateway.tls.identity import Identity
+from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import ca_dir_files, platform_bundle
 
 

@@ -17,22 +17,22 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
-from gateway.cli.identity import Guise
+from gateway.cli.device_identity import Guise
 from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
 from gateway.cli.verdict import failed, tls_steps
 from gateway.config import TLS, Config
-from gateway.device import DeviceProtocol
+from gateway.relay.device import DeviceProtocol
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.packets import PacketType
-from gateway.network import Network
-from gateway.record import Peer, SessionRecord
+from gateway.net.network import Network
+from gateway.session.record import Peer, SessionRecord
 from gateway.service import SWEEP_INTERVAL
-from gateway.session import Session
+from gateway.session.session import Session
 from gateway.text import printable
 from gateway.tls.channel import TLSChannel
-from gateway.upstream import Target, UpstreamProtocol, connect, handshake, resolve, shown_address
+from gateway.relay.upstream import Target, UpstreamProtocol, connect, handshake, resolve, shown_address
 
 _DISCONNECT = bytes((PacketType.DISCONNECT << 4, 0))
 _SHOWN_ADDRESSES = 8
@@ -114,12 +114,12 @@ class Probe:
         return self._session
 
     def session_started(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`: the broker accepted, and that is all that is wanted of it."""
+        """See `gateway.session.session.Journal`: the broker accepted, and that is all that is wanted of it."""
         del record
         self._clock.callLater(0, self._device.dataReceived, _DISCONNECT)
 
     def session_ended(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`; the end is reported when nothing of the session is left."""
+        """See `gateway.session.session.Journal`; the end is reported when nothing of the session is left."""
 
     def _dial(self, session: Session) -> Deferred[None]:
         if self._guise is not None and self._guise.treatment is not None:

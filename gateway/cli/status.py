@@ -29,7 +29,7 @@ from gateway.config import load_file
 from gateway.config.listen import reachable_at
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
-from gateway.ops.words import (
+from gateway.ops.status_words import (
     SCHEMA,
     Level,
     Part,

@@ -15,7 +15,7 @@ from gateway.cli.report import Status, Step
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
 from gateway.tls.channel import TLSChannel
-from gateway.tls.identity import Identity, shown_names, subject_alt_names
+from gateway.tls.broker_identity import Identity, shown_names, subject_alt_names
 from gateway.tls.trust import TLSPolicy
 
 # What can fail after chain and identity were approved; everything else is a matter of the handshake itself.

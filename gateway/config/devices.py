@@ -22,7 +22,7 @@ from gateway.config.validators import (
     check_optional_path,
     checked,
 )
-from gateway.config.words import quoted
+from gateway.config.value_words import quoted
 from gateway.mqtt.topics import check_filter
 
 _MAX_KEEP_ALIVE = 65_535

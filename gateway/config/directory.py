@@ -15,7 +15,7 @@ from gateway.config.anchor import Anchor
 from gateway.config.devices import Device, anchored
 from gateway.config.structure import structure_device
 from gateway.config.tables import read_table
-from gateway.config.words import quoted
+from gateway.config.value_words import quoted
 from gateway.errors import ConfigError
 
 _WILDCARDS = frozenset("*?[")

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 from ipaddress import ip_address
 
 from gateway.config.names import connect_name, is_address
-from gateway.config.words import quoted
+from gateway.config.value_words import quoted
 
 _SHORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:=\\]*):)?(?P<port>[0-9]+)")
 _KIND = re.compile(r"[A-Za-z0-9_-]+")

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 import idna
 
-from gateway.config.words import quoted
+from gateway.config.value_words import quoted
 from gateway.text import printable
 
 _ZONE = re.compile(r"[A-Za-z0-9_.-]{1,64}")

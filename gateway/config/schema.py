@@ -30,7 +30,7 @@ from gateway.config.validators import (
     checked,
     checked_each,
 )
-from gateway.config.words import number, quoted
+from gateway.config.value_words import number, quoted
 
 Proxy: TypeAlias = Network | Literal["unix"]
 

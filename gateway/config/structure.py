@@ -27,7 +27,7 @@ from cattrs.gen import make_dict_structure_fn, override
 from gateway.config.devices import Device
 from gateway.config.schema import Config, Proxy
 from gateway.config.validators import MisfitError, Network
-from gateway.config.words import described, number, quoted
+from gateway.config.value_words import described, number, quoted
 from gateway.errors import ConfigError
 
 _MISSING = {

@@ -10,7 +10,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from gateway.config.words import quoted
+from gateway.config.value_words import quoted
 from gateway.errors import ConfigError
 from gateway.text import printable
 

@@ -13,7 +13,7 @@ import re
 import string
 from collections.abc import Collection, Mapping
 
-from gateway.config.words import quoted
+from gateway.config.value_words import quoted
 
 FROM_DEVICE = ("client_id", "username", "address")
 """The placeholders that every rule knows; the named groups of its pattern come to them."""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import attrs
 
-from gateway.config.words import number, quoted
+from gateway.config.value_words import number, quoted
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]

@@ -14,7 +14,7 @@ from attrs import frozen
 from cryptography import x509
 from twisted.logger import Logger
 
-from gateway.record import Peer
+from gateway.session.record import Peer
 from gateway.text import printable
 from gateway.tls.trust import ClientIdentity, TLSPolicy
 

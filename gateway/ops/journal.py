@@ -17,8 +17,8 @@ from attrs import asdict, fields
 from twisted.logger import Logger, LogLevel
 
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.record import Peer, SessionRecord
-from gateway.session import Journal as SessionJournal
+from gateway.session.record import Peer, SessionRecord
+from gateway.session.session import Journal as SessionJournal
 from gateway.text import printable
 
 # Of each cause, this many records are written in full per window; the rest are counted.  What stood is worth more: a
@@ -83,11 +83,11 @@ class Journal:
         self._told_left_alone: set[str] = set()
 
     def session_started(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
+        """See `gateway.session.session.Journal`."""
         self._write(LogLevel.info, _start_line(record), "session-start", record)
 
     def session_ended(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
+        """See `gateway.session.session.Journal`."""
         reason = record.reason
         assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type
         if record.established:

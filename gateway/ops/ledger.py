@@ -18,8 +18,8 @@ from attrs import define, frozen
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import GatewayJournal
-from gateway.record import Peer, SessionRecord, Traffic
-from gateway.session import Session, State
+from gateway.session.record import Peer, SessionRecord, Traffic
+from gateway.session.session import Session, State
 from gateway.text import printable
 
 SAMPLE_INTERVAL = 10.0  # seconds
@@ -145,7 +145,7 @@ class Ledger:
     # ---- what the gateway tells
 
     def session_started(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
+        """See `gateway.session.session.Journal`."""
         self._journal.session_started(record)
         self.started += 1
         if record.peer is not None:
@@ -153,7 +153,7 @@ class Ledger:
         self._observe(record)
 
     def session_ended(self, record: SessionRecord) -> None:
-        """See `gateway.session.Journal`."""
+        """See `gateway.session.session.Journal`."""
         self._journal.session_ended(record)
         reason = record.reason
         assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type

@@ -29,11 +29,11 @@ from OpenSSL import SSL, crypto
 
 from gateway.config import TLS
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
-from gateway.record import Peer
+from gateway.session.record import Peer
 from gateway.text import printable
 from gateway.tls.engine import Engine, choose
 from gateway.tls.failures import handshake_failure, verification_failure
-from gateway.tls.identity import Identity
+from gateway.tls.broker_identity import Identity
 from gateway.tls.tickets import Ticket, Tickets, Verified, good_until
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
 

@@ -27,7 +27,7 @@ from attrs import field, frozen
 from cryptography import x509
 from OpenSSL import SSL
 
-from gateway.tls.identity import Identity
+from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import TLSPolicy
 
 # Seconds that a full handshake is good for; RFC 8446 §4.6.1 would allow seven days.

@@ -4,7 +4,7 @@ In: a seed's random numbers, what each link does to its bytes (`Weather`).  Out:
 that passes only when it is told to.
 
 Only sockets, the polling of them, names and time are made up here.  The transports are Twisted's own `tcp.Connection`
-over a virtual socket, on the gateway's side with what `gateway.transport` puts on top, so that producers, half-closes,
+over a virtual socket, on the gateway's side with what `gateway.net.transport` puts on top, so that producers, half-closes,
 aborts and partial writes behave as they do in production.
 """
 
@@ -33,8 +33,8 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.network import Address
-from gateway.transport import _SendsAtOnce
+from gateway.net.network import Address
+from gateway.net.transport import _SendsAtOnce
 
 # How long a kernel waits for a peer that no longer answers, or that answers but takes nothing: what the gateway asks
 # for with TCP_USER_TIMEOUT.
@@ -504,7 +504,7 @@ class Name:
 
 
 class VirtualNetwork:
-    """The network as `gateway.network.Network` has it, and the listener that devices connect to.
+    """The network as `gateway.net.network.Network` has it, and the listener that devices connect to.
 
     `make_link` chooses the weather of each new link from the seed; its argument says whether it is a device's.
     """

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Child, Markup, element, together
-from gateway.ops.words import (
+from gateway.ops.status_words import (
     Level,
     Part,
     ago,

@@ -15,9 +15,9 @@ from twisted.logger import Logger
 
 from gateway.config import Listener, Status
 from gateway.errors import ConfigError
-from gateway.listening import ListenFailed, listen
+from gateway.net.listening import ListenFailed, listen
 from gateway.ops.sight import Sight
-from gateway.upstream import shown_address
+from gateway.relay.upstream import shown_address
 
 if TYPE_CHECKING:
     from gateway.ops.web.site import StatusSite

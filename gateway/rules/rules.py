@@ -26,7 +26,7 @@ from gateway.mqtt.reader import Packet
 from gateway.mqtt.relayed import Publish
 from gateway.mqtt.rewrite import KEPT, ConnectChanges, Kept, rewrite_connect
 from gateway.mqtt.topics import TopicFilters
-from gateway.treatment import Treatment
+from gateway.session.treatment import Treatment
 
 _WILDCARDS = frozenset("*?[")
 # Patterns of people's own making are tried on what strangers send, so not on everything.

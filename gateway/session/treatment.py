@@ -12,7 +12,7 @@ from attrs import field, frozen
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
 from gateway.mqtt.packets import ProtocolVersion
-from gateway.pace import Pace
+from gateway.session.pace import Pace
 
 # Where packets are read whole, this is as large as one may be unless the rule says more, in bytes.
 LARGEST_HELD = 1_048_576

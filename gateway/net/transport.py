@@ -160,7 +160,7 @@ class _TCPServer(_SendsAtOnce, tcp.Server):
 
 
 class TCPClient(_SendsAtOnce):
-    """A connection that the gateway has made (`gateway/connecting.py`)."""
+    """A connection that the gateway has made (`gateway/net/connecting.py`)."""
 
     logstr = "gateway"
 
@@ -196,7 +196,7 @@ class _UNIXPort(unix.Port):
 class RelayReactor:
     """The part of a reactor that endpoints and transports ask for, on top of a real one.
 
-    It listens on TCP and UNIX sockets and on sockets of systemd's; `gateway/connecting.py` connects.  Time, threads and
+    It listens on TCP and UNIX sockets and on sockets of systemd's; `gateway/net/connecting.py` connects.  Time, threads and
     names are the real reactor's.
     """
 

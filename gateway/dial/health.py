@@ -23,7 +23,7 @@ from attrs import define, evolve, field, frozen
 
 from gateway.config import Failover, Upstream
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.record import Peer
+from gateway.session.record import Peer
 
 # Doubled more often than this, every delay is at its maximum.
 _MOST_DOUBLINGS = 32

@@ -19,7 +19,7 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IHostResolution, IResolutionReceiver, IStreamClientEndpoint
 from zope.interface import implementer
 
-from gateway.connecting import TCPEndpoint
+from gateway.net.connecting import TCPEndpoint
 
 Address = IPv4Address | IPv6Address
 

@@ -22,13 +22,13 @@ from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import Packet, PacketReader
-from gateway.policy.credentials import Credentials
-from gateway.policy.rules import Caller, Matched, Rules, treat, wrong_password
-from gateway.policy.secrets import Programs
+from gateway.rules.credentials import Credentials
+from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
+from gateway.rules.secrets import Programs
 from gateway.text import printable
 from gateway.tls.devices import device_policies
 from gateway.tls.trust import TLSPolicy
-from gateway.treatment import Treatment
+from gateway.session.treatment import Treatment
 
 STEPS = ["rule", "lan-password", "credentials"]
 _LOCALHOST = "127.0.0.1"

@@ -35,9 +35,9 @@ from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, describe_connack, describe_disconnect
 from gateway.mqtt.reader import Packet, PacketReader
-from gateway.pace import Pace
-from gateway.record import Peer, SessionRecord, Traffic
-from gateway.treatment import Treatment
+from gateway.session.pace import Pace
+from gateway.session.record import Peer, SessionRecord, Traffic
+from gateway.session.treatment import Treatment
 
 
 class State(Enum):

@@ -21,18 +21,18 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Config, Timeouts, Upstream
-from gateway.device import DeviceProtocol
+from gateway.relay.device import DeviceProtocol
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
-from gateway.network import Address, Network
-from gateway.policy.health import UpstreamHealth
-from gateway.policy.pacing import Pacer
-from gateway.race import AllFailed, interleave, race
-from gateway.record import Peer, SessionRecord
-from gateway.session import Session
-from gateway.side import RelaySide, how_lost, tune
+from gateway.net.network import Address, Network
+from gateway.dial.health import UpstreamHealth
+from gateway.dial.pacing import Pacer
+from gateway.net.race import AllFailed, interleave, race
+from gateway.session.record import Peer, SessionRecord
+from gateway.session.session import Session
+from gateway.relay.side import RelaySide, how_lost, tune
 from gateway.text import printable
 from gateway.tls.channel import ChannelState, TLSChannel
-from gateway.tls.identity import Identity
+from gateway.tls.broker_identity import Identity
 from gateway.tls.tickets import Tickets
 from gateway.tls.trust import TLSPolicy
 

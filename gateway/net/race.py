@@ -14,7 +14,7 @@ from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IDelayedCall, IProtocol, IProtocolFactory, IReactorTime, IStreamClientEndpoint
 from twisted.python.failure import Failure
 
-from gateway.network import Address
+from gateway.net.network import Address
 
 ATTEMPT_DELAY = 0.25  # seconds, RFC 8305 §8
 

@@ -1,7 +1,7 @@
 """TCP connections to addresses, on the relay's transports.
 
 In: an address.  Out: an endpoint (`IStreamClientEndpoint`), whose connections are `TCPClient`s of
-`gateway/transport.py`.
+`gateway/net/transport.py`.
 
 Twisted's own endpoints make a connector, a client and a wrapper around the protocol for each connection, wait a turn of
 the reactor before they connect, and look at the socket anew when it has connected.  That is for names, for bound
@@ -30,7 +30,7 @@ from twisted.internet.interfaces import (
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.transport import RelayReactor, TCPClient
+from gateway.net.transport import RelayReactor, TCPClient
 
 _NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 

@@ -18,9 +18,9 @@ from gateway.config import TLS, Device
 from gateway.config.templates import FROM_DEVICE, UnusableValueError, expand
 from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.rewrite import KEPT, Kept
-from gateway.policy.rules import Matched
-from gateway.policy.secrets import Programs, SecretUnavailable, credential_path, read_secret
-from gateway.policy.tokens import SigningKey, check_signing_key, json_web_token, sas_key, sas_token
+from gateway.rules.rules import Matched
+from gateway.rules.secrets import Programs, SecretUnavailable, credential_path, read_secret
+from gateway.rules.tokens import SigningKey, check_signing_key, json_web_token, sas_key, sas_token
 from gateway.tls.trust import ClientIdentity, read_client_identity, read_private_key
 
 # A session ends after some of its token's life, spread, so that those that began together do not end together.

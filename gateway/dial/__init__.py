@@ -1,0 +1,1 @@
+"""Finding a broker: which one, when, and the way to it."""

@@ -1,0 +1,1 @@
+"""Sockets: listening, connecting, names and addresses."""

@@ -1,1 +1,0 @@
-"""Whom the gateway lets in."""

@@ -1,0 +1,1 @@
+"""Who a device is and what it may do."""

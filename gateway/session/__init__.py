@@ -1,0 +1,1 @@
+"""The rules of a session, without I/O."""
