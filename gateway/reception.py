@@ -16,17 +16,17 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.config import Config, Device
-from gateway.relay.device import DeviceProtocol
+from gateway.config import Config, DeviceRule
+from gateway.dial.dialler import Dialler, Route
 from gateway.errors import Refusal
 from gateway.mqtt.connect import Connect
+from gateway.relay.device import DeviceProtocol
 from gateway.rules.credentials import Credentials
 from gateway.rules.presence import Presence
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.session.session import Session, State
 from gateway.tls.devices import device_policies
-from gateway.relay.upstream import Dialler, Route
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
@@ -139,7 +139,7 @@ class Reception:
         if not is_right:
             raise wrong_password(matched.rule)
 
-    def _make_routes(self) -> dict[Device, Route]:
+    def _make_routes(self) -> dict[DeviceRule, Route]:
         devices = self._config.device
         identities = {
             device: (f"rule {device.name}", client)

@@ -19,8 +19,8 @@ from twisted.logger import ILogObserver
 from twisted.python import usage
 
 from gateway.config import Config
-from gateway.errors import ConfigError
 from gateway.config.flags import FLAGS, Flag, config_from, explained
+from gateway.errors import ConfigError
 from gateway.net.network import PatientlessThread
 from gateway.ops.logs import LineObserver, make_observer
 from gateway.ops.notify import Notifier

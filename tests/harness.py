@@ -25,8 +25,8 @@ from twisted.python.failure import Failure
 from benchmarks.blackhole import drop_packets, keep_packets
 from gateway.config import from_mapping
 from gateway.ops.journal import Journal
-from gateway.session.record import SessionRecord
 from gateway.service import GatewayService
+from gateway.session.record import SessionRecord
 
 # How long a test waits for something that should happen at once: it bounds a hang, it measures nothing.
 PATIENCE = 20.0

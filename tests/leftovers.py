@@ -8,9 +8,9 @@ from typing import Any
 
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.proxied import ProxiedConnection
+from gateway.relay.upstream import UpstreamProtocol
 from gateway.session.session import Session
 from gateway.tls.channel import TLSChannel
-from gateway.relay.upstream import UpstreamProtocol
 from tests.harness import RunningGateway, eventually, open_descriptors
 
 _OF_SESSIONS = (Session, ProxiedConnection, DeviceProtocol, UpstreamProtocol, TLSChannel)

@@ -15,9 +15,10 @@ from twisted.internet.task import Clock
 
 from gateway.config import Admission, Listener, from_mapping
 from gateway.errors import EndReason
+from gateway.gateway import Gateway
 from gateway.net.network import ReactorNetwork
 from gateway.rules.admission import Doorkeeper
-from gateway.service import Gateway, raise_descriptor_limit
+from gateway.service import raise_descriptor_limit
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, Device, RecordingJournal, RunningGateway, eventually
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from gateway.cli.device_files import exact_pattern, rule_text, stem_of
 from gateway.cli.main import console
-from gateway.config import Device, load_file
+from gateway.config import DeviceRule, load_file
 from gateway.config.passwords import parse_hash
 from gateway.tls.trust import read_private_key
 from tests.pki import CLIENT, Certified, certify, certify_ca
@@ -53,7 +53,7 @@ class Site:
     def files(self) -> list[str]:
         return sorted(path.name for path in self.directory.iterdir())
 
-    def rule(self, name: str) -> Device:
+    def rule(self, name: str) -> DeviceRule:
         (rule,) = [device for device in load_file(self.config).device if device.match_client_id == (name,)]
         return rule
 

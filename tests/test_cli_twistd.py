@@ -17,8 +17,8 @@ from twisted.internet.threads import blockingCallFromThread
 from twisted.python.usage import UsageError
 
 from gateway.config import Listener, from_flags
-from gateway.errors import ConfigError
 from gateway.config.flags import FLAGS, config_from
+from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
 from gateway.tap import Options
 from tests.harness import eventually

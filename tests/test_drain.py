@@ -15,8 +15,8 @@ import pytest
 import trustme
 from attrs import define, field
 
-from gateway.errors import EndReason
 from gateway.drain import Spread
+from gateway.errors import EndReason
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.mosquitto import Mosquitto, free_port

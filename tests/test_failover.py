@@ -16,13 +16,14 @@ from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.task import Clock
 
 from gateway.config import from_mapping
-from gateway.relay.device import DeviceProtocol
+from gateway.dial.dialler import Dialler, Target
+from gateway.dial.health import UpstreamState, accounts
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import Journal
-from gateway.dial.health import UpstreamState, accounts
-from gateway.tls.channel import make_policy
+from gateway.relay.device import DeviceProtocol
+from gateway.relay.upstream import UpstreamProtocol
 from gateway.tls.broker_identity import Identity
-from gateway.relay.upstream import Dialler, Target, UpstreamProtocol
+from gateway.tls.channel import make_policy
 from tests.harness import ServerTLS
 from tests.test_sides import MemoryBroker, RememberingSession, Transport, addresses, device_side, transport_of
 
@@ -93,7 +94,7 @@ class Plant:
         (failure,) = session.named("upstream_failed") or (None,)
         if failure is not None:
             return str(failure.reason)
-        return str(session.record.upstream.partition(":")[0]) if session.named("upstream_verified") else "waits"
+        return str(session.dial.upstream.partition(":")[0]) if session.named("upstream_verified") else "waits"
 
     def pass_time(self, seconds: float) -> None:
         """Let time pass, an eighth of a second at a time, with the sweep each second."""
@@ -173,7 +174,7 @@ def test_while_the_only_broker_is_left_alone_devices_are_told_at_once(plant: Sta
     (failure,) = session.named("upstream_failed")
     assert failure.reason is EndReason.TCP_REFUSED
     assert failure.detail.endswith("left alone for 1 s more")
-    assert session.record.upstream == "one.example:8883"
+    assert session.dial.upstream == "one.example:8883"
     assert own.dialled == {"one.example": 1}
     assert own.told == [("one.example:8883 left alone for 1 s", "tcp-refused")]
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from gateway.config import Failover, Upstream
-from gateway.errors import EndReason, UpstreamFailure
 from gateway.dial.health import UpstreamHealth, UpstreamState, accounts
+from gateway.errors import EndReason, UpstreamFailure
 from gateway.session.record import Peer
 
 PEER = Peer("CN=broker", "CN=ca", "DNS:broker.example", datetime(2030, 1, 1, tzinfo=UTC), "TLSv1.3", "AES", "")

@@ -235,7 +235,8 @@ def test_a_look_up_that_hangs_does_not_keep_it(tmp_path: Path, start_broker: Sta
 def test_a_thread_that_hangs_does_not_keep_a_process_that_ends_by_itself() -> None:
     """Neither its pool nor Python waits for it."""
     script = (
-        "import time; from twisted.python.threadpool import ThreadPool; from gateway.net.network import PatientlessThread; "
+        "import time; from twisted.python.threadpool import ThreadPool; "
+        "from gateway.net.network import PatientlessThread; "
         "pool = ThreadPool(); pool.threadFactory = PatientlessThread; pool.start(); "
         "pool.callInThread(time.sleep, 3600); pool.stop()"
     )

@@ -17,11 +17,12 @@ from twisted.logger import Logger
 from gateway import service as service_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
+from gateway.gateway import Gateway
 from gateway.net.network import ReactorNetwork
 from gateway.ops.journal import FULL_RECORDS
-from gateway.service import Gateway, GatewayService
-from gateway.session.session import Session
 from gateway.relay.upstream import UpstreamProtocol
+from gateway.service import GatewayService
+from gateway.session.session import Session
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers

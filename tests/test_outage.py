@@ -19,9 +19,9 @@ from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress
 from twisted.logger import globalLogPublisher
 
+from gateway.dial.health import UpstreamState
 from gateway.errors import EndReason
 from gateway.net.network import ReactorNetwork
-from gateway.dial.health import UpstreamState
 from gateway.tls import failures
 from tests import mqtt_packets as mqtt
 from tests import pki

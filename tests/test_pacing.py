@@ -9,8 +9,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from gateway.config import Pacing
-from gateway.errors import EndReason, SessionEnd
 from gateway.dial.pacing import Pacer
+from gateway.errors import EndReason, SessionEnd
 
 
 class Storm:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.ops.status_words import duration, number, size
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Markup, element, together
-from gateway.ops.status_words import duration, number, size
 from tests.browser import Browser, Tab
 from tests.harness import Broker, Device, RunningGateway, eventually
 from tests.pki import certify

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 
 from gateway.config import Config, from_mapping
-from gateway.config.devices import Device
+from gateway.config.devices import DeviceRule
 from gateway.config.profiles import Name
 from gateway.errors import ConfigError
 
@@ -133,4 +133,4 @@ def test_a_host_with_braces_is_no_template() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_profile_is_made_of_keys_that_exist(name: str) -> None:
     """A rule with nothing of its own is a rule."""
-    assert isinstance(configured(name, device=[{}]).device[0], Device)
+    assert isinstance(configured(name, device=[{}]).device[0], DeviceRule)

@@ -21,10 +21,10 @@ import trustme
 from twisted.logger import formatEvent, globalLogPublisher
 
 from gateway.config import changed_keys, from_mapping
+from gateway.dial.dialler import Dialler
 from gateway.errors import ConfigError, EndReason
-from gateway.service import Generation
+from gateway.gateway import Generation
 from gateway.tls.trust import TLSPolicy
-from gateway.relay.upstream import Dialler
 from tests import mqtt_packets as mqtt
 from tests.harness import (
     PATIENCE,

@@ -20,15 +20,15 @@ from OpenSSL import SSL
 from twisted.logger import formatEvent, globalLogPublisher
 
 from gateway.config import TLS, Upstream
+from gateway.dial.dialler import Target
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.tls import channel as channel_module
+from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_policy
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import PublicCalls
-from gateway.tls.broker_identity import Identity
 from gateway.tls.tickets import MAX_AGE, SUSPENDED_FOR, Ticket, Tickets
 from gateway.tls.trust import TLSPolicy, spki_pin
-from gateway.relay.upstream import Target
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.pki import CLIENT, NOW, Certified, certify, certify_ca, revocation_list

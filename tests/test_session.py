@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.mqtt.packets import ProtocolVersion
-from gateway.session.record import SessionRecord, Traffic
+from gateway.session.record import Dial, SessionRecord, Traffic
 from gateway.session.session import TRANSITIONS, Session, State
 from gateway.session.treatment import Treatment
 from tests import mqtt_packets as mqtt
@@ -317,6 +317,16 @@ def test_an_upstream_that_comes_too_late_is_cut_off() -> None:
     bench.session.upstream_verified(bench.upstream, PEER)
     assert bench.upstream.aborted
     assert not bench.upstream.written
+
+
+def test_how_far_a_dial_had_come_is_in_the_record_when_the_device_goes() -> None:
+    """The end record says which broker was dialled, and which steps were done."""
+    bench = Bench().connect()
+    bench.session.dials(Dial("broker.example:8883", "192.0.2.1:8883", 0.1, 0.2))
+    bench.session.device_gone("closed by the device")
+    record = bench.session.record
+    assert (record.upstream, record.upstream_address) == ("broker.example:8883", "192.0.2.1:8883")
+    assert (record.dns_seconds, record.tcp_seconds, record.tls_seconds) == (0.1, 0.2, None)
 
 
 def test_an_attempt_that_fails_at_once_is_kept_nowhere() -> None:

@@ -12,19 +12,22 @@ from typing import Any
 
 import pytest
 
-from gateway.errors import SessionEnd
-from gateway.mqtt.framer import Framer
-from gateway.rules.admission import Doorkeeper
+from gateway.dial.dialler import Dialler
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.pacing import Pacer
-from gateway.relay.proxied import Doorstep, ProxiedConnection
+from gateway.dial.steps import _UpstreamFactory
+from gateway.errors import SessionEnd
+from gateway.mqtt.framer import Framer
 from gateway.net.race import _Race
-from gateway.session.session import Session, State
+from gateway.relay.proxied import Doorstep, ProxiedConnection
 from gateway.relay.side import RelaySide
+from gateway.relay.upstream import UpstreamProtocol
+from gateway.rules.admission import Doorkeeper
+from gateway.session.record import Peer
+from gateway.session.session import Session, State
 from gateway.tls import channel
-from gateway.tls.channel import ChannelState, TLSChannel
 from gateway.tls.broker_identity import Identity
-from gateway.relay.upstream import Dialler, Peer, UpstreamProtocol, _UpstreamFactory
+from gateway.tls.channel import ChannelState, TLSChannel
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
 from tests.simulation.run import report, run

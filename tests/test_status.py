@@ -22,8 +22,8 @@ from twisted.logger import globalLogPublisher
 
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
-from gateway.ops.web import site as site_module
 from gateway.ops.status_words import SCHEMA
+from gateway.ops.web import site as site_module
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers

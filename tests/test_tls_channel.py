@@ -27,11 +27,11 @@ from gateway.config import TLS
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.tls import channel as channel_module
 from gateway.tls import failures, trust
+from gateway.tls.broker_identity import Identity, shown_names
 from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_policy
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import PublicCalls
 from gateway.tls.failures import handshake_failure, verification_failure
-from gateway.tls.broker_identity import Identity, shown_names
 from gateway.tls.trust import TLSPolicy, platform_roots, spki_pin
 from tests.pki import CLIENT, NOW, Certified, certify, certify_ca, revocation_list, rsa_key
 

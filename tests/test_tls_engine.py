@@ -13,7 +13,8 @@ from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 from twisted.logger import capturedLogs
 
-from gateway.tls import direct, engine
+from gateway.tls import direct
+from gateway.tls.choice import choose, connected_pair
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import RECORD_SIZE, Engine, MakeEngine, PublicCalls
 
@@ -24,14 +25,14 @@ SIZES = [1, RECORD_SIZE, RECORD_SIZE + 1, 0x20000 - 22, 0x20000, 0x20000 + 1, 1_
 @pytest.fixture(autouse=True)
 def choice() -> Iterator[None]:
     """Have each test choose anew, and the next file's."""
-    engine.choose.cache_clear()
+    choose.cache_clear()
     yield
-    engine.choose.cache_clear()
+    choose.cache_clear()
 
 
 def pair(make: MakeEngine) -> tuple[Engine, Engine, SSL.Connection]:
     """Return an engine, that of its peer, and the peer."""
-    client, server = engine._connected_pair()
+    client, server = connected_pair()
     return make(client), PublicCalls(server), server
 
 
@@ -43,8 +44,8 @@ def record_count(size: int) -> int:
 def chosen_with_log() -> tuple[MakeEngine, list[Any]]:
     """Return what is chosen, and what the log says about it."""
     with capturedLogs() as events:
-        chosen = engine.choose()
-        engine.choose()
+        chosen = choose()
+        choose()
     return chosen, [event for event in events if event["log_namespace"] == "gateway"]
 
 
@@ -152,7 +153,7 @@ def test_the_peers_close_notify_is_told_apart(make: MakeEngine) -> None:
 @BOTH
 def test_what_openssl_does_not_encrypt_is_an_error(make: MakeEngine) -> None:
     """After close_notify nothing may follow."""
-    client, _ = engine._connected_pair()
+    client, _ = connected_pair()
     calls = make(client)
     client.shutdown()
     with pytest.raises(SSL.Error):

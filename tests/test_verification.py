@@ -24,14 +24,15 @@ import trustme
 from attrs import field, frozen
 from OpenSSL import SSL, crypto
 
+from gateway.dial.dialler import Dialler
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.relay.upstream import UpstreamProtocol
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session
 from gateway.tls import channel as channel_module
-from gateway.tls.channel import TLSChannel
 from gateway.tls.broker_identity import Identity
+from gateway.tls.channel import TLSChannel
 from gateway.tls.trust import platform_roots, spki_pin
-from gateway.relay.upstream import Dialler, UpstreamProtocol
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.pki import (

@@ -21,22 +21,22 @@ from twisted.python.failure import Failure
 
 from gateway import MADE
 from gateway.cli.certificates import now
-from gateway.cli.files import file_steps
 from gateway.cli.device_identity import Guise, put_on
+from gateway.cli.files import file_steps
 from gateway.cli.login import Login, make_login
 from gateway.cli.openssl import s_client_command
 from gateway.cli.probe import Probe, upstream_steps
 from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.config import TLS, Config, Listener, Upstream
-from gateway.errors import ConfigError
 from gateway.config.flags import CONFIG, FLAGS, config_from
+from gateway.dial.dialler import Target
+from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
 from gateway.net.network import ReactorNetwork
-from gateway.tls.channel import make_policy
-from gateway.tls.broker_identity import Identity
-from gateway.tls.trust import TLSPolicy
 from gateway.net.transport import RelayReactor
-from gateway.relay.upstream import Target
+from gateway.tls.broker_identity import Identity
+from gateway.tls.channel import make_policy
+from gateway.tls.trust import TLSPolicy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

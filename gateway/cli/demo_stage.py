@@ -36,8 +36,8 @@ from twisted.python.failure import Failure
 
 from gateway.config import from_mapping
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
-from gateway.session.record import SessionRecord
 from gateway.service import GatewayService
+from gateway.session.record import SessionRecord
 from gateway.text import printable
 
 _T = TypeVar("_T")
@@ -365,11 +365,11 @@ class Journal:
         self._say(f"{upstream} passed over: {failure}")
 
     def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
-        """See `gateway.relay.upstream.DialJournal`."""
+        """See `gateway.dial.dialler.DialJournal`."""
         self._say(f"{upstream} is left alone for {seconds:.1f} s: {failure}")
 
     def serves_again(self, upstream: str) -> None:
-        """See `gateway.relay.upstream.DialJournal`."""
+        """See `gateway.dial.dialler.DialJournal`."""
         self._say(f"{upstream} serves again")
 
     def sweep(self) -> None:

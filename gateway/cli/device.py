@@ -35,7 +35,7 @@ from gateway.cli.device_files import (
     rule_text,
 )
 from gateway.cli.report import complain
-from gateway.config import Config, Device, load_file
+from gateway.config import Config, DeviceRule, load_file
 from gateway.config.anchor import Anchor
 from gateway.config.directory import read_directory
 from gateway.config.passwords import hash_password
@@ -150,14 +150,14 @@ class _Rules:
         """Return a rule's table with what the profile adds."""
         return with_profile(self.config.devices.profile, self.config.upstream[0].host, table)
 
-    def devices(self) -> list[tuple[Path, Device]]:
+    def devices(self) -> list[tuple[Path, DeviceRule]]:
         """Return the rules of the directory, each after its file."""
         rules, problems = read_directory(self.directory, Anchor.of(self.file.absolute().parent), self.filled)
         if problems:
             raise _Problems(problems)
         return rules
 
-    def find(self, client_identifier: str) -> tuple[Path, Device]:
+    def find(self, client_identifier: str) -> tuple[Path, DeviceRule]:
         """Return a device's rule and its file.  Raises `DeviceProblem`."""
         pattern = exact_pattern(client_identifier)
         for path, device in self.devices():
@@ -319,7 +319,7 @@ def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
     csv.field_size_limit(_LONGEST_ROW)
     reader = csv.DictReader(lines, strict=True)
     columns = reader.fieldnames or []
-    known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(Device))}
+    known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(DeviceRule))}
     problems = [
         f"{path}: the column {printable(str(column))} is no key of a rule" for column in columns if column not in known
     ]
@@ -370,8 +370,8 @@ def _show(rules: _Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
     print(f"rule         {path}")
     print(f"identity     {_identity_words(device)}")
-    default = Device()
-    for field in attrs.fields(Device):
+    default = DeviceRule()
+    for field in attrs.fields(DeviceRule):
         value = getattr(device, field.name)
         if value != getattr(default, field.name) and field.name != "name":
             print(f"{field.name:<12} {_shown(field.name, value)}")
@@ -388,7 +388,7 @@ def _shown(key: str, value: Any) -> str:
     return printable(str(value))
 
 
-def _facts(path: Path, device: Device) -> dict[str, Any]:
+def _facts(path: Path, device: DeviceRule) -> dict[str, Any]:
     return {
         "client_id": list(device.match_client_id),
         "file": str(path),
@@ -396,7 +396,7 @@ def _facts(path: Path, device: Device) -> dict[str, Any]:
     }
 
 
-def _identity_words(device: Device) -> str:
+def _identity_words(device: DeviceRule) -> str:
     """Say by what the device proves at the broker who it is."""
     parts = []
     if device.client_cert is not None:

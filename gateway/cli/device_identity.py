@@ -17,7 +17,7 @@ from attrs import frozen
 from gateway.cli.certificates import expiry, subject
 from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
-from gateway.config import Config, Device
+from gateway.config import Config, DeviceRule
 from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
@@ -25,10 +25,10 @@ from gateway.mqtt.reader import Packet, PacketReader
 from gateway.rules.credentials import Credentials
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
 from gateway.rules.secrets import Programs
+from gateway.session.treatment import Treatment
 from gateway.text import printable
 from gateway.tls.devices import device_policies
 from gateway.tls.trust import TLSPolicy
-from gateway.session.treatment import Treatment
 
 STEPS = ["rule", "lan-password", "credentials"]
 _LOCALHOST = "127.0.0.1"
@@ -44,7 +44,7 @@ class Guise:
     connect: Connect
     treatment: Treatment | None = None
     policy: TLSPolicy | None = None
-    device: Device | None = None
+    device: DeviceRule | None = None
 
 
 async def put_on(
@@ -118,7 +118,7 @@ def _lan_password(matched: Matched, connect: Connect) -> tuple[Status, str] | tu
     return Status.PASS, "the one that was given is right"
 
 
-def _words(device: Device, presented: Connect, lives: float | None) -> str:
+def _words(device: DeviceRule, presented: Connect, lives: float | None) -> str:
     """Say what CONNECT carries, and nothing of a secret."""
     name = "no user name" if presented.username is None else f'user name "{printable(presented.username)}"'
     source = device.sources[0].removesuffix("_file") if device.sources else "the device's own"

@@ -22,17 +22,19 @@ from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
 from gateway.cli.verdict import failed, tls_steps
 from gateway.config import TLS, Config
-from gateway.relay.device import DeviceProtocol
+from gateway.dial.dialler import Target
+from gateway.dial.steps import connect, handshake, resolve
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.gateway import SWEEP_INTERVAL
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.packets import PacketType
-from gateway.net.network import Network
+from gateway.net.network import Network, shown_address
+from gateway.relay.device import DeviceProtocol
+from gateway.relay.upstream import UpstreamProtocol
 from gateway.session.record import Peer, SessionRecord
-from gateway.service import SWEEP_INTERVAL
 from gateway.session.session import Session
 from gateway.text import printable
 from gateway.tls.channel import TLSChannel
-from gateway.relay.upstream import Target, UpstreamProtocol, connect, handshake, resolve, shown_address
 
 _DISCONNECT = bytes((PacketType.DISCONNECT << 4, 0))
 _SHOWN_ADDRESSES = 8
@@ -136,7 +138,7 @@ class Probe:
         else:
             self._gone.errback(failure)
 
-    # ---- the way of `Dialler.reach`, aloud
+    # ---- the way of `Dialler`, aloud
 
     async def _reach(self, session: Session) -> None:
         try:

@@ -14,8 +14,8 @@ from gateway.cli.certificates import as_facts, expiry, first_to_expire, issuer, 
 from gateway.cli.report import Status, Step
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
-from gateway.tls.channel import TLSChannel
 from gateway.tls.broker_identity import Identity, shown_names, subject_alt_names
+from gateway.tls.channel import TLSChannel
 from gateway.tls.trust import TLSPolicy
 
 # What can fail after chain and identity were approved; everything else is a matter of the handshake itself.

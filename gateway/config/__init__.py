@@ -4,7 +4,7 @@ In: a file, flags or a mapping.  Out: `Config`, or `gateway.errors.ConfigError` 
 """
 
 from gateway.config.changes import changed_keys
-from gateway.config.devices import Device, Devices
+from gateway.config.devices import DeviceRule, Devices
 from gateway.config.load import from_flags, from_mapping, load_file, template_text
 from gateway.config.names import normalise_name
 from gateway.config.schema import (
@@ -30,7 +30,7 @@ __all__ = [
     "TLS",
     "Admission",
     "Config",
-    "Device",
+    "DeviceRule",
     "Devices",
     "Drain",
     "Failover",

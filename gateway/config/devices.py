@@ -1,6 +1,6 @@
 """Rules for devices: whom a rule is for, and what it makes of them.
 
-In: values.  Out: `Device` and `Devices`, the sections of the configuration; ValueError for what makes no sense.
+In: values.  Out: `DeviceRule` and `Devices`, the sections of the configuration; ValueError for what makes no sense.
 """
 
 import re
@@ -102,7 +102,7 @@ class Devices:
 
 
 @attrs.frozen
-class Device:
+class DeviceRule:
     """Whom a rule is for (`match_…`; what is left out matches everybody), and what it makes of them.
 
     `client_id`, `username`, `sas_resource`, both prefixes and the Topic Filters are templates.
@@ -165,9 +165,14 @@ class Device:
             raise ExceptionGroup("what does not go together", [MisfitError(*problem) for problem in problems])
 
     @property
+    def match(self) -> tuple[Any, ...]:
+        """The values of its `match_…` keys."""
+        return tuple(getattr(self, field.name) for field in attrs.fields(DeviceRule) if field.name.startswith("match_"))
+
+    @property
     def is_for_everybody(self) -> bool:
         """Whether it matches every device."""
-        return not any(getattr(self, field.name) for field in attrs.fields(Device) if field.name.startswith("match_"))
+        return not any(self.match)
 
     @property
     def sources(self) -> list[str]:
@@ -214,7 +219,7 @@ class Device:
                 yield f".{key}", f"there is no {source} to sign with"
 
 
-def anchored(device: Device, anchor: Anchor) -> Device:
+def anchored(device: DeviceRule, anchor: Anchor) -> DeviceRule:
     """Make the paths of a rule absolute."""
     keys = ("password_file", "sas_key_file", "jwt_key_file", "client_cert", "client_key")
     paths: dict[str, Any] = {key: anchor(value) for key in keys if (value := getattr(device, key))}
@@ -222,7 +227,7 @@ def anchored(device: Device, anchor: Anchor) -> Device:
 
 
 def cross_problems(
-    labelled: Iterable[tuple[str, Device]], upstreams: Iterable[str], listeners: Iterable[str]
+    labelled: Iterable[tuple[str, DeviceRule]], upstreams: Iterable[str], listeners: Iterable[str]
 ) -> list[str]:
     """Say what is wrong with rules beside one another, each under its label, and with the names that they mention."""
     problems = []
@@ -235,7 +240,7 @@ def cross_problems(
                 for index, name in enumerate(getattr(device, key))
                 if name not in names
             ]
-        match = tuple(getattr(device, field.name) for field in attrs.fields(Device) if field.name.startswith("match_"))
+        match = device.match
         if match in seen:
             problems.append(f"{label}: {seen[match]} is for the same devices, so this rule would never be used")
         seen.setdefault(match, label)

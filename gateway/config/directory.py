@@ -1,6 +1,7 @@
 """A directory of rules, one small TOML file for each device.
 
-In: a directory.  Out: a `Device` for each `*.toml` in it, in the order of their names, and what is wrong with others.
+In: a directory.  Out: a `DeviceRule` for each `*.toml` in it, in the order of their names, and what is wrong with the
+others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import attrs
 
 from gateway.config.anchor import Anchor
-from gateway.config.devices import Device, anchored
+from gateway.config.devices import DeviceRule, anchored
 from gateway.config.structure import structure_device
 from gateway.config.tables import read_table
 from gateway.config.value_words import quoted
@@ -23,7 +24,7 @@ _WILDCARDS = frozenset("*?[")
 
 def read_directory(
     directory: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]
-) -> tuple[list[tuple[Path, Device]], list[str]]:
+) -> tuple[list[tuple[Path, DeviceRule]], list[str]]:
     """Return the rules, each after its file, and all problems.
 
     `anchor` is that of the configuration; relative paths in a file here start at this directory.
@@ -36,7 +37,7 @@ def read_directory(
         paths = sorted(path for path in directory.iterdir() if path.suffix == ".toml" and path.name[0] != ".")
     except OSError as error:
         return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}"]
-    rules: list[tuple[Path, Device]] = []
+    rules: list[tuple[Path, DeviceRule]] = []
     problems: list[str] = []
     for path in paths:
         try:
@@ -51,7 +52,7 @@ def file_label(path: Path) -> str:
     return quoted(str(path), 4096)
 
 
-def _read(path: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> Device:
+def _read(path: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> DeviceRule:
     # An unfinished copy, most likely: as a rule, it would take the device's identity away.
     table = read_table(path, "write at least whom the rule is for")
     name = path.stem

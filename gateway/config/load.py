@@ -17,7 +17,7 @@ from typing import Any
 import attrs
 
 from gateway.config.anchor import Anchor
-from gateway.config.devices import Device, anchored, cross_problems
+from gateway.config.devices import DeviceRule, anchored, cross_problems
 from gateway.config.directory import file_label, read_directory
 from gateway.config.profiles import profiled, with_profile
 from gateway.config.schema import TLS, Config
@@ -161,7 +161,7 @@ def _with_devices(config: Config, anchor: Anchor) -> Config:
     return attrs.evolve(config, devices=devices, device=tuple(device for _, device in rules))
 
 
-def _default_problems(config: Config, rules: list[tuple[str, Device]]) -> list[str]:
+def _default_problems(config: Config, rules: list[tuple[str, DeviceRule]]) -> list[str]:
     if any(upstream.default for upstream in config.upstream):
         return []
     lost = [label for label, device in rules if not device.upstream]

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 import attrs
 
-from gateway.config.devices import Device, Devices
+from gateway.config.devices import DeviceRule, Devices
 from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind, is_local
 from gateway.config.names import connect_name, normalise_name
 from gateway.config.validators import (
@@ -332,6 +332,6 @@ class Config:
     admission: Admission = Admission()
     drain: Drain = Drain()
     devices: Devices = Devices()  # noqa: RUF009  frozen, as the others
-    device: tuple[Device, ...] = ()
+    device: tuple[DeviceRule, ...] = ()
     status: Status = Status()
     log: Log = Log()

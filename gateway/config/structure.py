@@ -24,7 +24,7 @@ from cattrs.errors import (
 )
 from cattrs.gen import make_dict_structure_fn, override
 
-from gateway.config.devices import Device
+from gateway.config.devices import DeviceRule
 from gateway.config.schema import Config, Proxy
 from gateway.config.validators import MisfitError, Network
 from gateway.config.value_words import described, number, quoted
@@ -46,10 +46,10 @@ def structure(mapping: Mapping[str, Any]) -> Config:
     return config
 
 
-def structure_device(mapping: Mapping[str, Any]) -> Device:
+def structure_device(mapping: Mapping[str, Any]) -> DeviceRule:
     """Make a rule of a file that holds one; paths stay as they are written. Raises ConfigError."""
     try:
-        device: Device = _converter.structure(mapping, Device)
+        device: DeviceRule = _converter.structure(mapping, DeviceRule)
     except (BaseValidationError, ValueError) as error:
         raise ConfigError(list(_lines(error, ""))) from None
     return device

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # Read now, since the resolver's threads cannot when the gateway has shed its rights or has no descriptor left.
 import encodings.idna  # noqa: F401  for its effect
+import os
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from threading import Thread
@@ -137,3 +138,11 @@ class _Receiver:
     def resolutionComplete(self) -> None:
         """Hand over what came."""
         self._done(self._addresses)
+
+
+def shown_address(address: IAddress | None) -> str:
+    """Return an address as `host:port`, with brackets for IPv6; that of a UNIX socket as its path, if it has one."""
+    host, port = getattr(address, "host", None), getattr(address, "port", None)
+    if host is None:
+        return os.fsdecode(getattr(address, "name", None) or "local")
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -196,7 +196,7 @@ class _UNIXPort(unix.Port):
 class RelayReactor:
     """The part of a reactor that endpoints and transports ask for, on top of a real one.
 
-    It listens on TCP and UNIX sockets and on sockets of systemd's; `gateway/net/connecting.py` connects.  Time, threads and
+    It listens on TCP and UNIX sockets and on sockets of systemd; `net/connecting.py` connects.  Time, threads and
     names are the real reactor's.
     """
 

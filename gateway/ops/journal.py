@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from attrs import asdict, fields
 from twisted.logger import Logger, LogLevel
 
+from gateway.dial.dialler import DialJournal
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Journal as SessionJournal
@@ -43,20 +44,11 @@ _NAMES = tuple(field.name for field in fields(SessionRecord) if field.name not i
 _values = attrgetter(*_NAMES)
 
 
-class GatewayJournal(SessionJournal, Protocol):
+class GatewayJournal(SessionJournal, DialJournal, Protocol):
     """Who is told what the gateway does."""
 
     def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         """A connection was closed before it became a session."""
-
-    def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
-
-    def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
-        """`upstream` failed, and for so many seconds no session dials it."""
-
-    def serves_again(self, upstream: str) -> None:
-        """`upstream` had been left alone, and was verified again."""
 
     def sweep(self) -> None:
         """About a second has passed."""

@@ -14,11 +14,11 @@ from typing import Any
 from attrs import frozen
 
 from gateway import __version__
+from gateway.dial.health import UpstreamHealth
 from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate, Validity, shown_by
 from gateway.ops.ledger import IN_ORDER, LATELY, REMEMBERED, End, Ledger
 from gateway.ops.status_words import SCHEMA
-from gateway.dial.health import UpstreamHealth
 from gateway.session.record import Traffic
 from gateway.session.session import Session, State
 from gateway.text import printable

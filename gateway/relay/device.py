@@ -14,8 +14,8 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.session.session import Session
 from gateway.relay.side import RelaySide, how_lost, tune
+from gateway.session.session import Session
 
 _log = Logger(namespace="gateway")
 

@@ -16,9 +16,9 @@ from twisted.python.failure import Failure
 
 from gateway.config import Listener
 from gateway.errors import EndReason
-from gateway.rules.admission import Doorkeeper, host_of
+from gateway.net.network import shown_address
 from gateway.net.proxy_header import MalformedProxyHeader, parse_proxy_header
-from gateway.relay.upstream import shown_address
+from gateway.rules.admission import Doorkeeper, host_of
 
 
 class Enter(Interface):

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from attrs import define, field
 
-from gateway.config import TLS, Device
+from gateway.config import TLS, DeviceRule
 from gateway.config.templates import FROM_DEVICE, UnusableValueError, expand
 from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.rewrite import KEPT, Kept
@@ -45,7 +45,7 @@ class Credentials:
 
     def __init__(
         self,
-        devices: tuple[Device, ...],
+        devices: tuple[DeviceRule, ...],
         programs: Programs | None,
         uniform: Callable[[], float],
         now: Callable[[], float] = time.time,
@@ -56,7 +56,7 @@ class Credentials:
         self._uniform = uniform
         self._now = now
         self._environment = environment
-        self._keys: dict[Device, _Keys] = {}
+        self._keys: dict[DeviceRule, _Keys] = {}
         problems: list[str] = []
         for device in devices:
             if device.sas_key_file or device.jwt_key_file or device.client_cert:
@@ -64,7 +64,7 @@ class Credentials:
         if problems:
             raise ConfigError(problems)
 
-    def client_identity(self, device: Device) -> ClientIdentity | None:
+    def client_identity(self, device: DeviceRule) -> ClientIdentity | None:
         """Return the certificate and the key of a device's own, if its rule has any."""
         keys = self._keys.get(device)
         return None if keys is None else keys.client
@@ -124,7 +124,7 @@ class Credentials:
         return json_web_token(keys.jwt, device.jwt_audience, issued, expires), lives
 
 
-def _read(device: Device, problems: list[str]) -> _Keys:
+def _read(device: DeviceRule, problems: list[str]) -> _Keys:
     keys = _Keys()
     if device.sas_key_file is not None:
         keys.sas = _attempt(
@@ -145,7 +145,7 @@ def _read(device: Device, problems: list[str]) -> _Keys:
     return keys
 
 
-def _attempt(device: Device, key: str, path: Path, read: Callable[[Path], _T], problems: list[str]) -> _T | None:
+def _attempt(device: DeviceRule, key: str, path: Path, read: Callable[[Path], _T], problems: list[str]) -> _T | None:
     try:
         return read(path)
     except SecretUnavailable as problem:

@@ -14,7 +14,7 @@ from ipaddress import ip_address
 import attrs
 from attrs import field, frozen
 
-from gateway.config import Config, Device, Network
+from gateway.config import Config, DeviceRule, Network
 from gateway.config.passwords import PasswordHash, parse_hash
 from gateway.config.templates import UnusableValueError, expand
 from gateway.errors import EndReason, Refusal
@@ -47,14 +47,14 @@ class Caller:
 class Rule:
     """A rule, made ready for use."""
 
-    device: Device
+    device: DeviceRule
     order: int
     globs: tuple[re.Pattern[str], ...] = field(repr=False)
     pattern: re.Pattern[str] | None = field(repr=False)
     password: PasswordHash | None = field(repr=False)
 
     @classmethod
-    def of(cls, device: Device, order: int) -> Rule:
+    def of(cls, device: DeviceRule, order: int) -> Rule:
         """Make a rule of what is configured."""
         return cls(
             device,

@@ -32,6 +32,20 @@ class Peer:
 
 
 @define(slots=True)
+class Dial:
+    """One broker that is dialled, and how far the dial has come: seconds of each step, `None` until it is done.
+
+    `upstream` is the broker's `host:port`, `address` what that was resolved and connected to.
+    """
+
+    upstream: str
+    address: str = ""
+    dns_seconds: float | None = None
+    tcp_seconds: float | None = None
+    tls_seconds: float | None = None
+
+
+@define(slots=True)
 class SessionRecord:
     """One session, from the device's connection to its end.
 

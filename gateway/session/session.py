@@ -36,7 +36,7 @@ from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, describe_connack, describe_disconnect
 from gateway.mqtt.reader import Packet, PacketReader
 from gateway.session.pace import Pace
-from gateway.session.record import Peer, SessionRecord, Traffic
+from gateway.session.record import Dial, Peer, SessionRecord, Traffic
 from gateway.session.treatment import Treatment
 
 
@@ -143,6 +143,7 @@ class Session:
         "_device_present",
         "_device_reader",
         "_dial",
+        "_dialled",
         "_dialling",
         "_down_when_pinged",
         "_from_broker",
@@ -184,6 +185,7 @@ class Session:
         self._device_present = True
         self._dial = dial
         self._dialling: Cancellable | None = None
+        self._dialled: Dial | None = None
         self._upstream: Side | None = None
         self._journal = journal
         self._gone = gone
@@ -279,6 +281,11 @@ class Session:
 
     # ---- from the upstream
 
+    def dials(self, dial: Dial) -> None:
+        """This broker is dialled now; what is known of it when that is over, however it ends, goes into the record."""
+        self._dialled = dial
+        self.record.upstream = dial.upstream
+
     def upstream_verified(self, upstream: Side, peer: Peer) -> None:
         """There is a verified channel to the broker: now, and not before, CONNECT leaves."""
         if self._state is not State.DIALLING:
@@ -289,6 +296,7 @@ class Session:
         self._enter(State.WAIT_CONNACK)
         self._dialling = None
         self._upstream = upstream
+        self._record_dial()
         self.record.peer = peer
         self._sent_at = self._seconds()
         self._deadline = self._sent_at + self._timeouts.connack
@@ -602,6 +610,7 @@ class Session:
             return
         told = answer if answer is not None else b"" if answered else self._farewell(reason, code, connack_codes)
         self._enter(State.ENDED)
+        self._record_dial()
         self._write_record(reason, detail)
         self._deadline = self._seconds() + self._timeouts.close
         dialling, self._dialling = self._dialling, None
@@ -639,6 +648,17 @@ class Session:
             full, short = (disconnect(code, text) for text in (words, ""))
         # A Reason String must not make the packet larger than the device takes [MQTT-3.14.2-3].
         return full if len(full) <= limit else short
+
+    def _record_dial(self) -> None:
+        dial, self._dialled = self._dialled, None
+        if dial is not None:
+            record = self.record
+            record.upstream_address = dial.address
+            record.dns_seconds, record.tcp_seconds, record.tls_seconds = (
+                dial.dns_seconds,
+                dial.tcp_seconds,
+                dial.tls_seconds,
+            )
 
     def _write_record(self, reason: EndReason, detail: str) -> None:
         record = self.record

@@ -31,9 +31,10 @@ from gateway.config import TLS
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
 from gateway.session.record import Peer
 from gateway.text import printable
-from gateway.tls.engine import Engine, choose
-from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.broker_identity import Identity
+from gateway.tls.choice import choose
+from gateway.tls.engine import Engine
+from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.tickets import Ticket, Tickets, Verified, good_until
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
 

@@ -2,7 +2,7 @@
 
 In: a pyOpenSSL `Connection` without a socket.  Out: what `gateway/tls/engine.py` says of an `Engine`.  To import this
 raises `ImportError` or `AttributeError` where pyOpenSSL is not as it is known here; whether it works is for
-`engine.choose` to find out.
+`choice.choose` to find out.
 
 The library, the objects and the calls are pyOpenSSL's own.  What is left out is a conversion, a context manager, a
 buffer and a look at the errors for each call.  All connections that a thread makes share one buffer, with which each

@@ -4,7 +4,7 @@ In: a seed's random numbers, what each link does to its bytes (`Weather`).  Out:
 that passes only when it is told to.
 
 Only sockets, the polling of them, names and time are made up here.  The transports are Twisted's own `tcp.Connection`
-over a virtual socket, on the gateway's side with what `gateway.net.transport` puts on top, so that producers, half-closes,
+over a virtual socket, on the gateway's side with what `net/transport.py` puts on top, so that producers, half-closes,
 aborts and partial writes behave as they do in production.
 """
 

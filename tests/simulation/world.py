@@ -23,9 +23,9 @@ from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher
 
 from gateway.config import TLS, Admission, Config, Drain, Failover, Limits, Listener, Pacing, Timeouts, Upstream
 from gateway.errors import EndReason
+from gateway.gateway import Gateway
 from gateway.ops.journal import Journal
 from gateway.session.record import SessionRecord
-from gateway.service import Gateway
 from gateway.session.session import Session, State
 from gateway.tls.channel import ChannelState
 from tests.simulation.identities import FAULTS, Identities

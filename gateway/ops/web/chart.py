@@ -11,8 +11,8 @@ from datetime import datetime
 from attrs import frozen
 
 from gateway.ops.ledger import LATELY
-from gateway.ops.web.markup import Markup, element
 from gateway.ops.status_words import number
+from gateway.ops.web.markup import Markup, element
 
 _WIDTH, _HEIGHT = 300, 80
 _GAP = 4  # above the highest value, so that its line is seen whole

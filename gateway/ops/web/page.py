@@ -13,8 +13,6 @@ from importlib import resources
 from typing import Any
 from urllib.parse import urlencode
 
-from gateway.ops.web.chart import Line, chart
-from gateway.ops.web.markup import Child, Markup, element, together
 from gateway.ops.status_words import (
     Level,
     Part,
@@ -32,6 +30,8 @@ from gateway.ops.status_words import (
     upstream_words,
     verdict,
 )
+from gateway.ops.web.chart import Line, chart
+from gateway.ops.web.markup import Child, Markup, element, together
 
 _STYLE = resources.files(__package__).joinpath("page.css").read_text("utf-8")
 _SCRIPT = resources.files(__package__).joinpath("page.js").read_text("utf-8")

@@ -16,8 +16,8 @@ from twisted.logger import Logger
 from gateway.config import Listener, Status
 from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
+from gateway.net.network import shown_address
 from gateway.ops.sight import Sight
-from gateway.relay.upstream import shown_address
 
 if TYPE_CHECKING:
     from gateway.ops.web.site import StatusSite

@@ -1,0 +1,356 @@
+"""The gateway itself: all sessions, what they share, and the change from one configuration to the next.
+
+In: a `Config`, connections.  Out: sessions, from their beginning to their end.
+
+What is made of one configuration is a `Generation`.  A new one is made whole before anything of it is used; sessions
+keep the one that they began under.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from random import random
+
+from attrs import frozen
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import LoopingCall
+from twisted.logger import Logger
+
+from gateway.config import Config, Listener
+from gateway.dial.dialler import Dialler, Target
+from gateway.dial.health import UpstreamHealth, accounts
+from gateway.drain import Spread
+from gateway.errors import EndReason
+from gateway.net.listening import ListenerFactory
+from gateway.net.network import Network, shown_address
+from gateway.ops.journal import GatewayJournal
+from gateway.ops.watch import FileState, states
+from gateway.reception import Helpers, Reception, is_over
+from gateway.relay.device import DeviceProtocol
+from gateway.relay.proxied import Doorstep
+from gateway.rules.admission import Doorkeeper, host_of
+from gateway.rules.presence import Presence
+from gateway.rules.rules import Caller
+from gateway.session.record import SessionRecord
+from gateway.session.session import Session, State
+from gateway.tls.broker_identity import Identity
+from gateway.tls.channel import make_policy
+from gateway.tls.trust import TLSPolicy, policy_files
+
+_log = Logger(namespace="gateway")
+
+SWEEP_INTERVAL = 1.0  # seconds; deadlines are kept to this precision
+# So many sessions take a few tenths of a millisecond.
+_SWEPT_AT_A_TIME = 250
+DRAIN_INTERVAL = 0.1  # seconds; so often some of the sessions are ended that end spread over a time
+
+
+@frozen(slots=True, eq=False)
+class Generation:
+    """A configuration and what was made of it: what the sessions share that begin under it.
+
+    `files` has the states of the certificates, keys and lists from just before they were read.
+    """
+
+    config: Config
+    files: Mapping[Path, FileState]
+    policy: TLSPolicy
+    dialler: Dialler
+    reception: Reception
+
+
+class _Opening:
+    """A connection that was let in, and what its session needs of the gateway: instead of a closure for each."""
+
+    __slots__ = ("_device", "_gateway", "accepted", "address", "generation", "listener", "via")
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        generation: Generation,
+        address: IAddress | None,
+        listener: str,
+        accepted: float,
+        via: str,
+    ) -> None:
+        self._gateway = gateway
+        self._device: DeviceProtocol
+        self.generation = generation
+        self.address = address
+        self.listener = listener
+        self.accepted = accepted
+        self.via = via
+
+    def open(self, device: DeviceProtocol) -> Session:
+        """Begin the session."""
+        self._device = device
+        return self._gateway.open(self, device)
+
+    def dial(self, session: Session) -> Deferred[None]:
+        """Lead the session to its broker."""
+        caller = Caller(host_of(self.address) or "", self.listener)
+        return self.generation.reception.dial(session, self._device, caller)
+
+    def gone(self, session: Session) -> None:
+        """Forget the session."""
+        self._gateway.gone(self, session)
+
+
+class Gateway:
+    """All sessions, and what they share.
+
+    Everything that touches the world is a parameter, so that a whole gateway can run in memory on a virtual clock.
+    `carried` is how many sessions this process can carry; `swept` is called after each sweep,
+    `uniform` returns random numbers from 0 to 1.
+    Raises `ConfigError` if certificates or keys cannot be used.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        clock: IReactorTime,
+        network: Network,
+        journal: GatewayJournal,
+        carried: int,
+        swept: Callable[[], None] = lambda: None,
+        uniform: Callable[[], float] = random,
+        helpers: Helpers = Helpers(),  # noqa: B008  frozen
+    ) -> None:
+        self.sessions: set[Session] = set()
+        self._clock = clock
+        self._network = network
+        self._journal = journal
+        self._carried = carried
+        self._swept = swept
+        self._uniform = uniform
+        self._helpers = helpers
+        self._presence: Presence[Session] = Presence(clock.seconds, is_over)
+        self._numbered = 0
+        self._all_gone: list[Deferred[None]] = []
+        self._stopping = False
+        self._drain: Spread[Session] | None = None
+        self._generation: Generation | None = None
+        self._generation = self.prepare(config)
+        self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
+        self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
+        self._sweeping: IDelayedCall | None = None
+        self._sweeper = LoopingCall(self._sweep)
+        self._drainer = LoopingCall(self._drain_some)
+        self._sweeper.clock = self._drainer.clock = clock
+
+    @property
+    def config(self) -> Config:
+        """The configuration under which new sessions begin."""
+        return self.generation.config
+
+    @property
+    def generation(self) -> Generation:
+        """What new sessions begin under."""
+        assert self._generation is not None  # noqa: S101  only while the first one is made; narrows the type
+        return self._generation
+
+    @property
+    def max_sessions(self) -> int:
+        """How many sessions there may be at a time."""
+        wanted = self.config.admission.max_sessions
+        return min(wanted, self._carried) if wanted else self._carried
+
+    @property
+    def upstreams(self) -> list[UpstreamHealth]:
+        """How the brokers fare that new sessions are led to, in the order of preference."""
+        return self.generation.dialler.upstreams
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping
+
+    def prepare(self, config: Config) -> Generation:
+        """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
+        files = states(watched_files(config))
+        before = self._generation
+        known: Sequence[UpstreamHealth] = ()
+        judged_alike = False
+        if before is not None:
+            known = before.dialler.upstreams
+            judged_alike = (config.tls, files) == (before.config.tls, before.files)
+        # If nothing would be another, the sessions of two generations share what they verify with.
+        policy = before.policy if before is not None and judged_alike else make_policy(config.tls)
+        targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
+        healths = accounts(config.upstream, config.failover, self._uniform, known, judged_alike=judged_alike)
+        dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal)
+        reception = Reception(config, dialler, self._presence, self._helpers, self._uniform, self._take_place)
+        return Generation(config, files, policy, dialler, reception)
+
+    def adopt(self, generation: Generation) -> None:
+        """Let new sessions begin under `generation`; those that stand go on under their own."""
+        self.generation.dialler.stop()
+        self._generation = generation
+        self.doorkeeper.rule(generation.config.admission, self.max_sessions)
+
+    def start(self) -> None:
+        """Begin to let devices in and to keep deadlines."""
+        self._stopping = False
+        self._sweeper.start(SWEEP_INTERVAL, now=False)
+
+    def stop(self, seconds: float = 0.0) -> Deferred[None]:
+        """End all sessions; those that stand are spread over `seconds`.
+
+        Fires when nothing of them is left, at the latest `timeouts.close` later.  To call it again is to be told, too,
+        and may make it quicker.
+        """
+        gone: Deferred[None] = Deferred()
+        self._all_gone.append(gone)
+        now = self._clock.seconds()
+        self.generation.dialler.stop()
+        self._doorstep.clear()
+        if not self._stopping:
+            self._stopping = True
+            sessions = list(self.sessions)
+            self._drain = Spread((each for each in sessions if each.state is State.RELAYING), now, seconds)
+            self._drainer.start(DRAIN_INTERVAL)
+            for session in sessions:
+                # Nobody's work is cut short here, and to wait would be to learn that there is no broker.
+                if session.state is not State.RELAYING:
+                    self._end(session)
+        elif self._drain is not None:
+            self._drain.hasten(now, seconds)
+            self._drain_some()
+        self._check_all_gone()
+        return gone
+
+    def factory(self, listener: Listener) -> ListenerFactory:
+        """Return the factory whose connections become sessions of this gateway."""
+        return _DeviceFactory(self, listener)
+
+    def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
+        """Return the protocol for a new connection, or `None` if it is not let in."""
+        if listener.proxies and not self.stopping:
+            return self._doorstep.admit(address, listener)
+        reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host_of(address))
+        if reason is not None:
+            self._journal.refused(reason, shown_address(address))
+            return None
+        return self._enter(address, listener.name, self._clock.seconds())
+
+    def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
+        """Return the protocol for a connection that the doorkeeper has let in; see `gateway.relay.proxied.Enter`."""
+        generation = self.generation
+        opening = _Opening(self, generation, address, listener, accepted, via)
+        return DeviceProtocol(opening.open, generation.config.timeouts.tcp_user)
+
+    def open(self, opening: _Opening, device: DeviceProtocol) -> Session:
+        """Begin the session of a connection that stands."""
+        self._numbered += 1
+        config = opening.generation.config
+        session = Session(
+            SessionRecord(
+                self._numbered,
+                shown_address(opening.address),
+                opening.accepted,
+                listener=opening.listener,
+                via=opening.via,
+            ),
+            device,
+            opening.dial,
+            self._journal,
+            opening.gone,
+            self._clock.seconds,
+            config.limits,
+            config.timeouts,
+        )
+        self.sessions.add(session)
+        return session
+
+    def gone(self, opening: _Opening, session: Session) -> None:
+        """Forget a session of which nothing is left."""
+        self.sessions.discard(session)
+        self._presence.leave(session)
+        self.doorkeeper.leave(host_of(opening.address))
+        self._check_all_gone()
+
+    def _check_all_gone(self) -> None:
+        if self._all_gone and not self.sessions and not self._doorstep.connections:
+            for loop in (self._sweeper, self._drainer):
+                if loop.running:
+                    loop.stop()
+            if self._sweeping is not None and self._sweeping.active():
+                self._sweeping.cancel()
+            self._drain = None
+            self._journal.flush()
+            waiting, self._all_gone = self._all_gone, []
+            for gone in waiting:
+                gone.callback(None)
+
+    def _sweep(self) -> None:
+        now = self._clock.seconds()
+        # One that did not reach all of them within a second goes on, since to begin anew would leave the same ones out.
+        if self._sweeping is None or not self._sweeping.active():
+            self._sweep_sessions(list(self.sessions))
+        try:
+            self._doorstep.sweep(now, self.config.timeouts.connect_packet)
+            self.doorkeeper.sweep()
+            self._presence.sweep(self.config.devices)
+            if not self.stopping:
+                self.generation.dialler.sweep()
+            self._journal.sweep()
+            self._swept()
+        except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more
+            _log.failure("a mistake of the gateway in its sweep")
+
+    def _sweep_sessions(self, left: list[Session]) -> None:
+        """Sweep some sessions now and the others in the next turns of the reactor, so that messages need not wait."""
+        now = self._clock.seconds()
+        # Without `_guarded`, whose two calls for each of ten thousand sessions would be most of it.
+        for session in left[:_SWEPT_AT_A_TIME]:
+            try:
+                session.sweep(now)
+            except Exception as error:  # noqa: BLE001  a mistake in one session leaves the others alone
+                self._mistaken(session, error)
+        rest = left[_SWEPT_AT_A_TIME:]
+        self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest) if rest else None
+
+    def _drain_some(self) -> None:
+        if self._drain is not None:
+            for session in self._drain.due(self._clock.seconds()):
+                self._end(session)
+
+    def _end(self, session: Session) -> None:
+        discard_will = self.config.drain.wills == "discard"
+        self._guarded(session, lambda session: session.stop(EndReason.GATEWAY_STOPPING, discard_will=discard_will))
+
+    def _take_place(self, session: Session) -> None:
+        self._guarded(session, lambda session: session.stop(EndReason.TAKEN_OVER))
+
+    def _guarded(self, session: Session, do: Callable[[Session], None]) -> None:
+        """Do something to a session; a mistake that is made there ends that session and leaves the others alone."""
+        try:
+            do(session)
+        except Exception as error:  # noqa: BLE001  see above
+            self._mistaken(session, error)
+
+    def _mistaken(self, session: Session, error: Exception) -> None:
+        _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
+        session.fail(type(error).__name__)
+
+
+class _DeviceFactory(ListenerFactory):
+    """Makes each connection to one listener a session."""
+
+    def __init__(self, gateway: Gateway, listener: Listener) -> None:
+        super().__init__(listener)
+        self._gateway = gateway
+
+    def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
+        """Admit a connection; `None` makes Twisted close it at once."""
+        return self._gateway.admit(addr, self.listener)
+
+
+def watched_files(config: Config) -> list[Path]:
+    """Return the files that are read at the start and change without the configuration: certificates, keys, lists."""
+    keys = ("client_cert", "client_key", "sas_key_file", "jwt_key_file")
+    of_devices = [path for device in config.device for key in keys if (path := getattr(device, key)) is not None]
+    return [*policy_files(config.tls), *of_devices]
