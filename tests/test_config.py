@@ -23,7 +23,7 @@ from gateway.config import (
     TLS,
     Admission,
     Config,
-    Device,
+    DeviceRule,
     Limits,
     Listener,
     Status,
@@ -814,7 +814,7 @@ def test_the_template_shows_every_key_with_its_default() -> None:
     rules = tables.pop("device")
     del tables["status"]["endpoint"]
     assert from_mapping(tables) == Config(upstream=(Upstream("broker.example.com"),))
-    assert from_mapping({**tables, "device": rules}).device == (Device(name="device[0]"),)
+    assert from_mapping({**tables, "device": rules}).device == (DeviceRule(name="device[0]"),)
 
 
 def documented() -> dict[str, tuple[str, str, str, str]]:

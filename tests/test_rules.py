@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gateway.policy import presence as presence_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from gateway.mqtt.framer import Framer
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import ProtocolVersion
 from gateway.mqtt.rewrite import KEPT
+from gateway.rules import presence as presence_module
 from gateway.rules.presence import Presence
 from gateway.rules.rules import Caller, Rules, treat
 from gateway.session.treatment import LARGEST_HELD, Treatment
