@@ -1,9 +1,9 @@
-"""What becomes of a CONNECT: whether its device is let in, as whom it is presented, and where it is led.
+"""Decide what happens to a CONNECT: admit the device or not, with which identity, and to which broker.
 
-In: sessions whose CONNECT is whole.  Out: `Session.refuse`, or `Session.treat` and a dial.
+In: sessions with a complete CONNECT.  Out: `Session.refuse`, or `Session.treat` and a dial.
 
-The order is that of trust: which rule, whether the address is right, whether another session stands in the way, the
-password; only then is anything done to a session that stands, or asked of a file, a program or a key.
+Checks run in order of trust: the rule, the address, other sessions with the same name, the password.  Only after these
+is an established session ended, or a file, program or key used.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def _at_once(work: Callable[[], _T]) -> Deferred[_T]:
 
 @frozen
 class Helpers:
-    """What is asked of the world besides the network: programs to run, and a thread for what takes long.
+    """Resources outside the event loop: programs, and threads for slow work.
 
-    `turns` are those of passwords that are checked: the threads are the resolver's, too, and the processor the relay's.
+    `turns` limits concurrent password checks, which share the threads with the resolver and the CPU with the relay.
     """
 
     programs: Programs | None = None
@@ -51,9 +51,9 @@ class Helpers:
 
 
 class Reception:
-    """Receives the sessions of one configuration.  Raises `ConfigError` with everything wrong with the rules' files.
+    """Handles CONNECTs under one configuration.  Raises `ConfigError` with every problem in the rules' files.
 
-    `presence` outlives it. `end` ends a session whose place another one takes.
+    `presence` is shared across configurations. `end` ends a session that another one takes over.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Reception:
         self._is_plain = not config.device and config.devices.unknown == "pass"
 
     def dial(self, session: Session, device: DeviceProtocol, caller: Caller) -> Deferred[None]:
-        """Receive a session and find its upstream.  Cancelling it leaves nothing behind."""
+        """Check a session's CONNECT and dial its broker.  Cancelling cleans up."""
         if self._is_plain:
             _, connect = session.connect
             try:
@@ -89,7 +89,7 @@ class Reception:
 
         def failed(failure: Failure) -> None:
             if failure.check(CancelledError) is None:
-                _log.failure("session {number}: a mistake of the gateway", failure, number=session.record.number)
+                _log.failure("session {number}: internal error", failure, number=session.record.number)
                 session.fail(failure.type.__name__ if failure.type is not None else "unknown")
 
         dialling.addErrback(failed)
@@ -116,17 +116,17 @@ class Reception:
         await self._dialler.lead(session, device, route)
 
     def _enter(self, session: Session, connect: Connect, caller: Caller) -> None:
-        """Count the session in, and end those whose place it takes.  Raises Refusal."""
+        """Add the session to `presence` and end those it takes over.  Raises Refusal."""
         devices = self._config.devices
         for other in self._presence.enter(session, connect.client_identifier, caller.address, devices):
             self._end(other)
 
     async def _check_password(self, matched: Matched, connect: Connect, caller: Caller) -> None:
-        """Raise Refusal unless the device sent the password that its rule asks for, if it asks for one."""
+        """Raise Refusal if the rule asks for a password and the device did not send the right one."""
         wanted, given = matched.rule.password, connect.password
         if wanted is None:
             return
-        # The answer costs some 30 ms of a processor, which a stranger is to have as seldom as possible.
+        # A check takes about 30 ms of CPU, so cheaper checks come first.
         self._presence.judge(connect.client_identifier, caller.address, self._config.devices)
         if given is None:
             raise wrong_password(matched.rule)

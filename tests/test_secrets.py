@@ -43,7 +43,7 @@ def test_one_line_feed_at_the_end_is_no_part_of_a_password(content: bytes, passw
 def test_what_is_no_password(content: bytes, tmp_path: Path) -> None:
     """Nothing at all, and more than MQTT can carry."""
     (tmp_path / "password").write_bytes(content)
-    with pytest.raises(SecretUnavailable, match=r"empty password|more than 65535 bytes"):
+    with pytest.raises(SecretUnavailable, match=r"empty|65535 bytes"):
         read_secret(tmp_path / "password")
 
 
@@ -51,7 +51,7 @@ def test_what_could_keep_the_gateway_waiting_is_not_read(tmp_path: Path) -> None
     """A FIFO that nobody writes to, a device, a directory; and what is not there."""
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path, tmp_path / "nothing"):
-        with pytest.raises(SecretUnavailable, match=r"no regular file|cannot be read"):
+        with pytest.raises(SecretUnavailable, match=r"regular file|cannot be read"):
             read_secret(path)
 
 
@@ -113,9 +113,9 @@ def test_a_program_knows_the_device_by_its_environment_alone(run: Callable[..., 
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("print('hunter2'); raise SystemExit(3)", "ended with status 3"),
-        ("import os; print('hunter2', flush=True); os.kill(os.getpid(), 15)", "ended with signal 15"),
-        ("pass", "gives an empty password"),
+        ("print('hunter2'); raise SystemExit(3)", "status 3"),
+        ("import os; print('hunter2', flush=True); os.kill(os.getpid(), 15)", "signal 15"),
+        ("pass", "empty"),
         ("print('hunter2' * 100_000)", "more than 65535 bytes"),
     ],
 )

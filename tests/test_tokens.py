@@ -67,7 +67,7 @@ def test_a_key_is_read_as_the_portal_shows_it() -> None:
     """Base64, with or without a line feed; nothing else, and the message does not quote it."""
     assert sas_key(base64.b64encode(b"key") + b"\n") == b"key"
     for wrong in (b"", b"\n", b"hunter2!", b"a2V5*"):
-        with pytest.raises(ValueError, match="holds no key in base64"):
+        with pytest.raises(ValueError, match="base64"):
             sas_key(wrong)
 
 
@@ -154,5 +154,5 @@ def test_keys_that_sign_no_token() -> None:
     """Another curve, another algorithm, and RSA keys that RFC 7518 §3.3 does not allow."""
     weak = rsa.generate_private_key(65537, 1024)  # noqa: S505  to be refused
     for wrong in (ec.generate_private_key(ec.SECP384R1()), ed25519.Ed25519PrivateKey.generate(), weak):
-        with pytest.raises(ValueError, match="signs no token"):
+        with pytest.raises(ValueError, match=r"RSA key|P-256"):
             check_signing_key(wrong)

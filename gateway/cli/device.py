@@ -1,6 +1,6 @@
-"""`mqtts-gateway device`: the directory of rules for devices, kept by commands.
+"""`mqtts-gateway device`: manage the directory of device rules.
 
-In: a command line; a CSV file of devices.  Out: files in the directory, what to do next, an exit status.
+In: a command line; a CSV file of devices.  Out: files in the directory, the next step, an exit status.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SECRET = 0o600
 _PUBLIC = 0o644
 _SALT_SIZE = 16
 _LONGEST_ROW = 65_536
-# Columns that are no keys of a rule: what they hold becomes some.
+# CSV columns that are not keys of a rule.
 _ID, _COMMON_NAME, _PASSWORD = "id", "common_name", "password"
 
 
@@ -66,29 +66,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         each.set_defaults(action=action)
         return each
 
-    add = command("add", _add, "write a device's rule, with a key and a certificate if wanted")
+    add = command("add", _add, "write a device's rule, optionally with a key and a certificate")
     _identifier(add)
     _identity(add)
-    add.add_argument("--cert", metavar="FILE", help="the certificate that was issued for the request of --csr")
-    add.add_argument("--common-name", metavar="NAME", help="for the certificate, in place of the Client Identifier")
-    add.add_argument("--lan-password", action="store_true", help="ask for the password that the device must send")
+    add.add_argument("--cert", metavar="FILE", help="the certificate issued for the request made by --csr")
+    add.add_argument("--common-name", metavar="NAME", help="common name of the certificate (default: ID)")
+    add.add_argument("--lan-password", action="store_true", help="require a password from the device (prompted)")
     add.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a key of the rule, its value as in TOML; repeatable",
+        help="set a key of the rule, with its value as in TOML; repeatable",
     )
-    listing = command("list", _list, "list the devices that have a rule")
-    listing.add_argument("--json", action="store_true", help="for programs")
+    listing = command("list", _list, "list devices with a rule")
+    listing.add_argument("--json", action="store_true", help="output JSON")
     show = command("show", _show, "show one device's rule and certificate")
     _identifier(show)
-    remove = command("remove", _remove, "take a device's rule away")
+    remove = command("remove", _remove, "remove a device's rule")
     _identifier(remove)
-    remove.add_argument("--keys", action="store_true", help="its key, request and certificate as well, for good")
-    importing = command("import", _import, "add the devices of a CSV file, all or none")
+    remove.add_argument("--keys", action="store_true", help="also delete its key, request and certificate permanently")
+    importing = command("import", _import, "add devices from a CSV file, all or none")
     importing.add_argument(
-        "file", metavar="CSV", help="columns: id (the Client Identifier), password, common_name, keys of rules"
+        "file", metavar="CSV", help="columns: id (the Client Identifier), password, common_name, and keys of rules"
     )
     _identity(importing)
 
@@ -99,14 +99,14 @@ def _identifier(parser: argparse.ArgumentParser) -> None:
 
 def _identity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csr", action="store_true", help="make a key and a certificate signing request")
-    parser.add_argument("--ca-cert", metavar="FILE", help="make a key, and issue a certificate of this CA's")
+    parser.add_argument("--ca-cert", metavar="FILE", help="make a key and issue a certificate from this CA")
     parser.add_argument("--ca-key", metavar="FILE", help="the private key of --ca-cert")
-    parser.add_argument("--days", type=int, default=730, help="how long that certificate is good for (default: 730)")
+    parser.add_argument("--days", type=int, default=730, help="validity in days (default: %(default)s)")
     parser.add_argument("--key-type", choices=KEY_TYPES, default=KEY_TYPES[0], help="(default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what is asked; return 0, or 1 if it cannot be done."""
+    """Run the command; return 0, or 1 on failure."""
     try:
         rules = _Rules.of(Path(arguments.config))
         status: int = arguments.action(rules, arguments)
@@ -121,7 +121,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 class _Problems(Exception):
-    """Several things are wrong."""
+    """One or more problems, a line each."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__(*problems)
@@ -130,7 +130,7 @@ class _Problems(Exception):
 
 @frozen
 class _Rules:
-    """The directory and what the configuration says about it."""
+    """The directory of rules, and the configuration that names it."""
 
     config: Config
     file: Path
@@ -142,16 +142,16 @@ class _Rules:
         directory = config.devices.directory
         if directory is None:
             raise DeviceProblem(
-                f'{path} names no directory of rules: write directory = "devices" under [devices] and make it'
+                f'{path} does not set a directory for rules. Set directory = "devices" under [devices] and create it'
             )
         return cls(config, path, directory)
 
     def filled(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a rule's table with what the profile adds."""
+        """Return a rule's table with the profile's values."""
         return with_profile(self.config.devices.profile, self.config.upstream[0].host, table)
 
     def devices(self) -> list[tuple[Path, DeviceRule]]:
-        """Return the rules of the directory, each after its file."""
+        """Return the rules in the directory, each with its file."""
         rules, problems = read_directory(self.directory, Anchor.of(self.file.absolute().parent), self.filled)
         if problems:
             raise _Problems(problems)
@@ -163,12 +163,12 @@ class _Rules:
         for path, device in self.devices():
             if device.match_client_id == (pattern,):
                 return path, device
-        raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" alone')
+        raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" only')
 
 
 @frozen
 class _New:
-    """A device that is to be added: its rule, and whether and how it gets a certificate."""
+    """A device to add: its Client Identifier, the common name of its certificate, the keys of its rule."""
 
     client_identifier: str
     common_name: str
@@ -192,7 +192,7 @@ def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
 
 
 def _import(rules: _Rules, arguments: argparse.Namespace) -> int:
-    """Add all devices of a file; if anything is wrong with one of them, none is added."""
+    """Add all devices in a file, or none if there is a problem with any of them."""
     devices = _read_csv(Path(arguments.file))
     issuer = _issuer(arguments)
     with Writer.all_or_nothing() as writer:
@@ -213,7 +213,7 @@ def _import(rules: _Rules, arguments: argparse.Namespace) -> int:
 def _with_identity(
     rules: _Rules, new: _New, issuer: Authority | None, arguments: argparse.Namespace, writer: Writer
 ) -> None:
-    """Write a device's files: with a request, with a certificate of `issuer`'s, or the rule alone."""
+    """Write a device's files: with a request, with a certificate from `issuer`, or only the rule."""
     files = Files.of(rules.directory, new.client_identifier)
     _refuse_a_second(rules, new.client_identifier, files)
     if issuer is None and not arguments.csr:
@@ -223,7 +223,7 @@ def _with_identity(
     writer.write(files.key, key_pem(key), _SECRET)
     if issuer is None:
         writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
-        # No rule yet: without the certificate, the device would go by the gateway's own.
+        # No rule yet: without its certificate, the device would use the gateway's.
         _check_rule(rules, new.table)
         return
     certificate = issuer.issue(key, new.common_name, arguments.days, now())
@@ -232,7 +232,7 @@ def _with_identity(
 
 
 def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) -> None:
-    """Write a device's rule now that its certificate has been issued."""
+    """Write the rule of a device whose certificate has been issued."""
     files = Files.of(rules.directory, new.client_identifier)
     _refuse_a_second(rules, new.client_identifier, files)
     try:
@@ -242,9 +242,9 @@ def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) ->
     try:
         key = read_private_key(files.key)
     except ValueError as error:
-        raise DeviceProblem(f"{files.key} {error}; `device add ID --csr` makes it") from None
+        raise DeviceProblem(f"{files.key} {error}. Use `device add ID --csr` to make it") from None
     if chain[0].public_key() != key.public_key():
-        raise DeviceProblem(f"the first certificate in {source} is not for the key in {files.key}")
+        raise DeviceProblem(f"the first certificate in {source} does not match the key in {files.key}")
     writer.write(files.certificate, b"".join(certificate_pem(each) for each in chain), _PUBLIC)
     _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
 
@@ -263,38 +263,38 @@ def _refuse_a_second(rules: _Rules, client_identifier: str, files: Files) -> Non
     if not client_identifier:
         raise DeviceProblem("the Client Identifier is empty")
     if files.rule.exists():
-        raise DeviceProblem(f'"{printable(client_identifier)}" has a rule already: {files.rule}')
+        raise DeviceProblem(f'"{printable(client_identifier)}" already has a rule: {files.rule}')
     pattern = exact_pattern(client_identifier)
     if any(device.match_client_id == (pattern,) for device in rules.config.device):
-        raise DeviceProblem(f'"{printable(client_identifier)}" has a rule already, in another file')
+        raise DeviceProblem(f'"{printable(client_identifier)}" already has a rule, in another file')
 
 
 def _issuer(arguments: argparse.Namespace) -> Authority | None:
     given = [name for name in ("csr", "ca_cert", "cert") if getattr(arguments, name, None)]
     if len(given) > 1:
-        raise DeviceProblem("--csr, --ca-cert and --cert exclude each other")
+        raise DeviceProblem("--csr, --ca-cert and --cert cannot be combined")
     if (arguments.ca_cert is None) != (arguments.ca_key is None):
-        raise DeviceProblem("--ca-cert and --ca-key go together")
+        raise DeviceProblem("--ca-cert and --ca-key must be used together")
     if arguments.days < 1:
-        raise DeviceProblem(f"--days {arguments.days}: a certificate is good for a day at least")
+        raise DeviceProblem(f"--days {arguments.days}: must be at least 1")
     if arguments.ca_cert is None:
         return None
     return Authority.read(Path(arguments.ca_cert), Path(arguments.ca_key))
 
 
 def _set_keys(pairs: list[str]) -> dict[str, Any]:
-    """Read `KEY=VALUE`s."""
+    """Parse `KEY=VALUE` pairs."""
     table: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
-            raise DeviceProblem(f"--set {printable(pair)}: write KEY=VALUE")
+            raise DeviceProblem(f"--set {printable(pair)}: must be KEY=VALUE")
         table[key.strip()] = _value(value.strip())
     return table
 
 
 def _value(text: str) -> Any:
-    """Read a value as TOML; what is none is a text, so that nobody has to quote twice."""
+    """Parse a value as TOML; anything else is taken as a string, so that strings need no quotes."""
     try:
         parsed = tomllib.loads(f"value = {text}")
     except (tomllib.TOMLDecodeError, ValueError):
@@ -312,7 +312,7 @@ def _read_csv(path: Path) -> list[tuple[int, _New]]:
     except UnicodeDecodeError:
         raise DeviceProblem(f"{path} is not UTF-8") from None
     except csv.Error as error:
-        raise DeviceProblem(f"{path} is no CSV file: {error}") from None
+        raise DeviceProblem(f"{path} is not a valid CSV file: {error}") from None
 
 
 def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
@@ -320,16 +320,14 @@ def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
     reader = csv.DictReader(lines, strict=True)
     columns = reader.fieldnames or []
     known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(DeviceRule))}
-    problems = [
-        f"{path}: the column {printable(str(column))} is no key of a rule" for column in columns if column not in known
-    ]
+    problems = [f"{path}: unknown column {printable(str(column))}" for column in columns if column not in known]
     if _ID not in columns:
-        problems.append(f"{path}: there is no column {_ID}; the first row names the columns")
+        problems.append(f"{path}: column {_ID} is missing; the first row must name the columns")
     if problems:
         raise _Problems(problems)
     for row in reader:
         if None in row or None in row.values():
-            problems.append(f"{path}: line {reader.line_num}: it has not as many fields as the first row")
+            problems.append(f"{path}: line {reader.line_num}: not as many fields as the first row")
             continue
         table = {
             key: _value(value) for key, value in row.items() if value and key not in {_ID, _COMMON_NAME, _PASSWORD}
@@ -343,11 +341,11 @@ def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
 
 
 def _ask_password() -> bytes:
-    """Ask on the terminal, or read a line where there is none; a command line would show it to everybody."""
+    """Prompt on a terminal, otherwise read a line from stdin; an argument would be visible to every user."""
     if sys.stdin.isatty():
-        password = getpass.getpass("password of the device: ")
-        if getpass.getpass("once more: ") != password:
-            raise DeviceProblem("the two are not the same")
+        password = getpass.getpass("Device password: ")
+        if getpass.getpass("Repeat password: ") != password:
+            raise DeviceProblem("the passwords do not match")
     else:
         password = sys.stdin.readline().removesuffix("\n").removesuffix("\r")
     if not password:
@@ -361,7 +359,7 @@ def _list(rules: _Rules, arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for each in facts:
-        print(f"{printable(', '.join(each['client_id']) or 'everybody')}  {each['identity']}")
+        print(f"{printable(', '.join(each['client_id']) or 'every device')}  {each['identity']}")
     print(f"{len(facts)} devices in {rules.directory}", file=sys.stderr)
     return 0
 
@@ -397,7 +395,7 @@ def _facts(path: Path, device: DeviceRule) -> dict[str, Any]:
 
 
 def _identity_words(device: DeviceRule) -> str:
-    """Say by what the device proves at the broker who it is."""
+    """Describe how the device authenticates to the broker."""
     parts = []
     if device.client_cert is not None:
         try:
@@ -416,7 +414,7 @@ def _identity_words(device: DeviceRule) -> str:
     ):
         if getattr(device, key):
             parts.append(words)
-    return " and ".join(parts) or "what the device sends"
+    return " and ".join(parts) or "the device's own credentials"
 
 
 def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
@@ -431,17 +429,15 @@ def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
             raise DeviceProblem(f"{each} cannot be removed: {error.strerror}") from None
         print(f"removed {each}")
     for each in beside if not arguments.keys else []:
-        print(f"kept {each}; --keys removes it, too")
-    print(
-        "next: the gateway goes by it after a reload: systemctl reload mqtts-gateway; revoke the certificate at its CA"
-    )
+        print(f"kept {each}; use --keys to delete it")
+    print("next: apply the change with systemctl reload mqtts-gateway, and revoke the device's certificate at its CA")
     return 0
 
 
 def _tell_next(rules: _Rules, arguments: argparse.Namespace) -> None:
     if arguments.csr:
         print(
-            f"next: have the *.csr.pem in {rules.directory} signed, then, for each: "
+            f"next: have each *.csr.pem in {rules.directory} signed, then run for each: "
             f"mqtts-gateway device add ID --config {rules.file} --cert FILE"
         )
         return

@@ -1,9 +1,9 @@
-"""A directory of rules for devices as commands change it: one TOML file each, and beside it a key and a certificate.
+"""Files in the directory of device rules: for each device a TOML file, and its key and certificate beside it.
 
-In: Client Identifiers, keys of `[[device]]` with their values, a CA.  Out: files that are whole or not there at all.
+In: Client Identifiers, keys of `[[device]]` with their values, a CA.  Out: files, written completely or not at all.
 
-A file's name is the Client Identifier where that is fit to be one; otherwise it is made of what is left and a digest,
-and the rule names the Client Identifier itself.  So no Client Identifier leads out of the directory.
+A file is named after the Client Identifier if that is a safe file name; otherwise after its safe characters and a
+digest.  So no Client Identifier can name a file outside the directory.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 _WILDCARD = re.compile(r"([*?\[])")
 # X.520: upper bound of a common name, in characters.
 _LONGEST_COMMON_NAME = 64
-# A device's clock is nobody's concern, but the broker's may be behind the CA's.
+# The broker's clock may be behind the CA's.
 _BACKDATED = timedelta(hours=1)
 KEY_TYPES = ("p256", "rsa2048")
 
 
 class DeviceProblem(GatewayError):
-    """A device's files cannot be what they are asked to be; `str()` names thing, cause and remedy."""
+    """A `device` command failed; `str()` names the file or option, the cause and the remedy."""
 
 
 @frozen
 class Files:
-    """The files of one device, there or not."""
+    """The paths of one device's files, whether or not they exist."""
 
     rule: Path
     key: Path
@@ -53,14 +53,14 @@ class Files:
 
     @classmethod
     def of(cls, directory: Path, client_identifier: str) -> Files:
-        """Say which they are."""
+        """Return the paths for a Client Identifier."""
         stem = stem_of(client_identifier)
         return cls(*(directory / f"{stem}{end}" for end in (".toml", "-key.pem", ".csr.pem", ".pem")))
 
 
 def stem_of(client_identifier: str) -> str:
-    """Return the name, without ending, of a device's files."""
-    # A name that ends so could be taken for another device's key or request.
+    """Return the file name of a device's files, without suffix."""
+    # A name with such an ending could collide with another device's key or request.
     if _FIT.fullmatch(client_identifier) and not client_identifier.endswith(("-key", ".csr")):
         return client_identifier
     digest = sha256(client_identifier.encode("utf-8", "surrogatepass")).hexdigest()[:16]
@@ -68,7 +68,7 @@ def stem_of(client_identifier: str) -> str:
 
 
 def exact_pattern(client_identifier: str) -> str:
-    """Return the pattern that matches this Client Identifier and no other."""
+    """Return the pattern that matches only this Client Identifier."""
     return _WILDCARD.sub(r"[\1]", client_identifier)
 
 
@@ -76,66 +76,66 @@ def rule_text(client_identifier: str, table: Mapping[str, Any], remark: str = ""
     """Write a rule as TOML."""
     lines = [f"# {remark}"] if remark else []
     if not any(key.startswith("match_") for key in table):
-        # Always written, so that a file may be renamed.
+        # Always written, so that the file can be renamed.
         lines.append(f"match_client_id = {toml(exact_pattern(client_identifier))}")
     lines += [f"{key} = {toml(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
 
 
 def toml(value: Any) -> str:
-    """Write a value as TOML does."""
+    """Write a value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        # TOML's basic strings escape as JSON's do, and DEL as well; a surrogate is no character there.
+        # TOML's basic strings use JSON's escapes, and also escape DEL; they cannot contain surrogates.
         text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise DeviceProblem("a value holds half a surrogate pair, which no file can hold")
+            raise DeviceProblem("a value contains an unpaired surrogate, which TOML cannot store")
         return text
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml(each) for each in value) + "]"
     if isinstance(value, int | float):
         return repr(value)
-    raise DeviceProblem(f"a value of the type {type(value).__name__} has no place in a rule")
+    raise DeviceProblem(f"a rule cannot contain a value of type {type(value).__name__}")
 
 
 @define
 class Writer:
-    """Writes files that were not there, and takes all of them away again if one cannot be written."""
+    """Creates new files, and removes all of them if one cannot be written."""
 
     _written: list[Path]
 
     @classmethod
     @contextlib.contextmanager
     def all_or_nothing(cls) -> Iterator[Writer]:
-        """Give a writer; an exception undoes what it wrote."""
+        """Yield a writer; an exception removes the files that it wrote."""
         writer = cls([])
         try:
             yield writer
-        except BaseException:  # Ctrl-C too leaves no half of a device behind
+        except BaseException:  # Ctrl-C, too, must not leave half a device behind
             for path in writer._written:
                 path.unlink(missing_ok=True)
             raise
 
     def write(self, path: Path, data: bytes, mode: int) -> None:
-        """Write a new file, whole, with its mode from the first byte on.  Raises `DeviceProblem`."""
+        """Create a file atomically, with its final mode from the start.  Raises `DeviceProblem`."""
         part = path.with_name(f".{path.name}.part")
         try:
             part.unlink(missing_ok=True)
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             try:
                 with os.fdopen(descriptor, "wb") as file:
-                    os.fchmod(file.fileno(), mode)  # whatever the umask is
+                    os.fchmod(file.fileno(), mode)  # independent of the umask
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                # Unlike a rename, a link writes over nothing.
+                # Unlike a rename, a link does not overwrite.
                 path.hardlink_to(part)
                 self._written.append(path)
             finally:
                 part.unlink(missing_ok=True)
         except FileExistsError:
-            raise DeviceProblem(f"{path} is there already: `device remove` takes a device away") from None
+            raise DeviceProblem(f"{path} already exists. Use `device remove` to remove the device first") from None
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
 
@@ -148,17 +148,17 @@ def make_key(kind: str) -> PrivateKey:
 
 
 def key_pem(key: PrivateKey) -> bytes:
-    """Write a private key (PKCS #8)."""
+    """Encode a private key (PEM, PKCS #8)."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
-    """Write a certificate."""
+    """Encode a certificate (PEM)."""
     return certificate.public_bytes(Encoding.PEM)
 
 
 def request_pem(key: PrivateKey, common_name: str) -> bytes:
-    """Write a certificate signing request (RFC 2986) for a device.  Raises `DeviceProblem`."""
+    """Make a certificate signing request (PEM, RFC 2986) for a device.  Raises `DeviceProblem`."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(common_name))
     return builder.sign(key, _hash(key)).public_bytes(Encoding.PEM)
 
@@ -172,7 +172,7 @@ class Authority:
 
     @classmethod
     def read(cls, certificate: Path, key: Path) -> Authority:
-        """Read it from files.  Raises `DeviceProblem`."""
+        """Read the CA's certificate and key.  Raises `DeviceProblem`."""
         try:
             certified, private = read_certificates(certificate)[0], read_private_key(key)
         except ValueError as error:
@@ -184,16 +184,16 @@ class Authority:
         except x509.ExtensionNotFound:
             constraints = None
         if constraints is None or not constraints.ca:
-            raise DeviceProblem(f"{certificate} is no CA's: name the one that your broker trusts for devices")
+            raise DeviceProblem(f"{certificate} is not a CA certificate. Use the CA that the broker trusts")
         return cls(certified, private)
 
     def issue(self, key: PrivateKey, common_name: str, days: int, now: datetime) -> x509.Certificate:
-        """Issue a device's certificate (RFC 5280), good for TLS clients alone.  Raises `DeviceProblem`."""
+        """Issue a device's certificate (RFC 5280), for TLS clients only.  Raises `DeviceProblem`."""
         start, end = now - _BACKDATED, now + timedelta(days=days)
         if end > self.certificate.not_valid_after_utc:
             raise DeviceProblem(
-                f"the CA's certificate ends on {self.certificate.not_valid_after_utc:%Y-%m-%d}, before the device's "
-                f"would: give fewer --days than {days}"
+                f"the CA's certificate expires on {self.certificate.not_valid_after_utc:%Y-%m-%d}, before the device's "
+                f"certificate would. Use fewer --days than {days}"
             )
         usage = x509.KeyUsage(
             digital_signature=True,
@@ -227,14 +227,14 @@ class Authority:
 def _subject(common_name: str) -> x509.Name:
     if not 1 <= len(common_name) <= _LONGEST_COMMON_NAME:
         raise DeviceProblem(
-            f"a common name has 1 to {_LONGEST_COMMON_NAME} characters, this one {len(common_name)}: "
-            "give another by --common-name"
+            f"a common name has 1 to {_LONGEST_COMMON_NAME} characters, this one has {len(common_name)}. "
+            "Set another with --common-name"
         )
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 def _hash(key: PrivateKey) -> hashes.SHA256 | None:
-    """Return what a key signs with; Edwards curves bring their own."""
+    """Return the hash to sign with; Edwards curves have their own."""
     return None if isinstance(key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey) else hashes.SHA256()
 
 

@@ -1,9 +1,9 @@
-"""A device's identity, put on by a check: its rule, the password that it must send, its credentials for the broker.
+"""The part of `check` that acts as one device: its rule, its LAN password, its credentials for the broker.
 
-In: the configuration, a CONNECT, where it is said to come from.  Out: a `Step` for each, and the `Guise` in which the
-CONNECT goes to the broker, or nothing if the gateway itself would refuse the device.
+In: the configuration, a CONNECT, the source address to assume.  Out: a `Step` for each, and the `Guise` in which the
+CONNECT goes to the broker, or None if the gateway would refuse the device.
 
-Whether another session has the Client Identifier is not judged: the check runs beside the gateway, not in it.
+Other sessions with the same Client Identifier are not considered: the check runs beside the gateway, not inside it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _LOCALHOST = "127.0.0.1"
 
 @frozen
 class Guise:
-    """What the broker sees of a device: its CONNECT, its certificate; and where it is led.
+    """What the broker sees of a device: its CONNECT and its certificate; and the rule, which names the brokers.
 
-    `treatment` is None if no rule is for it, `policy` if it has no certificate of its own.
+    `treatment` is None if no rule matches, `policy` if the device has no certificate of its own.
     """
 
     connect: Connect
@@ -50,7 +50,7 @@ class Guise:
 async def put_on(
     config: Config, login: Login, address: str, listener: str, reactor: Any, add: Callable[[Step], None]
 ) -> Guise | None:
-    """Take the steps of a device whose CONNECT is `login`; `address` is "" for one that its rule agrees to."""
+    """Run the steps for a device whose CONNECT is `login`; an `address` of "" picks one that its rule allows."""
     packet, connect = _read(login.packet, config)
     caller = Caller(address or _address_of(config, connect.client_identifier), listener)
     left = list(STEPS)
@@ -68,13 +68,11 @@ async def put_on(
     try:
         matched = Rules(config).match(connect, caller)
     except Refusal as refusal:
-        spoofed = refusal.reason is EndReason.SPOOFED
-        refused(
-            "rule", refusal, f"{caller.address} was taken for its address: --from gives another." if spoofed else ""
-        )
+        assumed = f"The check assumed the address {caller.address}. Use --from to set another."
+        refused("rule", refusal, assumed if refusal.reason is EndReason.SPOOFED else "")
         return None
     if matched is None:
-        told("rule", Status.PASS, "none is for it; it passes as it is")
+        told("rule", Status.PASS, "no rule matches; the device passes unchanged")
         for each in list(left):
             told(each, Status.SKIP, "no rule")
         return Guise(connect)
@@ -110,29 +108,29 @@ async def put_on(
 def _lan_password(matched: Matched, connect: Connect) -> tuple[Status, str] | tuple[Status, str, str]:
     wanted = matched.rule.password
     if wanted is None:
-        return Status.SKIP, "its rule asks for none"
+        return Status.SKIP, "its rule does not ask for a password"
     if connect.password is None:
-        return Status.SKIP, "its rule asks for one, and none was given: --username and --password-file try it"
+        return Status.SKIP, "its rule asks for a password; test one with --username and --password-file"
     if not wanted.verify(connect.password):
         raise wrong_password(matched.rule)
-    return Status.PASS, "the one that was given is right"
+    return Status.PASS, "the password is correct"
 
 
 def _words(device: DeviceRule, presented: Connect, lives: float | None) -> str:
-    """Say what CONNECT carries, and nothing of a secret."""
+    """Describe the credentials in CONNECT, without secrets."""
     name = "no user name" if presented.username is None else f'user name "{printable(presented.username)}"'
     source = device.sources[0].removesuffix("_file") if device.sources else "the device's own"
     password = "no password" if presented.password is None else f"a password ({source})"
-    until = f", for which the session ends after {lives:.0f} s" if lives is not None else ""
+    until = f"; the session would end after {lives:.0f} s" if lives is not None else ""
     return f"{name}, {password}{until}"
 
 
 def _address_of(config: Config, client_identifier: str) -> str:
-    """Return an address from which the first rule that names this device agrees to have it."""
+    """Return an address that the first rule naming this device allows."""
     for device in config.device:
         if client_identifier in device.match_client_id:
             for network in (*device.bound_to, *device.match_network):
-                return str(next(iter(network.hosts()), network.network_address))  # a list for one address
+                return str(next(iter(network.hosts()), network.network_address))
     return _LOCALHOST
 
 
@@ -142,5 +140,5 @@ def _read(raw: bytes, config: Config) -> tuple[Packet, Connect]:
     )
     reader.feed(raw)
     packet = reader.next_packet()
-    assert packet is not None  # noqa: S101  the gateway's own is whole; narrows the type
+    assert packet is not None  # noqa: S101  made by `Login`, so complete; narrows the type
     return packet, parse_connect(packet)

@@ -1,8 +1,8 @@
-"""Whom the gateway lets in: networks, numbers of sessions, rates.
+"""Admission control: allowed networks, session limits and connection rates.
 
-In: the address of a connection that was just accepted.  Out: nothing, or the `EndReason` for which it is closed at
-once.  What is kept per address is forgotten when the address has no session and its rate has recovered, so memory is
-bounded by the addresses that are active.
+In: the address of a newly accepted connection.  Out: nothing, or the `EndReason` for closing it at once.  State is
+kept per address only while the address has sessions or its rate has not recovered, so memory is bounded by the active
+addresses.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from gateway.errors import EndReason
 
 
 class Doorkeeper:
-    """Counts sessions and decides about new ones.
+    """Counts sessions and admits or refuses new connections.
 
-    `max_sessions` is what the gateway can carry in all.  `refused` counts refusals by reason.
+    `max_sessions` is the limit for the whole gateway.  `refused` counts refusals by reason.
     """
 
     def __init__(self, admission: Admission, max_sessions: int, seconds: Callable[[], float]) -> None:
@@ -30,20 +30,20 @@ class Doorkeeper:
         self._seconds = seconds
         self._sessions = 0
         self._by_address: Counter[str] = Counter()
-        # Token buckets (address: tokens left, when that was so); a full bucket is the same as none.
+        # Token buckets (address: tokens left, time of that count); a full bucket is the same as none.
         self._buckets: dict[str, tuple[float, float]] = {}
         self.refused: Counter[EndReason] = Counter()
 
     def rule(self, admission: Admission, max_sessions: int) -> None:
-        """Decide by other rules from now on; the sessions and rates that were counted so far count on."""
+        """Replace the limits; existing session counts and rates are kept."""
         self._admission = admission
         self._max_sessions = max_sessions
 
     def admit(self, host: str | None) -> EndReason | None:
-        """Let a connection from `host` in, or return why not.
+        """Admit a connection from `host`, or return the reason for refusing it.
 
-        `host` is `None` for a UNIX socket, whose file mode decides who may connect.  Whoever is let in must be
-        announced to `leave` once.
+        `host` is `None` for a UNIX socket, whose file mode controls access.  Call `leave` once for each admitted
+        connection.
         """
         reason = self._judge_number() or self._judge_address(host)
         if reason is not None:
@@ -54,9 +54,10 @@ class Doorkeeper:
         return None
 
     def admit_proxy(self, host: str | None, proxies: Sequence[Proxy]) -> EndReason | None:
-        """Let a load balancer's connection in, or return why not; whose it is will be said by `admit_device`.
+        """Admit a load balancer's connection, or return the reason for refusing it.
 
-        Until then it counts in the limit of all sessions, and it is `None` that must be announced to `leave`.
+        It counts towards the limit for all sessions. The device's address is judged later, by `admit_device`; if the
+        connection ends before that, call `leave(None)`.
         """
         reason = None if _is_one_of(host, proxies) else EndReason.PROXY_NOT_TRUSTED
         reason = reason or self._judge_number()
@@ -67,7 +68,7 @@ class Doorkeeper:
         return None
 
     def admit_device(self, host: str | None) -> EndReason | None:
-        """Judge a connection, let in by `admit_proxy`, by its device's address; from now on it counts for that."""
+        """Judge a connection admitted by `admit_proxy` by its device's address, and count it for that address."""
         reason = self._judge_address(host)
         if reason is not None:
             self.refused[reason] += 1
@@ -76,7 +77,7 @@ class Doorkeeper:
         return None
 
     def leave(self, host: str | None) -> None:
-        """Count a session out."""
+        """Remove a session from the counts."""
         self._sessions -= 1
         if host is not None:
             self._by_address[host] -= 1
@@ -84,7 +85,7 @@ class Doorkeeper:
                 del self._by_address[host]
 
     def sweep(self) -> None:
-        """Forget the addresses whose rate has recovered."""
+        """Forget addresses whose rate has recovered."""
         rate, burst, now = self._admission.new_sessions_per_second, self._admission.burst, self._seconds()
         full = [host for host, (tokens, since) in self._buckets.items() if tokens + (now - since) * rate >= burst]
         for host in full:
@@ -119,17 +120,17 @@ class Doorkeeper:
         return taken
 
 
-# Asked of a device's address some times in each of its sessions; those who connect most are kept.
+# Called several times per session; the cache keeps the most active addresses.
 @lru_cache(maxsize=1024)
 def plain_address(host: str) -> IPv4Address | IPv6Address:
-    """Parse the address of a socket: without its zone, and an IPv4 address that came in by IPv6 as what it is."""
+    """Parse a socket's address: drop the IPv6 zone, and turn an IPv4-mapped IPv6 address into IPv4."""
     address = ip_address(host.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
     return mapped or address
 
 
 def host_of(address: IAddress | None) -> str | None:
-    """Return the host of a connection as sessions are counted by it; `None` for a UNIX socket, which has none."""
+    """Return the host by which a connection is counted; `None` for a UNIX socket."""
     host = getattr(address, "host", None)
     return None if host is None else _counted_host(host)
 

@@ -1,7 +1,7 @@
-"""Each device's own credentials for the broker: keys and certificates that are read at the start, passwords at CONNECT.
+"""Per-device credentials for the broker: keys and certificates read at startup, passwords obtained at CONNECT.
 
-In: the rules of the configuration, files, programs, the time.  Out: a password and how long it holds; a client identity
-for TLS; `ConfigError` with everything that is wrong with the files, `Refusal` when a password cannot be had.
+In: the configured rules, files, programs, the time.  Out: a password and its lifetime; a client identity for TLS;
+`ConfigError` with every problem in the files, `Refusal` when a password is not available.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from gateway.rules.secrets import Programs, SecretUnavailable, credential_path, 
 from gateway.rules.tokens import SigningKey, check_signing_key, json_web_token, sas_key, sas_token
 from gateway.tls.trust import ClientIdentity, read_client_identity, read_private_key
 
-# A session ends after some of its token's life, spread, so that those that began together do not end together.
+# A session ends at a random point in this part of its token's lifetime, so that sessions that began together do not
+# end together.
 _EARLIEST, _LATEST = 0.80, 0.95
-# The session's end is found by a sweep, and takes a moment.
+# A sweep ends the session, which can be a little late.
 _MARGIN = 2.0
 
 _T = TypeVar("_T")
@@ -33,7 +34,7 @@ _T = TypeVar("_T")
 
 @define(slots=True)
 class _Keys:
-    """What was read for one rule."""
+    """The keys read for one rule."""
 
     sas: bytes | None = field(default=None, repr=False)
     jwt: SigningKey | None = field(default=None, repr=False)
@@ -41,7 +42,7 @@ class _Keys:
 
 
 class Credentials:
-    """What all rules need of files.  Raises `ConfigError` with every problem in every file."""
+    """The files that the rules name.  Raises `ConfigError` with every problem in every file."""
 
     def __init__(
         self,
@@ -51,7 +52,7 @@ class Credentials:
         now: Callable[[], float] = time.time,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
-        """Take who runs programs, random numbers from 0 to 1, and the time of day in seconds since 1970."""
+        """`uniform` returns random numbers from 0 to 1, `now` the time of day in seconds since 1970."""
         self._programs = programs
         self._uniform = uniform
         self._now = now
@@ -65,19 +66,19 @@ class Credentials:
             raise ConfigError(problems)
 
     def client_identity(self, device: DeviceRule) -> ClientIdentity | None:
-        """Return the certificate and the key of a device's own, if its rule has any."""
+        """Return the client certificate and key of a rule, or None if it has none."""
         keys = self._keys.get(device)
         return None if keys is None else keys.client
 
     @property
     def client_identities(self) -> list[ClientIdentity]:
-        """All certificates and keys of devices' own."""
+        """The client certificates and keys of all rules."""
         return [keys.client for keys in self._keys.values() if keys.client is not None]
 
     async def password(self, matched: Matched) -> tuple[bytes | Kept | None, float | None]:
-        """Return the password for the broker, and after how many seconds the session has to end.
+        """Return the password for the broker, and the seconds after which the session must end (None for no limit).
 
-        `KEPT` is the device's own, None is none at all. Raises Refusal.
+        The password is `KEPT` for the device's own, None for none. Raises Refusal.
         """
         device = matched.rule.device
         try:
@@ -92,19 +93,19 @@ class Credentials:
             raise Refusal(EndReason.CREDENTIALS_UNAVAILABLE, detail, 3, 0x88) from None
         if device.sas_key_file is not None or device.jwt_key_file is not None:
             return self._token(matched)
-        # What the gateway has checked itself is no secret of the broker's.
+        # A password that the gateway checks is not meant for the broker.
         return (None if device.lan_password or device.credentials == "drop" else KEPT), None
 
     async def _run(self, matched: Matched) -> bytes:
         device = matched.rule.device
         if self._programs is None:
-            raise SecretUnavailable("no programs can be run here")
+            raise SecretUnavailable("programs cannot be run here")
         environment = {}
         for name in FROM_DEVICE:
             try:
                 environment[name.upper()] = expand(f"{{{name}}}", matched.values)
             except UnusableValueError:
-                # The program is not told of what could surprise it.
+                # An unsafe value is not passed to the program.
                 continue
         if "CREDENTIALS_DIRECTORY" in self._environment:
             environment["CREDENTIALS_DIRECTORY"] = self._environment["CREDENTIALS_DIRECTORY"]
@@ -120,7 +121,7 @@ class Credentials:
             resource = matched.expand("sas_resource", device.sas_resource)
             return sas_token(resource, keys.sas, expires, device.sas_policy), lives
         if keys.jwt is None:
-            raise AssertionError("a rule that makes tokens has a key")
+            raise AssertionError("a rule with tokens must have a key")
         return json_web_token(keys.jwt, device.jwt_audience, issued, expires), lives
 
 

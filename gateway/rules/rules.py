@@ -1,7 +1,7 @@
-"""Which rule is for a device, and what it makes of the device's CONNECT.
+"""Match a device to its rule, and apply the rule to the device's CONNECT.
 
-In: the rules of the configuration; a CONNECT, and where it came from.  Out: a `Rule`; a `Treatment`; `Refusal` for what
-the rule does not permit.
+In: the configured rules; a CONNECT and its source.  Out: a `Rule`; a `Treatment`; `Refusal` for what the rule does not
+permit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gateway.mqtt.topics import TopicFilters
 from gateway.session.treatment import Treatment
 
 _WILDCARDS = frozenset("*?[")
-# Patterns of people's own making are tried on what strangers send, so not on everything.
+# Limits the time that a pattern can take on a name chosen by a stranger.
 _LONGEST_MATCHED = 256
 _MAX_KEEP_ALIVE = 65_535
 _CODE_3_NOT_AUTHORIZED = 5
@@ -45,7 +45,7 @@ class Caller:
 
 @frozen(eq=False)
 class Rule:
-    """A rule, made ready for use."""
+    """A rule with its patterns compiled and its password hash parsed."""
 
     device: DeviceRule
     order: int
@@ -55,7 +55,7 @@ class Rule:
 
     @classmethod
     def of(cls, device: DeviceRule, order: int) -> Rule:
-        """Make a rule of what is configured."""
+        """Compile a configured rule; `order` is its position in the configuration."""
         return cls(
             device,
             order,
@@ -65,7 +65,7 @@ class Rule:
         )
 
     def groups(self, connect: Connect, caller: Caller) -> Mapping[str, str | None] | None:
-        """Return the named groups of the pattern if the rule is for this device, and None if it is not."""
+        """Return the named groups of the pattern if the rule matches this device, otherwise None."""
         device, name = self.device, connect.client_identifier
         if device.match_listener and caller.listener not in device.match_listener:
             return None
@@ -86,13 +86,13 @@ class Rule:
 
 @frozen(eq=False)
 class Matched:
-    """A rule, and the values that its templates are filled with for one device."""
+    """A rule, and the values of its template placeholders for one device."""
 
     rule: Rule
     values: Mapping[str, str | None]
 
     def expand(self, key: str, template: str) -> str:
-        """Fill a template that `key` holds.  Raises Refusal."""
+        """Expand the template in `key`.  Raises Refusal."""
         try:
             return expand(template, self.values)
         except UnusableValueError as error:
@@ -100,10 +100,10 @@ class Matched:
 
 
 class Rules:
-    """All rules, in their order.
+    """All rules, in order.
 
-    Rules for exact Client Identifiers alone, of which there may be thousands, are found by the name; the others are
-    gone through.
+    Rules for exact Client Identifiers alone, of which there may be thousands, are looked up by name; the others are
+    tried in turn.
     """
 
     def __init__(self, config: Config) -> None:
@@ -119,14 +119,14 @@ class Rules:
                 self._others.append(rule)
 
     def __iter__(self) -> Iterator[Rule]:
-        """Go through all rules, each once."""
+        """Iterate over all rules, each once."""
         yield from {rule.order: rule for rules in self._exact.values() for rule in rules}.values()
         yield from self._others
 
     def match(self, connect: Connect, caller: Caller) -> Matched | None:
-        """Return the first rule that is for a device; None for one that is unknown and may pass.
+        """Return the first rule that matches a device; None for an unknown device that may pass.
 
-        Raises Refusal for an unknown one that may not, and for one that is not where its rule binds it to.
+        Raises Refusal for an unknown device that may not, and for a device outside the networks of `bound_to`.
         """
         matched = self._first(connect, caller)
         if matched is None:
@@ -141,7 +141,7 @@ class Rules:
 
     def _first(self, connect: Connect, caller: Caller) -> Matched | None:
         best = self._first_of(self._exact.get(connect.client_identifier, ()), connect, caller)
-        # Those for other names stand among them; what comes later does not count.
+        # A rule of the others that comes earlier takes precedence.
         others = self._others if best is None else (rule for rule in self._others if rule.order < best.rule.order)
         return self._first_of(others, connect, caller) or best
 
@@ -159,12 +159,12 @@ class Rules:
 
 
 def wrong_password(rule: Rule) -> Refusal:
-    """Make the refusal of a device whose password is not the rule's."""
+    """Make the refusal for a wrong password."""
     return Refusal(EndReason.DEVICE_PASSWORD_WRONG, f"rule {rule.device.name}", 4, 0x86)
 
 
 def topic_rules(matched: Matched) -> TopicRules:
-    """Make what the inspectors go by.  Raises Refusal."""
+    """Make the topic rules for the inspectors.  Raises Refusal."""
     device = matched.rule.device
 
     def filters(key: str, texts: tuple[str, ...] | None) -> TopicFilters | None:
@@ -189,10 +189,10 @@ def treat(
     lives: float | None,
     max_connect_size: int,
 ) -> Treatment:
-    """Make of a CONNECT what the rule wants.
+    """Apply a rule to a CONNECT.
 
-    `password` is for the broker, `KEPT` if it is the device's own; `lives` is after how many seconds the session has to
-    end. Raises Refusal.
+    `password` is for the broker, `KEPT` for the device's own; the session must end after `lives` seconds (None for no
+    limit). Raises Refusal.
     """
     device = matched.rule.device
     topics = topic_rules(matched)
@@ -201,7 +201,7 @@ def treat(
         username = matched.expand("username", device.username)
     keep_alive = min(max(connect.keep_alive or _MAX_KEEP_ALIVE, device.keep_alive_min), device.keep_alive_max)
     if not connect.keep_alive and device.keep_alive_max == _MAX_KEEP_ALIVE:
-        keep_alive = 0  # none, and none is wanted
+        keep_alive = 0  # the device asks for none, and the rule sets none
     is_upgraded = device.upgrade_3_1 and connect.version is ProtocolVersion.MQTT_3_1
     version = ProtocolVersion.MQTT_3_1_1 if is_upgraded else connect.version
     changes = ConnectChanges(
@@ -217,7 +217,7 @@ def treat(
         written = rewrite_connect(packet, connect, changes, max_connect_size)
     except ValueError as error:
         raise Refusal(EndReason.CONNECT_NOT_REWRITABLE, f"rule {device.name}: {error}", 3, 0x88) from None
-    # A device that was not asked would not send its PINGREQs more often than it used to.
+    # The device does not know the lower Keep Alive, so the gateway must ping for it.
     lowered = keep_alive and (not connect.keep_alive or keep_alive < connect.keep_alive)
     return Treatment(
         connect=written,
@@ -232,7 +232,7 @@ def treat(
 
 
 def _with_will(changes: ConnectChanges, topics: TopicRules, connect: Connect) -> ConnectChanges:
-    """Judge and change the Will like the PUBLISH that the broker will make of it.  Raises Refusal."""
+    """Judge and rewrite the Will as the PUBLISH that it becomes.  Raises Refusal."""
     if connect.will is None:
         return changes
     answer = None if connect.will.properties is None else connect.will.properties.text(PropertyId.RESPONSE_TOPIC)

@@ -1,6 +1,7 @@
-"""Passwords from outside the configuration: files, systemd's credentials, programs.
+"""Passwords from outside the configuration: files, systemd credentials, programs.
 
-In: where one is.  Out: its bytes; `SecretUnavailable`, which says what is wrong with the source and never what it gave.
+In: the source of a password.  Out: its bytes; `SecretUnavailable`, which says what is wrong with the source and never
+contains its output.
 """
 
 from __future__ import annotations
@@ -22,28 +23,28 @@ from twisted.python.failure import Failure
 
 from gateway.errors import GatewayError
 
-# A password of MQTT has at most 65,535 bytes.
+# MQTT allows passwords of up to 65,535 bytes.
 _LARGEST = 65_535
-# Programs that run at the same time: when all devices come back at once, each wants one.
+# Programs that may run at the same time; after an outage every device may need one.
 _PROGRAMS = 8
 _SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 class SecretUnavailable(GatewayError):
-    """A password could not be had; `str()` says why and holds nothing of it."""
+    """A password is not available; `str()` says why and contains nothing secret."""
 
 
 class Spawner(Protocol):
-    """What runs programs: a reactor that provides IReactorProcess and IReactorTime."""
+    """Starts programs: a reactor that provides IReactorProcess and IReactorTime."""
 
     def spawnProcess(self, *arguments: Any, **more: Any) -> IProcessTransport:  # noqa: N802  the reactor's name
         """See `IReactorProcess`."""
 
 
 def read_secret(path: Path) -> bytes:
-    """Read a password from a file; one line feed at its end, with or without a carriage return, is not part of it.
+    """Read a password from a file; one line end (LF or CRLF) at the end of the file is removed.
 
-    Raises SecretUnavailable. Only regular files are read: anything else could keep the whole gateway waiting.
+    Raises SecretUnavailable. Only regular files are read: anything else could block the event loop.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -51,8 +52,8 @@ def read_secret(path: Path) -> bytes:
         raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise SecretUnavailable(f"{path} is no regular file")
-        # One call gives all there is of a regular file.
+            raise SecretUnavailable(f"{path} is not a regular file")
+        # One read returns everything of a regular file.
         data = os.read(descriptor, _LARGEST + 3)
     except OSError as problem:
         raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
@@ -62,21 +63,20 @@ def read_secret(path: Path) -> bytes:
 
 
 def credential_path(name: str, environment: Mapping[str, str]) -> Path:
-    """Say where systemd has put a credential (systemd.exec(5)).  Raises SecretUnavailable."""
+    """Return the path of a systemd credential (systemd.exec(5)).  Raises SecretUnavailable."""
     directory = environment.get("CREDENTIALS_DIRECTORY")
     if not directory:
         raise SecretUnavailable(
-            f"there is no credential {name}: the service has none (CREDENTIALS_DIRECTORY is not set); "
-            "set LoadCredential= in its unit"
+            f"credential {name} not found: CREDENTIALS_DIRECTORY is not set. Set LoadCredential= in the service's unit"
         )
     return Path(directory) / name
 
 
 class Programs:
-    """Runs programs that write a password to their standard output, a few at a time.
+    """Runs programs that write a password to standard output, a few at a time.
 
-    No shell, an environment of its own, no standard input; what it writes to standard error goes nowhere, since it may
-    hold anything. A program that takes too long, or writes too much, is killed.
+    Programs run without a shell, with a minimal environment and no standard input; standard error is discarded, since
+    it may contain anything. A program that takes too long or writes too much is killed.
     """
 
     def __init__(self, spawner: Spawner, clock: IReactorTime) -> None:
@@ -85,9 +85,9 @@ class Programs:
         self._turns = DeferredSemaphore(_PROGRAMS)
 
     async def run(self, words: Sequence[str], environment: Mapping[str, str], timeout: float) -> bytes:
-        """Return what the program wrote; `timeout` is in seconds and begins with its start.
+        """Return the program's output; `timeout` is in seconds, from its start.
 
-        Raises SecretUnavailable. Cancelling it kills the program.
+        Raises SecretUnavailable. Cancelling kills the program.
         """
         await self._turns.acquire()
         try:
@@ -123,11 +123,11 @@ class _Program(ProcessProtocol):
         self.written: Deferred[bytes] = Deferred(lambda _: self._give_up())
 
     def connectionMade(self) -> None:
-        """Let it know that there is nothing to read."""
+        """Close the program's standard input."""
         self.transport.closeStdin()
 
     def outReceived(self, data: bytes) -> None:  # noqa: N802  Twisted's name
-        """Keep what it writes."""
+        """Collect output, up to the limit."""
         if self._done:
             return
         self._output += data
@@ -135,11 +135,12 @@ class _Program(ProcessProtocol):
             self._fail(f"{self._shown} wrote more than {_LARGEST} bytes")
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802  Twisted's name
-        """Judge how it ended."""
+        """Fire `written` with the password or the failure."""
         if reason.check(error.ProcessDone) is None:
             ending = reason.value
             status, by_signal = getattr(ending, "exitCode", None), getattr(ending, "signal", None)
-            self._fail(f"{self._shown} ended with {f'status {status}' if by_signal is None else f'signal {by_signal}'}")
+            how = f"status {status}" if by_signal is None else f"signal {by_signal}"
+            self._fail(f"{self._shown} exited with {how}")
         elif not self._done:
             self._done = True
             try:
@@ -159,14 +160,14 @@ class _Program(ProcessProtocol):
         self._output.clear()
         with contextlib.suppress(error.ProcessExitedAlready):
             self.transport.signalProcess(signal.SIGKILL.name.removeprefix("SIG"))
-        # Also of one that has ended: a child of its own may hold the other ends for as long as it likes.
+        # Even after it has exited: its children may keep the pipes open.
         self.transport.loseConnection()
 
 
 def _checked(data: bytes, shown: str) -> bytes:
     password = data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
     if not password:
-        raise SecretUnavailable(f"{shown} gives an empty password")
+        raise SecretUnavailable(f"{shown}: the password is empty")
     if len(password) > _LARGEST:
-        raise SecretUnavailable(f"{shown} gives more than {_LARGEST} bytes")
+        raise SecretUnavailable(f"{shown}: the password is longer than {_LARGEST} bytes")
     return password

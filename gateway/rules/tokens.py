@@ -1,6 +1,6 @@
-"""Tokens that are made at CONNECT and expire: Azure's shared access signatures, and JSON Web Tokens.
+"""Tokens made at CONNECT, with an expiry: Azure shared access signatures and JSON Web Tokens.
 
-In: a key, what the token is for, times in whole seconds since 1970.  Out: the token, as a password.
+In: a key, the token's resource or audience, times in whole seconds since 1970.  Out: the token, as a password.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _P256_BYTES = 32
 
 
 def sas_key(text: bytes) -> bytes:
-    """Read the key of a device or of a policy, as the portal shows it: base64.  Raises ValueError, which shows none."""
+    """Read a device key or policy key in base64, as the portal shows it.  Raises ValueError, without the key."""
     try:
         key = base64.b64decode(text.strip(), validate=True)
     except binascii.Error:
         key = b""
     if not key:
-        raise ValueError("holds no key in base64")
+        raise ValueError("does not contain a base64 key")
     return key
 
 
@@ -35,7 +35,7 @@ def sas_token(resource: str, key: bytes, expires: int, policy: str = "") -> byte
     """Make a shared access signature (Azure, "Control access to IoT Hub by using shared access signatures").
 
     The signature is HMAC-SHA256 over the encoded resource, a line feed and the expiry. `policy` names the shared access
-    policy whose key it is, if it is not the device's own.
+    policy that the key belongs to; leave it empty for a device's own key.
     """
     encoded = quote_plus(resource)
     signature = base64.b64encode(hmac.digest(key, f"{encoded}\n{expires}".encode(), "sha256"))
@@ -44,14 +44,14 @@ def sas_token(resource: str, key: bytes, expires: int, policy: str = "") -> byte
 
 
 def check_signing_key(key: object) -> SigningKey:
-    """Return a key that can sign tokens.  Raises ValueError for others."""
+    """Return the key if it can sign tokens, otherwise raise ValueError."""
     if isinstance(key, rsa.RSAPrivateKey):
         if key.key_size < 2048:
-            raise ValueError("holds an RSA key of less than 2048 bits, which signs no token")
+            raise ValueError("contains an RSA key shorter than 2048 bits, too short to sign tokens")
         return key
     if isinstance(key, ec.EllipticCurvePrivateKey) and isinstance(key.curve, ec.SECP256R1):
         return key
-    raise ValueError("holds a key that signs no token: use RSA, or an elliptic curve key on P-256")
+    raise ValueError("contains a key that cannot sign tokens. Use an RSA key or a P-256 key")
 
 
 def json_web_token(key: SigningKey, audience: str, issued: int, expires: int) -> bytes:
@@ -62,17 +62,17 @@ def json_web_token(key: SigningKey, audience: str, issued: int, expires: int) ->
 
 
 def algorithm(key: SigningKey) -> str:
-    """Name the algorithm that a key signs with (RFC 7518 §3.1)."""
+    """Return the name of a key's signature algorithm (RFC 7518 §3.1)."""
     return "RS256" if isinstance(key, rsa.RSAPrivateKey) else "ES256"
 
 
 def sign(key: SigningKey, header: bytes, payload: bytes) -> bytes:
-    """Write a JSON Web Signature in its compact form (RFC 7515 §3.1)."""
+    """Make a JSON Web Signature in compact form (RFC 7515 §3.1)."""
     signed = _encode(header) + b"." + _encode(payload)
     if isinstance(key, rsa.RSAPrivateKey):
         signature = key.sign(signed, padding.PKCS1v15(), SHA256())
     else:
-        # Two numbers of a fixed length in place of DER (RFC 7518 §3.4).
+        # Two fixed-length numbers instead of DER (RFC 7518 §3.4).
         numbers = decode_dss_signature(key.sign(signed, ec.ECDSA(SHA256())))
         signature = b"".join(number.to_bytes(_P256_BYTES, "big") for number in numbers)
     return signed + b"." + _encode(signature)
