@@ -66,7 +66,7 @@ def test_an_upstream_that_failed_is_left_alone(served_before: bool) -> None:
     assert (health.last_failure.reason, health.last_failure.detail) == (REFUSED.reason, REFUSED.detail)
     assert not health.is_due(11.9)
     assert health.is_due(12.0)
-    assert health.standing(10.5) == "left alone for 2 s more"
+    assert health.standing(10.5) == "next attempt in 2 s"
 
 
 def test_a_failure_that_is_kept_keeps_nothing_else() -> None:

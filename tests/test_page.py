@@ -292,7 +292,7 @@ def test_a_line_is_drawn_from_right_to_left_in_time() -> None:
     assert '<polyline points="0.0,80.0 150.0,34.4 300.0,57.2" class="line"/>' in drawn
     assert "now 15, highest 30, lowest 0" in drawn
     assert "top 50" in drawn
-    assert "not over" in chart(Line("Sessions", "connected", []), [], "2026-01-01T12:00:00+00:00")
+    assert "no values" in chart(Line("Sessions", "connected", []), [], "2026-01-01T12:00:00+00:00")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""From a session that wants its broker to a verified connection: which broker, when, and what became of it.
+"""Opens verified upstream connections for sessions: which broker, when, and with what result.
 
-In: a session whose CONNECT is whole.  Out: `Session.upstream_verified` with a side that is verified, or
+In: a session with a complete CONNECT.  Out: `Session.upstream_verified` with a verified side, or
 `Session.upstream_failed` with the reason.
 """
 
@@ -38,7 +38,7 @@ _log = Logger(namespace="gateway")
 
 @frozen(slots=True)
 class Target:
-    """One configured broker: where it is dialled, who it must prove to be, and what it may prove that with."""
+    """One configured broker: its address, the identity that it must prove, and the TLS policy that applies."""
 
     upstream: Upstream
     identity: Identity
@@ -54,28 +54,28 @@ class Target:
 
 
 Route: TypeAlias = Sequence[tuple[Target, "UpstreamHealth"]]
-"""Brokers in the order of preference, each with how it fares."""
+"""Brokers in order of preference, each with its health."""
 
 
 class DialJournal(Protocol):
-    """Who is told what became of dials; upstreams are named by `host:port`."""
+    """Receives the results of connection attempts; upstreams are named by `host:port`."""
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """A session found its broker, but not in the first place: `upstream` failed."""
+        """A session was served by another broker, because `upstream` failed."""
 
     def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
-        """`upstream` failed, and for so many seconds no session dials it."""
+        """`upstream` failed; the next attempt is in `seconds`."""
 
     def serves_again(self, upstream: str) -> None:
-        """`upstream` had been left alone, and was verified again."""
+        """`upstream` was verified again after backing off."""
 
 
 class Dialler:
     """Opens upstream connections: the configured brokers in order, until one is verified.
 
-    A broker that failed is left alone for a while (`UpstreamHealth`).  Sessions that come meanwhile go to the next one
-    at once; if there is none, they are told at once.  When the while is over, one dial finds out: the gateway's own,
-    up to the verified channel and not a byte further, or that of a session that has no other broker to go to.
+    After a failure, the dialler backs off from that broker (`UpstreamHealth`).  Meanwhile sessions use the next one at
+    once; if there is none, they fail at once.  After the delay, one attempt tries the broker again: either the
+    gateway's own trial, which stops at the verified channel, or that of a session that has no other broker to use.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class Dialler:
         config: Config,
         journal: DialJournal,
     ) -> None:
-        """Take where to go, the account that is to be kept of each, and whom to tell."""
+        """Take the brokers, the health of each, and who receives the results."""
         self._targets: Route = list(zip(targets, healths, strict=True))
-        # Where sessions go that name no upstream.
+        # For sessions whose rule names no upstream.
         self._route = [choice for choice in self._targets if choice[0].upstream.default]
         self._network = network
         self._clock = clock
@@ -97,19 +97,19 @@ class Dialler:
         self._journal = journal
         self.pacer = Pacer(config.pacing, clock)
         self.identities = any(device.client_cert is not None for device in config.device)
-        # The gateway's own dials that are under way, and the connections of those that are done, until they are closed.
+        # The gateway's own trials in progress, and the connections of finished ones until they are closed.
         self._trials: set[Deferred[None]] = set()
         self._closing: dict[UpstreamProtocol, float] = {}
 
     @property
     def upstreams(self) -> list[UpstreamHealth]:
-        """How each broker fares, in the order of preference."""
+        """The health of each broker, in order of preference."""
         return [health for _, health in self._targets]
 
     def route(self, names: Sequence[str], policy: TLSPolicy | None) -> Route:
-        """Return a way of their own for some sessions: to the upstreams that are named, or to all that serve everybody.
+        """Return the route for sessions of one rule: the named upstreams, or all default ones.
 
-        With a `policy` of their own they have TLS sessions of their own, too: what is resumed is never another's.
+        With its own `policy`, a route has its own TLS tickets: a session is never resumed under another identity.
         """
         chosen = (
             [choice for name in names for choice in self._targets if choice[0].upstream.name == name]
@@ -121,19 +121,19 @@ class Dialler:
         return [(Target(target.upstream, target.identity, policy), health) for target, health in chosen]
 
     def dial(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> Deferred[None]:
-        """Find an upstream for `session`, whose device's side is `device`.  Cancelling it leaves nothing behind."""
+        """Find an upstream for `session`, whose device side is `device`.  Cancelling the result releases everything."""
         dialling = Deferred.fromCoroutine(self.lead(session, device, self._route if route is None else route))
 
         def failed(failure: Failure) -> None:
             if failure.check(CancelledError) is None:
-                _log.failure("session {number}: a mistake of the gateway", failure, number=session.record.number)
+                _log.failure("session {number}: internal error", failure, number=session.record.number)
                 session.fail(failure.type.__name__ if failure.type is not None else "unknown")
 
         dialling.addErrback(failed)
         return dialling
 
     def sweep(self) -> None:
-        """Try brokers that have been left alone for long enough; called every second or so."""
+        """Try brokers whose back-off delay is over; called about once a second."""
         now = self._clock.seconds()
         for target, health in self._targets:
             if health.is_due(now):
@@ -143,17 +143,17 @@ class Dialler:
             protocol.abort()
 
     def stop(self) -> None:
-        """Give up the gateway's own dials; sessions give up theirs."""
+        """Cancel the gateway's own trials; sessions cancel their own attempts."""
         for trial in list(self._trials):
             trial.cancel()
         for protocol in self._closing:
             protocol.abort()
         self._closing.clear()
 
-    # ---- a session's dial
+    # ---- sessions
 
     async def lead(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> None:
-        """Do what `dial` does; what is raised is a mistake of the gateway."""
+        """Do what `dial` does; anything raised is an internal error."""
         route = self._route if route is None else route
         failures: dict[UpstreamHealth, UpstreamFailure] = {}
         session.dials(Dial(route[0][1].address))
@@ -170,7 +170,7 @@ class Dialler:
             try:
                 protocol, peer = await self._attempt(target, health, dial)
             except UpstreamFailure as failure:
-                # A copy: what was raised keeps this frame, which would keep it.
+                # A copy: the raised exception references this frame, which would keep it alive.
                 failures[health] = last = UpstreamFailure(failure.reason, failure.detail)
             else:
                 self._tell_passed_over(route, health, failures)
@@ -181,7 +181,7 @@ class Dialler:
         session.upstream_failed(self._summary(route, failures, last))
 
     def _choose(self, route: Route, failures: Container[UpstreamHealth]) -> tuple[Target, UpstreamHealth] | None:
-        """Return the next broker to dial: the first that serves; if none does, the first that may be tried again."""
+        """Return the next broker to try: the first open one; if there is none, the first that is due for a trial."""
         due: tuple[Target, UpstreamHealth] | None = None
         now = self._clock.seconds()
         for choice in route:
@@ -194,7 +194,7 @@ class Dialler:
         return due
 
     async def _turn(self, session: Session, device: DeviceProtocol) -> bool:
-        """Wait for the session's turn; return whether there is one."""
+        """Wait for the session's turn; return whether it still wants one."""
         try:
             turn = self.pacer.turn()
         except SessionEnd as refusal:
@@ -204,11 +204,10 @@ class Dialler:
             return True
         await turn
         if not session.pending and device.has_left():
-            # It was not read while it waited, so this is the first that the gateway knows of it.  To dial for it would
-            # take the turn away from one that is still there.  What it sent before it left still counts: some devices
-            # wait for nothing and close behind DISCONNECT.
+            # The device was not read while it waited, so this is the first check.  To connect for it wastes a turn.
+            # What it sent before it left still counts: some devices send everything, then DISCONNECT, and close.
             self.pacer.give_back()
-            session.upstream_failed(SessionEnd(EndReason.DEVICE_LOST, "while it waited for its turn"))
+            session.upstream_failed(SessionEnd(EndReason.DEVICE_LOST, "while waiting for its turn"))
             return False
         return True
 
@@ -225,9 +224,9 @@ class Dialler:
     def _summary(
         self, route: Route, failures: Mapping[UpstreamHealth, UpstreamFailure], last: UpstreamFailure | None
     ) -> UpstreamFailure:
-        """Return why there is no upstream: the broker that was tried last gives the reason, all of them the detail.
+        """Return why no broker is available: the reason of the broker tried last, with the details of all.
 
-        Those that are left alone are told of with what they failed at before.
+        For brokers in back-off, the detail is that of their last failure.
         """
         now = self._clock.seconds()
         told: list[tuple[str, UpstreamFailure]] = []
@@ -244,13 +243,13 @@ class Dialler:
         return UpstreamFailure(reason, "; ".join(f"{address}: {failure}" for address, failure in told))
 
     async def _attempt(self, target: Target, health: UpstreamHealth, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
-        """Dial one broker, and keep the account of it.  Raises `UpstreamFailure`."""
+        """Try one broker and record the result in its health.  Raises `UpstreamFailure`."""
         attempt = health.begin(self._clock.seconds())
         try:
             protocol, peer = await self._reach(target, dial)
         except UpstreamFailure as failure:
             if failure.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED and self.identities:
-                # One identity's own matter: the broker may well serve the others.
+                # This concerns one identity: the broker may serve the others.
                 health.given_up(attempt)
                 raise
             now = self._clock.seconds()
@@ -258,7 +257,7 @@ class Dialler:
                 self._journal.left_alone(health.address, failure, health.retry_at - now)
             raise
         except BaseException:
-            # Cancelled, mostly; whatever it is, it must not keep the place of the one dial that may try.
+            # Usually a cancellation; whatever it is, it must not block further trials.
             health.given_up(attempt)
             raise
         health.last_address = dial.address
@@ -266,7 +265,7 @@ class Dialler:
             self._journal.serves_again(health.address)
         return protocol, peer
 
-    # ---- the gateway's own dial
+    # ---- the gateway's own trials
 
     def _try(self, target: Target, health: UpstreamHealth) -> None:
         trial = Deferred.fromCoroutine(self._trial(target, health))
@@ -274,13 +273,13 @@ class Dialler:
         trial.addBoth(lambda _: self._trials.discard(trial))
 
     async def _trial(self, target: Target, health: UpstreamHealth) -> None:
-        """See whether a broker can be verified; not one MQTT byte is sent."""
+        """Check whether a broker can be verified; not one MQTT byte is sent."""
         try:
             protocol, _ = await self._attempt(target, health, Dial(health.address))
         except (UpstreamFailure, CancelledError):
             return
-        except Exception:  # noqa: BLE001  a mistake here must not end the sweep, nor the trials to come
-            _log.failure("a mistake of the gateway while it tried {upstream}", upstream=health.address)
+        except Exception:  # noqa: BLE001  an error here must not stop the sweep or later trials
+            _log.failure("internal error while trying {upstream}", upstream=health.address)
             return
         self._closing[protocol] = self._clock.seconds() + self._timeouts.close
         protocol.close()
@@ -288,8 +287,9 @@ class Dialler:
     async def _reach(self, target: Target, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
         """Resolve, connect, shake hands, verify.  Returns a verified connection; raises `UpstreamFailure`.
 
-        Some brokers break off when a TLS session is to be resumed (OpenSSL's with client certificates and no session
-        id context do).  That must not lock anybody out, nor hide why a broker is refused: it is tried in full at once.
+        Some brokers abort the handshake when a session ticket is offered (OpenSSL with client certificates and no
+        session id context does).  That must not lock devices out or hide why a broker is refused, so a full handshake
+        is tried at once.
         """
         protocol = await self._connect(target, dial, target.tickets)
         try:
@@ -299,8 +299,8 @@ class Dialler:
                 raise
             if target.tickets.suspend():
                 _log.info(
-                    "upstream {upstream}: the handshake failed when a TLS session was to be resumed ({why}); "
-                    "for the next hour all handshakes with it are full",
+                    "upstream {upstream}: resuming a TLS session failed ({why}); "
+                    "using full handshakes for the next hour",
                     event="resumption-suspended",
                     upstream=target.upstream.address,
                     why=printable(str(failure), 400),
@@ -320,7 +320,7 @@ class Dialler:
         resolved = seconds()
         dial.dns_seconds = resolved - began
 
-        # No closure, since the transport keeps it for as long as it lives.
+        # Not a closure, because the transport keeps it for its lifetime.
         build = partial(_make_upstream, target, tickets, self._timeouts.tcp_user)
         protocol = await connect(self._network, addresses, build, self._clock, self._timeouts)
         dial.tcp_seconds = seconds() - resolved

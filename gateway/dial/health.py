@@ -1,16 +1,16 @@
-"""How each upstream fares: whether it is dialled, left alone for a while, or tried again.
+"""The health of each upstream: in use, backing off after a failure, or being tried again.
 
-In: what became of each dial, the time, random numbers.  Out: `UpstreamHealth`, whose plain attributes the dialler goes
-by and people are shown.
+In: the result of each connection attempt, the time, random numbers.  Out: `UpstreamHealth`, whose attributes the
+dialler uses and the status page shows.
 
 The states::
 
     UNTRIED ──verified──▶ SERVING ◀──verified── BEING_TRIED ◀──begin, from `retry_at` on── LEFT_ALONE
        └──────failed───────┴───────────────────────failed──────────────────────────────────────▲
 
-A broker that failed is left alone for a backed-off, jittered time; then one dial at a time finds out whether it is
-back.  Whatever a broker makes of a CONNECT, a refusal, a close or silence, is no failure here: it can be one device's
-own matter, and one device must not take the broker away from the others.
+After a failure the gateway backs off, with jitter; then one attempt at a time checks whether the broker is back.  What
+a broker does with a CONNECT (a refusal, a close, silence) does not count as a failure: it may concern one device only,
+and one device must not cut off the broker for the others.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from gateway.config import Failover, Upstream
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.session.record import Peer
 
-# Doubled more often than this, every delay is at its maximum.
+# After this many doublings, every delay is at its maximum.
 _MOST_DOUBLINGS = 32
 
 
 class UpstreamState(Enum):
-    """Where an upstream stands; the value is the word for people."""
+    """The state of an upstream; the value is shown to people and in the status document."""
 
     UNTRIED = "untried"
     SERVING = "serving"
@@ -40,7 +40,7 @@ class UpstreamState(Enum):
 
 @frozen(slots=True)
 class Attempt:
-    """One dial: when it began, and whether it is the one that tries a broker that was left alone."""
+    """One connection attempt: when it began, and whether it is the trial after backing off."""
 
     began: float
     is_trial: bool
@@ -50,9 +50,10 @@ class Attempt:
 class UpstreamHealth:
     """What is known of one configured broker.
 
-    `failures` counts those in a row, `dials` all dials, `failed_dials` the failed ones by reason.  `last_failure` stays
-    when the broker serves again; `failed_at`, `retry_at` and `verified_at` are seconds on the injected clock, `None`
-    until there was one.  `last_address` is where it was reached last (`host:port`), `last_peer` who was verified there.
+    `failures` counts consecutive failures, `dials` all attempts, `failed_dials` the failed ones by reason.
+    `last_failure` is kept when the broker serves again.  `failed_at`, `retry_at` and `verified_at` are seconds on the
+    injected clock, or `None`.  `last_address` is the address last connected to (`host:port`), `last_peer` the broker
+    verified there.
     """
 
     address: str
@@ -73,18 +74,18 @@ class UpstreamHealth:
 
     @classmethod
     def of(cls, upstream: Upstream, failover: Failover, uniform: Callable[[], float]) -> UpstreamHealth:
-        """Begin to keep an account of `upstream`; `uniform` returns random numbers from 0 to 1."""
+        """Make the health of `upstream`, untried; `uniform` returns random numbers from 0 to 1."""
         return cls(upstream.address, upstream.verify_name, failover, uniform)
 
     def under(self, failover: Failover, *, judged_alike: bool) -> UpstreamHealth:
-        """Return the account of the same broker under another configuration; this one is left as it is.
+        """Return the health of the same broker under another configuration; `self` is not changed.
 
-        What was counted goes on.  What was found out holds only if the broker is still judged in the same way, and left
-        alone for the same times: whoever has just mended one of them does not want to wait.
+        Counters carry over.  The state carries over only if verification (`judged_alike`) and `failover` are unchanged:
+        after a repair, the broker is tried at once.
         """
         counted = Counter(self.failed_dials)
         if judged_alike and failover == self._failover:
-            # The one dial that tries it belongs to the configuration that ends.
+            # The trial in progress belongs to the old configuration.
             state = UpstreamState.LEFT_ALONE if self.state is UpstreamState.BEING_TRIED else self.state
             return evolve(self, state=state, failed_dials=counted)
         fresh = UpstreamHealth(self.address, self.verify_name, failover, self._uniform)
@@ -92,21 +93,21 @@ class UpstreamHealth:
 
     @property
     def is_open(self) -> bool:
-        """Whether every session may dial it."""
+        """Whether every session may try it."""
         return self.state is UpstreamState.UNTRIED or self.state is UpstreamState.SERVING
 
     def is_due(self, now: float) -> bool:
-        """Whether it has been left alone for long enough: the next dial is the trial."""
+        """Whether the back-off delay is over: the next attempt is the trial."""
         return self.state is UpstreamState.LEFT_ALONE and self.retry_at is not None and now >= self.retry_at
 
     def standing(self, now: float) -> str:
-        """Return, in words, why it is not dialled now."""
+        """Return, in words, why it is not tried now."""
         if self.state is UpstreamState.LEFT_ALONE and self.retry_at is not None:
-            return f"left alone for {max(0.0, self.retry_at - now):.0f} s more"
+            return f"next attempt in {max(0.0, self.retry_at - now):.0f} s"
         return f"it is {self.state.value}"
 
     def begin(self, now: float) -> Attempt:
-        """Count a dial.  Every attempt ends with one of `verified`, `failed` and `given_up`."""
+        """Count an attempt.  Each ends with one of `verified`, `failed` and `given_up`."""
         self.dials += 1
         is_trial = self.state is UpstreamState.LEFT_ALONE
         if is_trial:
@@ -114,23 +115,23 @@ class UpstreamHealth:
         return Attempt(now, is_trial)
 
     def verified(self, peer: Peer, now: float) -> bool:
-        """It proved who it is.  Returns whether it had been left alone before."""
-        was_left_alone = not self.is_open
+        """Record that the broker was verified.  Returns whether the gateway had been backing off."""
+        was_backing_off = not self.is_open
         self.state = UpstreamState.SERVING
         self.failures = 0
         self.retry_at = None
         self.last_peer = peer
         self.verified_at = now
-        return was_left_alone
+        return was_backing_off
 
     def failed(self, attempt: Attempt, failure: UpstreamFailure, now: float) -> bool:
-        """Take note of a failed dial.  Returns whether it is news that the broker is left alone, or is so for this.
+        """Record a failed attempt.  Returns whether backing off, or the reason for it, is news.
 
-        It is not left alone if another dial was verified since this one began, since then the broker is well and this
-        was one of many; and not for longer if a dial that ended earlier has judged it already.
+        There is no effect if another attempt was verified since this one began, because then the broker works.  The
+        delay is not extended if an attempt that ended earlier has already caused it.
         """
         self.failed_dials[failure.reason] += 1
-        # A copy: an exception that was raised keeps the frames that it came through, and with them a whole session.
+        # A copy: a raised exception references its frames, and with them a whole session.
         self.last_failure = UpstreamFailure(failure.reason, failure.detail)
         self.failed_at = now
         if self.is_open:
@@ -146,14 +147,14 @@ class UpstreamHealth:
         return is_news
 
     def given_up(self, attempt: Attempt) -> None:
-        """The dial was cancelled and says nothing; if it was the trial, another one may be it."""
+        """Record an attempt without a result; if it was the trial, another attempt may be."""
         if attempt.is_trial and self.state is UpstreamState.BEING_TRIED:
             self.state = UpstreamState.LEFT_ALONE
 
     def _delay(self) -> float:
-        """Return seconds: doubled with each failure up to the maximum, and then between half of that and all of it.
+        """Return seconds: doubled with each failure up to the maximum, then random between half of that and all of it.
 
-        The jitter keeps gateways that lost a broker at the same moment from coming back to it at the same moment.
+        The jitter keeps gateways that lost a broker at the same moment from retrying at the same moment.
         """
         doublings = min(self.failures - 1, _MOST_DOUBLINGS)
         longest = min(self._failover.retry_max, self._failover.retry_first * 2.0**doublings)
@@ -168,7 +169,7 @@ def accounts(
     *,
     judged_alike: bool = False,
 ) -> list[UpstreamHealth]:
-    """Return an account of each upstream, in their order; those in `before` go on if they are of the same broker."""
+    """Return the health of each upstream, in order; those in `before` carry over if they are of the same broker."""
     known = {(health.address, health.verify_name): health for health in before}
     found: list[UpstreamHealth] = []
     for upstream in upstreams:

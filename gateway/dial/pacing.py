@@ -1,10 +1,10 @@
-"""How fast new sessions are led to the broker: a rate for all devices together, and a short queue.
+"""The rate at which new sessions are opened to the broker: one rate for all devices, and a short queue.
 
-In: sessions that want to dial, the time.  Out: their turns, in the order in which they came; `SessionEnd` for those who
-would have to wait too long.
+In: sessions that want to connect, the time.  Out: their turns, in order of arrival; `SessionEnd` if the wait would be
+too long.
 
-A TLS handshake costs about a thousand times what a message does.  When a broker, a switch or the gateway itself comes
-back, every device comes at once; without a pace the broker drowns in handshakes, and the sessions that stand wait
+A TLS handshake costs about a thousand times as much as a message.  When a broker, a switch or the gateway itself comes
+back, every device connects at once; without pacing the broker drowns in handshakes, and established sessions wait
 behind them.
 """
 
@@ -19,17 +19,17 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from gateway.config import Pacing
 from gateway.errors import EndReason, SessionEnd
 
-# So much of a second's sessions may begin at one moment.  All of a second's would be a second's work in one piece, and
-# the sessions that stand would wait for it.
+# This fraction of a second's sessions may begin at the same moment.  A whole second's would be a second's work in one
+# piece, and established sessions would wait for it.
 BURST_SECONDS = 0.1
-# What a sum of floating-point numbers may be short of a whole.
+# Allowed rounding error of the floating-point token count.
 _ROUNDING = 1e-9
 
 
 class Pacer:
-    """Gives turns, `pacing.new_sessions_per_second` of them; one timer for all who wait.
+    """Grants turns at `pacing.new_sessions_per_second`, with one timer for all waiters.
 
-    Who waits is forgotten at once when its `Deferred` is cancelled.  `refused` counts those for whom there was no room.
+    Cancelling its `Deferred` removes a waiter at once.  `refused` counts sessions refused because the queue was full.
     """
 
     def __init__(self, pacing: Pacing, clock: IReactorTime) -> None:
@@ -39,18 +39,18 @@ class Pacer:
         self._clock = clock
         self._tokens = float(self._burst)
         self._since = clock.seconds()
-        # In their order, and each found at once when it gives up.
+        # In order of arrival, with constant-time removal.
         self._queue: OrderedDict[Deferred[None], None] = OrderedDict()
         self._timer: IDelayedCall | None = None
         self.refused = 0
 
     @property
     def waiting(self) -> int:
-        """How many wait for their turn."""
+        """The number of waiters."""
         return len(self._queue)
 
     def turn(self) -> Deferred[None] | None:
-        """Return `None` if it is the caller's turn now, or what fires when it is.
+        """Return `None` if it is the caller's turn now, otherwise a `Deferred` that fires when it is.
 
         Raises `SessionEnd` when the queue is full.
         """
@@ -60,14 +60,14 @@ class Pacer:
             return None
         if len(self._queue) >= self._room:
             self.refused += 1
-            raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} wait for their turn already")
+            raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} are already waiting")
         turn: Deferred[None] = Deferred(self._forget)
         self._queue[turn] = None
         self._arm()
         return turn
 
     def give_back(self) -> None:
-        """Return a turn of which no use was made."""
+        """Return an unused turn."""
         self._tokens += 1
 
     def _take(self) -> bool:
@@ -90,7 +90,7 @@ class Pacer:
             self._timer = self._clock.callLater(max(0.0, 1 - self._tokens) / self._rate, self._next)
 
     def _next(self) -> None:
-        """Give the turns that are due; not more than a burst in one go, even if nobody makes use of them."""
+        """Grant the turns that are due; at most one burst at a time, even if they are not used."""
         self._timer = None
         for _ in range(self._burst):
             if not self._queue or not self._take():

@@ -1,6 +1,6 @@
-"""The steps of one dial: resolve, connect, shake hands.
+"""The steps of one connection attempt: resolve, connect, TLS handshake.
 
-In: a configured broker, then its addresses, then a connection.  Out: what each step comes to within its time, or
+In: a configured broker, then its addresses, then a connection.  Out: the result of each step within its timeout, or
 `UpstreamFailure`.
 """
 
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
-    """Return the broker's addresses in the order in which they are to be tried.  Raises `UpstreamFailure`."""
+    """Return the broker's addresses in the order in which to try them.  Raises `UpstreamFailure`."""
     try:
         addresses = await within(timeouts.dns, network.resolve(upstream.connect_name, upstream.port), clock)
     except TimeoutError:
@@ -43,7 +43,7 @@ async def connect(
     clock: IReactorTime,
     timeouts: Timeouts,
 ) -> UpstreamProtocol:
-    """Return a connection to whichever address answers first.  Raises `UpstreamFailure`."""
+    """Return a connection to the address that answers first.  Raises `UpstreamFailure`."""
     endpoints = [network.endpoint(address) for address in addresses]
     factory = _UpstreamFactory(build)
     try:
@@ -64,13 +64,15 @@ async def handshake(protocol: UpstreamProtocol, clock: IReactorTime, timeouts: T
     try:
         return await within(timeouts.tls, protocol.verified, clock)
     except TimeoutError:
-        raise UpstreamFailure(EndReason.TLS_TIMEOUT, f"no end of the handshake within {timeouts.tls:g} s") from None
+        raise UpstreamFailure(
+            EndReason.TLS_TIMEOUT, f"the handshake did not finish within {timeouts.tls:g} s"
+        ) from None
 
 
 async def within(seconds: float, awaited: Deferred[_T], clock: IReactorTime) -> _T:
-    """Return what `awaited` comes to, if it does within `seconds`.  Raises `TimeoutError`; then it was cancelled.
+    """Return the result of `awaited`.  Raises `TimeoutError` after `seconds`, and cancels it.
 
-    As `Deferred.addTimeout`, without its callbacks, which cost more than all the rest of it.
+    Like `Deferred.addTimeout`, without its callbacks, which cost more than everything else here.
     """
     if awaited.called:
         return await awaited
@@ -87,7 +89,7 @@ async def within(seconds: float, awaited: Deferred[_T], clock: IReactorTime) -> 
 
 
 def _tcp_failure(failures: list[Failure]) -> UpstreamFailure:
-    """Give the reason of the address that failed first, since that was the preferred one, and the details of all."""
+    """Return the reason of the address that failed first, which was the preferred one, and the details of all."""
     reasons = [_tcp_reason(failure) for failure in failures]
     details = dict.fromkeys(str(failure.value) for failure in failures)
     return UpstreamFailure(reasons[0], "; ".join(details))
@@ -108,10 +110,10 @@ class _UpstreamFactory(Factory):
         self._build: Callable[[], UpstreamProtocol] | None = build
 
     def buildProtocol(self, addr: IAddress | None) -> UpstreamProtocol | None:
-        """Make the protocol for a connection that stands; `None`, which closes it, when the race is over."""
+        """Make the protocol for an established connection; `None`, which closes it, when the race is over."""
         del addr
         return self._build() if self._build is not None else None
 
     def close(self) -> None:
-        """The race is over: what still connects is closed."""
+        """End the race: connections that are established later are closed."""
         self._build = None

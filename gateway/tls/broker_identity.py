@@ -1,7 +1,7 @@
-"""Is this certificate the broker's?  RFC 9525 by way of service-identity.
+"""Checks whether a certificate is for the broker's name (RFC 9525), using service-identity.
 
-In: a parsed certificate and the name that was asked for.  Out: the subjectAltName entry that matched, or
-`UpstreamFailure` that says why none did.
+In: a parsed certificate and the configured name.  Out: the subjectAltName entry that matched, or `UpstreamFailure`
+that says why none did.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SHOWN_NAMES = 8
 
 @frozen(slots=True)
 class Identity:
-    """A broker's name, as it is verified and as it is sent.
+    """A broker's name, as verified and as sent in SNI.
 
-    `name` is an A-label host name in lower case or an IP address in its canonical form; `sni` is what goes into the
-    ClientHello, `None` for an IP address (RFC 6066 §3 knows no literal addresses).
+    `name` is an A-label host name in lower case or an IP address in its canonical form; `sni` goes into the
+    ClientHello; it is `None` for an IP address, which RFC 6066 §3 does not allow.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Identity:
 
     @classmethod
     def of(cls, name: str) -> Identity:
-        """Make the identity for a normalised name.  Raises `ValueError` for what is neither address nor host name."""
+        """Make the identity for a normalized name.  Raises `ValueError` if it is neither an address nor a host name."""
         try:
             address = ip_address(name)
         except ValueError:
@@ -77,9 +77,9 @@ class Identity:
 def _matching_entry(name: str, certificate: x509.Certificate) -> str:
     """Return the entry of a certificate that is `name`; raises what service-identity raises.
 
-    The answer depends on nothing but the arguments (certificates are equal if their bytes are), and a thousand sessions
-    of one broker ask the same question.  Whether the certificate is trusted, in time and not revoked is no part of it:
-    OpenSSL judges that anew for each session.
+    The answer depends only on the arguments (certificates are equal if their bytes are), and a thousand sessions of one
+    broker ask the same question.  It does not cover trust, validity period and revocation, which OpenSSL checks for
+    each session.
     """
     try:
         service_id: DNS_ID | IPAddress_ID = IPAddress_ID(str(ip_address(name)))

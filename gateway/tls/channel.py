@@ -1,14 +1,14 @@
 """TLS to the broker without sockets: bytes in, bytes out, and nothing sent before the broker is verified.
 
 In: ciphertext from the network, plaintext to send.  Out: ciphertext for the network, plaintext received, and facts
-about the verified peer.  Raises `UpstreamFailure` for whatever goes wrong; every unexpected thing is a refusal.
+about the verified peer.  Raises `UpstreamFailure` for every failure; anything unexpected is a refusal.
 
-The states, in order, without a way back::
+The states only move forward::
 
     HANDSHAKING  →  VERIFIED  →  CLOSED
          └──────── any failure ────┘
 
-Only VERIFIED lets plaintext through to OpenSSL: `send` in any other state raises, it never keeps bytes for later.
+Only VERIFIED passes plaintext to OpenSSL: in any other state `send` raises; it never keeps bytes for later.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ _RESUMABLE_VERSION = "TLSv1.3"
 
 
 class NotVerified(GatewayError):
-    """Plaintext was given to a channel that is not verified: a mistake in the gateway, caught before any byte left."""
+    """Plaintext was given to a channel that is not verified: an internal error, caught before any byte was sent."""
 
 
 class ChannelState(Enum):
-    """Where a channel stands."""
+    """The state of a channel."""
 
     HANDSHAKING = auto()
     VERIFIED = auto()
     CLOSED = auto()
 
 
-# Asked of each message: Python 3.11 takes longer to find a member of an Enum than to call a function.
+# Checked for each message: in Python 3.11, an Enum lookup takes longer than a function call.
 _VERIFIED = ChannelState.VERIFIED
 
 
 class TLSChannel:
     """One TLS connection to one broker, client side.
 
-    `state` says where it stands, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify
-    came, `broken` if the channel failed behind plaintext that `receive` has returned, `waiting` while `outgoing` may
+    `state` is its state, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify has
+    arrived, `broken` if the channel failed after plaintext that `receive` has returned, `waiting` while `outgoing` may
     have something.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that
-    VERIFIED asks for.
+    VERIFIED requires.
 
-    With `tickets`, the channel resumes a TLS session if it may, and leaves a ticket for the next one.
+    With `tickets`, the channel resumes a TLS session if allowed, and leaves a ticket for the next one.
     """
 
     __slots__ = (
@@ -93,22 +93,22 @@ class TLSChannel:
     )
 
     def __init__(self, policy: TLSPolicy, identity: Identity, tickets: Tickets | None = None) -> None:
-        """Take what to trust, who it must be, and the tickets of this broker.  Raises `ValueError` if of another."""
+        """Take the policy, the identity to verify, and this broker's tickets.  Raises `ValueError` for another's."""
         if tickets is not None and (tickets.policy is not policy or tickets.identity != identity):
-            raise ValueError(f"the tickets are not those of {identity.name} under this policy")
+            raise ValueError(f"the tickets do not belong to {identity.name} under this policy")
         self._policy = policy
         self._identity = identity
         self._tickets = tickets
         self._failure: UpstreamFailure | None = None
-        # Whether OpenSSL has asked about any certificate; in a resumed handshake it does not.
+        # Whether OpenSSL has asked about any certificate; it does not in a resumed handshake.
         self._asked = False
         self._approved = False
         self._matched = ""
         # The ticket that was offered, until the handshake is done.
         self._offered: Ticket | None = None
-        # What the tickets of this channel will be good for; `None` if it is to leave none.
+        # What this channel's tickets stand for; `None` if it must leave none.
         self._verified: Verified | None = None
-        # Where the ciphertext that came so far ends: bytes missing of the current record, or the header's first bytes.
+        # Where the received ciphertext ends: bytes missing of the current record, or the first bytes of a header.
         self._missing = 0
         self._partial_header = b""
         self.waiting = False
@@ -127,8 +127,8 @@ class TLSChannel:
         if ticket is not None:
             self._connection.set_session(ticket.session)
             self._offered = ticket
-            # OpenSSL makes a key for each group that it prefers, and keeps them as long as the connection: 10 KiB, and
-            # as much work as all the rest of a resumed handshake.  One of the keys is what the broker will use.
+            # OpenSSL generates a key for each preferred group and keeps them as long as the connection: 10 KiB, and as
+            # much work as the rest of a resumed handshake.  The broker will use only one of them.
             if ticket.verified.group:
                 self._engine.offer_group(ticket.verified.group)
 
@@ -139,14 +139,14 @@ class TLSChannel:
 
     @property
     def resuming(self) -> bool:
-        """Whether a session is to be resumed, in a handshake that is not done.
+        """Whether the handshake in progress may resume a session.
 
-        Once the broker has shown a certificate it is not: the ticket was declined, and the handshake is a full one.
+        Once the broker has shown a certificate it does not: the ticket was declined, and it is a full handshake.
         """
         return self._offered is not None and not self._asked
 
     def sent_chain(self) -> list[x509.Certificate]:
-        """Return what the broker sent, its own certificate first, verified or not: for people who want to know why.
+        """Return the chain that the broker sent, its own certificate first, verified or not, for diagnosis.
 
         Raises what `cryptography` raises for certificates that it cannot read.
         """
@@ -159,14 +159,14 @@ class TLSChannel:
         return connection.get_protocol_version_name(), connection.get_cipher_name() or "", alpn
 
     def start(self) -> None:
-        """Begin the handshake; `outgoing` then holds the ClientHello."""
+        """Start the handshake; `outgoing` then holds the ClientHello."""
         self._handshake()
 
     def receive(self, ciphertext: bytes) -> bytes:
-        """Take bytes from the network and return the plaintext that they complete, empty before VERIFIED.
+        """Take bytes from the network and return the plaintext that they complete; empty before VERIFIED.
 
         Raises `UpstreamFailure` when the handshake, the verification or a record fails; `outgoing` may then hold an
-        alert.  After that, and after `close`, everything received is dropped.
+        alert.  After that, and after `close`, received bytes are dropped.
         """
         if self.state is _VERIFIED:
             plaintext, ended = self._engine.decrypt(ciphertext, self._completed_records(ciphertext))
@@ -181,16 +181,16 @@ class TLSChannel:
         return plaintext if ended is None else self._ended(plaintext, ended)
 
     def send(self, plaintext: bytes) -> bytes:
-        """Encrypt, and return all that is to be sent to the network.
+        """Encrypt, and return everything to send to the network.
 
         Raises `NotVerified` unless the channel is VERIFIED, and `UpstreamFailure` when OpenSSL fails or the channel has
-        broken behind plaintext that `receive` has returned.
+        broken after plaintext that `receive` has returned.
         """
         if self.state is not _VERIFIED:
             if self.broken is not None:
-                # A copy, since what was raised keeps the frames that it came through.
+                # A copy, because a raised exception references its frames.
                 raise UpstreamFailure(self.broken.reason, self.broken.detail)
-            raise NotVerified(f"{len(plaintext)} bytes were to be sent on a channel that is {self.state.name}")
+            raise NotVerified(f"tried to send {len(plaintext)} bytes on a channel that is {self.state.name}")
         try:
             return self._engine.encrypt(plaintext)
         except SSL.Error as error:
@@ -198,29 +198,29 @@ class TLSChannel:
             raise self._fail(UpstreamFailure(EndReason.UPSTREAM_LOST, _words(error))) from None
 
     def outgoing(self) -> bytes:
-        """Return what is to be sent to the network unasked, and forget it: handshake messages, alerts, answers."""
+        """Return and clear what else must be sent: handshake messages, alerts, answers."""
         if not self.waiting:
             return b""
         self.waiting = False
         return self._engine.waiting()
 
     def close(self) -> None:
-        """End the channel: `outgoing` then holds close_notify if it was VERIFIED (RFC 8446 §6.1)."""
+        """Close the channel: `outgoing` then holds close_notify if it was VERIFIED (RFC 8446 §6.1)."""
         if self.state is ChannelState.VERIFIED:
-            # An error means that the broker has ended it in a worse way already: there is nobody to say goodbye to.
+            # An error means that the connection is already broken; no close_notify is possible.
             with contextlib.suppress(SSL.Error):
                 self._connection.shutdown()
             self.waiting = True
         self.state = ChannelState.CLOSED
 
     def dispose(self) -> None:
-        """Let go of OpenSSL's part, whose way back to this object is a cycle that would outlive the session."""
+        """Drop the reference from OpenSSL's object to this one, a cycle that would outlive the session."""
         self.state = ChannelState.CLOSED
         self._connection.set_app_data(None)
-        self._failure = None  # Once raised, it keeps the frames that it came through, and they keep this.
+        self._failure = None  # Once raised, it references its frames, which reference this.
 
     def _handshake(self) -> bool:
-        """Go on with the handshake; return whether the channel is VERIFIED now."""
+        """Continue the handshake; return whether the channel is VERIFIED now."""
         self.waiting = True
         try:
             self._connection.do_handshake()
@@ -230,7 +230,7 @@ class TLSChannel:
             raise self._fail(UpstreamFailure(EndReason.TLS_CLOSED, "close_notify in the handshake")) from None
         except SSL.Error as error:
             raise self._fail(self._failure or handshake_failure(_queue(error), approved=self._approved)) from None
-        except Exception as error:  # noqa: BLE001  pyOpenSSL raises here what was raised in its callback
+        except Exception as error:  # noqa: BLE001  pyOpenSSL re-raises here what its callback raised
             raise self._fail(_unexpected(error)) from None
         try:
             self.peer = self._confirm()
@@ -244,8 +244,8 @@ class TLSChannel:
     def _completed_records(self, ciphertext: bytes) -> int:
         """Return how many TLS records `ciphertext` completes (RFC 8446 §5.1), and remember where it ends.
 
-        Knowing that, the channel asks OpenSSL once for each record, and not once more to hear, by an exception that
-        costs more than all the rest, that there is nothing else.
+        So the channel calls OpenSSL once per record, and not once more to learn, by an expensive exception, that there
+        is no more.
         """
         if self._partial_header:
             ciphertext = self._partial_header + ciphertext
@@ -253,7 +253,7 @@ class TLSChannel:
         size = len(ciphertext)
         end = self._missing
         if not end and size == _RECORD_HEADER_SIZE + (ciphertext[3] << 8 | ciphertext[4] if size > 4 else 0):
-            return 1  # The usual case: one record, whole.
+            return 1  # The usual case: one complete record.
         completed = 1 if 0 < end <= size else 0
         while end + _RECORD_HEADER_SIZE <= size:
             end += _RECORD_HEADER_SIZE + (ciphertext[end + 3] << 8 | ciphertext[end + 4])
@@ -267,24 +267,24 @@ class TLSChannel:
         return completed
 
     def _ended(self, plaintext: bytes, ended: SSL.Error) -> bytes:
-        """Return the plaintext that came before something else than a whole record of it, and mind that."""
+        """Return the plaintext that came before something other than application data, and handle the latter."""
         if isinstance(ended, SSL.ZeroReturnError):
             self.received_close = True
             return plaintext
         self.waiting = True
         if isinstance(ended, SSL.WantReadError):
-            # Some of them were no application data: a KeyUpdate, say, which wants to be answered, or a ticket.
+            # Some records were not application data: a KeyUpdate, which may need an answer, or a ticket.
             self._keep_ticket()
             return plaintext
         failure = handshake_failure(_queue(ended), approved=True)
         if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
-            # TLS 1.3 tells a client only after its handshake that its certificate was refused; all else that breaks a
-            # verified channel is a lost upstream.
+            # In TLS 1.3 a client learns only after its handshake that its certificate was refused; anything else that
+            # breaks a verified channel is a lost upstream.
             failure = UpstreamFailure(EndReason.UPSTREAM_LOST, failure.detail)
         self._fail(failure)
         if not plaintext:
             raise failure
-        # What came whole before it is the broker's last word: a refusal, or why it goes.
+        # What came before is still delivered: a refusal, or the reason for closing.
         self.broken = failure
         return plaintext
 
@@ -295,8 +295,8 @@ class TLSChannel:
     def judge(self, certificate: crypto.X509, error: int, depth: int, accepted: bool) -> bool:
         """Answer OpenSSL's question about one certificate of the chain, from the root down to the broker's own.
 
-        Its own verdict is never overruled.  The identity is judged here too, so that a wrong broker gets an alert in
-        place of the handshake's end.
+        OpenSSL's own refusal is never overruled.  The identity is checked here too, so that a wrong broker gets an
+        alert instead of a completed handshake.
         """
         self._asked = True
         if not accepted:
@@ -308,17 +308,17 @@ class TLSChannel:
         return True
 
     def refuse(self, failure: UpstreamFailure) -> None:
-        """Remember why the chain is refused; the first reason counts."""
+        """Record why the chain is refused; the first reason counts."""
         self._approved = False
         self._failure = self._failure or failure
 
     def _confirm(self) -> Peer:
-        """Look once more at the peer, since a handshake can end without the callback being asked."""
+        """Check the peer again, because a handshake can end without the callback being called."""
         if self._failure is not None:
             raise self._failure
         certificate = self._connection.get_peer_certificate()
         if certificate is None:
-            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a certificate")
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake finished without a certificate")
         resumed = self._resumed(certificate)
         verified = resumed or self._verified_in_full(_shared(certificate.to_cryptography()))
         leaf = verified.certificate
@@ -340,9 +340,9 @@ class TLSChannel:
         return _peer(leaf, verified.matched, tls_version, cipher, alpn, resumed is not None)
 
     def _resumed(self, certificate: crypto.X509) -> Verified | None:
-        """Return what was verified when the resumed session began, or `None` if nothing was resumed.
+        """Return what the original full handshake verified, or `None` if the session was not resumed.
 
-        Raises `UpstreamFailure` if it was, and must not have been.
+        Raises `UpstreamFailure` if it was resumed but its ticket is no longer valid.
         """
         if self._asked or self._offered is None or self._tickets is None:
             return None
@@ -350,7 +350,7 @@ class TLSChannel:
         try:
             present = self._connection.master_key() or b""
         except SSL.Error:
-            return None  # OpenSSL has a new session, without a secret to resume it by yet.
+            return None  # A new session, which has no resumption secret yet.
         if not ticket.secret or not compare_digest(present, ticket.secret):
             return None
         if crypto.dump_certificate(crypto.FILETYPE_ASN1, certificate) != ticket.verified.der:
@@ -360,10 +360,10 @@ class TLSChannel:
         return ticket.verified
 
     def _verified_in_full(self, leaf: x509.Certificate) -> Verified:
-        """Return what OpenSSL has verified in this handshake.  Raises `UpstreamFailure` if it has not."""
+        """Return what OpenSSL verified in this handshake.  Raises `UpstreamFailure` if it did not."""
         chain = self._connection.get_verified_chain()
         if not chain or not self._approved:
-            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake ended without a verified chain")
+            raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake finished without a verified chain")
         if self._tickets is None and not self._policy.pins:
             return Verified(leaf, b"", self._matched, (), "", 0.0, 0.0)
         certificates = [certificate.to_cryptography() for certificate in chain]
@@ -374,25 +374,25 @@ class TLSChannel:
         return Verified(leaf, leaf.public_bytes(Encoding.DER), self._matched, pins, group, since, until)
 
     def _keep_ticket(self) -> None:
-        """Leave the next channel the ticket that may have come."""
+        """Keep a ticket for the next channel, if one has arrived."""
         if self._tickets is None or self._verified is None or self.state is not ChannelState.VERIFIED:
             return
         try:
             secret = self._connection.master_key() or b""
         except SSL.Error:
-            return  # It was something else; no ticket has come yet.
+            return  # No ticket has arrived yet.
         session = self._connection.get_session()
         if session is not None:
             self._tickets.keep(Ticket(session, secret, self._verified))
-            self._verified = None  # Brokers send several, and one is as good as another.
+            self._verified = None  # Brokers send several; one is enough.
 
     def _check_pins(self, pins: tuple[bytes, ...]) -> None:
         if self._policy.pins.isdisjoint(pins):
             shown = b64encode(pins[0]).decode("ascii") if pins else "none"
-            raise UpstreamFailure(EndReason.TLS_PIN_MISMATCH, f"the broker's key has the pin sha256/{shown}")
+            raise UpstreamFailure(EndReason.TLS_PIN_MISMATCH, f"the pin of the broker's key is sha256/{shown}")
 
     def _second_opinion(self, leaf: x509.Certificate, intermediates: list[x509.Certificate]) -> None:
-        """Have cryptography's verifier agree (RFC 5280 as the CA/Browser Forum profiles it)."""
+        """Require that cryptography's verifier agrees (RFC 5280 as profiled by the CA/Browser Forum)."""
         subject = (
             x509.IPAddress(ip_address(self._identity.name))
             if self._identity.sni is None
@@ -408,7 +408,7 @@ class TLSChannel:
 
 @lru_cache(maxsize=32)
 def _shared(certificate: x509.Certificate) -> x509.Certificate:
-    """Return the certificate that was the first of its kind, so that a thousand sessions keep one."""
+    """Return the first equal certificate, so that a thousand sessions share one object."""
     return certificate
 
 
@@ -428,16 +428,16 @@ def _peer(certificate: x509.Certificate, matched: str, tls_version: str, cipher:
 
 
 def make_policy(tls: TLS, intermediates: Sequence[x509.Certificate] = ()) -> TLSPolicy:
-    """Build the policy for `tls` whose verification is the channels' own.  Raises `ConfigError`."""
-    choose()  # At start-up, not at the first session: it takes some milliseconds, and may have something to say.
+    """Build the policy for `tls`, verified by `TLSChannel`.  Raises `ConfigError`."""
+    choose()  # At start-up, not at the first session: it takes some milliseconds and may log a warning.
     return load_policy(tls, _verify, intermediates)
 
 
 def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, accepted: int) -> bool:
-    """Answer OpenSSL for the channel that owns `connection`; any exception whatever is a refusal.
+    """Answer OpenSSL for the channel that owns `connection`; any exception is a refusal.
 
-    pyOpenSSL keeps what a callback raises on the Context, which all sessions share: it would end the next session that
-    happens to fail.  So nothing is raised here.
+    pyOpenSSL stores what a callback raises on the Context, which all sessions share: it would end the next session that
+    fails.  So nothing is raised here.
     """
     channel = connection.get_app_data()
     if not isinstance(channel, TLSChannel):

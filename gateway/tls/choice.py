@@ -1,6 +1,6 @@
-"""Which engine encrypts and decrypts: tried at each start, before there is a session.
+"""Chooses the engine that encrypts and decrypts, by a self-test at each start.
 
-In: the pyOpenSSL that is installed.  Out: the class of engine to use, and a warning in the log if it is the slow one.
+In: the installed pyOpenSSL.  Out: the class of engine to use, and a warning in the log if it is the slow one.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from gateway.tls.engine import RECORD_SIZE, MakeEngine, PublicCalls
 
 _log = Logger(namespace="gateway")
 
-# What the direct engine is tried with: one byte, whole records, more than its buffer holds.
+# Sizes for the self-test: one byte, whole records, more than the buffer holds.
 _TRIED_SIZES = (1, RECORD_SIZE, 5 * RECORD_SIZE // 2, 0x50000)
 
 
 @cache
 def choose() -> MakeEngine:
-    """Return the class of engine that is to be used with the pyOpenSSL that is installed."""
+    """Return the class of engine to use with the installed pyOpenSSL."""
     try:
-        # Not at the top: that it can be imported is the first thing to be found out.
+        # Not at the top of the module: the import itself may fail.
         from gateway.tls.direct import DirectCalls
 
         _compare(DirectCalls)
-    except Exception as error:  # noqa: BLE001  whatever a pyOpenSSL that nobody knows yet comes up with
+    except Exception as error:  # noqa: BLE001  anything that an unknown pyOpenSSL may raise
         _log.warn(
-            "pyOpenSSL {version} does not let OpenSSL be called directly ({error!r}): each message costs more CPU",
+            "OpenSSL cannot be called directly with pyOpenSSL {version} ({error!r}): each message costs more CPU",
             version=metadata.version("pyopenssl"),
             error=error,
         )
@@ -42,7 +42,7 @@ def choose() -> MakeEngine:
 
 
 def _compare(direct_calls: MakeEngine) -> None:
-    """Raise if an engine does anything but what the public calls do."""
+    """Raise if an engine behaves differently from the public calls."""
     client, server = connected_pair()
     direct, public = direct_calls(client), PublicCalls(server)
     _expect("nothing waits", direct.waiting(), b"")
@@ -69,11 +69,11 @@ def _compare(direct_calls: MakeEngine) -> None:
 
 def _expect(what: str, found: object, expected: object) -> None:
     if found != expected:
-        raise RuntimeError(f"{what}: not what pyOpenSSL does")
+        raise RuntimeError(f"{what}: differs from pyOpenSSL")
 
 
 def connected_pair() -> tuple[SSL.Connection, SSL.Connection]:
-    """Return a client and a server that have shaken hands in memory, with a certificate made for that."""
+    """Return a client and a server after a handshake in memory, with a temporary certificate."""
     context = SSL.Context(SSL.TLS_METHOD)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     key = ec.generate_private_key(ec.SECP256R1())
@@ -96,6 +96,6 @@ def connected_pair() -> tuple[SSL.Connection, SSL.Connection]:
         if flight:
             other.bio_write(flight)
     if done < 2:
-        raise RuntimeError("a handshake in memory does not end")
-    PublicCalls(client).decrypt(b"", 1)  # The tickets that a server sends behind the handshake.
+        raise RuntimeError("a handshake in memory does not finish")
+    PublicCalls(client).decrypt(b"", 1)  # The tickets that a server sends after the handshake.
     return client, server

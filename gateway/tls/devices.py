@@ -1,10 +1,10 @@
-"""TLS under identities of the devices' own: each shows its own certificate, all verify the broker alike.
+"""TLS with the devices' own certificates: each shows its own, all verify the broker in the same way.
 
 In: the `[tls]` section, certificates and keys.  Out: a `TLSPolicy` for each, or `ConfigError`.
 
-A Context is large because of the roots in it, and an identity is small.  So Contexts are made one for each set of
-intermediate certificates, which devices of one CA share, and the certificate and the key are given to each connection.
-The Context that shows the gateway's own certificate is never used: OpenSSL would choose between the two.
+A Context is large, because it holds the roots; an identity is small.  So there is one Context for each set of
+intermediate certificates, which devices of one CA share, and the certificate and key are given to each connection.
+The Context with the gateway's own certificate is never used: OpenSSL would choose between the two.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _K = TypeVar("_K", bound=Hashable)
 
 
 def device_policies(tls: TLS, identities: Mapping[_K, tuple[str, ClientIdentity]]) -> dict[_K, TLSPolicy]:
-    """Make a policy for each identity, which stands beside what it is called in messages.
+    """Make a policy for each identity, given with its name for messages.
 
     Raises `ConfigError` for every certificate that OpenSSL refuses, and for too many sets of intermediates.
     """
@@ -40,7 +40,7 @@ def device_policies(tls: TLS, identities: Mapping[_K, tuple[str, ClientIdentity]
         intermediates = client.chain[1:]
         if intermediates not in shared:
             if len(shared) == _MAX_CONTEXTS:
-                remedy = "leave those out that the broker has itself"
+                remedy = "leave out those that the broker has itself"
                 raise ConfigError([f"{shown}: client_cert: more than {_MAX_CONTEXTS} sets of intermediates; {remedy}"])
             shared[intermediates] = make_policy(alike, intermediates)
         policy = attrs.evolve(shared[intermediates], own=client)
@@ -50,7 +50,7 @@ def device_policies(tls: TLS, identities: Mapping[_K, tuple[str, ClientIdentity]
             queue = error.args[0] if error.args else []
             words = "; ".join(str(reason) for _, _, reason in queue) or "no reason given"
             remedy = "use at least RSA 2048 or P-256, signed with SHA-256"
-            problems.append(f"{shown}: client_cert: it is refused by OpenSSL ({words}); {remedy}")
+            problems.append(f"{shown}: client_cert: refused by OpenSSL ({words}); {remedy}")
         policies[key] = policy
     if problems:
         raise ConfigError(problems)

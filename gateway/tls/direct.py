@@ -1,12 +1,11 @@
-"""The engine that calls OpenSSL without pyOpenSSL's methods around it: the one place that knows its private names.
+"""The engine that calls OpenSSL without pyOpenSSL's methods: the only place that uses its private names.
 
-In: a pyOpenSSL `Connection` without a socket.  Out: what `gateway/tls/engine.py` says of an `Engine`.  To import this
-raises `ImportError` or `AttributeError` where pyOpenSSL is not as it is known here; whether it works is for
-`choice.choose` to find out.
+In: a pyOpenSSL `Connection` without a socket.  Out: an `Engine` (`gateway/tls/engine.py`).  Importing this raises
+`ImportError` or `AttributeError` if pyOpenSSL is not as expected; `choice.choose` tests whether it works.
 
-The library, the objects and the calls are pyOpenSSL's own.  What is left out is a conversion, a context manager, a
-buffer and a look at the errors for each call.  All connections that a thread makes share one buffer, with which each
-method has done when it returns; so a connection is used by the thread that made it, which is the reactor's.
+The library, the objects and the calls are pyOpenSSL's own; what is omitted for each call is a conversion, a context
+manager, a buffer and an error check.  All connections of a thread share one buffer, which no method needs after it
+returns; so a connection must be used by the thread that made it, which is the reactor's.
 """
 
 from __future__ import annotations
@@ -19,38 +18,38 @@ from OpenSSL._util import ffi, lib
 
 from gateway.tls.engine import RECORD_SIZE
 
-# Looked up once, since that is a good part of what a call costs.
+# Looked up once, because the lookup is a large part of a call's cost.
 _ssl_write = lib.SSL_write
 _ssl_read = lib.SSL_read
 _bio_write = lib.BIO_write
 _bio_read = lib.BIO_read
-# Before OpenSSL 4.0, SSL_get_error(3) goes by the thread's error queue, which may hold what other calls have left.
+# Before OpenSSL 4.0, SSL_get_error(3) reads the thread's error queue, which may hold errors of other calls.
 _clear_errors = lib.ERR_clear_error
 _unpack = ffi.unpack
-# Does without if it is missing: it only spares work.
+# Optional: it only saves work.
 _set_groups = getattr(lib, "SSL_set1_curves_list", None)
 
-# More than the transports read and take at a time.
+# More than the transports read and write at a time.
 _BUFFER_SIZE = 0x20000
 _of_this_thread = threading.local()
 
 
 class DirectCalls:
-    """By OpenSSL's functions, on the objects that pyOpenSSL's methods call them on.  See `Engine`."""
+    """Uses OpenSSL's functions directly, on pyOpenSSL's objects.  See `Engine`."""
 
     __slots__ = ("_buffer", "_connection", "_from_ssl", "_into_ssl", "_ssl")
 
     def __init__(self, connection: Any) -> None:
-        """Take a connection.  Raises `AttributeError` or `TypeError` if it is not made as it is known here."""
+        """Take a connection.  Raises `AttributeError` or `TypeError` if its internals are not as expected."""
         self._connection = connection
-        # Both BIOs are the SSL object's, which is freed with the last reference to `_ssl`.
+        # Both BIOs belong to the SSL object, which is freed with the last reference to `_ssl`.
         self._ssl = connection._ssl  # noqa: SLF001  see above
         self._into_ssl = connection._into_ssl  # noqa: SLF001  see above
         self._from_ssl = connection._from_ssl  # noqa: SLF001  see above
         if not hasattr(_of_this_thread, "buffer"):
             _of_this_thread.buffer = ffi.new("char[]", _BUFFER_SIZE)
         self._buffer = _of_this_thread.buffer
-        # pyOpenSSL has a write end after one record.  Into memory, all of them can be written at once.
+        # pyOpenSSL ends a write after one record.  To memory, all of them can be written at once.
         lib.SSL_clear_mode(self._ssl, lib.SSL_MODE_ENABLE_PARTIAL_WRITE)
 
     def offer_group(self, name: str) -> None:
@@ -101,9 +100,9 @@ class DirectCalls:
         return plaintext + _unpack(buffer, filled), ended
 
     def _why(self, result: int) -> SSL.Error:
-        """Return what pyOpenSSL would have raised for the call that has just returned `result`."""
+        """Return what pyOpenSSL would have raised for the call that just returned `result`."""
         try:
             self._connection._raise_ssl_error(self._ssl, result)  # noqa: SLF001  see above
         except SSL.Error as error:
-            return error.with_traceback(None)  # Whose frames know it by name: a cycle.
-        return SSL.Error([("", "", f"OpenSSL returned {result} and gave no error")])
+            return error.with_traceback(None)  # Its frames reference it: a cycle.
+        return SSL.Error([("", "", f"OpenSSL returned {result} without an error")])

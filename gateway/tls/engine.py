@@ -1,11 +1,11 @@
 """OpenSSL's record layer for one connection: plaintext to ciphertext, and back.
 
-In: a pyOpenSSL `Connection` without a socket.  Out: an `Engine`, which has OpenSSL encrypt and decrypt.  Handshake and
-verification are not its business: they stay with pyOpenSSL.
+In: a pyOpenSSL `Connection` without a socket.  Out: an `Engine`, which encrypts and decrypts with OpenSSL.  Handshake
+and verification are done by pyOpenSSL.
 
-There are two engines.  `PublicCalls` uses pyOpenSSL's methods, whose wrapping takes twice as long as what they wrap.
-`gateway/tls/direct.py` makes the same calls without it, and needs names for that which pyOpenSSL does not promise to
-keep.  `gateway/tls/choice.py` tries it at start-up.
+There are two engines.  `PublicCalls` uses pyOpenSSL's methods, whose overhead is twice the time of the calls that they
+wrap.  `gateway/tls/direct.py` makes the same calls directly, using private names that pyOpenSSL may change.
+`gateway/tls/choice.py` tests it at start-up.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from twisted.logger import Logger
 
 _log = Logger(namespace="gateway")
 
-# A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); OpenSSL gives one at a time.
+# A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); OpenSSL returns one at a time.
 RECORD_SIZE = 0x4000
 
 
 class Engine(Protocol):
-    """What a channel asks of OpenSSL when its handshake is done, and one thing before."""
+    """What a channel needs of OpenSSL after its handshake, and one thing before."""
 
     def offer_group(self, name: str) -> None:
-        """Offer this group alone for the key exchange, where OpenSSL can be told so; before the handshake begins."""
+        """Offer only this group for the key exchange, if OpenSSL supports it; call before the handshake."""
 
     def encrypt(self, plaintext: bytes) -> bytes:
-        """Return what is to be sent: what was waiting, then the records of `plaintext`.  Raises `SSL.Error`."""
+        """Return what to send: what was waiting, then the records of `plaintext`.  Raises `SSL.Error`."""
 
     def waiting(self) -> bytes:
-        """Return what is to be sent, and forget it: handshake messages, alerts.  Empty if there is nothing."""
+        """Return and clear what to send: handshake messages, alerts.  Empty if there is nothing."""
 
     def decrypt(self, ciphertext: bytes, records: int) -> tuple[bytes, SSL.Error | None]:
-        """Take ciphertext; return the plaintext of up to `records` whole records, and what came in place of the rest.
+        """Take ciphertext; return the plaintext of up to `records` complete records, and the error that stopped it.
 
-        That is `None` if nothing did, and `SSL.WantReadError` if some were no application data.
+        The error is `None` if there was none, and `SSL.WantReadError` if some were not application data.
         """
 
 
@@ -45,7 +45,7 @@ MakeEngine = Callable[[SSL.Connection], Engine]
 
 
 class PublicCalls:
-    """By pyOpenSSL's methods.  See `Engine`."""
+    """Uses pyOpenSSL's methods.  See `Engine`."""
 
     __slots__ = ("_connection",)
 
@@ -66,10 +66,10 @@ class PublicCalls:
         """See `Engine`."""
         parts: list[bytes] = []
         try:
-            while not parts or len(parts[-1]) == RECORD_SIZE:  # A full read may have left something.
+            while not parts or len(parts[-1]) == RECORD_SIZE:  # After a full read there may be more.
                 parts.append(self._connection.bio_read(RECORD_SIZE))
         except SSL.Error:
-            pass  # pyOpenSSL's way to say that there is nothing.
+            pass  # pyOpenSSL raises if there is nothing.
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def decrypt(self, ciphertext: bytes, records: int) -> tuple[bytes, SSL.Error | None]:
@@ -80,7 +80,7 @@ class PublicCalls:
         ended: SSL.Error | None = None
         try:
             for _ in range(records):
-                parts.append(self._connection.recv(RECORD_SIZE))  # noqa: PERF401  what came before an error counts
+                parts.append(self._connection.recv(RECORD_SIZE))  # noqa: PERF401  what came before an error is kept
         except SSL.Error as error:
-            ended = error.with_traceback(None)  # Whose frames know it by name: a cycle.
+            ended = error.with_traceback(None)  # Its frames reference it: a cycle.
         return parts[0] if len(parts) == 1 else b"".join(parts), ended

@@ -1,6 +1,6 @@
-"""OpenSSL's words put into the gateway's.
+"""Translates OpenSSL's errors into the gateway's reasons.
 
-In: verification codes, error queues, alerts.  Out: an `UpstreamFailure` whose reason a person can act on.
+In: verification codes, error queues, alerts.  Out: an `UpstreamFailure` with a reason that people can act on.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from OpenSSL import crypto
 from gateway import MADE
 from gateway.errors import EndReason, UpstreamFailure
 
-# X509_V_ERR_* (openssl/x509_vfy.h) that deserve a reason or words of their own; whatever is not here is an untrusted
-# chain with OpenSSL's number, which fails closed.
+# X509_V_ERR_* (openssl/x509_vfy.h) with their own reason or words; any other is an untrusted chain with OpenSSL's
+# number, which fails closed.
 _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
-    2: (EndReason.TLS_UNTRUSTED_CHAIN, "the issuer's certificate is not to be found"),
-    3: (EndReason.TLS_CRL_UNUSABLE, "there is no CRL of the issuer"),
+    2: (EndReason.TLS_UNTRUSTED_CHAIN, "the issuer's certificate was not found"),
+    3: (EndReason.TLS_CRL_UNUSABLE, "no CRL of the issuer was found"),
     5: (EndReason.TLS_CRL_UNUSABLE, "the CRL's signature cannot be read"),
     7: (EndReason.TLS_UNTRUSTED_CHAIN, "the signature is wrong"),
     8: (EndReason.TLS_CRL_UNUSABLE, "the CRL's signature is wrong"),
-    9: (EndReason.TLS_NOT_YET_VALID, "not valid yet"),
+    9: (EndReason.TLS_NOT_YET_VALID, "not yet valid"),
     10: (EndReason.TLS_EXPIRED, "expired"),
-    11: (EndReason.TLS_CRL_UNUSABLE, "the CRL is not valid yet"),
+    11: (EndReason.TLS_CRL_UNUSABLE, "the CRL is not yet valid"),
     12: (EndReason.TLS_CRL_UNUSABLE, "the CRL has expired"),
     13: (EndReason.TLS_NOT_YET_VALID, "its notBefore field is malformed"),
     14: (EndReason.TLS_EXPIRED, "its notAfter field is malformed"),
@@ -41,9 +41,9 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     23: (EndReason.TLS_REVOKED, "revoked"),
     24: (EndReason.TLS_UNTRUSTED_CHAIN, "an issuer is not a CA, or has no public key"),
     25: (EndReason.TLS_UNTRUSTED_CHAIN, "the path length that a CA allows is exceeded"),
-    26: (EndReason.TLS_WRONG_PURPOSE, "not meant for a TLS server (extendedKeyUsage)"),
+    26: (EndReason.TLS_WRONG_PURPOSE, "not for a TLS server (extendedKeyUsage)"),
     32: (EndReason.TLS_UNTRUSTED_CHAIN, "an issuer may not sign certificates (keyUsage)"),
-    33: (EndReason.TLS_CRL_UNUSABLE, "the CRL's issuer is not to be found"),
+    33: (EndReason.TLS_CRL_UNUSABLE, "the CRL's issuer was not found"),
     34: (EndReason.TLS_UNTRUSTED_CHAIN, "a critical extension is unknown"),
     35: (EndReason.TLS_CRL_UNUSABLE, "the issuer may not sign CRLs (keyUsage)"),
     36: (EndReason.TLS_CRL_UNUSABLE, "the CRL has a critical extension that is unknown"),
@@ -73,16 +73,16 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     94: (EndReason.TLS_STRICT_REFUSED, "an elliptic curve given by explicit parameters"),
 }
 
-# Those that another time of day would not have met: certificates not valid yet or no longer, then CRLs.
+# Errors that depend on the clock: certificates not yet valid or expired, then CRLs.
 _OF_CERTIFICATES_TIME = frozenset({9, 10})
 _OF_TIME = _OF_CERTIFICATES_TIME | {11, 12}
 _NOT_YET = frozenset({9, 11})
 
-# Parts of OpenSSL's reason strings, in the order in which they are looked for.  The strings changed between 1.1.1, 3.x
+# Parts of OpenSSL's reason strings, in the order in which they are searched.  The strings changed between 1.1.1, 3.x
 # and 4.0 ("sslv3 alert bad certificate" became "ssl/tls alert bad certificate"), their endings did not.
 _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
     ("wrong version number", EndReason.TLS_NOT_TLS),
-    ("packet length too long", EndReason.TLS_NOT_TLS),  # OpenSSL 3.4 to 3.5.2 look at a record's length first
+    ("packet length too long", EndReason.TLS_NOT_TLS),  # OpenSSL 3.4 to 3.5.2 check a record's length first
     ("http request", EndReason.TLS_NOT_TLS),
     ("https proxy request", EndReason.TLS_NOT_TLS),
     ("unsupported protocol", EndReason.TLS_VERSION),
@@ -96,7 +96,7 @@ _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
     ("alert certificate unknown", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
     ("alert unknown ca", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
     ("alert access denied", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
-    # Only when the verification refused and could not say why, since its own reason goes before OpenSSL's.
+    # Only if verification refused without giving a reason, because its own reason takes precedence.
     ("certificate verify failed", EndReason.TLS_VERIFICATION_ERROR),
 )
 
@@ -106,8 +106,8 @@ def verification_failure(
 ) -> UpstreamFailure:
     """Return the failure for X509_V_ERR_* `code` at `depth` of the chain (0: the broker's own certificate).
 
-    `now` is what this machine's clock says.  A box without a clock battery starts in the past: that is told apart from
-    a `certificate` that begins too late, and never forgiven.
+    `now` is the time of this machine's clock.  A machine without a clock battery starts in the past: this gets its own
+    reason, different from a `certificate` that starts too late, and is still a refusal.
     """
     reason, words = _VERIFY_ERRORS.get(code, (EndReason.TLS_UNTRUSTED_CHAIN, "verification failed"))
     whose = "the broker's certificate" if depth == 0 else f"the CA certificate {depth} above the broker's"
@@ -115,7 +115,7 @@ def verification_failure(
     if code in _NOT_YET and now < MADE:
         reason = EndReason.CLOCK_IMPLAUSIBLE
     if code in _OF_CERTIFICATES_TIME and certificate is not None:
-        # What OpenSSL can read and `cryptography` cannot is refused all the same.
+        # If `cryptography` cannot parse it, it is refused all the same.
         with contextlib.suppress(ValueError):
             own = certificate.to_cryptography()
             detail += f"; it is valid from {_shown(own.not_valid_before_utc)} to {_shown(own.not_valid_after_utc)}"
@@ -127,8 +127,8 @@ def verification_failure(
 def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFailure:
     """Return the failure for OpenSSL's error queue: pyOpenSSL's (library, function, reason)s or errno pair.
 
-    `approved` says whether the broker's certificate had been approved.  Then only the client certificate can make a
-    broker send the alert handshake_failure (RFC 5246 §7.4.6); before, it is ciphers or extensions.
+    `approved` says whether the broker's certificate had been approved.  After that, only the client certificate can
+    make a broker send the alert handshake_failure (RFC 5246 §7.4.6); before, it is about ciphers or extensions.
     """
     words = "; ".join(
         str(entry[2] or entry[0]) if isinstance(entry, tuple) and len(entry) == 3 else str(entry) for entry in queue

@@ -1,8 +1,8 @@
-"""What the gateway trusts and what it shows: certificates, keys and CRLs, made into one OpenSSL Context.
+"""Loads what the gateway trusts and shows (certificates, keys and CRLs) into one OpenSSL Context.
 
 In: the `[tls]` section of the configuration, files.  Out: a `TLSPolicy` that all sessions to a broker share, or
-`ConfigError` with everything that is wrong with the files.  One Context for all sessions is what keeps a session at
-some kilobytes: a Context of its own would load the roots anew each time.
+`ConfigError` with everything that is wrong with the files.  Sessions share one Context to keep each at a few
+kilobytes: a Context per session would load the roots each time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ VerifyCallback = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
 _T = TypeVar("_T")
 
 # @SECLEVEL=2 refuses RSA below 2048 bits and SHA-1 signatures in the chain, whatever the platform's default is.
-# TLS 1.2 is held to what TLS 1.3 has anyway: forward secrecy and authenticated encryption.
+# TLS 1.2 is limited to what TLS 1.3 always has: forward secrecy and authenticated encryption.
 _CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:@SECLEVEL=2"
-# Where Debian and Red Hat keep their bundles, for builds of OpenSSL that look elsewhere (as in wheels).
+# The bundles of Debian and Red Hat, for builds of OpenSSL that look elsewhere (as in wheels).
 _PLATFORM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 _CERTIFICATE_BEGIN = b"-----BEGIN CERTIFICATE-----"
 _MIN_VERSIONS = {"1.2": SSL.TLS1_2_VERSION, "1.3": SSL.TLS1_3_VERSION}
@@ -48,10 +48,10 @@ class ClientIdentity:
 
 @frozen(slots=True)
 class TLSPolicy:
-    """All that a session's TLS needs and that sessions share.
+    """The TLS settings that sessions share.
 
-    `client` is the identity that `context` shows the broker, `own` that of a device, which each connection is given.
-    `roots` is empty if the platform's roots are used.  `strict` asks for the second opinion.  `crls_until` is when the
+    `client` is the identity that `context` shows the broker, `own` that of a device, which is given to each connection.
+    `roots` is empty if the platform's roots are used.  `strict` requires the second opinion.  `crls_until` is when the
     first CRL is due to be replaced, in seconds since the epoch.  `resumption` allows session tickets.
     """
 
@@ -66,7 +66,7 @@ class TLSPolicy:
     own: ClientIdentity | None = None
 
     def introduce(self, connection: SSL.Connection) -> None:
-        """Give a connection, before its handshake, the identity that it is to show.  Raises `SSL.Error`."""
+        """Give a connection, before its handshake, the identity to show.  Raises `SSL.Error`."""
         if self.own is not None:
             connection.use_certificate(self.own.chain[0])
             connection.use_privatekey(self.own.key)
@@ -96,7 +96,7 @@ def read_crls(path: Path) -> list[x509.CertificateRevocationList]:
 
 
 def read_private_key(path: Path) -> PrivateKey:
-    """Read a PEM private key.  Raises `ValueError` that says what is wrong with it, and never shows any of it."""
+    """Read a PEM private key.  Raises `ValueError` that says what is wrong with it, without any of its content."""
     data = _read(path)
     if b"PRIVATE KEY-----" not in data:
         raise ValueError("holds no PEM private key")
@@ -104,7 +104,7 @@ def read_private_key(path: Path) -> PrivateKey:
         key = load_pem_private_key(data, password=None)
     except TypeError:
         raise ValueError(
-            "holds an encrypted private key, and nobody is there to type the passphrase at start; "
+            "holds an encrypted private key, which needs a passphrase that nobody can type at start; "
             "decrypt it with `openssl pkey` and protect it by its file mode"
         ) from None
     except ValueError:
@@ -116,7 +116,7 @@ def read_private_key(path: Path) -> PrivateKey:
 
 
 def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
-    """Return the configured roots and the problems met on the way."""
+    """Return the configured roots, and any problems."""
     roots: list[x509.Certificate] = []
     problems: list[str] = []
     for path in tls.ca_file:
@@ -136,7 +136,7 @@ def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
 
 
 def policy_files(tls: TLS) -> list[Path]:
-    """Return the files that `load_policy` reads; those of a directory, or of the platform, as far as they are there."""
+    """Return the files that `load_policy` reads, including those of a directory or of the platform that exist."""
     files = [*tls.ca_file, *tls.crl_file]
     files += [path for path in (tls.client_cert, tls.client_key) if path is not None]
     with contextlib.suppress(OSError, ValueError):
@@ -153,7 +153,7 @@ def ca_dir_files(directory: Path) -> list[Path]:
 
 
 def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
-    """Return the gateway's own certificate and key, if it has any, and the problems met on the way."""
+    """Return the gateway's own certificate and key, if configured, and any problems."""
     if tls.client_cert is None:
         return None, []
     problems: list[str] = []
@@ -172,7 +172,7 @@ def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
 
 
 def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.Certificate] = ()) -> TLSPolicy:
-    """Build the policy that `tls` describes; `verify` is asked about each certificate (OpenSSL's SSL_CTX_set_verify).
+    """Build the policy that `tls` describes; `verify` is called for each certificate (SSL_CTX_set_verify).
 
     `intermediates` are shown after the certificates of devices, where `tls` has none of the gateway's.
     Raises `ConfigError` with every problem in every file.
@@ -189,8 +189,8 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_min_proto_version(_MIN_VERSIONS[tls.min_version])
     context.set_cipher_list(_CIPHERS)
-    # No tickets of TLS 1.2 (the option says nothing about 1.3): they would put the keys of a session, encrypted with a
-    # key that brokers keep long, onto the wire.  OpenSSL's own cache does not know what a ticket is bound to.
+    # No TLS 1.2 tickets (the option does not affect 1.3): they would put a session's keys on the wire, encrypted with a
+    # key that brokers keep for long.  OpenSSL's own cache does not know what a ticket is bound to.
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
@@ -203,7 +203,7 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
             store.add_cert(crypto.X509.from_cryptography(root))
     else:
         context.set_default_verify_paths()
-        platform_roots.cache_clear()  # They may be others than at the last time.
+        platform_roots.cache_clear()  # They may have changed.
     if crls:
         for crl in crls:
             store.add_crl(crl)
@@ -229,7 +229,7 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
 
 
 def _first_next_update(crls: list[x509.CertificateRevocationList]) -> float:
-    # One that names no next update never falls due (RFC 5280 §5.1.2.5 wants every CRL to name it).
+    # A CRL without nextUpdate never falls due (RFC 5280 §5.1.2.5 requires nextUpdate).
     due = [crl.next_update_utc for crl in crls]
     return min((each.timestamp() for each in due if each is not None), default=float("inf"))
 
@@ -265,11 +265,11 @@ def platform_bundle() -> Path:
 
 @cache
 def platform_roots() -> tuple[x509.Certificate, ...]:
-    """Return the platform's roots, for the second opinion; OpenSSL itself reads them from the same place.
+    """Return the platform's roots, for the second opinion; OpenSSL reads them from the same place.
 
-    Raises `OSError` or `ValueError` if there are none to be read, which refuses the session that asked.
+    Raises `OSError` or `ValueError` if there are none, which refuses the session.
     """
-    # One by one: bundles have held certificates that a stricter parser refuses, and the others are none the worse.
+    # One by one: bundles have contained certificates that a stricter parser rejects; the others are still usable.
     roots = []
     for part in _read(platform_bundle()).split(_CERTIFICATE_BEGIN)[1:]:
         with contextlib.suppress(ValueError):

@@ -1,6 +1,6 @@
 """A line over the last quarter of an hour, as SVG.
 
-In: values and when they were.  Out: a figure whose text says what the line shows.
+In: values and their times.  Out: a figure with a text alternative.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from gateway.ops.status_words import number
 from gateway.ops.web.markup import Markup, element
 
 _WIDTH, _HEIGHT = 300, 80
-_GAP = 4  # above the highest value, so that its line is seen whole
+_GAP = 4  # above the highest value, so that its line is fully visible
 
 
 @frozen
 class Line:
-    """What is drawn: its name, what its values count, the values."""
+    """A line: its name, the unit of its values, the values."""
 
     name: str
     unit: str
@@ -28,11 +28,11 @@ class Line:
 
 
 def chart(line: Line, moments: Sequence[str], now: str) -> Markup:
-    """Draw `line`, whose values were at `moments` (ISO 8601), up to `now`."""
+    """Draw `line`, whose values are of `moments` (ISO 8601), up to `now`."""
     if not line.values:
         return element(
             "figure",
-            element("figcaption", element("b", line.name), f" {line.unit}: the first ten seconds are not over."),
+            element("figcaption", element("b", line.name), f" {line.unit}: no values in the first ten seconds."),
         )
     top = _round_up(max(line.values))
     end = datetime.fromisoformat(now)

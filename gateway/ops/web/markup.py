@@ -1,7 +1,7 @@
-"""HTML and SVG in which nothing is markup that was not made here.
+"""HTML and SVG, escaped by construction.
 
-In: names of elements, attributes, texts.  Out: `Markup`.  Whatever is not `Markup` is escaped on its way in, so there
-is no place where somebody could forget to.
+In: element names, attributes, texts.  Out: `Markup`.  Everything that is not `Markup` is escaped when it is added, so
+no caller can forget to.
 """
 
 from __future__ import annotations

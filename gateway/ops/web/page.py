@@ -1,7 +1,7 @@
 """The status page: the status document as HTML that needs nothing else.
 
-In: the document of `gateway.ops.sight`.  Out: one HTML page with its style, and a script that only fetches the page
-anew; without it the page is whole, and a browser loads it anew by itself.
+In: the document of `gateway.ops.sight`.  Out: one HTML page with its style, and a script that only refreshes it.
+Without JavaScript the page is complete, and the browser reloads it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
     ]
 )
 
-_NAME = 64  # characters of a Client Identifier that a row has room for
+_NAME = 64  # characters of a Client Identifier shown in a row
 
 _CLASSES = {Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
 _SHOWN = {"all": "All", "silent": "Not connected", "connecting": "Connecting", "connected": "Connected"}
@@ -68,7 +68,7 @@ def page(document: Part) -> str:
         element("meta", charset="utf-8"),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        # With a script the page is refreshed in its place; a search that is being typed is left alone.
+        # With JavaScript the page is refreshed in place, without disturbing a search that is being typed.
         element("noscript", element("meta", http_equiv="refresh", content="30")),
         element("title", f"{_mark(judged.level)}{document['host']}: MQTTS gateway"),
         element("style", Markup(_STYLE)),
@@ -131,7 +131,7 @@ def _search(devices: Part) -> Markup:
     )
 
 
-# ---- how it is
+# ---- the state
 
 
 def _now(document: Part) -> Markup:
@@ -178,7 +178,7 @@ def _why(document: Part) -> Markup:
     return _section(
         "Why sessions ended in the last 15 minutes",
         _table(("Reason", "Ends", "Devices", "What it means"), rows, numeric=(1, 2)),
-        "None, but by a DISCONNECT of the device's own.",
+        "None, except by the device's own DISCONNECT.",
         rows,
     )
 
@@ -203,9 +203,7 @@ def _upstreams(document: Part) -> Markup:
                 said or "none",
             ]
         )
-    return _section(
-        "Upstreams", _table(("Broker", "State", "Last verified", "Last failure"), rows), "There is none.", rows
-    )
+    return _section("Upstreams", _table(("Broker", "State", "Last verified", "Last failure"), rows), "None.", rows)
 
 
 def _certificates(document: Part) -> Markup:
@@ -223,8 +221,8 @@ def _certificates(document: Part) -> Markup:
     ]
     return _section(
         "Certificates",
-        _table(("Whose", "Subject", "How long"), rows),
-        "None is known yet: the broker's is once a session has been opened; the platform's CAs are not listed.",
+        _table(("Certificate", "Subject", "Validity"), rows),
+        "None yet: the broker's certificate appears after the first session. The platform's CAs are not listed.",
         rows,
     )
 
@@ -237,10 +235,10 @@ def _history(document: Part) -> Markup:
 
     charts = [
         line("Sessions", "connected", (each["sessions"] for each in history)),
-        line("Messages", "packets a second", (each["packets"] / (each["seconds"] or 1) for each in history)),
+        line("Messages", "packets per second", (each["packets"] / (each["seconds"] or 1) for each in history)),
         line("Failures", "in 10 seconds", (each["failures"] for each in history)),
     ]
-    return element("section", element("h2", "The last quarter of an hour"), element("div", *charts, class_="charts"))
+    return element("section", element("h2", "The last 15 minutes"), element("div", *charts, class_="charts"))
 
 
 # ---- devices
@@ -259,7 +257,7 @@ def _devices(document: Part) -> Markup:
         content = element("p", "None.")
     else:
         content = _table(
-            ("Device", "Where it stands", "Since", "Upstream", "To the broker", "From the broker"),
+            ("Device", "State", "Since", "Upstream", "To the broker", "From the broker"),
             rows,
             class_="devices",
         )
@@ -344,7 +342,7 @@ def _footer(document: Part) -> Markup:
         element(
             "p",
             f"Version {document['version']}, running since {began} UTC ({duration(document['uptime_seconds'])}), "
-            f"{reloads['done']} changes of the configuration{refused}.",
+            f"{reloads['done']} configuration reloads{refused}.",
         ),
         element(
             "p",
@@ -369,10 +367,10 @@ def _section(title: str, content: Markup, otherwise: str, rows: Sequence[object]
 def _table(
     headings: Sequence[str], rows: Iterable[Sequence[Child]], numeric: Sequence[int] = (), class_: str | None = None
 ) -> Markup:
-    """Make a table; on a narrow screen each row is a card, and each cell says what it is."""
+    """Make a table; on a narrow screen each row is a card, and each cell has its heading."""
 
     def cell(index: int, content: Child) -> Markup:
-        # The roles stay when the style makes something else than a table of it.
+        # The roles remain when the style no longer displays a table.
         class_ = "number" if index in numeric else None
         if index == 0:
             return element("th", content, scope="row", role="rowheader")

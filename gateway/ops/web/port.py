@@ -1,7 +1,7 @@
 """Opening and moving the status endpoint.
 
-In: the `[status]` section of a configuration, and of the one that follows it.  Out: a port that shows `Sight`, or
-`ConfigError`.  What it needs of twisted.web and prometheus_client is loaded when there is an endpoint, and not before.
+In: the `[status]` sections of the current and the next configuration.  Out: a port that serves `Sight`, or
+`ConfigError`.  twisted.web and prometheus_client are imported only if there is an endpoint.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 _log = Logger(namespace="gateway")
 
-RETRY_INTERVAL = 60.0  # seconds; so often an endpoint is tried that could not be opened at the start
+RETRY_INTERVAL = 60.0  # seconds between attempts to open an endpoint that could not be opened at start
 
 
 @frozen
 class _Open:
-    """An endpoint that is open."""
+    """An open endpoint."""
 
     status: Status
     site: StatusSite
@@ -38,14 +38,14 @@ class _Open:
 
 @frozen
 class Prepared:
-    """What a new configuration wants: `opened` if that is something new, `None` if all stays or nothing is wanted."""
+    """What a new configuration needs: `opened` if that is a new endpoint, `None` if nothing changes or none is set."""
 
     status: Status
     opened: _Open | None
 
 
 class StatusPort:
-    """The status endpoint of a gateway: none, or one."""
+    """The status endpoint of a gateway, if it has one."""
 
     def __init__(self, reactor: Any, sight: Sight) -> None:
         """Take a reactor that provides IReactorTime, IReactorTCP and IReactorUNIX."""
@@ -57,43 +57,43 @@ class StatusPort:
 
     @property
     def port(self) -> IListeningPort | None:
-        """What is open."""
+        """The open port."""
         return self._open.port if self._open is not None else None
 
     def open(self, status: Status) -> None:
-        """Open what `status` describes; if that cannot be done, say so and try again later."""
+        """Open what `status` describes; if that fails, log it and retry later."""
         try:
             self.adopt(self.prepare(status))
         except ConfigError as error:
             self._wanted = status
             self._try_again_at = self._reactor.seconds() + RETRY_INTERVAL
             _log.error(
-                "{problems}; the gateway works without, and tries again in {interval:.0f} s",
+                "{problems}; running without a status page; next attempt in {interval:.0f} s",
                 problems="; ".join(error.problems),
                 interval=RETRY_INTERVAL,
             )
 
     def sweep(self) -> None:
-        """Try again what could not be opened; called every second or so."""
+        """Retry opening the endpoint; called about once a second."""
         if self._wanted is not None and self._reactor.seconds() >= self._try_again_at:
             self.open(self._wanted)
 
     def prepare(self, status: Status) -> Prepared:
-        """Open what `status` describes, if that is not open already.  Raises `ConfigError`."""
+        """Open what `status` describes, unless it is already open.  Raises `ConfigError`."""
         if not status.endpoint or (self._open is not None and self._open.status.description == status.description):
             return Prepared(status, None)
         from gateway.ops.web.site import StatusSite
 
         site = StatusSite(self._sight, self._reactor)
         try:
-            factory: Any = site  # of its generic bases no two agree
+            factory: Any = site  # its generic bases do not agree
             port = listen(self._reactor, Listener(status.endpoint), factory)
         except ListenFailed as error:
             raise ConfigError([f"status.endpoint: cannot listen on {status.endpoint}: {error}"]) from None
         return Prepared(status, _Open(status, site, port))
 
     def adopt(self, prepared: Prepared) -> None:
-        """Let what was prepared take the place of what is open."""
+        """Replace what is open with what was prepared."""
         self._wanted = None
         before = self._open
         if prepared.opened is not None:
@@ -104,17 +104,17 @@ class StatusPort:
         if before is not None and before is not self._open:
             _close(before)
         if self._open is not None:
-            # No browser can be led to a UNIX socket by a name, and which names lead to a public endpoint is not known.
+            # A browser cannot reach a UNIX socket by name, and the names of a public endpoint are not known.
             is_unix = not hasattr(self._open.port.getHost(), "host")
             self._open.site.any_host = prepared.status.public or is_unix
 
     def discard(self, prepared: Prepared) -> None:
-        """Close what was prepared in vain."""
+        """Close what was prepared but not adopted."""
         if prepared.opened is not None:
             _close(prepared.opened)
 
     def close(self) -> Deferred[Any]:
-        """Close; fires when that is done."""
+        """Close; the result fires when that is done."""
         self._wanted = None
         closing, self._open = self._open, None
         return succeed(None) if closing is None else _close(closing)

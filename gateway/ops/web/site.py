@@ -1,8 +1,7 @@
-"""HTTP for whoever looks: the page, /status, /metrics, /healthz, /readyz.
+"""The HTTP server of the status endpoint: the page, /status, /metrics, /healthz, /readyz.
 
-In: requests on the status endpoint.  Out: answers made of `Sight`; nothing can be changed here, so only GET and HEAD
-are taken.  Whatever a stranger sends, it costs little, ends soon, and a mistake in an answer stays in it: the relay
-runs in the same process.
+In: requests.  Out: answers made from `Sight`.  Nothing can be changed here, so only GET and HEAD are accepted.  The
+relay runs in the same process, so every request must be cheap and short, and an error in an answer must not spread.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from gateway.ops.web.page import CONTENT_SECURITY_POLICY, page
 _log = Logger(namespace="gateway")
 
 _MOST_CONNECTIONS = 32
-_LIFETIME = 15.0  # seconds that a connection may last, whatever is sent on it
+_LIFETIME = 15.0  # seconds that a connection may last
 _IDLE = 5  # seconds without a byte
 _LONGEST_PATH = 2048  # bytes, query included
 _MOST_ARGUMENTS = 16
-# Answers per second, all askers together, and how many may come at once: a page of ten thousand sessions takes some
-# milliseconds, which are the relay's.
+# Answers per second for all clients together, and the burst.  A page of ten thousand sessions takes milliseconds, which
+# the relay has to wait for.
 _RATE = 5.0
 _BURST = 40.0
 
@@ -84,36 +83,40 @@ class StatusSite(WrappingFactory):
         return _Bounded(self, self.wrappedFactory.buildProtocol(addr), self._reactor)
 
     def end(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         for connection in list(self.protocols):
             connection.abortConnection()
 
     def answer(self, method: str, uri: str, host: str | None, accept: str) -> Answer:
-        """Answer a request; whatever goes wrong is an answer, too."""
+        """Answer a request; an error is answered with 500."""
         try:
             return self._answer(method, uri, host, accept)
-        except Exception:  # noqa: BLE001  a mistake in an answer must not be the relay's
-            _log.failure("a mistake of the gateway in its status page")
-            return 500, _TEXT, b"The gateway made a mistake in this answer; its log has the particulars.\n"
+        except Exception:  # noqa: BLE001  an error in an answer must not reach the relay
+            _log.failure("internal error in the status page")
+            return 500, _TEXT, b"Internal error; see the gateway's log.\n"
 
     def _answer(self, method: str, uri: str, host: str | None, accept: str) -> Answer:
         if method not in {"GET", "HEAD"}:
-            return 405, _TEXT, b"Only GET and HEAD: nothing can be changed here.\n"
+            return 405, _TEXT, b"Only GET and HEAD are allowed.\n"
         if not (self.any_host or host is None or _is_this_machine(host)):
-            # A page on the Internet whose name was made to lead to 127.0.0.1 would be of the same origin as this one.
-            return 421, _TEXT, b"Ask for localhost or 127.0.0.1 by name; a proxy has to set the Host header so.\n"
+            # A page on the Internet whose name was made to resolve to 127.0.0.1 would have the same origin as this one.
+            return (
+                421,
+                _TEXT,
+                b"Use localhost or 127.0.0.1 as the host name; a proxy must set the Host header accordingly.\n",
+            )
         if len(uri) > _LONGEST_PATH:
-            return 414, _TEXT, b"That is too long.\n"
+            return 414, _TEXT, b"The path is too long.\n"
         path, _, query = uri.partition("?")
         answer = self._answers.get(path)
         if answer is None:
-            return 404, _TEXT, b"There are /, /status, /metrics, /healthz and /readyz.\n"
+            return 404, _TEXT, b"Not found. Available: /, /status, /metrics, /healthz, /readyz.\n"
         if path not in {"/healthz", "/readyz"} and not self._take_token():
-            return 429, _TEXT, b"Too many requests: ask again in a second.\n"
+            return 429, _TEXT, b"Too many requests: retry in a second.\n"
         try:
             arguments = dict(parse_qsl(query, max_num_fields=_MOST_ARGUMENTS))
         except ValueError:
-            return 400, _TEXT, b"There are too many arguments.\n"
+            return 400, _TEXT, b"Too many arguments.\n"
         return answer(arguments, accept)
 
     def _take_token(self) -> bool:
@@ -141,7 +144,7 @@ class StatusSite(WrappingFactory):
     def _health(self, _: Mapping[str, str], __: str) -> Answer:
         if self._sight.is_alive():
             return 200, _TEXT, b"alive\n"
-        return 503, _TEXT, b"the sweep does not run: deadlines are not kept\n"
+        return 503, _TEXT, b"the event loop is stuck: timeouts are not enforced\n"
 
     def _readiness(self, _: Mapping[str, str], __: str) -> Answer:
         unready = self._sight.unready()
@@ -149,7 +152,7 @@ class StatusSite(WrappingFactory):
 
 
 class _HTTP(HTTPFactory):
-    """Twisted's HTTP, without its access log: a scrape every few seconds is no event, and its text is a stranger's."""
+    """Twisted's HTTP without an access log: scrapes are frequent, and their text is untrusted."""
 
     noisy = False
 
@@ -174,7 +177,7 @@ class _HTTP(HTTPFactory):
 
 
 class _Bounded(ProtocolWrapper):
-    """A connection that ends after a while, however slowly its requests come or its answers are read."""
+    """A connection with a limited lifetime, however slowly requests arrive or answers are read."""
 
     def __init__(self, factory: StatusSite, wrapped: Any, reactor: Any) -> None:
         super().__init__(factory, wrapped)  # type: ignore[arg-type]  # the two name each other
@@ -192,7 +195,7 @@ class _Bounded(ProtocolWrapper):
 
 
 class _Request(Request):
-    """One request; a body is not kept, wherever it would have gone."""
+    """One request; its body is dropped."""
 
     def __init__(self, site: StatusSite, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -210,7 +213,7 @@ class _Request(Request):
         status, content_type, body = self._site.answer(
             self.method.decode("latin-1"),
             self.uri.decode("latin-1"),
-            # Health checkers that speak HTTP/1.0 send none; browsers always do.
+            # HTTP/1.0 health checkers send none; browsers always do.
             ",".join(hosts) if hosts else None,
             ",".join(self.requestHeaders.getRawHeaders("accept") or []),
         )
@@ -223,7 +226,7 @@ class _Request(Request):
             self.setHeader("Retry-After", "1")
         self.setHeader("Content-Type", content_type)
         self.setHeader("Content-Length", str(len(body)))
-        # One answer a connection: there are few connections, and whoever idles on one keeps somebody else waiting.
+        # One answer per connection: connections are few, and an idle one would block others.
         self.channel.persistent = False
         if self.method != b"HEAD":
             self.write(body)
@@ -231,7 +234,7 @@ class _Request(Request):
 
 
 def _is_this_machine(host: str) -> bool:
-    """Say whether a Host header names this machine by its loopback address, with or without a port (RFC 9110 §7.2)."""
+    """Return whether a Host header names this machine's loopback, with or without a port (RFC 9110 §7.2)."""
     name = host.lower()
     name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
     if name.removesuffix(".") == "localhost" or name.removesuffix(".").endswith(".localhost"):
