@@ -136,7 +136,7 @@ class EndReason(StrEnum):
     )
     DEVICE_NAME_UNUSABLE = (
         "device-name-unusable",
-        "A name from the device has characters that no template takes, or is missing.",
+        "A name from the device is missing, too long, or has characters that templates do not allow.",
         "Give the device a name of letters, digits and . _ : @ -, or write its rule without that placeholder.",
     )
     SPOOFED = (

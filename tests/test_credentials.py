@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.rewrite import KEPT
 from gateway.rules.credentials import Credentials
 from gateway.rules.rules import Caller, Rules
+from gateway.rules.secrets import Programs
 from gateway.rules.tokens import sas_token
 from gateway.tls.devices import device_policies
 from gateway.tls.trust import ClientIdentity
@@ -28,11 +30,16 @@ NOW = 1_700_000_000.75
 
 
 def outcome(
-    rule: dict[str, Any], *, uniform: float = 0.0, environment: dict[str, str] | None = None, name: str = "d1"
+    rule: dict[str, Any],
+    *,
+    uniform: float = 0.0,
+    environment: dict[str, str] | None = None,
+    name: str = "d1",
+    programs: Programs | None = None,
 ) -> Any:
     """What comes of asking for the password."""
     config = from_mapping({"upstream": [{"host": "b"}], "device": [rule]})
-    credentials = Credentials(config.device, None, lambda: uniform, lambda: NOW, environment or {})
+    credentials = Credentials(config.device, programs, lambda: uniform, lambda: NOW, environment or {})
     matched = Rules(config).match(read(connect(name))[1], Caller("10.0.0.1", ""))
     assert matched is not None
     outcomes: list[Any] = []
@@ -57,6 +64,27 @@ def test_a_credential_of_systemd_is_read_where_it_is(tmp_path: Path) -> None:
     assert isinstance(refusal, Refusal)
     assert refusal.reason is EndReason.CREDENTIALS_UNAVAILABLE
     assert "LoadCredential" in refusal.detail
+
+
+class _Programs(Programs):
+    """Programs that would succeed, if they ran."""
+
+    def __init__(self) -> None:
+        """Start nothing."""
+
+    async def run(self, words: Sequence[str], environment: Mapping[str, str], timeout: float) -> bytes:
+        """Return what the program would know of the device."""
+        return repr(dict(environment)).encode()
+
+
+@pytest.mark.parametrize("name", ["a b", "$(id)", "x" * 129])
+def test_a_password_program_never_runs_without_the_name_of_a_named_device(name: str) -> None:
+    """It could give the device a password meant for another; a device without a name is no such case."""
+    rule = {"password_command": ["/bin/x"]}
+    refusal = outcome(rule, name=name, programs=_Programs())
+    assert isinstance(refusal, Refusal)
+    assert refusal.reason is EndReason.DEVICE_NAME_UNUSABLE
+    assert outcome(rule, name="", programs=_Programs()) == (b"{'ADDRESS': '10.0.0.1'}", None)
 
 
 @pytest.mark.parametrize(

@@ -54,18 +54,44 @@ def first(rules: Rules, name: str = "sensor-1", caller: Caller = HERE, **more: A
         ({"match_client_id": "s[0-9]?"}, ["s1x", "s99"], ["s1", "sxx"]),
         ({"match_pattern": "a(?P<n>[0-9]+)"}, ["a1", "a99"], ["a", "a1b", "xa1", "a1\n"]),
         ({"match_client_id": "a*", "match_pattern": ".*z"}, ["az", "abz"], ["a", "z"]),
-        ({"match_client_id": "*"}, ["", "a", "x" * 256], ["x" * 257]),
-        ({"match_pattern": ".*"}, ["", "a", "x" * 256], ["x" * 257]),
+        ({"match_client_id": "*"}, ["", "a", "x" * 256], []),
+        ({"match_pattern": ".*"}, ["", "a", "x" * 256], []),
+        ({"match_client_id": "x" * 300}, ["x" * 300], ["x" * 299, "x" * 301]),
+        ({"match_client_id": ["a*", "x" * 300]}, ["a", "x" * 300], ["x"]),
         ({}, ["", "a", "x" * 60_000], []),
     ],
 )
 def test_a_client_identifier_is_matched_whole(match: dict[str, Any], matching: list[str], others: list[str]) -> None:
-    """Exactly, by a pattern of the shell's kind, or by a regular expression; long ones by none of the patterns."""
+    """Exactly, by a shell pattern, or by a regular expression."""
     rules = rules_of({**match, "name": "it"})
     for name in matching:
         assert first(rules, name) == "it", name
     for name in others:
         assert first(rules, name) is None, name
+
+
+@pytest.mark.parametrize("unknown", ["pass", "refuse"])
+@pytest.mark.parametrize(
+    "match",
+    [{"match_client_id": "*"}, {"match_pattern": ".*"}, {"match_client_id": ["x", "y*"]}, {"match_pattern": "y"}],
+)
+def test_a_name_too_long_for_a_pattern_is_refused(match: dict[str, Any], unknown: str) -> None:
+    """Neither the rule's `bound_to` nor a later rule nor `unknown = "pass"` may be reached around the pattern."""
+    rules = rules_of({**match, "bound_to": "10.0.0.1"}, {"name": "later"}, unknown=unknown)
+    with pytest.raises(Refusal) as caught:
+        first(rules, "x" * 257)
+    assert (caught.value.reason, caught.value.code_3, caught.value.code_5) == (EndReason.DEVICE_NAME_UNUSABLE, 2, 0x85)
+
+
+def test_a_long_name_is_judged_by_the_rules_before_a_pattern() -> None:
+    """And by those whose other conditions the device does not meet."""
+    long = "x" * 300
+    rules = rules_of({"match_client_id": long, "name": "exact"}, {"match_client_id": "*", "match_username": "u"})
+    assert first(rules, long) == "exact"
+    assert first(rules, "y" * 300) is None
+    assert first(rules, long, username="u") == "exact"
+    with pytest.raises(Refusal):
+        first(rules, "y" * 300, username="u")
 
 
 def test_where_a_device_is_and_what_it_says_can_be_asked_for() -> None:

@@ -104,9 +104,11 @@ class Credentials:
         for name in FROM_DEVICE:
             try:
                 environment[name.upper()] = expand(f"{{{name}}}", matched.values)
-            except UnusableValueError:
-                # An unsafe value is not passed to the program.
-                continue
+            except UnusableValueError as error:
+                # Without the name of a device that has one, the program could give it a password meant for others.
+                if name == "client_id" and matched.values[name]:
+                    detail = f"rule {device.name}: password_command: {error}"
+                    raise Refusal(EndReason.DEVICE_NAME_UNUSABLE, detail, 2, 0x85) from None
         if "CREDENTIALS_DIRECTORY" in self._environment:
             environment["CREDENTIALS_DIRECTORY"] = self._environment["CREDENTIALS_DIRECTORY"]
         return await self._programs.run(device.password_command, environment, device.password_timeout)

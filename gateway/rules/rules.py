@@ -53,6 +53,12 @@ class Rule:
     pattern: re.Pattern[str] | None = field(repr=False)
     password: PasswordHash | None = field(repr=False)
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether `match_client_id` lists whole Client Identifiers, without wildcards."""
+        texts = self.device.match_client_id
+        return bool(texts) and not any(_WILDCARDS & set(text) for text in texts)
+
     @classmethod
     def of(cls, device: DeviceRule, order: int) -> Rule:
         """Compile a configured rule; `order` is its position in the configuration."""
@@ -65,7 +71,10 @@ class Rule:
         )
 
     def groups(self, connect: Connect, caller: Caller) -> Mapping[str, str | None] | None:
-        """Return the named groups of the pattern if the rule matches this device, otherwise None."""
+        """Return the named groups of the pattern if the rule matches this device, otherwise None.
+
+        Raises Refusal for a Client Identifier that is too long for the rule's patterns.
+        """
         device, name = self.device, connect.client_identifier
         if device.match_listener and caller.listener not in device.match_listener:
             return None
@@ -77,11 +86,23 @@ class Rule:
             return None
         if self.pattern is None:
             return {}
-        found = self.pattern.fullmatch(name) if len(name) <= _LONGEST_MATCHED else None
+        self._check_length(name)
+        found = self.pattern.fullmatch(name)
         return None if found is None else found.groupdict()
 
     def _matches_glob(self, name: str) -> bool:
-        return len(name) <= _LONGEST_MATCHED and any(glob.match(name) for glob in self.globs)
+        if self.is_exact:
+            return False
+        self._check_length(name)
+        return any(glob.match(name) for glob in self.globs)
+
+    def _check_length(self, name: str) -> None:
+        """Refuse a name that the rule may be meant for, but whose match would take too long to find out."""
+        if len(name) > _LONGEST_MATCHED:
+            detail = (
+                f"rule {self.device.name}: patterns match Client Identifiers of up to {_LONGEST_MATCHED} characters"
+            )
+            raise Refusal(EndReason.DEVICE_NAME_UNUSABLE, f"{detail}, this one has {len(name)}", 2, 0x85)
 
 
 @frozen(eq=False)
@@ -112,7 +133,7 @@ class Rules:
         self._unknown_pass = config.devices.unknown == "pass"
         for order, device in enumerate(config.device):
             rule = Rule.of(device, order)
-            if device.match_client_id and not any(_WILDCARDS & set(text) for text in device.match_client_id):
+            if rule.is_exact:
                 for text in set(device.match_client_id):
                     self._exact.setdefault(text, []).append(rule)
             else:
