@@ -1,6 +1,6 @@
-"""Ending many sessions without all of them coming back at the same moment.
+"""Spreads the end of many sessions over time, so that their devices do not all reconnect at once.
 
-In: what is to be ended, and the time it may take.  Out: at each moment, those whose turn has come.
+In: the things to end, and the time it may take.  Out: at each moment, those that are due.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ _T = TypeVar("_T")
 
 
 class Spread(Generic[_T]):
-    """Spreads things evenly, in their order, over `seconds` from `now`, when the first is due; with 0 all are."""
+    """Spreads things evenly, in order, over `seconds` from `now`; the first is due at once, and with 0 all are."""
 
     def __init__(self, things: Iterable[_T], now: float, seconds: float) -> None:
-        self._left = list(things)[::-1]  # the first is the last, where it is taken from
+        self._left = list(things)[::-1]  # reversed, since pop() takes from the end
         self._total = len(self._left)
         self._began = now
         self._seconds = seconds
 
     def hasten(self, now: float, seconds: float) -> None:
-        """Let it be over `seconds` from `now`, if that is sooner than it would be."""
+        """Finish within `seconds` from `now`, if that is sooner than planned."""
         if now + seconds < self._began + self._seconds:
             self._began, self._seconds, self._total = now, seconds, len(self._left)
 
     def due(self, now: float) -> Iterator[_T]:
-        """Give those whose turn has come since this was asked last."""
+        """Yield those that became due since the last call."""
         elapsed = now - self._began
         share = elapsed / self._seconds if elapsed < self._seconds else 1.0
         left = max(0, self._total - 1 - int(self._total * share))

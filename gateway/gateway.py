@@ -1,9 +1,9 @@
 """The gateway itself: all sessions, what they share, and the change from one configuration to the next.
 
-In: a `Config`, connections.  Out: sessions, from their beginning to their end.
+In: a `Config`, connections.  Out: sessions, from beginning to end.
 
-What is made of one configuration is a `Generation`.  A new one is made whole before anything of it is used; sessions
-keep the one that they began under.
+Everything built from one configuration is a `Generation`.  A new one is built completely before any of it is used;
+sessions keep the generation that they began under.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from gateway.tls.trust import TLSPolicy, policy_files
 
 _log = Logger(namespace="gateway")
 
-SWEEP_INTERVAL = 1.0  # seconds; deadlines are kept to this precision
-# So many sessions take a few tenths of a millisecond.
+SWEEP_INTERVAL = 1.0  # seconds; the precision of timeouts
+# This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
-DRAIN_INTERVAL = 0.1  # seconds; so often some of the sessions are ended that end spread over a time
+DRAIN_INTERVAL = 0.1  # seconds between two groups of sessions that a drain ends
 
 
 @frozen(slots=True, eq=False)
 class Generation:
-    """A configuration and what was made of it: what the sessions share that begin under it.
+    """A configuration and everything built from it, which the sessions that begin under it share.
 
-    `files` has the states of the certificates, keys and lists from just before they were read.
+    `files` has the states of the certificates, keys and CRLs from just before they were read.
     """
 
     config: Config
@@ -63,7 +63,7 @@ class Generation:
 
 
 class _Opening:
-    """A connection that was let in, and what its session needs of the gateway: instead of a closure for each."""
+    """An admitted connection, and what its session needs of the gateway; cheaper than closures."""
 
     __slots__ = ("_device", "_gateway", "accepted", "address", "generation", "listener", "via")
 
@@ -90,7 +90,7 @@ class _Opening:
         return self._gateway.open(self, device)
 
     def dial(self, session: Session) -> Deferred[None]:
-        """Lead the session to its broker."""
+        """Dial the broker for the session."""
         caller = Caller(host_of(self.address) or "", self.listener)
         return self.generation.reception.dial(session, self._device, caller)
 
@@ -102,10 +102,9 @@ class _Opening:
 class Gateway:
     """All sessions, and what they share.
 
-    Everything that touches the world is a parameter, so that a whole gateway can run in memory on a virtual clock.
-    `carried` is how many sessions this process can carry; `swept` is called after each sweep,
-    `uniform` returns random numbers from 0 to 1.
-    Raises `ConfigError` if certificates or keys cannot be used.
+    Everything that touches the outside world is a parameter, so that a whole gateway can run in memory on a virtual
+    clock.  `carried` is how many sessions this process can carry; `swept` is called after each sweep; `uniform` returns
+    random numbers from 0 to 1.  Raises `ConfigError` if certificates or keys cannot be used.
     """
 
     def __init__(
@@ -143,13 +142,13 @@ class Gateway:
 
     @property
     def config(self) -> Config:
-        """The configuration under which new sessions begin."""
+        """The current configuration."""
         return self.generation.config
 
     @property
     def generation(self) -> Generation:
-        """What new sessions begin under."""
-        assert self._generation is not None  # noqa: S101  only while the first one is made; narrows the type
+        """The generation that new sessions begin under."""
+        assert self._generation is not None  # noqa: S101  None only while the first one is made; narrows the type
         return self._generation
 
     @property
@@ -160,7 +159,7 @@ class Gateway:
 
     @property
     def upstreams(self) -> list[UpstreamHealth]:
-        """How the brokers fare that new sessions are led to, in the order of preference."""
+        """The health of the configured brokers, in order of preference."""
         return self.generation.dialler.upstreams
 
     @property
@@ -169,7 +168,7 @@ class Gateway:
         return self._stopping
 
     def prepare(self, config: Config) -> Generation:
-        """Make of `config` all that its sessions need, and use nothing of it yet.  Raises `ConfigError`."""
+        """Build all that sessions need under `config`, without using it yet.  Raises `ConfigError`."""
         files = states(watched_files(config))
         before = self._generation
         known: Sequence[UpstreamHealth] = ()
@@ -177,7 +176,7 @@ class Gateway:
         if before is not None:
             known = before.dialler.upstreams
             judged_alike = (config.tls, files) == (before.config.tls, before.files)
-        # If nothing would be another, the sessions of two generations share what they verify with.
+        # If nothing changed, both generations verify with the same policy.
         policy = before.policy if before is not None and judged_alike else make_policy(config.tls)
         targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
         healths = accounts(config.upstream, config.failover, self._uniform, known, judged_alike=judged_alike)
@@ -186,21 +185,20 @@ class Gateway:
         return Generation(config, files, policy, dialler, reception)
 
     def adopt(self, generation: Generation) -> None:
-        """Let new sessions begin under `generation`; those that stand go on under their own."""
+        """Begin new sessions under `generation`; established sessions keep their own."""
         self.generation.dialler.stop()
         self._generation = generation
         self.doorkeeper.rule(generation.config.admission, self.max_sessions)
 
     def start(self) -> None:
-        """Begin to let devices in and to keep deadlines."""
+        """Start to admit devices and to enforce timeouts."""
         self._stopping = False
         self._sweeper.start(SWEEP_INTERVAL, now=False)
 
     def stop(self, seconds: float = 0.0) -> Deferred[None]:
-        """End all sessions; those that stand are spread over `seconds`.
+        """End all sessions; established ones are spread over `seconds`.
 
-        Fires when nothing of them is left, at the latest `timeouts.close` later.  To call it again is to be told, too,
-        and may make it quicker.
+        Fires when all are closed, at most `timeouts.close` after that.  May be called again, to shorten the time.
         """
         gone: Deferred[None] = Deferred()
         self._all_gone.append(gone)
@@ -213,7 +211,7 @@ class Gateway:
             self._drain = Spread((each for each in sessions if each.state is State.RELAYING), now, seconds)
             self._drainer.start(DRAIN_INTERVAL)
             for session in sessions:
-                # Nobody's work is cut short here, and to wait would be to learn that there is no broker.
+                # No work is lost here, and waiting would only show that no broker is available.
                 if session.state is not State.RELAYING:
                     self._end(session)
         elif self._drain is not None:
@@ -227,7 +225,7 @@ class Gateway:
         return _DeviceFactory(self, listener)
 
     def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
-        """Return the protocol for a new connection, or `None` if it is not let in."""
+        """Return the protocol for a new connection, or `None` if it is refused."""
         if listener.proxies and not self.stopping:
             return self._doorstep.admit(address, listener)
         reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host_of(address))
@@ -237,13 +235,13 @@ class Gateway:
         return self._enter(address, listener.name, self._clock.seconds())
 
     def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
-        """Return the protocol for a connection that the doorkeeper has let in; see `gateway.relay.proxied.Enter`."""
+        """Return the protocol for a connection that the doorkeeper admitted; see `gateway.relay.proxied.Enter`."""
         generation = self.generation
         opening = _Opening(self, generation, address, listener, accepted, via)
         return DeviceProtocol(opening.open, generation.config.timeouts.tcp_user)
 
     def open(self, opening: _Opening, device: DeviceProtocol) -> Session:
-        """Begin the session of a connection that stands."""
+        """Begin the session of an accepted connection."""
         self._numbered += 1
         config = opening.generation.config
         session = Session(
@@ -266,7 +264,7 @@ class Gateway:
         return session
 
     def gone(self, opening: _Opening, session: Session) -> None:
-        """Forget a session of which nothing is left."""
+        """Forget a session whose connections are closed."""
         self.sessions.discard(session)
         self._presence.leave(session)
         self.doorkeeper.leave(host_of(opening.address))
@@ -287,7 +285,7 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = self._clock.seconds()
-        # One that did not reach all of them within a second goes on, since to begin anew would leave the same ones out.
+        # A sweep that takes longer than a second goes on: starting over would leave out the same sessions each time.
         if self._sweeping is None or not self._sweeping.active():
             self._sweep_sessions(list(self.sessions))
         try:
@@ -298,17 +296,17 @@ class Gateway:
                 self.generation.dialler.sweep()
             self._journal.sweep()
             self._swept()
-        except Exception:  # noqa: BLE001  without the sweep no session would have a deadline any more
-            _log.failure("a mistake of the gateway in its sweep")
+        except Exception:  # noqa: BLE001  without the sweep no timeout would be enforced
+            _log.failure("internal error in the periodic sweep")
 
     def _sweep_sessions(self, left: list[Session]) -> None:
-        """Sweep some sessions now and the others in the next turns of the reactor, so that messages need not wait."""
+        """Sweep some sessions now and the rest in the next reactor turns, so that messages do not wait."""
         now = self._clock.seconds()
-        # Without `_guarded`, whose two calls for each of ten thousand sessions would be most of it.
+        # Without `_guarded`: its two calls per session would be most of the cost.
         for session in left[:_SWEPT_AT_A_TIME]:
             try:
                 session.sweep(now)
-            except Exception as error:  # noqa: BLE001  a mistake in one session leaves the others alone
+            except Exception as error:  # noqa: BLE001  an internal error in one session must not affect the others
                 self._mistaken(session, error)
         rest = left[_SWEPT_AT_A_TIME:]
         self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest) if rest else None
@@ -326,19 +324,19 @@ class Gateway:
         self._guarded(session, lambda session: session.stop(EndReason.TAKEN_OVER))
 
     def _guarded(self, session: Session, do: Callable[[Session], None]) -> None:
-        """Do something to a session; a mistake that is made there ends that session and leaves the others alone."""
+        """Do something to a session; an internal error ends that session and no other."""
         try:
             do(session)
         except Exception as error:  # noqa: BLE001  see above
             self._mistaken(session, error)
 
     def _mistaken(self, session: Session, error: Exception) -> None:
-        _log.failure("session {number}: a mistake of the gateway", number=session.record.number)
+        _log.failure("session {number}: internal error", number=session.record.number)
         session.fail(type(error).__name__)
 
 
 class _DeviceFactory(ListenerFactory):
-    """Makes each connection to one listener a session."""
+    """Makes a session of each connection to one listener."""
 
     def __init__(self, gateway: Gateway, listener: Listener) -> None:
         super().__init__(listener)
@@ -350,7 +348,7 @@ class _DeviceFactory(ListenerFactory):
 
 
 def watched_files(config: Config) -> list[Path]:
-    """Return the files that are read at the start and change without the configuration: certificates, keys, lists."""
+    """Return the files that are read at start and renewed while the gateway runs: certificates, keys, CRLs."""
     keys = ("client_cert", "client_key", "sas_key_file", "jwt_key_file")
     of_devices = [path for device in config.device for key in keys if (path := getattr(device, key)) is not None]
     return [*policy_files(config.tls), *of_devices]

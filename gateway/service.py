@@ -1,6 +1,6 @@
-"""The gateway as a Twisted service: start, reload, the look at its files, systemd, stop.
+"""The gateway as a Twisted service: start, reload, watching files, systemd, stop.
 
-In: a `Config`, a reactor, signals.  Out: open listeners, a gateway behind them, a status endpoint beside it.
+In: a `Config`, a reactor, signals.  Out: open listeners, the gateway behind them, a status endpoint.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ from gateway.rules.secrets import Programs
 
 _log = Logger(namespace="gateway")
 
-# Sweeps between two looks at the files.  A change counts when two looks agree on it, so it takes up to twice as long.
+# Sweeps between two looks at the files.  A change counts when two looks agree, so it takes up to twice as long.
 _SWEEPS_PER_LOOK = 2
-# Seconds that systemd is asked for beyond those that a stop may take by the configuration.
+# Seconds that systemd is asked for beyond the configured time for a stop.
 _STOP_MARGIN = 10.0
-# Descriptors that are no session's: listeners, logs, the reactor's own, attempts of happy eyeballs.
+# Descriptors not used by sessions: listeners, logs, the reactor's own, happy eyeballs attempts.
 _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
-# Objects that may come into being before young ones are looked at: some dozens of sessions' worth.
+# Allocations between two collections of the youngest generation: a few dozen sessions' worth.
 _COLLECTOR_THRESHOLD = 20_000
 
 
 class GatewayService(Service):
     """The gateway under `twistd`.
 
-    `reread` gives the configuration as it is now, for a reload.  A listener that cannot be opened is a `ConfigError`
-    from `privilegedStartService`, so that the service never runs deaf.  A status endpoint that cannot be opened then is
-    an error in the log, and is tried again: that nobody can look is no reason for devices to be without their broker.
+    `reread` reads the configuration again, for a reload.  If a listener cannot be opened, `privilegedStartService`
+    raises `ConfigError`, so the service never runs without one.  If the status endpoint cannot be opened, that is
+    logged and retried: devices are served without it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class GatewayService(Service):
     ) -> None:
         """Take a reactor with IReactorTime, IReactorTCP, IReactorUNIX, IReactorCore and IReactorPluggableNameResolver.
 
-        `now` gives the time of day: for certificates and for people, and for nothing that is measured.
+        `now` gives the time of day, for certificates and for display; nothing is measured with it.
         """
         self._reactor = reactor
         self._relay = RelayReactor(reactor)
@@ -87,7 +87,7 @@ class GatewayService(Service):
         self._listeners = Listeners(self._relay, self.gateway.factory)
         self._watch = Watch(self.gateway.generation.files)
         self._sweeps = 0
-        # Why a reload was refused and nothing better has come since: another configuration, or the files of this one.
+        # Why the last reload was refused, until one succeeds: of another configuration, or of this one's files.
         self._refused = {"configuration": "", "files": ""}
         self.ledger.watch(self.gateway.sessions)
         self.sight = Sight(self.ledger, self._sources(now))
@@ -125,7 +125,7 @@ class GatewayService(Service):
         self.status_port.open(self.gateway.config.status)
 
     def startService(self) -> None:
-        """Begin."""
+        """Start."""
         if not self.ports:
             self.privilegedStartService()
         super().startService()
@@ -136,12 +136,12 @@ class GatewayService(Service):
             _tell_listening(port)
         for upstream in self.gateway.config.upstream:
             _log.info("upstream {upstream}, verified as {name}", upstream=upstream.address, name=upstream.verify_name)
-        # Everything is open and loaded; what comes between this and the reactor's first turn may still end the process.
+        # Everything is open and loaded, but the process may still end before the reactor's first turn.
         self._reactor.callWhenRunning(self._tell_ready)
 
     @property
     def status(self) -> str:
-        """How the gateway is, in one line."""
+        """The state of the gateway in one line, for systemd."""
         count = len(self.gateway.sessions)
         sessions = f"{count} session{'' if count == 1 else 's'}"
         if self.gateway.stopping:
@@ -150,11 +150,11 @@ class GatewayService(Service):
         return "; ".join(part for part in (*self._refused.values(), sessions, upstreams) if part)
 
     def stopService(self) -> Deferred[Any]:
-        """Close the listeners, end the sessions, spread over `drain.seconds`; fires when nothing is left."""
+        """Close the listeners and end the sessions, spread over `drain.seconds`; fires when all are closed."""
         super().stopService()
         config = self.gateway.config
         _log.info(
-            "stopping: {sessions} sessions end within {seconds:g} s; a second signal ends them at once",
+            "stopping: closing {sessions} sessions over {seconds:g} s; a second signal closes them at once",
             sessions=len(self.gateway.sessions),
             seconds=config.drain.seconds,
         )
@@ -164,16 +164,16 @@ class GatewayService(Service):
         return DeferredList([*waiting, gone]).addCallback(lambda _: self._stopped())
 
     def stop_at_once(self) -> None:
-        """End all sessions now, and leave to the kernel what it has of their last words."""
-        _log.info("stopping at once: {sessions} sessions are left", sessions=len(self.gateway.sessions))
+        """End all sessions now; the kernel sends what it still has buffered."""
+        _log.info("stopping now: closing the remaining {sessions} sessions", sessions=len(self.gateway.sessions))
         self.gateway.stop()
-        # A turn later, so that what is closed in this one is closed in order.
+        # One turn later, so that connections closed in this turn are closed in order.
         self._relay.callLater(0, self._relay.stop)
 
     def reload(self) -> None:
-        """Read the configuration and all its files anew, and change to them.
+        """Read the configuration and its files again, and change to them.
 
-        What cannot be used is refused with every problem in the log, and the gateway goes on as it was.
+        If they cannot be used, every problem is logged and the previous configuration stays active.
         """
         self._reload(self._reread)
 
@@ -193,13 +193,13 @@ class GatewayService(Service):
             for problem in problems:
                 _log.error("reload refused: {problem}", event="reload-refused", problem=problem)
             more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
-            self._refused[refused] = f"reload refused, all goes on as before: {problems[0]}{more}"
-        except Exception:  # noqa: BLE001  whatever it is, systemd must not wait for the end of this reload
+            self._refused[refused] = f"reload refused, previous configuration still active: {problems[0]}{more}"
+        except Exception:  # noqa: BLE001  systemd must not wait for the end of this reload, whatever happens
             self.ledger.refused_reloads += 1
-            _log.failure("reload refused: a mistake of the gateway")
-            self._refused[refused] = "reload refused, all goes on as before: a mistake of the gateway, see the log"
+            _log.failure("reload refused: internal error; previous configuration still active")
+            self._refused[refused] = "reload refused, previous configuration still active: internal error, see the log"
         else:
-            what = ", ".join(changed) if changed else "nothing has changed"
+            what = ", ".join(changed) if changed else "no changes"
             _log.info("reloaded: {what}", event="reloaded", what=what)
             self._refused["files"] = ""
             self.ledger.reloads += 1
@@ -208,14 +208,14 @@ class GatewayService(Service):
         self._notifier.ready(self.status)
 
     def change(self, config: Config) -> list[str]:
-        """Let new sessions begin under another configuration; those that stand go on under their own.
+        """Begin new sessions under another configuration; established sessions keep their own.
 
-        Returns the keys and the files that are not the same.  Raises `ConfigError` with everything that is wrong with
-        it, and then all is as it was before.
+        Returns the changed keys and files.  Raises `ConfigError` with every problem; the previous configuration then
+        stays active.
         """
         before, generation = self.gateway.generation, self.gateway.prepare(config)
         status = self.status_port.prepare(config.status)
-        # Nothing of what follows lets the reactor run, so no connection comes in between.
+        # The reactor does not run during what follows, so no connection can come in between.
         try:
             opened, closed = self._listeners.change(config.listen)
         except ConfigError:
@@ -230,7 +230,10 @@ class GatewayService(Service):
         for listener in closed:
             _log.info("no longer listening on {endpoint}", endpoint=listener.endpoint)
             if listener.endpoint.startswith("systemd:"):
-                _log.warn("systemd keeps {endpoint} open: whoever connects waits", endpoint=listener.endpoint)
+                _log.warn(
+                    "systemd keeps {endpoint} open: devices that connect there will hang; stop its .socket unit",
+                    endpoint=listener.endpoint,
+                )
         files = [str(path) for path in differing(before.files, generation.files)]
         return changed_keys(before.config, config) + files
 
@@ -240,7 +243,7 @@ class GatewayService(Service):
         if self._sweeps % _SWEEPS_PER_LOOK == 0 and not self.gateway.stopping:
             config = self.gateway.config
             if self._watch.look(states(watched_files(config))):
-                # The configuration as such is only read when somebody says so: who edits it may not be done.
+                # The configuration itself is read only on request: somebody may still be editing it.
                 self._reload(lambda: config)
         self.status_port.sweep()
         self._expiry.sweep(self._certificates)
@@ -248,7 +251,7 @@ class GatewayService(Service):
     def _stopped(self) -> Deferred[Any]:
         self._relay.stop()
         self._notifier.close()
-        # Last, so that whoever looks sees the sessions end.
+        # Last, so that the status page shows the sessions ending.
         return self.status_port.close()
 
     def _tell_ready(self) -> None:
@@ -256,7 +259,7 @@ class GatewayService(Service):
             self._notifier.ready(self.status)
 
     def _certificates(self) -> Iterator[Certificate]:
-        """Yield all certificates whose end would end some service."""
+        """Yield all certificates whose expiry would interrupt service."""
         yield from self.sight.certificates()
         yield from of_devices(self.gateway.generation.reception.credentials.client_identities)
 
@@ -264,15 +267,15 @@ class GatewayService(Service):
         carried, wanted = self.gateway.max_sessions, self.gateway.config.admission.max_sessions
         if wanted > carried:
             _log.warn(
-                "admission.max_sessions is {wanted}, but the descriptor limit carries {carried}: raise LimitNOFILE",
+                "admission.max_sessions is {wanted}, but the descriptor limit allows {carried}: raise LimitNOFILE",
                 wanted=wanted,
                 carried=carried,
             )
-        _log.info("up to {carried} sessions at a time", carried=carried)
+        _log.info("limit: {carried} concurrent sessions", carried=carried)
 
 
 def _fares(upstream: UpstreamHealth) -> str:
-    """Say in a few words how an upstream fares."""
+    """Describe the state of an upstream in a few words."""
     failure = None if upstream.is_open else upstream.last_failure
     why = f" ({failure.reason})" if failure is not None else ""
     return f"{upstream.address} {upstream.state.value}{why}"
@@ -283,17 +286,16 @@ def _tell_listening(port: IListeningPort) -> None:
 
 
 def spare_the_collector() -> None:
-    """Keep Python's cycle collector from going over everything a hundred times a second.
+    """Keep Python's cycle collector from scanning everything a hundred times a second.
 
-    Messages make garbage that is no cycle, and only sessions that end make cycles.  What was loaded until now stays
-    for good, so it is not looked at again.
+    Messages create no cycles, only ending sessions do.  Everything loaded until now stays, so it need not be scanned.
     """
     gc.freeze()
     gc.set_threshold(_COLLECTOR_THRESHOLD, *gc.get_threshold()[1:])
 
 
 def raise_descriptor_limit() -> int:
-    """Raise this process's soft limit on descriptors to the hard one; return how many sessions that carries."""
+    """Raise this process's soft descriptor limit to the hard limit; return how many sessions that allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return max(1, (hard - _RESERVED_DESCRIPTORS) // _DESCRIPTORS_PER_SESSION)

@@ -1,6 +1,6 @@
 """`twistd mqtts-gateway`: options in, service out.
 
-In: the command line.  Out: a `GatewayService`, or a usage error that names everything that is wrong (exit status 1).
+In: the command line.  Out: a `GatewayService`, or a usage error that lists every problem (exit status 1).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Options(usage.Options):
             self.config = config_from(self.given)
         except ConfigError as error:
             raise usage.UsageError(explained(error)) from None
-        # A reload reads the same files, and a daemon's directory is another.
+        # A reload reads the same files, and a daemon changes its working directory.
         for flag in FLAGS:
             if flag.is_path and flag.name in self.given:
                 self.given[flag.name] = [str(Path.cwd() / path) for path in self.given[flag.name]]
@@ -64,67 +64,67 @@ def _handler(flag: Flag) -> Callable[[Options, str], None]:
 
 
 for _flag in FLAGS:
-    # What Twisted looks for: a method for each option, its docstring the help.  optParameters know no repetition.
+    # Twisted wants a method per option, with the help as its docstring.  optParameters cannot be repeated.
     setattr(Options, f"opt_{_flag.name}", _handler(_flag))
 
 
 class _Service(GatewayService):
-    """The gateway as twistd runs it, and what signals do to it."""
+    """The gateway as twistd runs it, with its signal handlers."""
 
     observer: LineObserver | None = None
 
     def setServiceParent(self, parent: Any) -> None:
-        """Be part of the application that twistd runs, and be the one to write its log."""
+        """Join the application that twistd runs, and write its log."""
         super().setServiceParent(parent)
         if self.observer is not None:
-            # Where twistd looks for an observer, unless it was told --logger.
+            # twistd looks for an observer here, unless --logger is given.
             parent.setComponent(ILogObserver, self.observer)
 
     def privilegedStartService(self) -> None:
-        """Open the listeners; one that cannot be opened ends the process with status 1."""
+        """Open the listeners; if one cannot be opened, the process ends with status 1."""
         try:
             super().privilegedStartService()
         except ConfigError as error:
-            # The exception has to pass through twistd, so that its PID file goes and so that the process that waits for
-            # a daemon's start hears of it; a SystemExit would leave that one waiting.  But this is no mistake of the
-            # program's: what is written at the end are these words, not a traceback.
+            # The exception must pass through twistd, which then removes its PID file and tells the process that waits
+            # for the daemon to start; a SystemExit would leave that one waiting.  It is no internal error, so these
+            # words are printed at the end instead of a traceback.
             words = explained(error)
             sys.excepthook = lambda *_: sys.stderr.write(f"{words}\n")
             raise
 
     def change(self, config: Config) -> list[str]:
-        """Take another configuration, and write the log as it says.  Raises `ConfigError`."""
+        """Change to another configuration and its log format.  Raises `ConfigError`."""
         changed = super().change(config)
         if self.observer is not None:
             self.observer.use(config.log.format)
         return changed
 
     def startService(self) -> None:
-        """Begin; from now on SIGHUP is a reload."""
+        """Start; from now on SIGHUP reloads."""
         super().startService()
         call_on_signal(self._reactor, signal.SIGHUP, self.reload)
 
     def stopService(self) -> Deferred[Any]:
-        """Drain; from now on SIGTERM and SIGINT end it at once."""
+        """Drain; from now on SIGTERM and SIGINT end everything at once."""
         for number in (signal.SIGTERM, signal.SIGINT):
             call_on_signal(self._reactor, number, self.stop_at_once)
         return super().stopService()
 
 
 def makeService(options: Options) -> IService:
-    """Build the service.  A certificate or a key that cannot be used ends the process with status 1."""
-    # Not at the top: twistd chooses the reactor after it has loaded this module.
+    """Build the service.  A certificate or key that cannot be used ends the process with status 1."""
+    # Not at the top: twistd installs the reactor after it has loaded this module.
     from twisted.internet import reactor
 
-    # Twisted's clock is the time of day.  A box without a clock battery has it set by an hour or by years once NTP
-    # answers, and every keepalive would have run out then, or no deadline would come until the clock had caught up.
-    reactor.seconds = monotonic  # type: ignore[method-assign]  # that is the place for it
+    # Twisted's clock is the time of day.  On a box without a clock battery, NTP may move that by years, and every
+    # keepalive would have expired at once, or no timeout would fire until the clock had caught up.
+    reactor.seconds = monotonic  # type: ignore[method-assign]  # the documented place
     reactor.getThreadPool().threadFactory = PatientlessThread  # type: ignore[attr-defined]  # every reactor has one
     notifier = Notifier.from_environment(os.environ, os.getpid())
     try:
         service = _Service(options.config, reactor, notifier=notifier, reread=lambda: config_from(options.given))
     except ConfigError as error:
-        # twistd has a traceback for any exception here, a UsageError too; nothing runs yet that would have to be ended.
+        # twistd prints a traceback for any exception here, even a UsageError; nothing runs yet that needs stopping.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None
     service.observer = make_observer(options.config.log.format, getattr(options, "parent", None) or {})
     return service

@@ -85,8 +85,8 @@ def test_flags_and_a_file_do_not_mix() -> None:
         config_from({"config": ["a", "b"], "listen": ["1883"], "pin": ["x"], "alpn": []})
     assert raised.value.problems == [
         "--config: give it once",
-        "--listen: not together with --config; put it into the file",
-        "--pin: not together with --config; put it into the file",
+        "--listen: not allowed together with --config; put it into the file",
+        "--pin: not allowed together with --config; put it into the file",
     ]
 
 

@@ -50,19 +50,19 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     for expected in (
         "device[0].match_client_id: expected a text or a list of texts, got the number 5",
         "device[0].colour: unknown key",
-        'device[1].match_pattern: "(" is no regular expression',
+        'device[1].match_pattern: "(" is not a regular expression',
         'device[1].retain: expected "pass" or "strip" or "refuse", got the text "drop"',
         "device[1].max_qos: 3 is out of range (0 to 2)",
         "device[1].keep_alive_min: -1 is out of range",
-        'device[2].password_command: "token" is no absolute path',
-        'device[2].password_credential: "../x" is no name of a credential',
-        'device[2].publish[0]: "a/#/b" is no Topic Filter',
-        'device[2].publish[2]: "a+" is no Topic Filter',
-        'device[3].publish_prefix: "a/#" is no prefix',
-        'device[3].subscribe_prefix: "$share/g/" is no prefix',
+        'device[2].password_command: "token" is not an absolute path',
+        'device[2].password_credential: "../x" is not a credential name',
+        'device[2].publish[0]: "a/#/b" is not a Topic Filter',
+        'device[2].publish[2]: "a+" is not a Topic Filter',
+        'device[3].publish_prefix: "a/#" is not a prefix',
+        'device[3].subscribe_prefix: "$share/g/" is not a prefix',
         "device[3].max_packet_size: 10 is out of range",
         "device[3].clean_start: expected true or false",
-        "device[4].lan_password: this is no hash of a password",
+        "device[4].lan_password: not a password hash",
     ):
         assert any(line.startswith(expected) for line in found), (expected, found)
     assert not any("hunter2" in line for line in found)
@@ -70,10 +70,9 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
 
 def test_a_prefix_of_the_devices_own_ends_with_a_level() -> None:
     """Otherwise the device "a" could write to the topics of the device "ab"."""
-    assert problems({"publish_prefix": "p/{client_id}", "subscribe_prefix": "{address}-"}) == [
-        f'device[0].{key}: "{prefix}" has to end in "/": otherwise one device could be within another\'s'
-        for key, prefix in (("publish_prefix", "p/{client_id}"), ("subscribe_prefix", "{address}-"))
-    ]
+    found = problems({"publish_prefix": "p/{client_id}", "subscribe_prefix": "{address}-"})
+    assert [line.partition(": ")[0] for line in found] == ["device[0].publish_prefix", "device[0].subscribe_prefix"]
+    assert all('must end in "/"' in line for line in found)
     assert made({"publish_prefix": "plant7-", "subscribe_prefix": "{client_id}/"}).device
 
 
@@ -113,9 +112,9 @@ def test_names_that_rules_mention_exist() -> None:
 def test_a_rule_that_would_never_be_used() -> None:
     """Another before it is for the same devices."""
     rule = {"match_client_id": "a", "match_network": "10.0.0.0/8"}
-    assert problems(rule, {"match_client_id": "a"}, {**rule, "max_qos": 1}) == [
-        "device[2]: device[0] is for the same devices, so this rule would never be used"
-    ]
+    (found,) = problems(rule, {"match_client_id": "a"}, {**rule, "max_qos": 1})
+    assert found.startswith("device[2]: device[0] ")
+    assert "never be used" in found
 
 
 def test_a_device_without_an_upstream() -> None:
@@ -183,9 +182,9 @@ def test_mistakes_in_files_name_the_files(tmp_path: Path) -> None:
         f'{shown}a.toml": colour: {next(line for line in found if "colour" in line).partition("colour: ")[2]}',
         f'{shown}a.toml": max_qos: 7 is out of range (0 to 2)',
         next(line for line in found if line.startswith(f'{shown}b.toml" is not TOML: line 1, ')),
-        f'{shown}d.toml": {shown}c.toml" is for the same devices, so this rule would never be used',
-        f"{shown}e*.toml\": match_client_id: it is missing, and the file's name would be a pattern: write it",
-        f'{shown}f.toml" is empty: write at least whom the rule is for',
+        next(line for line in found if line.startswith(f'{shown}d.toml": {shown}c.toml" ')),
+        next(line for line in found if line.startswith(f'{shown}e*.toml": match_client_id: ')),
+        next(line for line in found if line.startswith(f'{shown}f.toml" is empty: ')),
         'device[0].upstream[0]: no upstream has the name "nowhere"',
     ]
 
@@ -215,7 +214,7 @@ def test_only_safe_characters_get_into_a_text(value: str) -> None:
     if 0 < len(value) <= 128 and set(value) <= allowed:
         assert expand("hub/{client_id}/x", {"client_id": value}) == f"hub/{value}/x"
         return
-    with pytest.raises(UnusableValueError, match=r"^\{client_id\} holds"):
+    with pytest.raises(UnusableValueError, match=r"^\{client_id\} "):
         expand("hub/{client_id}/x", {"client_id": value})
 
 

@@ -295,7 +295,8 @@ def test_a_renewed_client_certificate_is_shown_by_the_next_session(
     assert refused.startswith(
         f"reload refused: tls.client_key: {key} is not the key of the first certificate in {certificate}; "
     )
-    assert gateway.service.status.startswith("reload refused, all goes on as before: tls.client_key: ")
+    assert gateway.service.status.startswith("reload refused")
+    assert ": tls.client_key: " in gateway.service.status
     logged_errors.clear()
     assert user() == "first"
 
@@ -352,7 +353,8 @@ def test_a_bad_file_leaves_the_old_one_in_force(
     ca_file.write_bytes(whole[: len(whole) // 2])
     eventually(lambda: "tls.ca_file" in gateway.service.status, "the bad file is seen")
     gateway.call(gateway.service.reload)
-    assert f"reload refused, all goes on as before: tls.ca_file: {ca_file} holds" in gateway.service.status
+    assert gateway.service.status.startswith("reload refused")
+    assert f": tls.ca_file: {ca_file} " in gateway.service.status
     assert len(logged_errors) == 2
     logged_errors.clear()
     assert gateway.service.gateway.generation is generation
@@ -377,7 +379,7 @@ def test_a_refused_configuration_stays_refused_when_a_file_is_renewed(
     good, gateway.service._reread = gateway.service._reread, read
     gateway.call(gateway.service.reload)
     (refused,) = [part for part in gateway.service.status.split("; ") if "refused" in part]
-    assert refused.startswith("reload refused, all goes on as before: upstream: ")
+    assert ": upstream: " in refused
     ca_file.write_text("no certificate")
     eventually(lambda: "tls.ca_file" in gateway.service.status, "the bad file is seen")
     assert refused in gateway.service.status
@@ -401,7 +403,7 @@ def test_a_mistake_in_a_reload_is_a_refusal(
 
     gateway.service._reread = read
     gateway.call(gateway.service.reload)
-    assert "a mistake of the gateway, see the log" in gateway.service.status
+    assert "internal error" in gateway.service.status
     assert logged_errors[0]["log_failure"].check(ZeroDivisionError)
     logged_errors.clear()
     established(gateway.port).close()

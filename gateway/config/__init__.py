@@ -1,6 +1,6 @@
 """The configuration: one frozen `Config`, whether it comes from a TOML file or from flags.
 
-In: a file, flags or a mapping.  Out: `Config`, or `gateway.errors.ConfigError` with everything that is wrong.
+In: a file, flags or a mapping.  Out: `Config`, or `gateway.errors.ConfigError` with every problem.
 """
 
 from gateway.config.changes import changed_keys

@@ -1,6 +1,6 @@
-"""Where the paths of a configuration lead.
+"""Resolves the paths of a configuration.
 
-In: paths as they were written, the directory of the file, the service's credentials.  Out: absolute paths.
+In: paths as written, the directory of the file, the service's credentials.  Out: absolute paths.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _CREDENTIALS = "credentials"
 class Anchor:
     """Makes paths absolute, so that they mean the same after a daemon has changed its directory.
 
-    Relative ones start at `base`.  What is in `credentials` is root's alone: systemd reads it for the service
-    (`LoadCredential=credentials:DIRECTORY`, systemd.exec(5)) and puts the file `a/b` there into the service's own
-    directory, `handed_over`, as `credentials_a_b`.  If that is there it is meant, so that one configuration serves the
-    service, which cannot read the file itself, and root, who checks it.
+    Relative paths start at `base`.  Only root can read files in `credentials`: systemd reads them for the service
+    (`LoadCredential=credentials:DIRECTORY`, systemd.exec(5)) and puts the file `a/b` into the service's own directory,
+    `handed_over`, as `credentials_a_b`.  If that copy exists, it is used.  So the same configuration works for the
+    service, which cannot read the original, and for root, who checks it.
     """
 
     base: Path

@@ -1,6 +1,6 @@
-"""What differs between two configurations.
+"""Lists what differs between two configurations.
 
-In: two `Config`s.  Out: dotted keys; no values, since those may be nobody's business.
+In: two `Config`s.  Out: dotted keys; no values, since those may be secret.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from gateway.config.schema import Config
 
 
 def changed_keys(before: Config, after: Config) -> list[str]:
-    """Return the keys whose values differ; a list of tables with more or fewer of them is named as a whole."""
+    """Return the keys whose values differ; a list of tables whose length changed is named as a whole."""
     return list(_changed("", before, after))
 
 

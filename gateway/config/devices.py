@@ -1,6 +1,6 @@
-"""Rules for devices: whom a rule is for, and what it makes of them.
+"""Rules for devices: which devices a rule matches, and what it does to their sessions.
 
-In: values.  Out: `DeviceRule` and `Devices`, the sections of the configuration; ValueError for what makes no sense.
+In: values.  Out: `DeviceRule` and `Devices`, sections of the configuration; ValueError for invalid values.
 """
 
 import re
@@ -37,7 +37,7 @@ def _check_pattern(text: str) -> None:
     try:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{quoted(text)} is no regular expression: {error}") from None
+        raise ValueError(f"{quoted(text)} is not a regular expression: {error}") from None
 
 
 def _check_hash(text: str) -> None:
@@ -47,36 +47,36 @@ def _check_hash(text: str) -> None:
 
 def _check_credential(text: str) -> None:
     if text and not _CREDENTIAL.fullmatch(text):
-        raise ValueError(f"{quoted(text)} is no name of a credential: give the one that stands in LoadCredential=")
+        raise ValueError(f"{quoted(text)} is not a credential name: give the name used in LoadCredential=")
 
 
 def _check_command(words: tuple[str, ...]) -> None:
     if words and not words[0].startswith("/"):
         raise ValueError(
-            f"{quoted(words[0])} is no absolute path: name the program by its whole path, such as /usr/bin/x"
+            f"{quoted(words[0])} is not an absolute path: give the program's full path, such as /usr/bin/x"
         )
     for word in words:
         if "\0" in word:
-            raise ValueError(f"{quoted(word)} holds a NUL character")
+            raise ValueError(f"{quoted(word)} contains a NUL character")
 
 
 def _check_filters(filters: tuple[str, ...] | None) -> None:
     problems = []
     for index, text in enumerate(filters or ()):
         try:
-            # A placeholder has no characters that matter here.
+            # Placeholders contain no characters that matter here.
             check_filter(text)
         except ValueError as error:
-            problems.append(MisfitError(f"[{index}]", f"{quoted(text)} is no Topic Filter: {error}"))
+            problems.append(MisfitError(f"[{index}]", f"{quoted(text)} is not a Topic Filter: {error}"))
     if problems:
-        raise ExceptionGroup("elements that make no sense", problems)
+        raise ExceptionGroup("invalid elements", problems)
 
 
 def _check_prefix(text: str) -> None:
     if "+" in text or "#" in text or "\0" in text:
-        raise ValueError(f"{quoted(text)} is no prefix: it would put a wildcard before every topic")
+        raise ValueError(f"{quoted(text)} is not a prefix: it would put a wildcard before every topic")
     if text.startswith("$share/"):
-        raise ValueError(f"{quoted(text)} is no prefix: a shared subscription is the device's to ask for")
+        raise ValueError(f"{quoted(text)} is not a prefix: only the device itself can ask for a shared subscription")
 
 
 def _check_max_packet_size(size: int | None) -> None:
@@ -90,7 +90,7 @@ def _seconds(default: float, low: float, high: float) -> Any:
 
 @attrs.frozen
 class Devices:
-    """What holds for all devices."""
+    """Settings for all devices."""
 
     profile: profiles.Name = ""
     directory: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
@@ -103,7 +103,7 @@ class Devices:
 
 @attrs.frozen
 class DeviceRule:
-    """Whom a rule is for (`match_…`; what is left out matches everybody), and what it makes of them.
+    """Which devices a rule matches (`match_…`; a missing key matches every device), and what it does to their sessions.
 
     `client_id`, `username`, `sas_resource`, both prefixes and the Topic Filters are templates.
     """
@@ -155,14 +155,14 @@ class DeviceRule:
     )
 
     def __attrs_post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Refuse values that contradict each other."""
         problems = [*self._template_problems(), *self._credential_problems()]
         if self.client_key is not None and self.client_cert is None:
-            problems.append((".client_key", "there is no client_cert: name the certificate that belongs to this key"))
+            problems.append((".client_key", "client_cert is missing: name the certificate that belongs to this key"))
         if self.keep_alive_min > self.keep_alive_max:
             problems.append((".keep_alive_min", f"{self.keep_alive_min} is above keep_alive_max"))
         if problems:
-            raise ExceptionGroup("what does not go together", [MisfitError(*problem) for problem in problems])
+            raise ExceptionGroup("contradicting values", [MisfitError(*problem) for problem in problems])
 
     @property
     def match(self) -> tuple[Any, ...]:
@@ -176,7 +176,7 @@ class DeviceRule:
 
     @property
     def sources(self) -> list[str]:
-        """The keys that say where the password comes from; one at most."""
+        """The keys that say where the password comes from; at most one is valid."""
         return [key for key in _SOURCES if getattr(self, key)]
 
     @property
@@ -187,7 +187,7 @@ class DeviceRule:
     def _template_problems(self) -> Iterable[tuple[str, str]]:
         known = [*FROM_DEVICE, *self.groups]
         for name in set(self.groups) & set(FROM_DEVICE):
-            yield ".match_pattern", f"its group {name} has the name of another placeholder"
+            yield ".match_pattern", f"its group {name} has the name of a built-in placeholder"
         templates = [(f".{key}", getattr(self, key)) for key in _TEMPLATES]
         for key in ("publish", "subscribe"):
             templates += [(f".{key}[{index}]", text) for index, text in enumerate(getattr(self, key) or ())]
@@ -199,24 +199,24 @@ class DeviceRule:
         for key in ("publish_prefix", "subscribe_prefix"):
             prefix = getattr(self, key)
             if "{" in prefix and not prefix.endswith("/"):
-                # The device "a" with the topic "b/x" would be where the device "ab" is with "/x".
-                yield f".{key}", f'{quoted(prefix)} has to end in "/": otherwise one device could be within another\'s'
+                # Otherwise device "a" with topic "b/x" would share a topic with device "ab" and topic "/x".
+                yield f".{key}", f'{quoted(prefix)} must end in "/": otherwise one device could reach another\'s topics'
 
     def _credential_problems(self) -> Iterable[tuple[str, str]]:
         sources = self.sources
         for key in sources[1:]:
-            yield f".{key}", f"there is {sources[0]} already: a password has one source"
+            yield f".{key}", f"{sources[0]} is set as well: a password has one source"
         if self.sas_key_file is not None and not self.sas_resource:
-            yield ".sas_resource", "it is missing: name what the token is for, such as HUB/devices/{client_id}"
+            yield ".sas_resource", "missing: name the resource the token is for, such as HUB/devices/{client_id}"
         if self.jwt_key_file is not None and not self.jwt_audience:
-            yield ".jwt_audience", "it is missing: name whom the token is for, such as the project"
+            yield ".jwt_audience", "missing: name the token's audience, such as the project"
         for key, source in (
             ("sas_resource", "sas_key_file"),
             ("sas_policy", "sas_key_file"),
             ("jwt_audience", "jwt_key_file"),
         ):
             if getattr(self, key) and not getattr(self, source):
-                yield f".{key}", f"there is no {source} to sign with"
+                yield f".{key}", f"set {source} as well: it signs the token"
 
 
 def anchored(device: DeviceRule, anchor: Anchor) -> DeviceRule:
@@ -229,7 +229,7 @@ def anchored(device: DeviceRule, anchor: Anchor) -> DeviceRule:
 def cross_problems(
     labelled: Iterable[tuple[str, DeviceRule]], upstreams: Iterable[str], listeners: Iterable[str]
 ) -> list[str]:
-    """Say what is wrong with rules beside one another, each under its label, and with the names that they mention."""
+    """Yield conflicts between rules, each under its label, and unknown names that rules refer to."""
     problems = []
     known = {"upstream": set(upstreams) - {""}, "match_listener": set(listeners) - {""}}
     seen: dict[object, str] = {}
@@ -242,6 +242,6 @@ def cross_problems(
             ]
         match = device.match
         if match in seen:
-            problems.append(f"{label}: {seen[match]} is for the same devices, so this rule would never be used")
+            problems.append(f"{label}: {seen[match]} matches the same devices, so this rule would never be used")
         seen.setdefault(match, label)
     return problems

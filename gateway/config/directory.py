@@ -1,7 +1,6 @@
 """A directory of rules, one small TOML file for each device.
 
-In: a directory.  Out: a `DeviceRule` for each `*.toml` in it, in the order of their names, and what is wrong with the
-others.
+In: a directory.  Out: a `DeviceRule` for each `*.toml` in it, ordered by name, and the problems in the others.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ def read_directory(
 ) -> tuple[list[tuple[Path, DeviceRule]], list[str]]:
     """Return the rules, each after its file, and all problems.
 
-    `anchor` is that of the configuration; relative paths in a file here start at this directory.
-    `filled` adds to what a file holds the values that stand in for what it leaves out.
+    `anchor` is that of the configuration; relative paths in a rule file start at this directory.
+    `filled` adds default values to a file's table.
 
-    A file that matches nothing is for the Client Identifier that is its name without `.toml`. Hidden files are not
-    read: editors and copying programs have their unfinished work there.
+    A file without a `match_…` key is for the Client Identifier that is its name without `.toml`. Hidden files are
+    skipped: editors and copy programs use them for unfinished files.
     """
     try:
         paths = sorted(path for path in directory.iterdir() if path.suffix == ".toml" and path.name[0] != ".")
@@ -48,17 +47,17 @@ def read_directory(
 
 
 def file_label(path: Path) -> str:
-    """Say what a file is called in messages."""
+    """Return a file's name for messages."""
     return quoted(str(path), 4096)
 
 
 def _read(path: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> DeviceRule:
-    # An unfinished copy, most likely: as a rule, it would take the device's identity away.
-    table = read_table(path, "write at least whom the rule is for")
+    # Most likely an unfinished copy; as a rule, it would take the device's identity away.
+    table = read_table(path, "write at least which device the rule is for")
     name = path.stem
     if not any(key.startswith("match_") for key in table):
         if _WILDCARDS & set(name):
-            raise ConfigError(["match_client_id: it is missing, and the file's name would be a pattern: write it"])
+            raise ConfigError(["match_client_id: missing, and the file's name contains wildcards: set it explicitly"])
         table["match_client_id"] = name
     device = structure_device(filled(table))
     return anchored(attrs.evolve(device, name=device.name or name[:64]), anchor.moved(path.absolute().parent))

@@ -1,6 +1,6 @@
 """The flags of `twistd mqtts-gateway` and of `mqtts-gateway check`: the same, from one list.
 
-In: flags as they were given, each with all its values.  Out: `Config`, or `ConfigError` with everything that is wrong.
+In: flags as given, each with all its values.  Out: `Config`, or `ConfigError` with every problem.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gateway.errors import ConfigError
 
 @frozen
 class Flag:
-    """One flag: its name as `from_flags` calls it, what stands after it, what it does."""
+    """One flag: its name as `from_flags` calls it, the word for its value, what it does."""
 
     name: str
     value: str
@@ -51,16 +51,14 @@ FLAGS = (
     Flag("client_key", "FILE", "The key of --client-cert (PEM). Default: it is in the same file.", repeatable=False),
     Flag("server_name", "NAME", "Verify the broker as this name, and send it as SNI. Once for all, or once for each."),
     Flag("crl_file", "FILE", "Refuse certificates that these CRLs (PEM) revoke; every CA in the chain needs one."),
-    Flag("alpn", "PROTOCOL", "Demand this application protocol of the broker."),
-    Flag("pin", "sha256/BASE64", "Demand this public key in the broker's chain."),
-    Flag(
-        "allow", "NETWORK", "Let devices from this network in, and no others. Default: loopback and private networks."
-    ),
+    Flag("alpn", "PROTOCOL", "Require this application protocol of the broker."),
+    Flag("pin", "sha256/BASE64", "Require this public key in the broker's chain."),
+    Flag("allow", "NETWORK", "Admit devices from this network, and no others. Default: loopback and private networks."),
 )
 
 
 def config_from(given: Mapping[str, Sequence[str]]) -> Config:
-    """Return the `Config` that flags give, `config` among them; a flag with no values was not given.
+    """Return the `Config` for the flags, which may include `config`; a flag with no values was not given.
 
     Raises `ConfigError` with all problems.
     """
@@ -70,12 +68,12 @@ def config_from(given: Mapping[str, Sequence[str]]) -> Config:
     ]
     if CONFIG.name in values:
         problems += [
-            f"{flag.option}: not together with --config; put it into the file"
+            f"{flag.option}: not allowed together with --config; put it into the file"
             for flag in FLAGS
             if flag.name in values and flag is not CONFIG
         ]
     elif "upstream" not in values:
-        problems.append("there is no broker: give --config FILE, or --upstream HOST[:PORT]")
+        problems.append("no broker is configured: give --config FILE, or --upstream HOST[:PORT]")
     if problems:
         raise ConfigError(problems)
     if CONFIG.name in values:

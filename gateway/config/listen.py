@@ -1,6 +1,6 @@
 """Where devices connect: `[HOST:]PORT` or a Twisted server endpoint description.
 
-In: the text of `listen.endpoint`.  Out: a Twisted description, checked as far as that goes without Twisted.
+In: the text of `listen.endpoint`.  Out: a Twisted description, checked as far as possible without Twisted.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from gateway.config.value_words import quoted
 
 _SHORT = re.compile(r"(?:(?P<host>\[[^\]]*\]|[^:=\\]*):)?(?P<port>[0-9]+)")
 _KIND = re.compile(r"[A-Za-z0-9_-]+")
-_ARGUMENTS = {  # in the order in which they may stand without a name
+_ARGUMENTS = {  # in their positional order
     "tcp": ("port", "interface", "backlog"),
     "tcp6": ("port", "backlog", "interface"),
     "unix": ("address", "mode", "backlog", "lockfile"),
 }
-# How many connections the kernel keeps until they are accepted (it has a limit of its own, net.core.somaxconn).  When
-# all devices come back at once, Twisted's 50 make most of them wait a second or more to try again.
+# Connections that the kernel queues until they are accepted (capped by net.core.somaxconn).  When all devices reconnect
+# at once, Twisted's default of 50 would make most of them wait a second or more to retry.
 _BACKLOG = 1024
 _REFUSED = {
-    "haproxy": "it would believe anybody: write the endpoint without it, and the load balancers as listen.proxies",
-    "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
-    "tls": "devices speak plain MQTT to the gateway; those that speak TLS can go to the broker",
-    "stdio": "one session on the standard streams is no listener",
+    "haproxy": "it would trust anyone: leave it out of the endpoint, and list the load balancers in listen.proxies",
+    "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can connect to the broker directly",
+    "tls": "devices speak plain MQTT to the gateway; those that speak TLS can connect to the broker directly",
+    "stdio": "a single session on the standard streams is not a listener",
 }
 
 
 def describe_endpoint(text: str) -> str:
-    r"""Give the Twisted description: `[::1]:1883` is `tcp:port=1883:backlog=1024:interface=\:\:1`.
+    r"""Return the Twisted description: `[::1]:1883` is `tcp:port=1883:backlog=1024:interface=\:\:1`.
 
-    Port 0 lets the system choose. Raises ValueError with the reason.
+    With port 0 the system chooses one. Raises ValueError with the reason.
     """
     short = _SHORT.fullmatch(text)
     if short is None or short["host"] in (*_ARGUMENTS, *_REFUSED):
@@ -44,12 +44,12 @@ def describe_endpoint(text: str) -> str:
 
 
 def endpoint_kind(text: str) -> str:
-    """Give the kind of socket: `tcp`, `tcp6`, `unix`, or that of a plugin. Raises ValueError as `describe_endpoint`."""
+    """Return the kind of socket: `tcp`, `tcp6`, `unix`, or a plugin's. Raises ValueError as `describe_endpoint`."""
     return _parse(describe_endpoint(text))[0]
 
 
 def endpoint_identity(text: str) -> Hashable:
-    """Give what two endpoints have in common if they cannot both be listened on; each port 0 is one of its own.
+    """Return a value that is equal for two endpoints that conflict; each port 0 is distinct.
 
     Raises ValueError as `describe_endpoint` does.
     """
@@ -62,7 +62,7 @@ def endpoint_identity(text: str) -> Hashable:
             return object()
         case "tcp" | "tcp6":
             interface = arguments.get("interface", "::" if kind == "tcp6" else "")
-            # The empty interface is Twisted's word for the second.
+            # Twisted treats an empty interface as the second.
             return int(arguments["port"]), _interface(interface or "0.0.0.0")  # noqa: S104  # compared, not listened on
         case _:
             return description
@@ -71,7 +71,7 @@ def endpoint_identity(text: str) -> Hashable:
 def is_local(text: str) -> bool:
     """Say whether only this machine can connect to an endpoint: a loopback address, or a UNIX socket.
 
-    Of what systemd passes only the kind is known.  Raises ValueError as `describe_endpoint` does.
+    For sockets from systemd, only the kind is known.  Raises ValueError as `describe_endpoint` does.
     """
     kind, arguments = _parse(describe_endpoint(text))
     match kind:
@@ -87,7 +87,7 @@ def is_local(text: str) -> bool:
 
 
 def reachable_at(text: str) -> str | None:
-    """Give where a client on this machine finds an endpoint, `http://HOST:PORT` or `unix:PATH`; None if nobody can say.
+    """Return where a local client reaches an endpoint, `http://HOST:PORT` or `unix:PATH`; None if that is unknown.
 
     Raises ValueError as `describe_endpoint` does.
     """
@@ -110,7 +110,7 @@ def _check_description(text: str) -> None:
     if kind in _REFUSED:
         raise ValueError(f"{quoted(text)} cannot be used: {_REFUSED[kind]}")
     if kind not in _ARGUMENTS:
-        return  # of a plugin: only Twisted knows which there are
+        return  # of a plugin: only Twisted knows its arguments
     for name in arguments:
         if name not in _ARGUMENTS[kind]:
             raise ValueError(f"{quoted(text)}: {kind} endpoints take {', '.join(_ARGUMENTS[kind])}, not {quoted(name)}")
@@ -127,9 +127,9 @@ def _check_description(text: str) -> None:
 def _check_unix(text: str, arguments: dict[str, str]) -> None:
     address = arguments.get("address", "")
     if not address.startswith("/") or "\0" in address:
-        raise ValueError(f"{quoted(text)}: the path of a socket starts with /, since a service may start anywhere")
+        raise ValueError(f"{quoted(text)}: a socket path must be absolute")
     if len(address.encode("utf-8", "surrogateescape")) > 107:  # sockaddr_un, unix(7)
-        raise ValueError(f"{quoted(text)}: the path of a socket has at most 107 bytes")
+        raise ValueError(f"{quoted(text)}: a socket path has at most 107 bytes")
     if not re.fullmatch(r"[0-7]{1,4}", arguments.get("mode", "666")):
         raise ValueError(f"{quoted(text)}: the mode is an octal number such as 660")
     if arguments.get("lockfile", "1") not in ("0", "1"):
@@ -148,7 +148,7 @@ def _interface(text: str) -> str:
     except ValueError:
         address = ""
     if not is_address(address.partition("%")[0]):
-        raise ValueError(f"{quoted(text)} is no IP address: an interface to listen on is named by its address")
+        raise ValueError(f"{quoted(text)} is not an IP address: give the address of the interface to listen on")
     return address
 
 
@@ -157,7 +157,7 @@ def _escaped(text: str) -> str:
 
 
 def _parse(description: str) -> tuple[str, dict[str, str]]:
-    """Split a Twisted description into its kind and arguments; those without a name get it from their place."""
+    """Split a Twisted description into its kind and arguments; positional arguments get their names."""
     pieces = list(_pieces(description))
     kind = pieces[0][1]
     names = _ARGUMENTS.get(kind, ())
@@ -166,7 +166,7 @@ def _parse(description: str) -> tuple[str, dict[str, str]]:
 
 
 def _pieces(description: str) -> Iterator[tuple[str | None, str]]:
-    """Split at colons into (name or None, value); a backslash takes the next character as it is."""
+    """Split at colons into (name or None, value); a backslash escapes the next character."""
     name: str | None = None
     value = ""
     characters = iter(description)

@@ -1,6 +1,6 @@
-"""From what a person wrote to a `Config`.
+"""Loads a `Config`.
 
-In: a TOML file, flags or a mapping.  Out: `Config`, or `ConfigError` with one line for each thing that is wrong.
+In: a TOML file, flags or a mapping.  Out: `Config`, or `ConfigError` with one line for each problem.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load_file(path: Path, environment: Mapping[str, str] = os.environ) -> Config
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config:
-    """Make a Config of what a TOML file holds.
+    """Make a Config from the contents of a TOML file.
 
     Relative paths start at `base`, which is the current directory if None. Raises ConfigError.
     """
@@ -56,7 +56,7 @@ def from_flags(
     pin: Sequence[str] = (),
     allow: Sequence[str] = (),
 ) -> Config:
-    """Make the same Config of command-line flags; what is not given keeps its default.
+    """Make a Config from command-line flags; flags not given keep their defaults.
 
     `upstream` holds `HOST[:PORT]`; `server_name` one name for all of them, or as many as there are upstreams. Relative
     paths start at the current directory. Raises ConfigError, whose lines name the flags.
@@ -97,7 +97,7 @@ def from_flags(
 
 
 def template_text() -> str:
-    """Give the commented configuration that `mqtts-gateway init` writes."""
+    """Return the commented configuration that `mqtts-gateway init` writes."""
     return resources.files("gateway.config").joinpath("template.toml").read_text(encoding="utf-8")
 
 
@@ -111,7 +111,7 @@ def _split_upstream(text: str) -> dict[str, Any]:
 
 
 def _flag_line(problem: str) -> str:
-    """Name the flag instead of the dotted key that it stands for."""
+    """Replace the dotted key by its flag."""
     key, _, message = problem.partition(": ")
     flag = [name for name in re.findall(r"[a-z_]+", key) if name in _FLAGS][-1]
     return f"--{flag.replace('_', '-')}: {'port: ' if key.endswith('.port') else ''}{message}"
@@ -137,7 +137,7 @@ def _anchored(tls: TLS, anchor: Anchor) -> TLS:
 
 
 def _with_devices(config: Config, anchor: Anchor) -> Config:
-    """Read the directory of rules, whose files come before the rules of the file itself: those are the general ones."""
+    """Read the directory of rules; its files come before the configuration's own rules, which are the general ones."""
     own = [
         (label, attrs.evolve(anchored(device, anchor), name=device.name or label))
         for label, device in ((f"device[{index}]", device) for index, device in enumerate(config.device))
@@ -148,7 +148,7 @@ def _with_devices(config: Config, anchor: Anchor) -> Config:
     rules = [*((file_label(path), device) for path, device in in_files), *own]
     everybody = profile({})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
-        # What the broker demands, it demands of devices without a rule, too.
+        # The broker's requirements hold for devices without a rule, too.
         name = f"devices.profile {config.devices.profile}"
         rules.append((name, attrs.evolve(structure_device(everybody), name=name)))
     problems += cross_problems(
@@ -167,4 +167,4 @@ def _default_problems(config: Config, rules: list[tuple[str, DeviceRule]]) -> li
     lost = [label for label, device in rules if not device.upstream]
     if config.devices.unknown == "pass":
         lost.append("devices.unknown")
-    return [f"{label}: no upstream has default = true, so such a device has none: name one" for label in lost]
+    return [f"{label}: no upstream has default = true, so these devices have no broker: name one" for label in lost]

@@ -1,11 +1,11 @@
-"""What the clouds demand, by name: values that stand in for keys that a configuration leaves out.
+"""Cloud profiles: default values for the requirements of well-known cloud brokers.
 
-In: a mapping as TOML gives it, which may name a profile.  Out: the mapping with the profile's values in it; those of
-rules for devices, too, which also come from files of their own.
+In: a mapping as parsed from TOML, which may name a profile.  Out: the mapping with the profile's values filled in, also
+in rules for devices, which may come from files of their own.
 
-The figures are the providers' own, from their documentation: AWS IoT Core endpoints and quotas; Azure IoT Hub,
+The figures are from the providers' documentation: AWS IoT Core endpoints and quotas; Azure IoT Hub,
 "Communicate with an IoT hub using MQTT"; Azure Event Grid, "MQTT features supported"; EMQX Cloud, "Serverless".  Where
-a provider names none, neither does its profile.
+a provider documents none, its profile sets none.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ _PROFILES: Mapping[str, _Profile] = {
 
 
 def profiled(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return `mapping` with the values of the profile that it names, for keys that it leaves out.
+    """Return `mapping` with the values of its profile for keys that it leaves out.
 
-    What is of a wrong kind, an unknown profile too, is left for whoever checks the mapping.
+    Values of a wrong type and unknown profiles are left for the validation that follows.
     """
     profile = _PROFILES.get(_named(mapping))
     if profile is None:
@@ -96,7 +96,7 @@ def with_profile(name: str, host: str, table: Mapping[str, Any]) -> dict[str, An
         return dict(table)
     values = dict(profile.device)
     if "client_cert" in table:
-        # The certificate is the identity; the device's own password is for nobody else.
+        # The certificate is the identity; the device's own password must not reach the cloud.
         values["credentials"] = "drop"
     if "sas_key_file" in table:
         values |= profile.with_sas_key
@@ -110,7 +110,7 @@ def _named(mapping: Mapping[str, Any]) -> str:
 
 
 def _tables(mapping: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
-    """Return a list of tables, or nothing if it is anything else."""
+    """Return a list of tables, or an empty list if the value is anything else."""
     tables = mapping.get(key)
     if isinstance(tables, list) and all(isinstance(table, Mapping) for table in tables):
         return tables
@@ -125,5 +125,5 @@ def _host(upstreams: list[Mapping[str, Any]]) -> str:
 def _at(host: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
-    # What is no host is found out elsewhere; a brace in it must not become a placeholder here.
+    # An invalid host is reported elsewhere; a brace in it must not become a placeholder here.
     return value.replace("{host}", host.replace("{", "{{").replace("}", "}}"))

@@ -1,9 +1,9 @@
 """What can be configured: the one typed, frozen `Config` that files and flags both become.
 
-In: values.  Out: `Config` and its sections, which cannot be made with values that make no sense: each class raises
-ValueError (an ExceptionGroup of them, where several elements of a list are wrong) that says what is wrong.
+In: values.  Out: `Config` and its sections.  Each class raises ValueError for invalid values (an ExceptionGroup of them
+if several elements of a list are invalid).
 
-The fields' names are the keys of the file. `docs/configuration.md` describes each; a test holds the two together.
+The fields' names are the keys of the file. `docs/configuration.md` describes each; a test keeps the two in step.
 """
 
 import base64
@@ -39,7 +39,7 @@ LARGEST_PACKET = 1 + 4 + 268_435_455
 
 
 def _distinct(identity: Callable[[Any], Hashable], shown: Callable[[Any], str], missing: str) -> Validator:
-    """Make a validator for a list that is not empty and holds nothing twice."""
+    """Make a validator for a list that must not be empty nor contain duplicates."""
 
     def validate(_instance: Any, _attribute: "attrs.Attribute[Any]", values: tuple[Any, ...]) -> None:
         if not values:
@@ -62,19 +62,19 @@ def _check_server_name(text: str) -> None:
 
 
 def _check_alpn(text: str) -> None:
-    """Check a protocol name (RFC 7301 §3.1: 1 to 255 bytes; all registered ones are ASCII)."""
+    """Check a protocol name (RFC 7301 §3.1: 1 to 255 bytes; all registered names are ASCII)."""
     if not (1 <= len(text) <= 255 and text.isascii() and text.isprintable()):
-        raise ValueError(f"{quoted(text)} is no application protocol: use 1 to 255 ASCII characters, such as mqtt")
+        raise ValueError(f"{quoted(text)} is not an application protocol: use 1 to 255 ASCII characters, such as mqtt")
 
 
 def _pin_digest(text: str) -> bytes:
-    """Give the 32 bytes of a pin: base64, after `sha256/` (OkHttp, Android) or `sha256//` (curl) if that is there."""
-    # A slash is a digit of base64, too: only the length tells the second one of a prefix from the first of a digest.
+    """Return the 32 bytes of a pin: base64, after an optional `sha256/` (OkHttp, Android) or `sha256//` (curl)."""
+    # A slash is a base64 digit, too: only the length tells whether a second one belongs to the prefix or the digest.
     match = re.fullmatch(r"(?:sha256//?)?([A-Za-z0-9+/]{43}=)", text)
     if match is None:
         hexadecimal = re.fullmatch(r"(?:[0-9A-Fa-f]{2}:?){31}[0-9A-Fa-f]{2}", text)
         raise ValueError(
-            f"{quoted(text)} is no pin: give the SHA-256 digest of the public key (SubjectPublicKeyInfo) in base64, "
+            f"{quoted(text)} is not a pin: give the SHA-256 digest of the public key (SubjectPublicKeyInfo) in base64, "
             f"44 characters" + (", not in hexadecimal" if hexadecimal else "")
         )
     return base64.b64decode(match[1])
@@ -86,12 +86,12 @@ def _without_brackets(text: str) -> str:
 
 def _check_proxy(proxy: Proxy) -> None:
     if proxy != "unix" and not proxy.prefixlen:
-        raise ValueError(f"{proxy} is everybody, who could claim any address: name the load balancers")
+        raise ValueError(f"{proxy} covers every address, so anyone could claim any address: name the load balancers")
 
 
 @attrs.frozen
 class Listener:
-    """Where devices connect with plain MQTT, or load balancers with a PROXY header before it."""
+    """A port where devices connect with plain MQTT, or load balancers with a PROXY header first."""
 
     endpoint: str = attrs.field(validator=checked(describe_endpoint))
     name: str = attrs.field(default="", validator=checked(check_label))
@@ -102,9 +102,11 @@ class Listener:
         kind = endpoint_kind(self.endpoint)
         for index, proxy in enumerate(self.proxies):
             if kind == "unix" and proxy != "unix":
-                raise MisfitError(f".proxies[{index}]", 'a UNIX socket knows no addresses: write proxies = "unix"')
+                raise MisfitError(
+                    f".proxies[{index}]", 'connections to a UNIX socket have no address: write proxies = "unix"'
+                )
             if kind in {"tcp", "tcp6"} and proxy == "unix":
-                raise MisfitError(f".proxies[{index}]", '"unix" is for UNIX sockets: name networks here')
+                raise MisfitError(f".proxies[{index}]", '"unix" is for UNIX sockets only: list networks here')
 
     @property
     def description(self) -> str:
@@ -141,7 +143,7 @@ class Upstream:
 
 @attrs.frozen
 class TLS:
-    """How the broker is verified, and what the gateway shows it. It holds for every upstream."""
+    """How brokers are verified, and the gateway's own certificate; for every upstream."""
 
     ca_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
     ca_dir: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
@@ -155,9 +157,9 @@ class TLS:
     resumption: bool = True
 
     def __attrs_post_init__(self) -> None:
-        """Refuse a key without the certificate that makes it useful."""
+        """Refuse a key without its certificate."""
         if self.client_key is not None and self.client_cert is None:
-            raise MisfitError(".client_key", "there is no client_cert: name the certificate that belongs to this key")
+            raise MisfitError(".client_key", "client_cert is missing: name the certificate that belongs to this key")
 
     @property
     def pin_digests(self) -> frozenset[bytes]:
@@ -167,12 +169,12 @@ class TLS:
 
 @attrs.frozen
 class Limits:
-    """How much a device, or the broker, may send in one piece."""
+    """Size limits for control packets, from devices and from brokers."""
 
     max_packet_size: int = attrs.field(
         default=LARGEST_PACKET, validator=between(256, LARGEST_PACKET), metadata={"unit": "bytes"}
     )
-    # Held in memory whole, for each session that has not been admitted by the broker yet: hence the low bound above.
+    # Held in memory for each session that the broker has not accepted yet: hence the low maximum.
     max_connect_size: int = attrs.field(default=65_536, validator=between(256, 1_048_576), metadata={"unit": "bytes"})
 
 
@@ -182,7 +184,7 @@ def _seconds(default: float) -> Any:
 
 @attrs.frozen
 class Timeouts:
-    """How long each step may take (seconds)."""
+    """Timeouts of each step (seconds)."""
 
     connect_packet: float = _seconds(10.0)
     dns: float = _seconds(5.0)
@@ -212,12 +214,12 @@ _HOME_NETWORKS: tuple[Network, ...] = tuple(
 
 def _check_any_network(networks: tuple[Network, ...]) -> None:
     if not networks:
-        raise ValueError("no network is allowed, so no device could ever connect: name one, or leave the key out")
+        raise ValueError("no network is allowed, so no device could ever connect: list one, or leave the key out")
 
 
 @attrs.frozen
 class Admission:
-    """Who may open a session, and how many."""
+    """Who may open sessions, and how many."""
 
     allow: tuple[Network, ...] = attrs.field(default=_HOME_NETWORKS, validator=checked(_check_any_network))
     max_sessions: int = attrs.field(default=0, validator=between(0, 10_000_000), metadata={"unit": "sessions"})
@@ -230,27 +232,27 @@ class Admission:
 
     @property
     def burst(self) -> int:
-        """How many sessions an address may open at one moment: those of one second, but at least one."""
+        """How many sessions an address may open at once: those of one second, but at least one."""
         return max(1, math.ceil(self.new_sessions_per_second))
 
 
 @attrs.frozen
 class Failover:
-    """For how long a broker that failed is left alone before it is tried again."""
+    """How long a failed broker is not dialled before the next attempt."""
 
     retry_first: float = _seconds(1.0)
     retry_max: float = _seconds(30.0)
 
     def __attrs_post_init__(self) -> None:
-        """Refuse a first time that is longer than the longest."""
+        """Refuse a first delay above the maximum."""
         if self.retry_first > self.retry_max:
             first, most = number(self.retry_first), number(self.retry_max)
-            raise MisfitError(".retry_first", f"{first} is more than retry_max, which is {most}")
+            raise MisfitError(".retry_first", f"{first} is above retry_max, which is {most}")
 
 
 @attrs.frozen
 class Pacing:
-    """How fast new sessions are led to the broker, all devices together."""
+    """The rate of new sessions to the broker, for all devices together."""
 
     new_sessions_per_second: float = attrs.field(
         default=100.0, validator=between(0, 1_000_000), metadata={"unit": "sessions per second"}
@@ -260,7 +262,7 @@ class Pacing:
 
 @attrs.frozen
 class Drain:
-    """How sessions end when the gateway is stopped."""
+    """How sessions end when the gateway stops."""
 
     seconds: float = attrs.field(default=10.0, validator=between(0, 3600), metadata={"unit": "seconds"})
     wills: Literal["publish", "discard"] = "publish"
@@ -273,18 +275,18 @@ def _check_optional_endpoint(text: str) -> None:
 
 @attrs.frozen
 class Status:
-    """Where the gateway shows how it is: the status page, metrics, health."""
+    """Where the status page, metrics and health checks are served."""
 
     endpoint: str = attrs.field(default="", validator=checked(_check_optional_endpoint))
     public: bool = False
 
     def __attrs_post_init__(self) -> None:
-        """Keep what is shown on this machine, unless somebody says otherwise."""
+        """Refuse an endpoint that other machines can reach, unless `public` is set."""
         if self.endpoint and not self.public and not is_local(self.endpoint):
             raise MisfitError(
                 ".endpoint",
-                f"{quoted(self.endpoint)} can be reached from other machines, and whoever reaches it reads the names "
-                'and addresses of all devices: use loopback ("127.0.0.1:9883") or a UNIX socket, or set public = true',
+                f"{quoted(self.endpoint)} can be reached from other machines, and anyone who reaches it can read the "
+                'names and addresses of all devices: use loopback ("127.0.0.1:9883"), a UNIX socket, or public = true',
             )
 
     @property
@@ -295,33 +297,33 @@ class Status:
 
 @attrs.frozen
 class Log:
-    """How the log is written."""
+    """The log's format."""
 
     format: Literal["auto", "text", "journal", "json"] = "auto"
 
 
 def _upstream_identity(upstream: Upstream) -> Hashable:
-    # One address may well stand twice with different names: a load balancer that chooses the broker by SNI.
+    # The same address may be listed with different names: a load balancer may choose the broker by SNI.
     return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name
 
 
 @attrs.frozen(kw_only=True)
 class Config:
-    """Everything that can be configured."""
+    """The whole configuration."""
 
     listen: tuple[Listener, ...] = attrs.field(
         default=(Listener("1883"),),
         validator=_distinct(
             lambda listener: endpoint_identity(listener.endpoint),
             lambda listener: listener.endpoint,
-            'there is none: write [[listen]] with endpoint = "1883", or leave the key out',
+            'missing: write [[listen]] with endpoint = "1883", or leave the key out',
         ),
     )
     upstream: tuple[Upstream, ...] = attrs.field(
         validator=_distinct(
             _upstream_identity,
             lambda upstream: upstream.address,
-            'there is none: write [[upstream]] with host = "broker.example.com"',
+            'missing: write [[upstream]] with host = "broker.example.com"',
         ),
     )
     tls: TLS = TLS()

@@ -1,7 +1,7 @@
-"""From a mapping to a `Config`, or to everything that is wrong with it.
+"""Turns a mapping into a `Config`, or into a list of its problems.
 
-In: a mapping as TOML gives it.  Out: `Config`, or `ConfigError` with one line for each unknown key, wrong type and
-value that makes no sense, each with its dotted key. cattrs collects the exceptions; this module gives them their words.
+In: a mapping as parsed from TOML.  Out: `Config`, or `ConfigError` with one line for each unknown key, wrong type and
+invalid value, each with its dotted key. cattrs collects the exceptions; this module words them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from gateway.config.value_words import described, number, quoted
 from gateway.errors import ConfigError
 
 _MISSING = {
-    "upstream": 'there is none: write [[upstream]] with host = "broker.example.com"',
-    "host": 'it is missing: name the broker, as in host = "broker.example.com"',
-    "endpoint": 'it is missing: name a port or an endpoint, as in endpoint = "1883"',
+    "upstream": 'missing: write [[upstream]] with host = "broker.example.com"',
+    "host": 'missing: name the broker, as in host = "broker.example.com"',
+    "endpoint": 'missing: give a port or an endpoint, as in endpoint = "1883"',
 }
 
 
 def structure(mapping: Mapping[str, Any]) -> Config:
-    """Make a Config; paths stay as they are written. Raises ConfigError."""
+    """Make a Config; paths stay as written. Raises ConfigError."""
     try:
         config: Config = _converter.structure(mapping, Config)
     except (BaseValidationError, ValueError) as error:
@@ -47,7 +47,7 @@ def structure(mapping: Mapping[str, Any]) -> Config:
 
 
 def structure_device(mapping: Mapping[str, Any]) -> DeviceRule:
-    """Make a rule of a file that holds one; paths stay as they are written. Raises ConfigError."""
+    """Make a rule from the table of its file; paths stay as written. Raises ConfigError."""
     try:
         device: DeviceRule = _converter.structure(mapping, DeviceRule)
     except (BaseValidationError, ValueError) as error:
@@ -56,11 +56,11 @@ def structure_device(mapping: Mapping[str, Any]) -> DeviceRule:
 
 
 class _WrongTypeError(ValueError):
-    """The value is of another kind than the one expected."""
+    """The value has the wrong type."""
 
     def __init__(self, expected: str, value: object, hint: str = "") -> None:
         super().__init__(expected, value, hint)
-        self.unit = ""  # the key knows it, not the type
+        self.unit = ""  # known to the key, not to the type
 
     def __str__(self) -> str:
         expected, value, hint = self.args
@@ -115,8 +115,8 @@ def _network(value: object, _type: object) -> Network:
     try:
         meant = ipaddress.ip_network(value, strict=False)
     except ValueError:
-        raise ValueError(f'{quoted(value)} is no network, such as "192.168.1.0/24", and no address') from None
-    raise ValueError(f'{quoted(value)} is an address in a network: did you mean "{meant}"?')
+        raise ValueError(f'{quoted(value)} is neither a network, such as "192.168.1.0/24", nor an address') from None
+    raise ValueError(f'{quoted(value)} has host bits set: did you mean "{meant}"?')
 
 
 def _proxy(value: object, type_: object) -> Proxy:
@@ -140,11 +140,11 @@ def _is_several(type_: Any) -> bool:
 
 
 def _several(value: object, type_: Any) -> tuple[Any, ...]:
-    """Make a tuple of a list; where its elements are texts, one of them may stand alone."""
+    """Make a tuple of a list; a single text may stand for a list of one."""
     (element, _) = get_args(type_)
     if attrs.has(element):
         if isinstance(value, Mapping):
-            raise ValueError("this is one table: write its name in double brackets, since there may be several")
+            raise ValueError("this is a single table: write its name in double brackets, since there may be several")
         if not isinstance(value, list):
             raise _WrongTypeError("tables with their name in double brackets", value)
     elif isinstance(value, str):
@@ -176,7 +176,7 @@ def _table(class_: type[attrs.AttrsInstance]) -> Callable[[object, object], obje
 
 
 def _field(field: attrs.Attribute[Any]) -> Callable[[object, object], object]:
-    """Make the hook for one key. It runs the validator, too: a class would stop at the first that refuses."""
+    """Make the hook for one key. It runs the validator, too: the class itself would stop at the first problem."""
     unit = f" of {field.metadata['unit']}" if "unit" in field.metadata else ""
 
     def structure_field(value: object, type_: Any) -> object:
@@ -214,21 +214,21 @@ _converter = _make_converter()
 
 
 def _lines(error: BaseException, key: str) -> Iterator[str]:
-    """Give a line for each problem in an exception; `key` is the dotted key of what was being made."""
+    """Yield a line for each problem in an exception; `key` is the dotted key being structured."""
     if isinstance(error, ExceptionGroup):
         for inner in error.exceptions:
             yield from _lines(inner, _dotted(key, inner))
     elif isinstance(error, ForbiddenExtraKeysError):
         for unknown in sorted(error.extra_fields, key=str):
             yield f"{_joined(key, unknown)}: {_unknown_key(unknown, error.cl)}"
-    elif isinstance(error, KeyError):  # what cattrs itself raises for a key without default
+    elif isinstance(error, KeyError):  # raised by cattrs for a missing key without default
         yield f"{key}: {_MISSING[key.rpartition('.')[2]]}"
     else:
         yield f"{key or 'the configuration'}: {error}"
 
 
 def _dotted(key: str, error: BaseException) -> str:
-    """Go on from `key` to the part of it that the exception is about."""
+    """Extend `key` to the part that the exception is about."""
     if isinstance(error, MisfitError):
         return key + error.where
     for note in getattr(error, "__notes__", ()):
@@ -250,14 +250,14 @@ def _unknown_key(name: object, class_: type[attrs.AttrsInstance]) -> str:
     close = difflib.get_close_matches(str(name).replace("-", "_"), known, n=1)
     if close:
         return f"unknown key: did you mean `{close[0]}`?"
-    for place in _places():  # it stands under the wrong header, or before the first one
+    for place in _places():  # it is under the wrong header, or before the first one
         if place.rpartition(".")[2] == name:
             return f"unknown key here: did you mean `{place}`?"
-    return f"unknown key: those known here are {', '.join(known)}"
+    return f"unknown key: known keys are {', '.join(known)}"
 
 
 def _places() -> list[str]:
-    """Give the dotted keys of all sections and of all that is in them."""
+    """Return the dotted keys of all sections and of all keys in them."""
     sections: list[tuple[str, Any]] = [(field.name, field.type) for field in attrs.fields(Config)]
     return [name for name, _ in sections] + [
         f"{name}.{field.name}"

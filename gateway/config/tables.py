@@ -1,6 +1,6 @@
-"""TOML files: from bytes on a disk to tables.
+"""Reads TOML files.
 
-In: a path.  Out: what the file holds, or `ConfigError` that says in which line it cannot be read.
+In: a path.  Out: the file's table, or `ConfigError` with the line of the problem.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from gateway.config.value_words import quoted
 from gateway.errors import ConfigError
 from gateway.text import printable
 
-_LARGEST_FILE = 1_048_576  # bytes; whoever names a device or a disk image by mistake gets an answer
+_LARGEST_FILE = 1_048_576  # bytes; guards against a device or a disk image named by mistake
 
 
 def read_table(path: Path, when_empty: str) -> dict[str, Any]:
-    """Read a TOML file (UTF-8); `when_empty` says what to do about one with nothing in it.  Raises ConfigError."""
+    """Read a TOML file (UTF-8); `when_empty` is the remedy for an empty file.  Raises ConfigError."""
     shown = quoted(str(path), limit=4096)
     try:
         with path.open("rb") as file:
@@ -30,9 +30,9 @@ def read_table(path: Path, when_empty: str) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError([f"{shown} cannot be read: {reason}"]) from None
     if len(content) > _LARGEST_FILE:
-        raise ConfigError([f"{shown} is no configuration: it is larger than {_LARGEST_FILE} bytes"])
+        raise ConfigError([f"{shown} is not a configuration: it is larger than {_LARGEST_FILE} bytes"])
     try:
-        text = content.decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        text = content.decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ConfigError([f"{shown} is not UTF-8: see line {line}"]) from None
@@ -48,11 +48,11 @@ def _parse_toml(text: str, shown: str) -> dict[str, Any]:
         message = printable(str(error))
         if found := re.fullmatch(r"(.*) \(at line (\d+), column (\d+)\)", message):
             message = f"line {found[2]}, column {found[3]}: {found[1]}"
-        else:  # "(at end of document)", which is no place that one could go to
+        else:  # "(at end of document)" names no line
             last = text.rstrip().count("\n") + 1
             message = f"line {last}, at the end: {message.partition(' (at end')[0]}"
         raise ConfigError([f"{shown} is not TOML: {message}"]) from None
-    except ValueError:  # Python refuses to read whole numbers of more than 4300 digits
-        raise ConfigError([f"{shown} is no configuration: it holds a number that is absurdly long"]) from None
+    except ValueError:  # Python does not parse integers of more than 4300 digits
+        raise ConfigError([f"{shown} is not a configuration: it contains a number that is absurdly long"]) from None
     except RecursionError:
-        raise ConfigError([f"{shown} is no configuration: it is nested too deeply"]) from None
+        raise ConfigError([f"{shown} is not a configuration: it is nested too deeply"]) from None

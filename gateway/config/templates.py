@@ -1,10 +1,10 @@
-"""Texts with placeholders that are filled with what is known of a device: `{client_id}`, `{username}`, `{address}`.
+"""Templates: texts with placeholders for a device's own values: `{client_id}`, `{username}`, `{address}`.
 
-In: a text of the configuration, values from the LAN.  Out: the text with the values in it; `ValueError` for a
-placeholder that there is not, and for a value that might mean something where it comes to stand.
+In: a text of the configuration, values from the LAN.  Out: the text with the values filled in; `ValueError` for an
+unknown placeholder, and for a value with characters that could have a meaning in the result.
 
-What a device calls itself is data.  Only letters, digits and `. _ : @ -` get into a text: nothing that ends a field of
-a user name, escapes in a token, makes a wildcard or another level of a topic.
+Device-supplied values are untrusted data.  Only letters, digits and `. _ : @ -` are accepted: nothing that could end a
+field of a user name, escape from a token, act as a wildcard or add a topic level.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from collections.abc import Collection, Mapping
 from gateway.config.value_words import quoted
 
 FROM_DEVICE = ("client_id", "username", "address")
-"""The placeholders that every rule knows; the named groups of its pattern come to them."""
+"""The placeholders that every rule knows, besides the named groups of its pattern."""
 
 _SAFE = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 
 class UnusableValueError(ValueError):
-    """A value from the LAN cannot stand in a template; the message names the placeholder, never the value."""
+    """A value from the LAN cannot be used in a template; the message names the placeholder, never the value."""
 
 
 def placeholders(template: str) -> set[str]:
-    """Give the names that stand in braces; a doubled brace stands for itself.  Raises ValueError."""
+    """Return the names in braces; a doubled brace is a literal one.  Raises ValueError."""
     try:
         pieces = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ValueError(f"{quoted(template)} is no template: {error}") from None
+        raise ValueError(f"{quoted(template)} is not a template: {error}") from None
     for _, name, form, conversion in pieces:
         if name is not None and (form or conversion):
-            raise ValueError(f"{quoted(template)} is no template: a placeholder is a name alone, as in {{client_id}}")
+            raise ValueError(
+                f"{quoted(template)} is not a template: a placeholder is a name alone, as in {{client_id}}"
+            )
     return {name for _, name, _, _ in pieces if name is not None}
 
 
@@ -42,11 +44,13 @@ def check_template(template: str, known: Collection[str]) -> None:
     for name in sorted(placeholders(template)):
         if name not in known:
             shown = ", ".join(f"{{{each}}}" for each in known)
-            raise ValueError(f"{quoted(template)} has the unknown placeholder {{{name}}}: those known here are {shown}")
+            raise ValueError(
+                f"{quoted(template)} has the unknown placeholder {{{name}}}: known placeholders are {shown}"
+            )
 
 
 def expand(template: str, values: Mapping[str, str | None]) -> str:
-    """Fill a template that has been checked; None stands for a value that is not known of this device.
+    """Fill in a checked template; None means that this device has no such value.
 
     Raises UnusableValueError.
     """
@@ -55,7 +59,9 @@ def expand(template: str, values: Mapping[str, str | None]) -> str:
     for name in placeholders(template):
         value = values.get(name)
         if value is None:
-            raise UnusableValueError(f"{{{name}}} is not known of this device")
+            raise UnusableValueError(f"{{{name}}} is not known for this device")
         if not _SAFE.fullmatch(value):
-            raise UnusableValueError(f"{{{name}}} holds characters that no template takes, none at all, or too many")
+            raise UnusableValueError(
+                f"{{{name}}} is empty, too long, or contains characters that templates do not accept"
+            )
     return template.format_map(values)

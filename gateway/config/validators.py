@@ -1,6 +1,6 @@
-"""Checks of values, as attrs wants them.
+"""Validators for attrs fields.
 
-In: values that somebody wrote.  Out: nothing, or ValueError that says what is wrong.
+In: configured values.  Out: nothing, or ValueError with the reason.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
 class MisfitError(ValueError):
-    """A part of a value makes no sense; `where` leads from the value to that part: `[1]`, `.client_key`."""
+    """A part of a value is invalid; `where` leads from the value to that part: `[1]`, `.client_key`."""
 
     def __init__(self, where: str, message: str) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ def checked(judge: Callable[[Any], object]) -> Validator:
 
 
 def checked_each(judge: Callable[[Any], object]) -> Validator:
-    """Make a validator of a function that raises ValueError for an element; it finds all of them."""
+    """Make a validator of a function that raises ValueError for an element; it reports all invalid elements."""
 
     def validate(_instance: Any, _attribute: attrs.Attribute[Any], values: Iterable[Any]) -> None:
         problems = []
@@ -46,7 +46,7 @@ def checked_each(judge: Callable[[Any], object]) -> Validator:
             except ValueError as error:
                 problems.append(MisfitError(f"[{index}]", str(error)))
         if problems:
-            raise ExceptionGroup("elements that make no sense", problems)
+            raise ExceptionGroup("invalid elements", problems)
 
     return validate
 
@@ -56,25 +56,25 @@ def between(low: float, high: float, what: str = "") -> Validator:
     span = f"({number(low)} to {number(high)})"
 
     def judge(value: float) -> None:
-        if not low <= value <= high:  # so that not-a-number is refused, too
+        if not low <= value <= high:  # written so that NaN is refused, too
             raise ValueError(f"{number(value)} is {what} {span}" if what else f"{number(value)} is out of range {span}")
 
     return checked(judge)
 
 
 def check_label(text: str) -> None:
-    """Refuse what cannot stand in a line of a log."""
+    """Refuse labels that are unfit for a log line."""
     if len(text) > 64 or not text.isprintable():
-        raise ValueError(f"{quoted(text)} is no label: use up to 64 characters that print")
+        raise ValueError(f"{quoted(text)} is not a label: use up to 64 printable characters")
 
 
 def check_path(path: Path) -> None:
-    """Refuse what the system cannot open whatever there is."""
+    """Refuse paths that no file can have."""
     if "\0" in str(path):
-        raise ValueError(f"{quoted(str(path))} is no path: it holds a NUL character")
+        raise ValueError(f"{quoted(str(path))} is not a path: it contains a NUL character")
 
 
 def check_optional_path(path: Path | None) -> None:
-    """As `check_path`, where there is a path."""
+    """As `check_path`, if there is a path."""
     if path is not None:
         check_path(path)

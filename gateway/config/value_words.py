@@ -1,6 +1,6 @@
-"""Words for messages about a configuration.
+"""Describes values in messages about a configuration.
 
-In: values that somebody wrote into a file or a flag.  Out: text that is safe and short enough to show.
+In: values from a file or a flag.  Out: text that is safe and short enough to show.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from gateway.text import printable
 
 
 def quoted(text: str, limit: int = 60) -> str:
-    """Give `text` in double quotes on one line: what does not print is escaped; `limit` characters are shown."""
+    """Return `text` in double quotes on one line, unprintable characters escaped, cut to `limit` characters."""
     return '"' + printable(text, limit).replace('"', '\\"') + '"'
 
 
 def number(value: float) -> str:
-    """Give a number as it is written in TOML; one that is absurdly long only by its size."""
-    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to print very long ones
+    """Return a number as written in TOML; an absurdly long one as its size."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python does not format very long ones
         return f"a number of {value.bit_length()} bits"
     return str(value)
 
 
 def described(value: object) -> str:
-    """Say in words what kind of value this is, and which: `the text "256M"`, `the number 5`, `a list`."""
+    """Describe a value by type and content: `the text "256M"`, `the number 5`, `a list`."""
     match value:
         case bool():
             return "true" if value else "false"

@@ -1,7 +1,8 @@
-"""Certificates that run out: which ones matter, how long they have, and a daily word before their end.
+"""Certificate expiry: which certificates matter, how long they are valid, and a daily warning before they expire.
 
-In: the gateway's own certificates, the roots it trusts, what brokers showed; the time of day.  Out: `Certificate`s for
-metrics and people, warnings in the log.  The platform's roots are the platform's own affair and are left out.
+In: the gateway's own certificates, the roots it trusts, the brokers' certificates; the time of day.  Out:
+`Certificate`s for the status page and the metrics, warnings in the log.  The platform's roots are left out: the
+platform renews them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _LOOK_AGAIN = 60.0  # seconds
 
 
 class Role(StrEnum):
-    """Whose certificate it is; the value is the word in metrics."""
+    """Whose certificate it is; the value is the label in metrics."""
 
     OWN = "own"
     CA = "ca"
@@ -39,15 +40,15 @@ _WHOSE = {
     Role.DEVICE: "a device's certificate",
 }
 _REMEDIES = {
-    Role.OWN: "Have it renewed and put the new one into tls.client_cert: past its end, brokers refuse the gateway.",
-    Role.CA: "Put its successor beside it into tls.ca_file: past its end, the brokers that it vouches for are refused.",
-    Role.BROKER: "Have it renewed on the broker: past its end, no session is opened.",
-    Role.DEVICE: "Have it renewed and put the new one into client_cert of its rule: past its end, brokers refuse it.",
+    Role.OWN: "Renew it and install the new one as tls.client_cert. Brokers refuse the gateway once it has expired.",
+    Role.CA: "Add its successor to tls.ca_file. The gateway refuses brokers under this CA once it has expired.",
+    Role.BROKER: "Renew it on the broker. No session can be opened once it has expired.",
+    Role.DEVICE: "Renew it and install the new one as client_cert of its rule. Brokers refuse it once it has expired.",
 }
 
 
 class Validity(StrEnum):
-    """What a certificate is worth at a moment; the value is the word for people."""
+    """A certificate's validity at a moment; the value is the word for people."""
 
     NOT_YET = "not yet valid"
     VALID = "valid"
@@ -57,7 +58,7 @@ class Validity(StrEnum):
 
 @frozen
 class Certificate:
-    """What is shown of a certificate; `upstream` (`host:port`) is empty unless it is a broker's."""
+    """The public facts of a certificate; `upstream` (`host:port`) is set for a broker's only."""
 
     role: Role
     subject: str
@@ -68,20 +69,20 @@ class Certificate:
 
     @property
     def whose(self) -> str:
-        """Whose it is, in words."""
+        """Whose certificate it is, in words."""
         return f"{_WHOSE[self.role]} {self.upstream}".rstrip()
 
     @property
     def remedy(self) -> str:
-        """What to do before it ends."""
+        """What to do before it expires."""
         return _REMEDIES[self.role]
 
     def days_left(self, now: datetime) -> int:
-        """Return whole days until its end; less than 0 afterwards."""
+        """Return whole days until it expires; negative afterwards."""
         return (self.not_after - now).days
 
     def validity(self, now: datetime) -> Validity:
-        """Return what it is worth."""
+        """Return whether it is valid at `now`."""
         if now > self.not_after:
             return Validity.OVER
         if self.not_before is not None and now < self.not_before:
@@ -98,20 +99,20 @@ def configured(policy: TLSPolicy) -> Iterator[Certificate]:
 
 
 def of_devices(identities: Iterable[ClientIdentity]) -> Iterator[Certificate]:
-    """Yield the certificates that devices show by their rules; thousands perhaps, so they are for the log alone."""
+    """Yield the certificates that rules give to devices."""
     for identity in identities:
         yield _shown(Role.DEVICE, identity.chain[0])
 
 
 def shown_by(upstream: str, peer: Peer) -> Certificate:
-    """Return what a broker showed when it was verified last."""
+    """Return the certificate of a broker, as of its last verification."""
     return Certificate(Role.BROKER, peer.subject, peer.issuer, peer.not_after, upstream=upstream)
 
 
 class ExpiryWatch:
-    """Warns daily of each certificate that is within 30 days of its end, or past it.
+    """Warns daily about each certificate that expires within 30 days or has expired.
 
-    `now` gives the time of day, by which certificates live; `seconds` measures the day between two warnings, since the
+    `now` gives the time of day, which validity is judged by; `seconds` measures the day between two warnings, since the
     time of day may be set.
     """
 
@@ -123,7 +124,7 @@ class ExpiryWatch:
         self._told: dict[Certificate, float] = {}
 
     def sweep(self, certificates: Callable[[], Iterable[Certificate]]) -> None:
-        """Look whether there is something to say; called every second or so."""
+        """Warn about certificates that are due for a warning; called about once a second."""
         seconds = self._seconds()
         if seconds - self._looked < _LOOK_AGAIN:
             return
@@ -139,13 +140,13 @@ class ExpiryWatch:
                 self._tell(certificate, validity, now)
                 before = seconds
             told[certificate] = before
-        self._told = told  # So that those that were replaced are forgotten.
+        self._told = told  # Forgets replaced certificates.
 
     def _tell(self, certificate: Certificate, validity: Validity, now: datetime) -> None:
         days = certificate.days_left(now)
         left = f"in {days} {'day' if days == 1 else 'days'}" if days else "within a day"
         words = {
-            Validity.SOON: f"ends {left}, on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
+            Validity.SOON: f"expires {left}, on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
             Validity.OVER: f"expired on {certificate.not_after:%Y-%m-%d %H:%M} UTC",
             Validity.NOT_YET: f"is not valid before {certificate.not_before or now:%Y-%m-%d %H:%M} UTC",
         }[validity]

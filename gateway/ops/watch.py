@@ -1,9 +1,9 @@
-"""Notices that files have changed: certificates and keys are renewed while the gateway runs.
+"""Detects changed files: certificates and keys are renewed while the gateway runs.
 
-In: paths, looked at every few seconds.  Out: which of them have changed, once they have come to rest.
+In: the states of files, taken every few seconds.  Out: the files that changed, once they no longer change.
 
-Looking is asking for the state of a file (stat), which costs microseconds; symbolic links are followed, since renewal
-tools put a new file in place by turning one.  Nothing is read.
+Only stat() is called; no file is read.  Symbolic links are followed, since renewal tools often install a new file by
+retargeting one.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-# What of a file's state changes with its content, with what it is (device, inode), or with who may read it (ctime).
+# Changes with the content, with the identity of the file (device, inode), and with who may read it (ctime).
 FileState = tuple[int, ...]
 
 
 def states(paths: Iterable[Path]) -> dict[Path, FileState]:
-    """Return the state of each file; that of one that cannot be looked at is why not."""
+    """Return the state of each file; for one that stat() fails on, the error number."""
     return {path: _state(path) for path in paths}
 
 
 def differing(before: Mapping[Path, FileState], after: Mapping[Path, FileState]) -> list[Path]:
-    """Return the files whose states differ, or that stand in one of the two only."""
+    """Return the files whose states differ, or that are in only one of the two."""
     return [path for path in (*before, *(after.keys() - before.keys())) if before.get(path) != after.get(path)]
 
 
 class Watch:
-    """Compares files with what they were.
+    """Compares files with their known states.
 
-    A change is told when two looks one after the other agree on it, and told once: a certificate and its key are two
-    files, and each may be half written when it is looked at.
+    A change is reported once, when two consecutive looks agree on it: a certificate and its key are two files, and
+    either may be half written at the time of a look.
     """
 
     def __init__(self, known: Mapping[Path, FileState]) -> None:
@@ -42,7 +42,7 @@ class Watch:
         self._known = self._seen = known
 
     def look(self, seen: Mapping[Path, FileState]) -> list[Path]:
-        """Take the states of this moment; return the files that have changed and come to rest, and know them so."""
+        """Take the current states; return the files that changed and are stable now, and remember these states."""
         at_rest = seen == self._seen
         self._seen = seen
         if not at_rest or seen == self._known:
@@ -54,7 +54,7 @@ class Watch:
 
 def _state(path: Path) -> FileState:
     try:
-        found = os.stat(path)  # noqa: PTH116  Path.stat is the same and slower
+        found = os.stat(path)  # noqa: PTH116  Path.stat is slower
     except OSError as error:
         return (error.errno or 0,)
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
