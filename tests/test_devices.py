@@ -764,10 +764,8 @@ def test_a_broker_that_answers_no_ping_is_lost(start_gateway: StartGateway, star
     assert device.read_to_end() == b""
     device.close()
     record = gateway.wait_ended()
-    assert (record.reason, record.detail) == (
-        EndReason.UPSTREAM_LOST,
-        "2 PINGREQs of the gateway without an answer",
-    )
+    assert record.reason is EndReason.UPSTREAM_LOST
+    assert record.detail.startswith("2 unanswered PINGREQs")
 
 
 def test_a_device_that_is_too_fast_is_read_more_slowly(start_gateway: StartGateway, start_broker: StartBroker) -> None:

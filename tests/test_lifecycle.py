@@ -14,7 +14,7 @@ import pytest
 from twisted.internet.defer import succeed
 from twisted.logger import Logger
 
-from gateway import service as service_module
+from gateway import gateway as gateway_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
 from gateway.gateway import Gateway
@@ -669,7 +669,7 @@ def test_a_sweep_that_takes_long_reaches_everybody(
         sweep(session, now)
 
     monkeypatch.setattr(Session, "sweep", remembered)
-    monkeypatch.setattr(service_module, "_SWEPT_AT_A_TIME", 1)
+    monkeypatch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 1)
     gateway = start_gateway(upstream=start_broker().port)
     clock = gateway.service.gateway._clock
     call_later = clock.callLater
@@ -697,7 +697,7 @@ def test_many_sessions_are_swept_a_few_at_a_time(
         left.append(len(sessions))
         sweep(gateway, sessions)
 
-    monkeypatch.setattr(service_module, "_SWEPT_AT_A_TIME", 2)
+    monkeypatch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 2)
     monkeypatch.setattr(Gateway, "_sweep_sessions", counted)
     gateway = start_gateway(upstream=start_broker().port)
     devices = [Device(gateway.port) for _ in range(5)]

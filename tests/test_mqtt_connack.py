@@ -113,7 +113,7 @@ WRONG = [
         5,
         connack(version=5, properties=number(0x18, 1, size=4)),
         0x81,
-        "0x18 does not belong in CONNACK",
+        "0x18 is not allowed in CONNACK",
     ),
     ("property twice", 5, connack(version=5, properties=text(0x1F, "x") * 2), 0x82, "Reason String more than once"),
     ("Maximum QoS 2", 5, connack(version=5, properties=number(0x24, 2, size=1)), 0x82, "Maximum QoS of CONNACK is 2"),

@@ -221,10 +221,10 @@ def test_a_malformed_connect_is_refused(wrong, version, code, detail):
 
 # What is wrong; the properties; the reason code; the detail.
 WRONG_PROPERTIES = [
-    ("unknown identifier", b"\x7e\0", 0x81, "property 0x7E does not belong in CONNECT"),
-    ("identifier of two bytes", b"\x80\x01\0", 0x81, "property 0x80 does not belong in CONNECT"),
-    ("property of CONNACK", number(0x13, 1, size=2), 0x81, "property 0x13 does not belong in CONNECT"),
-    ("property of the Will", number(0x18, 1, size=4), 0x81, "property 0x18 does not belong in CONNECT"),
+    ("unknown identifier", b"\x7e\0", 0x81, "0x7E is not allowed in CONNECT"),
+    ("identifier of two bytes", b"\x80\x01\0", 0x81, "0x80 is not allowed in CONNECT"),
+    ("property of CONNACK", number(0x13, 1, size=2), 0x81, "0x13 is not allowed in CONNECT"),
+    ("property of the Will", number(0x18, 1, size=4), 0x81, "0x18 is not allowed in CONNECT"),
     ("twice", number(0x11, 1, size=4) * 2, 0x82, "Session Expiry Interval more than once"),
     ("Receive Maximum 0", number(0x21, 0, size=2), 0x82, "Receive Maximum of CONNECT is 0"),
     ("Maximum Packet Size 0", number(0x27, 0, size=4), 0x82, "Maximum Packet Size of CONNECT is 0"),

@@ -117,7 +117,7 @@ def test_a_shared_subscription_is_no_topic_name():
 @pytest.mark.parametrize("text", ["", "a#", "#/a", "a/#/b", "a+", "+a/b", "\0", "##"])
 def test_what_is_no_topic_filter(text):
     """MQTT 5.0 §4.7.1: a wildcard stands for whole levels."""
-    with pytest.raises(ValueError, match=r"a Topic|stands for"):
+    with pytest.raises(ValueError, match=r"a Topic|whole level"):
         check_filter(text)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -436,9 +437,8 @@ def test_a_header_that_never_ends_is_cut_off(
     for device in devices:
         assert hang_up(device) == b""
     assert turned_away(gateway, 4)[0] is EndReason.NO_PROXY_HEADER
-    assert sorted(gateway.journal.turned_away_details) == sorted(
-        f"{end} bytes of it came in time" for end in (0, 1, 13, len(header) - 1)
-    )
+    received = [re.findall(r"\d+", detail) for detail in gateway.journal.turned_away_details]
+    assert sorted(received) == sorted([str(end)] for end in (0, 1, 13, len(header) - 1))
     assert broker.accepted == 0
     leftovers.check()
 
@@ -450,7 +450,8 @@ def test_a_header_that_breaks_off_is_told(start: Callable[..., RunningGateway]) 
         device.send(v2()[:20])
         time.sleep(0.05)
     reason, _, detail = turned_away(gateway)
-    assert (reason, detail) == (EndReason.NO_PROXY_HEADER, "it was closed after 20 bytes")
+    assert reason is EndReason.NO_PROXY_HEADER
+    assert "20 bytes" in detail
     gateway.wait_empty()
 
 

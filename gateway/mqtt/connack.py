@@ -1,7 +1,7 @@
-"""CONNACK, read from the broker, and the two packets that the gateway writes itself: a refusing CONNACK and DISCONNECT.
+"""Reads the broker's CONNACK; writes the two packets the gateway sends itself, a refusing CONNACK and DISCONNECT.
 
 In: a whole CONNACK from `reader`, or a code.  Out: `Connack`, or the bytes to send; `PacketError` for a CONNACK that
-the version does not allow.
+its version does not allow.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class Connack:
 
     @property
     def accepted(self) -> bool:
-        """Whether the broker took the session."""
+        """Whether the broker accepted the session."""
         return self.code == ReasonCode.SUCCESS
 
 
 def parse_connack(packet: Packet, version: ProtocolVersion) -> Connack:
     """Read the CONNACK that answers a CONNECT of `version` (MQTT 3.1 §3.2, MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
 
-    A broker without 5.0 refuses a 5.0 CONNECT in the form of 3.x; that is taken as the refusal it is.
-    Raises PacketError (UPSTREAM_PROTOCOL_ERROR) for everything that the version does not allow.
+    A broker without 5.0 refuses a 5.0 CONNECT with a CONNACK of 3.x; it is read as a refusal.
+    Raises PacketError (UPSTREAM_PROTOCOL_ERROR) for anything the version does not allow.
     """
     try:
         return _parse(packet, version)
@@ -90,7 +90,7 @@ def _parse(packet: Packet, version: ProtocolVersion) -> Connack:
         raise malformed(f"CONNACK with Remaining Length {len(body)} (MQTT {version.label} §3.2)")
     flags, code = body[0], body[1]
     if version is ProtocolVersion.MQTT_3_1:
-        # This byte is "reserved, not used" there: whatever it is, it means nothing.
+        # 3.1 calls this byte "reserved, not used", so its value has no meaning.
         flags = 0
     if flags > 1:
         raise malformed(f"CONNACK with flags 0b{flags:08b} (MQTT {version.label} §3.2.2.1)")
@@ -122,9 +122,9 @@ def _parse_properties_5(packet: Packet, code: int) -> Properties:
 
 
 def connack_refusal(version: ProtocolVersion, code_3: int, code_5: int, reason_string: str = "") -> bytes:
-    """Write the CONNACK that refuses a CONNECT of `version` in its own terms (MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
+    """Write the CONNACK that refuses a CONNECT of `version` (MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
 
-    `code_3` is the return code before 5.0, `code_5` the reason code of 5.0, where `reason_string` says more to people.
+    `code_3` is the return code before 5.0, `code_5` the reason code in 5.0. `reason_string` is sent in 5.0 only.
     """
     if version is not ProtocolVersion.MQTT_5_0:
         return _packet(PacketType.CONNACK, bytes((0, code_3)))
@@ -132,9 +132,9 @@ def connack_refusal(version: ProtocolVersion, code_3: int, code_5: int, reason_s
 
 
 def disconnect(code: int, reason_string: str = "") -> bytes:
-    """Write the DISCONNECT of MQTT 5.0 with a reason code (§3.14), which earlier versions let no server send.
+    """Write an MQTT 5.0 DISCONNECT with a reason code (§3.14). Servers cannot send DISCONNECT before 5.0.
 
-    The reason code is left out when it is 0, the properties when there are none.
+    A reason code of 0 and empty properties are left out.
     """
     if reason_string:
         return _packet(PacketType.DISCONNECT, bytes((code,)) + _reason_properties(reason_string))

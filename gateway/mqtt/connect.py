@@ -1,7 +1,7 @@
-"""CONNECT of MQTT 3.1, 3.1.1 and 5.0, strictly read.
+"""Reads CONNECT of MQTT 3.1, 3.1.1 and 5.0 strictly.
 
 In: a whole CONNECT from `reader`.  Out: `Connect`; `UnsupportedVersion`, which carries the CONNACK to answer with, for
-a protocol level that the gateway does not speak; any other `PacketError` for what the version does not allow.
+an unsupported protocol level; `PacketError` for anything else the version does not allow.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _VERSIONS = {
 }
 _PROTOCOL_NAMES = frozenset(name for name, _ in _VERSIONS)
 
-# How much of a wrong protocol name is worth showing, in bytes.
+# Show at most this many bytes of a wrong protocol name.
 _SHOWN_NAME = 16
 
 USERNAME_FLAG = 0b1000_0000
@@ -56,7 +56,7 @@ CONNECT_PROPERTIES: frozenset[int] = frozenset(
         PropertyId.AUTHENTICATION_DATA,
     }
 )
-"""What the CONNECT of MQTT 5.0 may carry (§3.1.2.11)."""
+"""The properties a 5.0 CONNECT may carry (§3.1.2.11)."""
 
 WILL_PROPERTIES: frozenset[int] = frozenset(
     {
@@ -69,13 +69,13 @@ WILL_PROPERTIES: frozenset[int] = frozenset(
         PropertyId.USER_PROPERTY,
     }
 )
-"""What the Will of MQTT 5.0 may carry (§3.1.3.2)."""
+"""The properties a 5.0 Will may carry (§3.1.3.2)."""
 
 
 class UnsupportedVersion(PacketError):
-    """The device asked, under MQTT's name, for a protocol level that the gateway does not speak.
+    """The device asked for a protocol level that the gateway does not support.
 
-    `answer` is the CONNACK that says so in the form that the asking device most likely reads (MQTT 3.1.1 §3.1.2.2,
+    `answer` is the CONNACK that says so, in the form the device most likely understands (MQTT 3.1.1 §3.1.2.2,
     MQTT 5.0 §3.1.2.2).
     """
 
@@ -86,7 +86,7 @@ class UnsupportedVersion(PacketError):
 
 @frozen
 class Will:
-    """The message that the broker publishes when the device vanishes (MQTT 5.0 §3.1.2.5)."""
+    """The message the broker publishes when the connection is lost (MQTT 5.0 §3.1.2.5)."""
 
     topic: str
     payload: bytes = field(repr=False)
@@ -97,10 +97,10 @@ class Will:
 
 @frozen
 class Connect:
-    """What a CONNECT says.
+    """The fields of a CONNECT.
 
     `bridge` is Mosquitto's bridge bit; `clean_start` is called Clean Session before 5.0; `keep_alive` is in seconds, 0
-    for none; `properties` are None before 5.0. `repr()` shows no credentials.
+    for none; `properties` is None before 5.0. `repr()` shows no credentials.
     """
 
     version: ProtocolVersion
@@ -115,20 +115,20 @@ class Connect:
 
     @property
     def authentication_method(self) -> str | None:
-        """The method of enhanced authentication, None when the device does not ask for it (MQTT 5.0 §3.1.2.11.9)."""
+        """The enhanced authentication method, or None (MQTT 5.0 §3.1.2.11.9)."""
         return self.properties.text(PropertyId.AUTHENTICATION_METHOD) if self.properties is not None else None
 
     @property
     def maximum_packet_size(self) -> int | None:
-        """The largest packet in bytes that the device takes, None for no limit of its own (MQTT 5.0 §3.1.2.11.4)."""
+        """The largest packet in bytes that the device accepts, or None for no limit (MQTT 5.0 §3.1.2.11.4)."""
         return self.properties.integer(PropertyId.MAXIMUM_PACKET_SIZE) if self.properties is not None else None
 
 
 def parse_connect(packet: Packet) -> Connect:
     """Read a CONNECT (MQTT 3.1 §3.1, MQTT 3.1.1 §3.1, MQTT 5.0 §3.1).
 
-    Raises UnsupportedVersion for a level that the gateway does not speak, PacketError for anything else that is wrong.
-    A Client Identifier of any length, none included, is left to the broker to judge.
+    Raises UnsupportedVersion for an unsupported level, PacketError for any other fault.
+    A Client Identifier may be empty or of any length; the broker decides.
     """
     body = packet.body
     name, offset = decode_binary(body, 0, "protocol name of CONNECT")
@@ -152,7 +152,7 @@ def parse_connect(packet: Packet) -> Connect:
     if flags & WILL_FLAG:
         will, offset = _parse_will(version, flags, body, offset)
     username = password = None
-    # MQTT 3.1 §3.1: the Remaining Length takes precedence over these two flags, so either may be set for nothing.
+    # MQTT 3.1 §3.1: the Remaining Length takes precedence over these two flags, so either may be set without its field.
     may_be_absent = version is ProtocolVersion.MQTT_3_1
     if flags & USERNAME_FLAG and not (may_be_absent and offset == len(body)):
         username, offset = decode_string(body, offset, "user name of CONNECT")
@@ -174,9 +174,9 @@ def parse_connect(packet: Packet) -> Connect:
 
 
 def _check_flags(version: ProtocolVersion, flags: int) -> None:
-    """Refuse the Connect Flags that contradict one another (MQTT 3.1.1 §3.1.2.3, MQTT 5.0 §3.1.2.3)."""
+    """Refuse Connect Flags that contradict each other (MQTT 3.1.1 §3.1.2.3, MQTT 5.0 §3.1.2.3)."""
     spec = f"MQTT {version.label}"
-    # MQTT 3.1 leaves the reserved bit, and the Will bits without a Will, unused: their value means nothing there.
+    # MQTT 3.1 does not use the reserved bit, nor the Will bits without a Will, so their values have no meaning.
     lenient = version is ProtocolVersion.MQTT_3_1
     if flags & RESERVED_FLAG and not lenient:
         raise malformed(f"CONNECT with its reserved flag set ({spec} §3.1.2.3)")

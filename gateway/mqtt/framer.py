@@ -1,10 +1,10 @@
-"""The fast path: checks the fixed header of every relayed packet in place and lets the bytes through.
+"""The fast path: checks the fixed header of every relayed packet in place and passes the bytes on.
 
-In: the bytes of one direction after CONNACK, cut anywhere.  Out: the same bytes, as far as they may be passed on;
-`error` when the peer broke the rules, `disconnected` when its DISCONNECT has passed whole.
+In: the bytes of one direction after CONNACK, split anywhere.  Out: the same bytes, as far as they may pass; `error`
+after a fault, `disconnected` after a complete DISCONNECT.
 
-Bodies are never read: once a fixed header is checked, its body is counted and passed on as it arrives. Only the bytes
-of an unfinished fixed header are held back, at most four. The outcome does not depend on how the stream is cut.
+Bodies are never read: once a fixed header is checked, its body is counted and passed on as it arrives. Only an
+incomplete fixed header is held back, at most four bytes. The result does not depend on how the stream is split.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ _SMALLEST_LIMIT = 256
 
 # A Remaining Length of one byte is at most this.
 _ONE_BYTE_MAX = 127
-# In the tables of the fast path: no Remaining Length is at least this, so the packet is looked at closely.
+# As a lower bound in the tables below, no one-byte Remaining Length reaches this, so the packet takes the slow path.
 _CLOSER_LOOK = 256
 
 
-# Where each version states the rules that a fixed header can break; the lengths are stated with each packet, in §3.
+# Where each version defines the fixed header. Lengths are defined with each packet, in §3.
 _SECTIONS = {
     ProtocolVersion.MQTT_3_1: {"type": "§2.1", "flags": "§2.1", "length": "§2.1", "DUP": "§2.1", "QoS": "§2.1"},
     ProtocolVersion.MQTT_3_1_1: {
@@ -95,7 +95,7 @@ def _cite(version: ProtocolVersion, rule: str) -> str:
 
 
 def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> tuple[ReasonCode, str] | None:
-    """Say what is wrong with a first byte, its type and its flags, if anything (MQTT 3.1.1 §2.2, MQTT 5.0 §2.1)."""
+    """Return the fault of a first byte (type and flags), or None (MQTT 3.1.1 §2.2, MQTT 5.0 §2.1)."""
     number, flags = first >> 4, first & 0x0F
     is_5 = version is ProtocolVersion.MQTT_5_0
     if number == 0 or (number == PacketType.AUTH and not is_5):
@@ -111,7 +111,7 @@ def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> t
         qos, duplicate = flags >> 1 & 0b11, flags & 0b1000
         if qos == 3:
             return ReasonCode.MALFORMED_PACKET, f"PUBLISH with QoS 3 ({_cite(version, 'QoS')})"
-        # MQTT 3.1 says nothing about DUP with QoS 0, so it passes there.
+        # MQTT 3.1 does not forbid DUP with QoS 0.
         if duplicate and qos == 0 and version is not ProtocolVersion.MQTT_3_1:
             return ReasonCode.MALFORMED_PACKET, f"PUBLISH with DUP and QoS 0 ({_cite(version, 'DUP')})"
         return None
@@ -125,17 +125,17 @@ def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> t
 
 
 def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
-    """Give the shortest and the longest Remaining Length of a well-formed packet (MQTT 3.1.1 §3, MQTT 5.0 §3)."""
+    """Return the shortest and longest Remaining Length of a well-formed packet (MQTT 3.1.1 §3, MQTT 5.0 §3)."""
     packet_type = PacketType(first >> 4)
     is_5 = version is ProtocolVersion.MQTT_5_0
-    # Packets with properties say how long those are, in one byte at least.
+    # The Property Length takes at least one byte.
     properties = 1 if is_5 else 0
     if packet_type is PacketType.PUBLISH:
         # Topic length and one character; in 5.0 an empty topic needs a Topic Alias, which is longer.
         packet_identifier = 2 if first & 0b0110 else 0
         return 3 + packet_identifier + properties, _NO_LIMIT
     if packet_type in _ACKNOWLEDGEMENTS:
-        # In 5.0 the reason code and the properties may follow, and may be left out.
+        # In 5.0 a reason code and properties are optional.
         return 2, _NO_LIMIT if is_5 else 2
     if packet_type is PacketType.SUBSCRIBE:
         # Packet Identifier; length, one character and options of one Topic Filter.
@@ -149,7 +149,7 @@ def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
     if packet_type is PacketType.UNSUBACK:
         return 2, 2
     if packet_type in _ADDED_BY_5 and is_5:
-        # The reason code and the properties may be left out.
+        # The reason code and the properties are optional.
         return 0, _NO_LIMIT
     # PINGREQ, PINGRESP, and DISCONNECT before 5.0.
     return 0, 0
@@ -159,9 +159,9 @@ def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
 class _Rules:
     """What one sender may send in one version, for each of the 256 first bytes.
 
-    `limits` are the shortest and the longest Remaining Length, None where the first byte itself is a fault. `low` and
-    `high` bound a Remaining Length of one byte that may pass at once, and `high` is 127 where a longer one may follow;
-    whatever is outside gets a closer look: a long packet, a DISCONNECT, a fault.
+    `limits` holds the shortest and longest Remaining Length, or None where the first byte is a fault. `low` and `high`
+    bound a one-byte Remaining Length that may pass at once; `high` is 127 where a longer length is allowed. Everything
+    else takes the slow path: a long packet, a DISCONNECT, a fault.
     """
 
     limits: tuple[tuple[int, int] | None, ...]
@@ -190,13 +190,13 @@ _END_REASONS = {
 
 
 class Framer:
-    """Passes on the bytes of one direction as long as they are well-framed MQTT.
+    """Passes on the bytes of one direction while they are well-framed MQTT.
 
     `max_packet_size` is the largest packet in bytes, fixed header included (MQTT 5.0 §3.1.2.11.4), at least 256.
 
-    `packets` counts the packets whose fixed header was accepted. `error` is set by the first fault, `disconnected` by a
-    DISCONNECT that has passed whole; after either, nothing passes any more. `disconnect_code` is the reason code of a
-    5.0 DISCONNECT, known with its first body byte.
+    `packets` counts the accepted fixed headers. The first fault sets `error`, a complete DISCONNECT sets
+    `disconnected`; nothing passes after either. `disconnect_code` is the reason code of a 5.0 DISCONNECT, known from
+    its first body byte on.
     """
 
     __slots__ = (
@@ -226,12 +226,12 @@ class Framer:
         self._limits = rules.limits
         self._low = rules.low
         self._high = rules.high
-        # Bytes of the current packet's body that are still to come.
+        # Remaining bytes of the current packet.
         self._skip = 0
-        # The bytes of an unfinished fixed header.
+        # An incomplete fixed header.
         self._held = b""
         self._disconnecting = False
-        # Whether `feed` has more to mind than `_skip`: held bytes, a DISCONNECT under way, or the end.
+        # Whether `feed` must look at more than `_skip`: held bytes, an incomplete DISCONNECT, or an error.
         self._special = False
         self.packets = 0
         self.error: PacketError | None = None
@@ -240,13 +240,13 @@ class Framer:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what was passed on ends with a whole packet and nothing is held back."""
+        """Whether the bytes passed on end with a whole packet and nothing is held back."""
         return not self._skip and not self._held
 
     def feed(self, data: bytes) -> bytes:
-        """Give the bytes that may be passed on: usually `data` itself, not a copy.
+        """Return the bytes that may pass: usually `data` itself, not a copy.
 
-        Never raises for what a peer sent: a fault sets `error`, and what precedes the faulty packet is given.
+        Never raises for what a peer sent: a fault sets `error`, and the bytes before the faulty packet are returned.
         """
         if self._special:
             if self._disconnecting:
@@ -259,7 +259,7 @@ class Framer:
         size = len(data)
         position = self._skip
         if not position and size > 1:
-            # One short packet and nothing else is what most messages are.
+            # Most chunks are exactly one short packet.
             first = data[0]
             length = data[1]
             if length + 2 == size and self._low[first] <= length <= self._high[first]:
@@ -281,7 +281,7 @@ class Framer:
                 packets += 1
                 continue
             if length > _ONE_BYTE_MAX and high[first] == _ONE_BYTE_MAX and position + 2 < size:
-                # A Remaining Length of two bytes is common enough to be read here; zero in the second is padding.
+                # A two-byte Remaining Length is common enough to be read here; zero in the second byte is padding.
                 second = data[position + 2]
                 end = position + 3 + length - 128 + (second << 7)
                 if 0 < second <= _ONE_BYTE_MAX and end - position <= limit:
@@ -306,10 +306,9 @@ class Framer:
         return data
 
     def _look_closer(self, data: bytes, position: int) -> int:
-        """Judge the fixed header at `position` by all rules: where its packet ends, or -1 when it cannot pass (yet).
+        """Check the fixed header at `position` in full: return where its packet ends, or -1 if it cannot pass (yet).
 
-        What is certain is judged at once, in the order of the bytes, so that it makes no difference how many of them
-        are there.
+        Each byte is checked as soon as it is there, in order, so the result does not depend on how the stream is split.
         """
         first = data[position]
         limits = self._limits[first]
@@ -330,7 +329,7 @@ class Framer:
         if (
             not shortest <= length <= longest
             or end - position > self._max_packet_size
-            # Padded lengths are forbidden by 5.0 only, and old firmware sends them.
+            # Only 5.0 forbids padded lengths, and old firmware sends them.
             or (self._version is ProtocolVersion.MQTT_5_0 and not is_minimal(length, length_size))
         ):
             return self._fail(first, length, length_size)
@@ -339,12 +338,12 @@ class Framer:
             if length and body < len(data):
                 self.disconnect_code = data[body]
             elif not length and self._version is ProtocolVersion.MQTT_5_0:
-                # Left out, it means a normal disconnection (MQTT 5.0 §3.14.2.1).
+                # No reason code means normal disconnection (MQTT 5.0 §3.14.2.1).
                 self.disconnect_code = ReasonCode.SUCCESS
         return end
 
     def _pass_disconnect(self, data: bytes, end: int) -> bytes:
-        """Pass the DISCONNECT that ends at `end`, which may lie beyond `data`, and nothing after it."""
+        """Pass a DISCONNECT that ends at `end`, possibly beyond `data`, and nothing after it."""
         size = len(data)
         if self._skip and self.disconnect_code is None and data:
             # The body begins with this chunk; only 5.0 has one.
@@ -354,12 +353,12 @@ class Framer:
         return data[:end]
 
     def _fail(self, first: int, length: int | None = None, length_size: int = 0) -> int:
-        """Set `error` for a fixed header that cannot pass; `length` is None when no Remaining Length was readable."""
+        """Set `error` for a fixed header that cannot pass; `length` is None if the Remaining Length is unreadable."""
         code, detail = self._explain(first, length, length_size)
         if self._sender is Sender.DEVICE or code is ReasonCode.PACKET_TOO_LARGE:
             reason = _END_REASONS[code]
         else:
-            # A broker's faults have one word, but for the one whose remedy is in the gateway's configuration.
+            # A broker's faults share one reason, except the one that the gateway's configuration can fix.
             reason = EndReason.UPSTREAM_PROTOCOL_ERROR
         self.error = PacketError(reason, code, detail)
         self._special = True

@@ -1,13 +1,13 @@
-"""The path of sessions whose rules need it: PUBLISH, SUBSCRIBE and UNSUBSCRIBE read whole, judged and rewritten.
+"""The path for sessions with topic rules: reads, checks and rewrites PUBLISH, SUBSCRIBE and UNSUBSCRIBE.
 
-In: the bytes of one direction after CONNACK, cut anywhere, and what the session's rule says.  Out: the bytes to pass
-on; `error` when the peer broke MQTT's rules or the device its own, `disconnected` when a DISCONNECT has passed whole.
+In: the bytes of one direction after CONNACK, split anywhere, and the session's rule.  Out: the bytes to pass on;
+`error` when the peer violates MQTT or its rule, `disconnected` after a complete DISCONNECT.
 
-An inspector stands in a framer's place and has one inside, so that what holds for the fast path holds here too. Packets
-of other types pass as they come. One that is read whole is held until it is complete: at most `max_packet_size` bytes.
+An inspector replaces a framer and contains one, so the checks of the fast path apply here too. Packets of other types
+pass as they arrive. A packet that is read whole is held until it is complete, at most `max_packet_size` bytes.
 
-A device that does what its rule forbids is disconnected. No acknowledgement is written in the broker's name, and none
-of the broker's is held back: so QoS stays end to end, and there is one thing that every version of MQTT can say.
+A device that violates its rule is disconnected. The gateway neither writes acknowledgements for the broker nor holds
+any back, so QoS stays end to end; closing the connection is understood in every version of MQTT.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gateway.mqtt.topics import TopicFilters, add_prefix, check_filter, remove_p
 
 _RETAIN_BIT = 0b0001
 _PINGRESP_BYTE = PacketType.PINGRESP << 4
-# Flags that 3.1 gives these three packets and 3.1.1 fixes at QoS 1 (MQTT 3.1.1 §2.2.2).
+# 3.1.1 fixes the flags of these packets at QoS 1; 3.1 gives them other uses (MQTT 3.1.1 §2.2.2).
 _FIXED_FIRST_BYTES = {
     packet_type: packet_type << 4 | 0b0010
     for packet_type in (PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE)
@@ -44,10 +44,10 @@ _MOST = 2
 
 @frozen(slots=True)
 class TopicRules:
-    """What a device may publish and subscribe to, and what becomes of it on the way.
+    """What a device may publish and subscribe to, and how topics change between device and broker.
 
-    `publish` and `subscribe` are None where everything is permitted; they speak of topics as the device writes them.
-    `strip_retain` and `refuse_retain` exclude one another. The prefixes are those of topics at the broker.
+    `publish` and `subscribe` apply to topics as the device writes them; None permits everything. `strip_retain` and
+    `refuse_retain` are mutually exclusive. The prefixes are those of topics at the broker.
     """
 
     publish: TopicFilters | None = None
@@ -60,7 +60,7 @@ class TopicRules:
 
     @property
     def concern_device(self) -> bool:
-        """Whether what the device sends has to be read."""
+        """Whether packets from the device must be inspected."""
         return (
             self.publish is not None
             or self.subscribe is not None
@@ -72,14 +72,14 @@ class TopicRules:
 
     @property
     def concern_broker(self) -> bool:
-        """Whether what the broker sends has to be read."""
+        """Whether packets from the broker must be inspected."""
         return bool(self.publish_prefix or self.subscribe_prefix)
 
 
 def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") -> PacketError | None:
-    """Say why a message of the device, which `what` names, is not permitted, or None if it is."""
+    """Return why a message of the device is not permitted, or None; `what` names the message in the error."""
     if rules.publish is not None and message.topic and not rules.publish.permits_name(message.topic):
-        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to a topic that publish does not name")
+        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to a topic that publish does not cover")
     if message.qos > rules.max_qos:
         return _refused(ReasonCode.QOS_NOT_SUPPORTED, f"{what} with QoS {message.qos}, above max_qos {rules.max_qos}")
     if message.retain and rules.refuse_retain:
@@ -88,21 +88,21 @@ def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") ->
 
 
 def at_broker(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
-    """Give the Topic Name and the Response Topic that a message of the device has at the broker.
+    """Return the Topic Name and the Response Topic that a message of the device has at the broker.
 
-    An answer comes back as what the device subscribes to, so its topic takes `subscribe_prefix`.
+    The device subscribes to the answer, so the Response Topic takes `subscribe_prefix`.
     """
-    # An empty topic stands for an alias, which the broker knows with its prefix.
+    # An empty topic has a Topic Alias, which the broker maps to the prefixed topic.
     topic = add_prefix(message.topic, rules.publish_prefix) if message.topic else ""
     answer = message.response_topic
     return topic, None if answer is None else add_prefix(answer, rules.subscribe_prefix)
 
 
 def at_device(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
-    """Give the Topic Name and the Response Topic that a message of the broker has at the device.
+    """Return the Topic Name and the Response Topic that a message of the broker has at the device.
 
-    A topic outside the prefix keeps its name. A Response Topic outside is taken out: whatever the device answered would
-    go elsewhere.
+    A topic outside the prefix stays as it is. A Response Topic outside the prefix is removed, since the device's answer
+    would get the prefix and go elsewhere.
     """
     topic = message.topic
     if topic and rules.subscribe_prefix:
@@ -114,19 +114,19 @@ def at_device(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
 
 
 class _Cutter:
-    """Cuts what a framer passes into packets; those to be held come whole to `_whole`, others as they arrive."""
+    """Splits what a framer passes into packets; held types go whole to `_whole`, others pass as they arrive."""
 
     __slots__ = ("_framer", "_held", "_held_types", "_passing", "_waiting", "error", "packets")
 
     def __init__(self, framer: Framer, held_types: frozenset[PacketType]) -> None:
         self._framer = framer
         self._held_types = held_types
-        # An unfinished packet that is held, fixed header included, and how many of its bytes are still to come.
+        # An incomplete held packet, fixed header included, and how many of its bytes are missing.
         self._held = bytearray()
         self._waiting = 0
-        # Bytes of a packet that passes as it arrives which are still to come.
+        # Remaining bytes of a packet that passes as it arrives.
         self._passing = 0
-        # As `Framer.packets`; the framer inside may be ahead of what has been judged.
+        # As `Framer.packets`; the framer inside may be ahead.
         self.packets = 0
         self.error: PacketError | None = None
 
@@ -142,14 +142,14 @@ class _Cutter:
 
     @property
     def at_boundary(self) -> bool:
-        """Whether what was passed on ends with a whole packet; what is held has not been passed on."""
+        """Whether the bytes passed on end with a whole packet; held bytes do not count."""
         return not self._passing
 
     def feed(self, data: bytes) -> bytes:
-        """As `Framer.feed`: give the bytes to pass on.  Never raises for what a peer sent."""
+        """As `Framer.feed`: return the bytes to pass on.  Never raises for what a peer sent."""
         if self.error is not None:
             return b""
-        # The framer keeps unfinished fixed headers back, so whatever comes from it begins and goes on as packets do.
+        # The framer holds incomplete fixed headers back, so every fixed header in its output is complete.
         data = self._framer.feed(data)
         passed: list[bytes] = []
         offset, size = 0, len(data)
@@ -191,15 +191,15 @@ class _Cutter:
         return b""
 
     def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
-        """Give what is to be passed on for a whole packet.  Raises PacketError."""
+        """Return the bytes to pass on for a whole packet.  Raises PacketError."""
         raise NotImplementedError
 
 
 class DeviceInspector(_Cutter):
-    """Judges and rewrites what a device sends.
+    """Checks and rewrites what a device sends.
 
-    `version` is that of the device. `upgraded` says that the broker takes it for one of 3.1.1, which is stricter with
-    flags. `max_packet_size` is in bytes, fixed header included, and holds for what is passed on, too.
+    `version` is the device's. `upgraded` tells that the broker was sent a 3.1.1 CONNECT instead, so the stricter flags
+    of 3.1.1 apply. `max_packet_size` is in bytes, fixed header included, and also limits rewritten packets.
     """
 
     __slots__ = ("_max_packet_size", "_rules", "_upgraded", "_version")
@@ -236,7 +236,7 @@ class DeviceInspector(_Cutter):
         if rules.strip_retain:
             first &= ~_RETAIN_BIT
         if self._upgraded and not message.qos:
-            first &= ~0b1000  # DUP with QoS 0 passes in 3.1 and is malformed in 3.1.1 [MQTT-3.3.1-2].
+            first &= ~0b1000  # DUP with QoS 0 is allowed in 3.1 and malformed in 3.1.1 [MQTT-3.3.1-2].
         topic, answer = at_broker(rules, message)
         if (topic, answer) == (message.topic, message.response_topic):
             return packet if first == packet[0] else bytes((first,)) + packet[1:]
@@ -248,7 +248,7 @@ class DeviceInspector(_Cutter):
             for text, _ in wanted.filters:
                 _check_permitted(rules.subscribe, text)
         filters = tuple(
-            # The broker would grant no more than it supports; asked for that, it need not refuse, and SUBACK tells.
+            # Lower the requested QoS instead of refusing; SUBACK tells the device what was granted.
             (add_prefix(text, rules.subscribe_prefix), None if options is None else lower_qos(options, rules.max_qos))
             for text, options in wanted.filters
         )
@@ -274,10 +274,10 @@ class DeviceInspector(_Cutter):
 
 
 class BrokerInspector(_Cutter):
-    """Takes the prefixes from what the broker sends, and the answers to the gateway's own PINGREQs out of it.
+    """Removes prefixes from what the broker sends, and the PINGRESPs to the gateway's own PINGREQs.
 
-    `version` is that of the device. `pings` counts the PINGREQs that the gateway has sent and whose PINGRESP is not to
-    reach the device.
+    `version` is the device's. `pings` counts the gateway's unanswered PINGREQs; their PINGRESPs must not reach the
+    device.
     """
 
     __slots__ = ("_rules", "_version", "pings")
@@ -309,7 +309,7 @@ def _check_permitted(permitted: TopicFilters, wanted: str) -> None:
     try:
         check_filter(wanted)
     except ValueError as error:
-        raise _refused(ReasonCode.TOPIC_FILTER_INVALID, f"SUBSCRIBE to what is no Topic Filter: {error}") from None
+        raise _refused(ReasonCode.TOPIC_FILTER_INVALID, f"SUBSCRIBE with an invalid Topic Filter: {error}") from None
     if not permitted.permits(wanted):
         raise _refused(ReasonCode.NOT_AUTHORIZED, "SUBSCRIBE to a Topic Filter that subscribe does not cover")
 

@@ -1,6 +1,6 @@
-"""The vocabulary of MQTT 3.1, 3.1.1 and 5.0, and how its integers and strings are written.
+"""Constants of MQTT 3.1, 3.1.1 and 5.0, and the encoding of integers and strings.
 
-In: bytes and an offset.  Out: numbers, text, and the words for codes; `PacketError` for what no version allows.
+In: bytes and an offset.  Out: numbers, text, and descriptions of codes; `PacketError` for what no version allows.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from enum import IntEnum
 from gateway.errors import EndReason, PacketError
 
 MAX_REMAINING_LENGTH = 268_435_455
-"""The largest Remaining Length that four bytes can say (MQTT 5.0 §1.5.5)."""
+"""The largest Remaining Length that four bytes can encode (MQTT 5.0 §1.5.5)."""
 
 MAX_STRING_BYTES = 65_535
-"""The longest string or binary field that its two-byte length can say (MQTT 5.0 §1.5.4)."""
+"""The longest string or binary field that a two-byte length can encode (MQTT 5.0 §1.5.4)."""
 
 
 class PacketType(IntEnum):
@@ -37,7 +37,7 @@ class PacketType(IntEnum):
 
 
 class ProtocolVersion(IntEnum):
-    """The versions of MQTT, each by the protocol level that its CONNECT carries."""
+    """The MQTT versions; values are the protocol levels in CONNECT."""
 
     MQTT_3_1 = 3
     MQTT_3_1_1 = 4
@@ -45,7 +45,7 @@ class ProtocolVersion(IntEnum):
 
     @property
     def label(self) -> str:
-        """The version as the specification is called: "3.1", "3.1.1" or "5.0"."""
+        """The version number as in the specification's title: "3.1", "3.1.1" or "5.0"."""
         return _LABELS[self]
 
 
@@ -127,25 +127,25 @@ REASON_WORDS_5 = {
 
 
 def describe_connack(version: ProtocolVersion, code: int) -> str:
-    """Give the code of a CONNACK in words (MQTT 3.1.1 §3.2.2.3, MQTT 5.0 §3.2.2.2).
+    """Describe a CONNACK code (MQTT 3.1.1 §3.2.2.3, MQTT 5.0 §3.2.2.2).
 
-    A broker without 5.0 refuses a 5.0 CONNECT with a code of 3.x, a number that no CONNACK of 5.0 carries.
+    A broker without 5.0 refuses a 5.0 CONNECT with a 3.x code; 5.0 does not use those numbers.
     """
     of_3 = version < ProtocolVersion.MQTT_5_0 or ReasonCode.SUCCESS < code < ReasonCode.UNSPECIFIED_ERROR
     return (CONNACK_WORDS_3 if of_3 else REASON_WORDS_5).get(code, f"unknown code 0x{code:02X}")
 
 
 def describe_disconnect(code: int) -> str:
-    """Give the reason code of a DISCONNECT in words (MQTT 5.0 §3.14.2.1)."""
+    """Describe the reason code of a DISCONNECT (MQTT 5.0 §3.14.2.1)."""
     if code == ReasonCode.SUCCESS:
         return "normal disconnection"
     return REASON_WORDS_5.get(code, f"unknown code 0x{code:02X}")
 
 
 def encode_remaining_length(length: int) -> bytes:
-    """Write a Remaining Length, or any Variable Byte Integer, in the fewest bytes (MQTT 5.0 §1.5.5).
+    """Encode a Remaining Length, or any Variable Byte Integer, in the fewest bytes (MQTT 5.0 §1.5.5).
 
-    Raises ValueError for a number that four bytes cannot say.
+    Raises ValueError for a number that does not fit in four bytes.
     """
     if not 0 <= length <= MAX_REMAINING_LENGTH:
         raise ValueError(f"Remaining Length {length} is not between 0 and {MAX_REMAINING_LENGTH}")
@@ -158,9 +158,9 @@ def encode_remaining_length(length: int) -> bytes:
 
 
 def decode_remaining_length(data: bytes | bytearray, offset: int) -> tuple[int, int] | None:
-    """Read a Remaining Length, or any Variable Byte Integer: its value and the bytes it takes (MQTT 5.0 §1.5.5).
+    """Decode a Remaining Length, or any Variable Byte Integer: return its value and size in bytes (MQTT 5.0 §1.5.5).
 
-    None means that more bytes are needed. Raises ValueError as soon as a fourth byte says that a fifth follows.
+    Returns None if more bytes are needed. Raises ValueError if the fourth byte announces a fifth.
     """
     value = size = 0
     for byte in data[offset : offset + 4]:
@@ -174,22 +174,22 @@ def decode_remaining_length(data: bytes | bytearray, offset: int) -> tuple[int, 
 
 
 def is_minimal(value: int, size: int) -> bool:
-    """Say whether a Variable Byte Integer of `size` bytes could not have been shorter (MQTT 5.0 §1.5.5)."""
+    """Return whether a Variable Byte Integer of `size` bytes uses the fewest bytes possible (MQTT 5.0 §1.5.5)."""
     return size == 1 or value >> 7 * (size - 1) > 0
 
 
 def malformed(detail: str) -> PacketError:
-    """Make the error for bytes that a device's version of MQTT does not allow (MQTT 5.0 §4.13.1)."""
+    """Return the error for bytes that the MQTT version does not allow (MQTT 5.0 §4.13.1)."""
     return PacketError(EndReason.MALFORMED_PACKET, ReasonCode.MALFORMED_PACKET, detail)
 
 
 def protocol_error(detail: str) -> PacketError:
-    """Make the error for what can be read but is not allowed (MQTT 5.0 §4.13.1)."""
+    """Return the error for a packet that can be read but is not allowed (MQTT 5.0 §4.13.1)."""
     return PacketError(EndReason.PROTOCOL_ERROR, ReasonCode.PROTOCOL_ERROR, detail)
 
 
 def decode_integer(data: bytes, offset: int, size: int, what: str) -> tuple[int, int]:
-    """Read a big-endian integer of `size` bytes: its value and the offset after it (MQTT 5.0 §1.5.2).
+    """Read a big-endian integer of `size` bytes: return its value and the offset after it (MQTT 5.0 §1.5.2).
 
     Raises PacketError (malformed) naming `what` when the bytes end too soon.
     """
@@ -200,7 +200,7 @@ def decode_integer(data: bytes, offset: int, size: int, what: str) -> tuple[int,
 
 
 def decode_binary(data: bytes, offset: int, what: str) -> tuple[bytes, int]:
-    """Read binary data after its two-byte length: the data and the offset after it (MQTT 5.0 §1.5.6).
+    """Read binary data with a two-byte length: return the data and the offset after it (MQTT 5.0 §1.5.6).
 
     Raises PacketError (malformed) naming `what` when the bytes end too soon.
     """
@@ -212,10 +212,10 @@ def decode_binary(data: bytes, offset: int, what: str) -> tuple[bytes, int]:
 
 
 def decode_string(data: bytes, offset: int, what: str) -> tuple[str, int]:
-    """Read a UTF-8 string after its two-byte length: the text and the offset after it (MQTT 5.0 §1.5.4).
+    """Read a UTF-8 string with a two-byte length: return the text and the offset after it (MQTT 5.0 §1.5.4).
 
-    Raises PacketError (malformed) naming `what`, never quoting it, when it ends too soon, is not UTF-8 (surrogates
-    included), or holds U+0000.
+    Raises PacketError (malformed) naming `what`, without quoting it, if it ends too soon, is not UTF-8 (surrogates
+    included), or contains U+0000.
     """
     encoded, end = decode_binary(data, offset, what)
     try:
@@ -223,14 +223,14 @@ def decode_string(data: bytes, offset: int, what: str) -> tuple[str, int]:
     except UnicodeDecodeError:
         raise malformed(f"the {what} is not UTF-8 (MQTT 5.0 §1.5.4)") from None
     if "\0" in text:
-        raise malformed(f"the {what} holds the character U+0000 (MQTT 5.0 §1.5.4)")
+        raise malformed(f"the {what} contains the character U+0000 (MQTT 5.0 §1.5.4)")
     return text, end
 
 
 def encode_string(text: str) -> bytes:
-    """Write a UTF-8 string after its two-byte length (MQTT 5.0 §1.5.4).
+    """Encode a UTF-8 string with its two-byte length (MQTT 5.0 §1.5.4).
 
-    Raises ValueError for one of more than 65,535 bytes.
+    Raises ValueError above 65,535 bytes.
     """
     encoded = text.encode("utf-8")
     if len(encoded) > MAX_STRING_BYTES:

@@ -1,6 +1,6 @@
-"""MQTT 5.0 properties, strictly read (MQTT 5.0 §2.2.2).
+"""Reads MQTT 5.0 properties strictly (MQTT 5.0 §2.2.2).
 
-In: the bytes of a packet and where its properties begin.  Out: `Properties` and the offset after them; `PacketError`
+In: the bytes of a packet and the offset of its properties.  Out: `Properties` and the offset after them; `PacketError`
 for what the standard calls malformed or a protocol error.
 """
 
@@ -25,7 +25,7 @@ from gateway.mqtt.packets import (
 
 
 class PropertyId(IntEnum):
-    """The identifiers of the properties of the packets that are read: all but ACKs' and AUTH's (MQTT 5.0 §2.2.2.2)."""
+    """Property identifiers of all packets but acknowledgements and AUTH (MQTT 5.0 §2.2.2.2)."""
 
     PAYLOAD_FORMAT_INDICATOR = 0x01
     MESSAGE_EXPIRY_INTERVAL = 0x02
@@ -57,7 +57,7 @@ class PropertyId(IntEnum):
 
 
 class _Kind(Enum):
-    """How a property's value is written."""
+    """How a property's value is encoded."""
 
     BIT = "a byte that is 0 or 1"
     TWO_BYTES = "two bytes"
@@ -96,7 +96,7 @@ _KINDS = {
     PropertyId.SHARED_SUBSCRIPTION_AVAILABLE: _Kind.BIT,
 }
 
-# Zero would allow nothing at all, or name nothing (MQTT 5.0 §3.1.2.11.3, §3.1.2.11.4, §3.3.2.3.4).
+# Values that must not be zero (MQTT 5.0 §3.1.2.11.3, §3.1.2.11.4, §3.3.2.3.4).
 _NEVER_ZERO = frozenset(
     {
         PropertyId.RECEIVE_MAXIMUM,
@@ -116,31 +116,31 @@ def _names(values: Mapping[int, int | str | bytes]) -> str:
 
 @frozen
 class Properties:
-    """The properties of one packet or Will: each value by its identifier, and the User Properties in their order.
+    """The properties of one packet or Will: values by identifier, and the User Properties in order.
 
-    Authentication Data and User Properties may be secret, so `repr()` shows which properties there are, no values.
+    Authentication Data and User Properties may be secret, so `repr()` shows identifiers only.
     """
 
     values: Mapping[int, int | str | bytes] = field(repr=_names)
     user_properties: tuple[tuple[str, str], ...] = field(default=(), repr=lambda pairs: f"<{len(pairs)}>")
 
     def integer(self, identifier: PropertyId) -> int | None:
-        """Give the value of a numeric property, or None when it is absent."""
+        """Return the value of a numeric property, or None if absent."""
         value = self.values.get(identifier)
         return value if isinstance(value, int) else None
 
     def text(self, identifier: PropertyId) -> str | None:
-        """Give the value of a string property, or None when it is absent."""
+        """Return the value of a string property, or None if absent."""
         value = self.values.get(identifier)
         return value if isinstance(value, str) else None
 
 
 def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where: str) -> tuple[Properties, int]:
-    """Read a Property Length and its properties: them and the offset after them (MQTT 5.0 §2.2.2).
+    """Read a Property Length and its properties: return them and the offset after them (MQTT 5.0 §2.2.2).
 
-    `permitted` holds the identifiers that the packet may carry; `where` names it in errors ("CONNECT").
-    Raises PacketError: malformed (0x81) for what cannot be read or does not belong there, protocol error (0x82) for
-    properties that contradict one another or have a forbidden value.
+    `permitted` holds the identifiers that the packet may carry; `where` names the packet in errors ("CONNECT").
+    Raises PacketError: malformed (0x81) for properties that cannot be read or are not permitted, protocol error (0x82)
+    for properties that contradict each other or have a forbidden value.
     """
     try:
         decoded = decode_remaining_length(data, offset)
@@ -155,12 +155,12 @@ def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where:
     end = start + length
     if end > len(data):
         raise malformed(f"the bytes end within the properties of {where}")
-    # A slice of its own, so that no value can reach beyond the Property Length.
+    # Slice, so that no value can extend beyond the Property Length.
     return _parse_section(data[start:end], permitted, where), end
 
 
 def end_of_properties(data: bytes, offset: int) -> int:
-    """Give the offset after a Property Length and its properties, which have been read before (MQTT 5.0 §2.2.2.1)."""
+    """Return the offset after a Property Length and its already validated properties (MQTT 5.0 §2.2.2.1)."""
     decoded = decode_remaining_length(data, offset)
     if decoded is None:
         raise malformed("the bytes end within a Property Length")
@@ -169,9 +169,9 @@ def end_of_properties(data: bytes, offset: int) -> int:
 
 
 def replace_string_property(properties: bytes, identifier: PropertyId, value: str | None) -> bytes:
-    """Give `properties`, which begin with their length and have been read before, with another value for a string.
+    """Return `properties` (validated before, Property Length included) with a new value for a string property.
 
-    None takes the property out. Where it is absent, nothing changes; all others stay as they are, byte for byte.
+    None removes the property. If it is absent, nothing changes. All others are copied byte for byte.
     Raises ValueError for a value that is too long.
     """
     _, length_size = decode_remaining_length(properties, 0) or (0, 0)
@@ -198,21 +198,21 @@ def _parse_section(section: bytes, permitted: frozenset[int], where: str) -> Pro
     while offset < len(section):
         identifier = section[offset]
         offset += 1
-        # Identifiers are Variable Byte Integers, but all that exist take one byte.
+        # Identifiers are Variable Byte Integers, but all defined ones take one byte.
         if identifier not in permitted:
-            raise malformed(f"property 0x{identifier:02X} does not belong in {where} (MQTT 5.0 §2.2.2.2)")
+            raise malformed(f"property 0x{identifier:02X} is not allowed in {where} (MQTT 5.0 §2.2.2.2)")
         what = f"{_name(identifier)} of {where}"
         if identifier == PropertyId.USER_PROPERTY:
             key, offset = decode_string(section, offset, what)
             value, offset = decode_string(section, offset, what)
             user_properties.append((key, value))
             continue
-        # A message that matches several subscriptions carries the identifiers of all (MQTT 5.0 §3.3.2.3.8).
+        # A message that matches several subscriptions carries all their identifiers (MQTT 5.0 §3.3.2.3.8).
         if identifier in values and identifier != PropertyId.SUBSCRIPTION_IDENTIFIER:
-            raise protocol_error(f"{where} holds {_name(identifier)} more than once (MQTT 5.0 §2.2.2)")
+            raise protocol_error(f"{where} contains {_name(identifier)} more than once (MQTT 5.0 §2.2.2)")
         values[identifier], offset = _parse_value(section, offset, PropertyId(identifier), what)
     if PropertyId.AUTHENTICATION_DATA in values and PropertyId.AUTHENTICATION_METHOD not in values:
-        raise protocol_error(f"{where} holds Authentication Data without a method (MQTT 5.0 §3.1.2.11.10)")
+        raise protocol_error(f"{where} contains Authentication Data without a method (MQTT 5.0 §3.1.2.11.10)")
     return Properties(values, tuple(user_properties))
 
 
@@ -239,7 +239,7 @@ def _parse_variable(section: bytes, offset: int, what: str) -> tuple[int, int]:
     except ValueError:
         decoded = None
     if decoded is None or not is_minimal(*decoded):
-        raise malformed(f"the {what} is no Variable Byte Integer (MQTT 5.0 §1.5.5)")
+        raise malformed(f"the {what} is not a valid Variable Byte Integer (MQTT 5.0 §1.5.5)")
     number, size = decoded
     if number == 0:
         raise protocol_error(f"the {what} is 0 (MQTT 5.0 §2.2.2)")

@@ -1,10 +1,10 @@
-"""Whole packets out of a stream: CONNECT, CONNACK, and AUTH before CONNACK.
+"""Reads whole packets from a stream: CONNECT, CONNACK, and AUTH before CONNACK.
 
-In: bytes as they arrive, cut anywhere.  Out: `Packet` one at a time, None while more is needed, the unread rest on
-demand; `PacketError` at the first byte that cannot become a packet wanted here.
+In: bytes as they arrive, split anywhere.  Out: one `Packet` at a time, None while more is needed, the unread rest on
+demand; `PacketError` at the first byte that cannot begin an expected packet.
 
-The owner stops reading after the packet it wants, makes another reader or a framer and gives it `take_rest()`. What a
-reader holds is so bounded by `max_size` and one chunk.
+After the packet it needs, the owner creates another reader or a framer and passes it `take_rest()`. A reader therefore
+holds at most `max_size` bytes and one chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from attrs import frozen
 from gateway.errors import EndReason, PacketError
 from gateway.mqtt.packets import PacketType, ReasonCode, decode_remaining_length, is_minimal
 
-# What often knocks at the wrong door, by its first bytes: an operator is helped most by its name.
+# The first bytes of protocols that often reach the wrong port. Naming the protocol helps the operator most.
 _STRANGERS = (
     (b"GET ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
     (b"POST ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
@@ -32,8 +32,8 @@ _STRANGERS = (
 class Packet:
     """One whole control packet.
 
-    `flags` are the low four bits of the first byte; `body` is what the Remaining Length counts; `raw` is everything,
-    fixed header included; `minimal_length` says whether the Remaining Length was written in the fewest bytes.
+    `flags` are the low four bits of the first byte; `body` is what the Remaining Length counts; `raw` is the whole
+    packet, fixed header included; `minimal_length` tells whether the Remaining Length uses the fewest bytes.
     """
 
     type: PacketType
@@ -43,15 +43,15 @@ class Packet:
     minimal_length: bool
 
     def __repr__(self) -> str:
-        # The bytes of a CONNECT hold the password.
+        # A CONNECT contains the password.
         return f"Packet({self.type.name}, {len(self.raw)} bytes)"
 
 
 class PacketReader:
-    """Cuts whole packets of the permitted types, all of whose fixed header flags are zero, out of a stream.
+    """Reads whole packets of the permitted types, whose fixed header flags must be zero, from a stream.
 
     `max_size` is the largest packet in bytes, fixed header included (MQTT 5.0 §3.1.2.11.4). `unexpected` is the reason
-    given for a first byte that is not wanted here: NOT_MQTT, PROTOCOL_ERROR or UPSTREAM_PROTOCOL_ERROR.
+    for an unexpected first byte: NOT_MQTT, PROTOCOL_ERROR or UPSTREAM_PROTOCOL_ERROR.
     """
 
     __slots__ = ("_buffer", "_first_bytes", "_max_size", "_unexpected")
@@ -64,24 +64,24 @@ class PacketReader:
 
     @property
     def buffered(self) -> int:
-        """How many bytes were fed and not yet given out."""
+        """How many bytes were fed and not yet returned."""
         return len(self._buffer)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes of the stream; they are judged by `next_packet`."""
+        """Take the next bytes of the stream; `next_packet` checks them."""
         self._buffer += data
 
     def take_rest(self) -> bytes:
-        """Give the bytes after the last packet and forget them."""
+        """Return and drop the bytes after the last packet."""
         rest = bytes(self._buffer)
         self._buffer.clear()
         return rest
 
     def next_packet(self) -> Packet | None:
-        """Give the next whole packet, or None when more bytes are needed (MQTT 5.0 §2.1).
+        """Return the next whole packet, or None if more bytes are needed (MQTT 5.0 §2.1).
 
-        Raises PacketError as soon as the bytes cannot become a packet that is wanted here: at the first byte for its
-        type and flags, at the end of the fixed header for its size, before any of the body is waited for.
+        Raises PacketError as early as possible: for type and flags at the first byte, for the size at the end of the
+        fixed header, before the body has arrived.
         """
         buffer = self._buffer
         if not buffer:
@@ -115,7 +115,7 @@ class PacketReader:
         return Packet(packet_type, raw[0] & 0x0F, raw[header_size:], raw, is_minimal(length, length_size))
 
     def _malformed_reason(self, of_device: EndReason) -> EndReason:
-        """Whatever the broker breaks has one name; what the device breaks is named more closely."""
+        """All faults of the broker share one reason; faults of the device have several."""
         upstream = EndReason.UPSTREAM_PROTOCOL_ERROR
         return upstream if self._unexpected is upstream else of_device
 
@@ -126,7 +126,7 @@ class PacketReader:
         if packet_type == 0:
             reason, code, seen = self._unexpected, ReasonCode.MALFORMED_PACKET, "of the reserved type 0"
         elif packet_type << 4 in self._first_bytes:
-            # After CONNECT, a wanted packet with wrong flags is a malformed one, as the framer would call it.
+            # After CONNECT, an expected packet with wrong flags is malformed, as in the framer.
             reason = self._unexpected
             if reason is EndReason.PROTOCOL_ERROR:
                 reason = EndReason.MALFORMED_PACKET

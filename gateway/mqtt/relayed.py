@@ -1,7 +1,7 @@
-"""PUBLISH, SUBSCRIBE and UNSUBSCRIBE read whole, and written again with other topics.
+"""Reads PUBLISH, SUBSCRIBE and UNSUBSCRIBE, and rewrites them with other topics.
 
-In: the first byte and the body of a packet whose fixed header has been checked.  Out: what the inspector judges, and
-the packet with that changed and everything else as it came; `PacketError` for what the version does not allow.
+In: the first byte and the body of a packet whose fixed header has been checked.  Out: the fields the inspector checks,
+and the packet with changed topics, everything else byte for byte; `PacketError` for what the version does not allow.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ _UNSUBSCRIBE_PROPERTIES: frozenset[int] = frozenset({PropertyId.USER_PROPERTY})
 
 @frozen(slots=True)
 class Publish:
-    """What of a PUBLISH can be judged or changed (MQTT 5.0 §3.3).
+    """The fields of a PUBLISH that rules check or change (MQTT 5.0 §3.3).
 
-    `topic` is empty only in 5.0, where a Topic Alias then stands for it. `response_topic` is None where there is none.
+    `topic` is empty only in 5.0, with a Topic Alias. `response_topic` is None if absent.
     """
 
     topic: str
@@ -63,7 +63,7 @@ class Publish:
 class Subscribe:
     """A SUBSCRIBE or an UNSUBSCRIBE (MQTT 5.0 §3.8, §3.10): its Topic Filters, each with its options byte or None.
 
-    `head` is what stands before them: the Packet Identifier and the properties.
+    `head` is everything before them: the Packet Identifier and the properties.
     """
 
     head: bytes
@@ -71,7 +71,7 @@ class Subscribe:
 
 
 def read_publish(version: ProtocolVersion, first: int, body: bytes) -> Publish:
-    """Read a PUBLISH; its payload is not looked at.  Raises PacketError."""
+    """Read a PUBLISH, except for its payload.  Raises PacketError."""
     topic, offset = decode_string(body, 0, "Topic Name of PUBLISH")
     if "+" in topic or "#" in topic:
         raise malformed(f"PUBLISH with a wildcard in its Topic Name (MQTT {version.label} §3.3.2)")
@@ -127,12 +127,12 @@ def write_subscribe(first: int, packet: Subscribe) -> bytes:
 
 
 def lower_qos(options: int, max_qos: int) -> int:
-    """Give the options of a subscription that asks for no more than `max_qos` (MQTT 5.0 §3.8.3.1)."""
+    """Return subscription options with the requested QoS lowered to `max_qos` (MQTT 5.0 §3.8.3.1)."""
     return options if options & _OPTIONS_QOS <= max_qos else options & ~_OPTIONS_QOS | max_qos
 
 
 def write_packet(first: int, body: bytes) -> bytes:
-    """Write a packet.  Raises ValueError for a body that no Remaining Length can say."""
+    """Write a packet.  Raises ValueError for a body above the largest Remaining Length."""
     return bytes((first,)) + encode_remaining_length(len(body)) + body
 
 
@@ -152,7 +152,7 @@ def _read_filters(
             options, offset = decode_integer(body, offset, 1, f"options of {name}")
             reserved = _OPTIONS_RESERVED_5 if is_5 else ~_OPTIONS_QOS & 0xFF
             wrong = options & _OPTIONS_QOS > _MAX_QOS or (is_5 and options & _RETAIN_HANDLING == _RETAIN_HANDLING)
-            # MQTT 3.1 §3.8 reserves the upper six bits and does not say that they are 0.
+            # MQTT 3.1 §3.8 reserves the upper six bits but does not require 0.
             if wrong or (options & reserved and version is not ProtocolVersion.MQTT_3_1):
                 raise malformed(f"{name} with the options 0b{options:08b} (MQTT {version.label} §3.8.3)")
         filters.append((text, options))

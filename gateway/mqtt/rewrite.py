@@ -1,9 +1,9 @@
-"""A CONNECT with some of its fields changed, and all others as the device sent them.
+"""Rewrites a CONNECT with some fields changed and all others as the device sent them.
 
-In: a whole CONNECT, what it says, and what is to be different.  Out: the bytes of a CONNECT that says exactly that;
-`ValueError` where no CONNECT can.
+In: a whole CONNECT, its fields, and the changes.  Out: the bytes of the changed CONNECT; `ValueError` if no valid
+CONNECT can carry the changes.
 
-Properties and the Will are copied byte for byte; of the Will, topic, Retain and Response Topic can be named as changed.
+Properties and the Will are copied byte for byte, except for the Will's topic, Retain and Response Topic if changed.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ class _Kept(Enum):
 
 Kept = Literal[_Kept.KEPT]
 KEPT: Final = _Kept.KEPT
-"""What stands for a field that stays as the device sent it; None removes a field that may be absent."""
+"""Marks a field that stays as the device sent it. None removes an optional field."""
 
 
 @frozen
 class ConnectChanges:
-    """What is to be different in a CONNECT; `repr()` shows no credentials.
+    """Changes to a CONNECT; `repr()` shows no credentials.
 
-    `keep_alive` is in seconds. `version` can only raise 3.1 to 3.1.1. The Will's fields count only if there is a Will.
+    `keep_alive` is in seconds. `version` can only raise 3.1 to 3.1.1. The Will's fields have no effect without a Will.
     """
 
     client_identifier: str | Kept = KEPT
@@ -72,11 +72,11 @@ class ConnectChanges:
 
 
 def rewrite_connect(packet: Packet, connect: Connect, changes: ConnectChanges, max_size: int) -> bytes:
-    """Write `packet`, which says `connect`, with `changes` (MQTT 3.1 §3.1, MQTT 3.1.1 §3.1, MQTT 5.0 §3.1).
+    """Write `packet`, parsed as `connect`, with `changes` (MQTT 3.1 §3.1, MQTT 3.1.1 §3.1, MQTT 5.0 §3.1).
 
-    Where nothing would be different, these are the bytes of `packet`. `max_size` is the largest CONNECT in bytes, fixed
-    header included. Raises ValueError for a password without a user name before 5.0 (MQTT 3.1.1 §3.1.2.9), for a field
-    that is too long, and for a change of version other than from 3.1 to 3.1.1.
+    Returns the bytes of `packet` if nothing changes. `max_size` is the largest CONNECT in bytes, fixed header
+    included. Raises ValueError for a password without a user name before 5.0 (MQTT 3.1.1 §3.1.2.9), for a field
+    that is too long, and for any change of version other than from 3.1 to 3.1.1.
     """
     if _says_the_same(connect, changes):
         return packet.raw
@@ -97,12 +97,12 @@ def rewrite_connect(packet: Packet, connect: Connect, changes: ConnectChanges, m
     flags, properties, will = _parts(packet.body, flags_at, connect)
     will_retain = bool(flags & WILL_RETAIN_FLAG) if changes.will_retain is KEPT else changes.will_retain
     flags = _set(flags, CLEAN_START_FLAG, clean_start)
-    # MQTT 3.1 lets these be set for nothing; what is written here means what it says.
+    # MQTT 3.1 lets a device set these without the field; write them only with it.
     flags = _set(_set(flags, USERNAME_FLAG, username is not None), PASSWORD_FLAG, password is not None)
     if connect.will is not None:
         flags = _set(flags, WILL_RETAIN_FLAG, will_retain)
     if version is not connect.version:
-        # What 3.1 leaves without a meaning must be 0 in 3.1.1 (MQTT 3.1.1 §3.1.2.3, §3.1.2.6, §3.1.2.7).
+        # Bits that have no meaning in 3.1 must be 0 in 3.1.1 (MQTT 3.1.1 §3.1.2.3, §3.1.2.6, §3.1.2.7).
         flags &= ~RESERVED_FLAG
         if connect.will is None:
             flags &= ~(WILL_QOS_FLAGS | WILL_RETAIN_FLAG)
@@ -143,7 +143,7 @@ def _says_the_same(connect: Connect, changes: ConnectChanges) -> bool:
 
 
 def _parts(body: bytes, flags_at: int, connect: Connect) -> tuple[int, bytes, bytes]:
-    """Cut a body that has been read without a fault: its flags, its properties and its Will, as they are."""
+    """Split a validated body: return its flags, and the bytes of its properties and its Will."""
     flags = body[flags_at]
     start = offset = flags_at + 3
     is_5 = connect.version is ProtocolVersion.MQTT_5_0
@@ -181,5 +181,5 @@ def _set(flags: int, flag: int, value: bool) -> int:
 
 def _encode_binary(data: bytes) -> bytes:
     if len(data) > MAX_STRING_BYTES:
-        raise ValueError(f"{len(data)} bytes are above the {MAX_STRING_BYTES} that a field of MQTT can carry")
+        raise ValueError(f"{len(data)} bytes are above the limit of {MAX_STRING_BYTES} for an MQTT field")
     return len(data).to_bytes(2, "big") + data

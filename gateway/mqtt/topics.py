@@ -1,6 +1,7 @@
-"""Topic Names and Topic Filters: what matches, what covers what, and what a prefix makes of them (MQTT 5.0 §4.7).
+"""Topic Names and Topic Filters: syntax, coverage, and prefixes (MQTT 5.0 §4.7).
 
-In: texts from packets and from the configuration.  Out: answers, and other texts.
+In: topics from packets and from the configuration.  Out: whether they are valid or covered; topics with a prefix added
+or removed.
 """
 
 from __future__ import annotations
@@ -9,32 +10,32 @@ _SHARED = "$share/"
 
 
 def check_filter(text: str) -> None:
-    """Raise ValueError that says why `text` is no Topic Filter (MQTT 5.0 §4.7.1, §4.7.3)."""
+    """Raise ValueError with the reason if `text` is not a Topic Filter (MQTT 5.0 §4.7.1, §4.7.3)."""
     if not text:
-        raise ValueError("a Topic Filter has at least one character")
+        raise ValueError("a Topic Filter must not be empty")
     if "\0" in text:
-        raise ValueError("a Topic Filter holds no character U+0000")
+        raise ValueError("a Topic Filter must not contain U+0000")
     levels = text.split("/")
     for index, level in enumerate(levels):
         if "#" in level and (level != "#" or index != len(levels) - 1):
-            raise ValueError("# stands for whole levels, and only at the end")
+            raise ValueError("# must be a whole level, and the last one")
         if "+" in level and level != "+":
-            raise ValueError("+ stands for a whole level")
+            raise ValueError("+ must be a whole level")
 
 
 def check_name(text: str) -> None:
-    """Raise ValueError that says why `text` is no Topic Name (MQTT 5.0 §3.3.2.1)."""
+    """Raise ValueError with the reason if `text` is not a Topic Name (MQTT 5.0 §3.3.2.1)."""
     if not text:
-        raise ValueError("a Topic Name has at least one character")
+        raise ValueError("a Topic Name must not be empty")
     if "+" in text or "#" in text or "\0" in text:
-        raise ValueError("a Topic Name holds neither + nor # nor U+0000")
+        raise ValueError("a Topic Name must not contain +, # or U+0000")
 
 
 def covers(allowed: str, wanted: str) -> bool:
-    """Whether every topic that `wanted` matches is matched by `allowed`; a Topic Name matches itself.
+    """Return whether `allowed` matches every topic that `wanted` matches; a Topic Name matches itself.
 
-    Both are Topic Filters as `check_filter` has them. A wildcard at the beginning matches no topic that begins with `$`
-    [MQTT-4.7.2-1], so `#` does not cover `$SYS/#`.
+    Both must be valid Topic Filters. A leading wildcard does not match topics that begin with `$` [MQTT-4.7.2-1], so
+    `#` does not cover `$SYS/#`.
     """
     allowed_levels, wanted_levels = allowed.split("/"), wanted.split("/")
     if wanted.startswith("$") and allowed_levels[0] in {"#", "+"}:
@@ -51,7 +52,7 @@ def covers(allowed: str, wanted: str) -> bool:
 
 
 class TopicFilters:
-    """A list of permitted Topic Filters. Names and filters without wildcards are looked up, not compared."""
+    """A list of permitted Topic Filters. Those without wildcards are looked up in a set."""
 
     __slots__ = ("_exact", "_wild")
 
@@ -60,22 +61,22 @@ class TopicFilters:
         self._wild = tuple(text for text in filters if text not in self._exact)
 
     def permits(self, wanted: str) -> bool:
-        """Whether all that a Topic Filter matches is covered by one of the list.
+        """Return whether one filter of the list covers a Topic Filter.
 
-        Of a shared subscription the filter counts (MQTT 5.0 §4.8.2).
+        For a shared subscription, its filter is checked (MQTT 5.0 §4.8.2).
         """
         return self.permits_name(split_shared(wanted)[1])
 
     def permits_name(self, wanted: str) -> bool:
-        """Whether a Topic Name is covered by one of the list; none is a shared subscription's."""
+        """Return whether one filter of the list covers a Topic Name, which is never read as a shared subscription."""
         return wanted in self._exact or any(covers(allowed, wanted) for allowed in self._wild)
 
 
 def split_shared(text: str) -> tuple[str, str]:
-    """Cut `$share/group/filter` into `$share/group/` and `filter`; others have nothing before (MQTT 5.0 §4.8.2).
+    """Split `$share/group/filter` into `$share/group/` and `filter`; the first part is empty for other filters.
 
-    A group without a name is none [MQTT-4.8.2-1], but brokers serve it (Mosquitto does). So it is cut, too: its filter
-    is not to go past the rules.
+    An empty group name is invalid [MQTT-4.8.2-1], but some brokers accept it (Mosquitto does), so it is split as well:
+    its filter must not escape the rules (MQTT 5.0 §4.8.2).
     """
     if not text.startswith(_SHARED):
         return "", text
@@ -84,14 +85,14 @@ def split_shared(text: str) -> tuple[str, str]:
 
 
 def add_prefix(text: str, prefix: str) -> str:
-    """Put `prefix` before a Topic Name or Filter, within a shared subscription before its filter.
+    """Put `prefix` before a Topic Name or Filter, or before the filter of a shared subscription.
 
-    What begins with `$` is the broker's own and means nothing elsewhere (MQTT 5.0 §4.7.2), so it stays.
+    Topics that begin with `$` belong to the broker (MQTT 5.0 §4.7.2) and stay as they are.
     """
     shared, rest = split_shared(text)
     return text if rest.startswith("$") else shared + prefix + rest
 
 
 def remove_prefix(text: str, prefix: str) -> str | None:
-    """Take `prefix` from a Topic Name; None where it does not begin so, or nothing would be left."""
+    """Remove `prefix` from a Topic Name; return None if it does not begin with it, or nothing would be left."""
     return text[len(prefix) :] if text.startswith(prefix) and len(text) > len(prefix) else None

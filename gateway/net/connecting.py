@@ -3,10 +3,10 @@
 In: an address.  Out: an endpoint (`IStreamClientEndpoint`), whose connections are `TCPClient`s of
 `gateway/net/transport.py`.
 
-Twisted's own endpoints make a connector, a client and a wrapper around the protocol for each connection, wait a turn of
-the reactor before they connect, and look at the socket anew when it has connected.  That is for names, for bound
-addresses, for reconnecting, and for reactors that are not epoll's, none of which the gateway needs here, and it was a
-twelfth of what a session costs (`docs/performance.md`).
+For each connection, Twisted's own endpoints create a connector, a client and a wrapper around the protocol, wait for
+the next reactor turn before connecting, and check the socket again once it is connected.  That supports names, bound
+addresses, reconnecting and other reactors than epoll, none of which is needed here, and it was a twelfth of the cost of
+a session (`docs/performance.md`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
 
 @implementer(IStreamClientEndpoint)
 class TCPEndpoint:
-    """Connects to one address, for as long as it is not cancelled."""
+    """Connects to one address, without a timeout."""
 
     __slots__ = ("_address", "_reactor")
 
@@ -54,7 +54,7 @@ class TCPEndpoint:
 
 @implementer(IReadWriteDescriptor)
 class _Attempt:
-    """A socket that is being connected; the kernel reports that it can be written when it is, or has failed."""
+    """A socket that is connecting; it becomes writable when it has connected or failed."""
 
     __slots__ = ("_address", "_factory", "_failing", "_reactor", "_socket", "connected")
 
@@ -64,7 +64,7 @@ class _Attempt:
         self._factory = factory
         self._socket: socket.socket | None = None
         self._failing: IDelayedCall | None = None
-        # Whoever gives up gets `CancelledError`, which Deferred sees to.
+        # A cancelled Deferred fails with `CancelledError` automatically.
         self.connected: Deferred[IProtocol] = Deferred(lambda _: self._close())
 
     def begin(self) -> None:
@@ -74,28 +74,28 @@ class _Attempt:
             self._socket = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             problem = self._socket.connect_ex(address)
             if not self._reactor.running:
-                raise ConnectError(string="the relay has stopped")  # noqa: TRY301  told as all the others
-            # On loopback it may have been done at once; then it can be written, too.
+                raise ConnectError(string="the relay has stopped")  # noqa: TRY301  reported like the others
+            # On loopback it may be connected at once; then it is writable as well.
             if problem in {0, errno.EINPROGRESS}:
                 self._reactor.addWriter(self)
             else:
                 self._fail_soon(getConnectError((problem, os.strerror(problem))))
         except OSError as error:
             self._fail_soon(getConnectError((error.errno or 0, error.strerror or str(error))))
-        except Exception as error:  # noqa: BLE001  whoever waits is told, whatever it is
+        except Exception as error:  # noqa: BLE001  the caller must be told of any error
             self._fail_soon(error)
 
-    # ---- what the reactor asks for
+    # ---- for the reactor
 
     def fileno(self) -> int:
         """Return the descriptor."""
         return -1 if self._socket is None else self._socket.fileno()
 
     def doRead(self) -> None:
-        """Never reported, since it is not asked for."""
+        """Never called: this is never added as a reader."""
 
     def doWrite(self) -> None:
-        """Go on: the socket has connected, or could not."""
+        """The socket has connected, or failed."""
         assert self._socket is not None  # noqa: S101  it is watched, so it is open; narrows the type
         problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if problem:
@@ -104,7 +104,7 @@ class _Attempt:
             self._succeed(self._socket)
 
     def connectionLost(self, reason: Failure) -> None:
-        """It failed, or the relay stops."""
+        """The attempt failed, or the relay stops."""
         if self._socket is None:
             return
         problem = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -117,12 +117,12 @@ class _Attempt:
         """See ILoggingContext."""
         return "gateway"
 
-    # ---- how it ends
+    # ---- the result
 
     def _succeed(self, connected: socket.socket) -> None:
         try:
             protocol: Any = self._factory.buildProtocol(self._address)
-        except Exception as error:  # noqa: BLE001  whoever waits is told, whatever it is
+        except Exception as error:  # noqa: BLE001  the caller must be told of any error
             self._fail(error)
             return
         if protocol is None:
@@ -140,11 +140,11 @@ class _Attempt:
         if not self.connected.called:
             self.connected.callback(protocol)
         else:
-            # Whoever waited has given up meanwhile.
+            # The caller has cancelled meanwhile.
             transport.abortConnection()
 
     def _fail_soon(self, error: Exception) -> None:
-        """Fail in the reactor's next turn, as everything else does: nobody expects to be told while they ask."""
+        """Fail in the next reactor turn: callers do not expect a result before `connect` returns."""
         self._failing = self._reactor.callLater(0, self._fail, error.with_traceback(None))
 
     def _fail(self, error: Exception) -> None:
@@ -162,7 +162,7 @@ class _Attempt:
 
 
 def _for_socket(address: IPv4Address | IPv6Address) -> tuple[socket.AddressFamily, Any]:
-    """Return the family and the address as sockets want it: for IPv6 with its scope, which may stand in the host."""
+    """Return the family and the socket address; for IPv6 with the scope, which may be part of the host."""
     if isinstance(address, IPv4Address):
         return socket.AF_INET, (address.host, address.port)
     if address.scopeID:

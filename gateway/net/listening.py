@@ -1,7 +1,7 @@
-"""Opening the addresses that devices connect to.
+"""Opens the addresses that devices connect to.
 
 In: a `Listener` of the configuration, a factory.  Out: an open port, or `ListenFailed` with the cause and the remedy.
-`Listeners` are all of a configuration, which another may follow without a gap.
+`Listeners` holds all listeners of a configuration and switches to the next configuration without a gap.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from twisted.python.failure import Failure
 from gateway.config import Listener
 from gateway.errors import ConfigError
 
-_IN_USE = "`ss -ltnp` names what listens there: stop it, or choose another port"
+_IN_USE = "find what listens there with `ss -ltnp` and stop it, or choose another port"
 _REMEDIES = {
     errno.EADDRINUSE: _IN_USE,
-    errno.EADDRNOTAVAIL: "no interface of this machine has this address, or not yet: see `ip address`",
-    errno.EACCES: "a port below 1024 needs the right to open it (CAP_NET_BIND_SERVICE), a socket a writable directory",
-    errno.ENOENT: "make the directory of the socket first",
+    errno.EADDRNOTAVAIL: "no interface of this machine has this address (yet); check with `ip address`",
+    errno.EACCES: "a port below 1024 needs CAP_NET_BIND_SERVICE, a UNIX socket needs a writable directory",
+    errno.ENOENT: "create the directory of the socket first",
 }
 
 
 class ListenFailed(Exception):
-    """An endpoint did not open: the cause; `remedy`, empty if none is known; `in_use` if something listens there."""
+    """An endpoint could not be opened. `remedy` may be empty; `in_use` tells that something else listens there."""
 
     def __init__(self, cause: str, remedy: str = "", *, in_use: bool = False) -> None:
         super().__init__(f"{cause}; {remedy}" if remedy else cause)
@@ -41,7 +41,7 @@ class ListenFailed(Exception):
 
 
 class ListenerFactory(Factory):
-    """A factory of one listener's connections; `listener` changes when a new configuration does not move it."""
+    """The factory for one listener's connections; a reload replaces `listener` if the endpoint stays the same."""
 
     noisy = False
 
@@ -49,13 +49,13 @@ class ListenerFactory(Factory):
         self.listener = listener
 
     def logPrefix(self) -> str:
-        """See ILoggingContext: what Twisted's own line at the start calls it."""
+        """See ILoggingContext; appears in Twisted's own log line at start."""
         return "listener"
 
 
 @frozen(slots=True)
 class _Open:
-    """A listener that is open, by the description that it was opened with."""
+    """An open listener; `description` is what it was opened with."""
 
     description: str
     factory: ListenerFactory
@@ -63,29 +63,29 @@ class _Open:
 
 
 class Listeners:
-    """The open listeners of a configuration, in its order."""
+    """The open listeners of a configuration, in order."""
 
     def __init__(self, reactor: Any, make_factory: Callable[[Listener], ListenerFactory]) -> None:
-        """Take a reactor that endpoints can listen with, and what makes the factory of a listener."""
+        """Take a reactor that can listen, and a function that creates the factory for a listener."""
         self._reactor = reactor
         self._make_factory = make_factory
         self._open: list[_Open] = []
 
     @property
     def ports(self) -> list[IListeningPort]:
-        """What is open, in the order of the configuration."""
+        """The open ports, in the order of the configuration."""
         return [each.port for each in self._open]
 
     @property
     def named(self) -> list[tuple[str, IListeningPort]]:
-        """The same with the listeners' names."""
+        """The open ports with their listeners' names."""
         return [(each.factory.listener.name, each.port) for each in self._open]
 
     def change(self, listeners: Sequence[Listener]) -> tuple[list[IListeningPort], list[Listener]]:
-        """Open what is new, then close what is gone; what stays the same stays open, and takes the new settings.
+        """Open new listeners, then close removed ones; unchanged ones stay open and take the new settings.
 
-        Returns the ports that were opened and the listeners that were closed.  Raises `ConfigError`, and then all is as
-        it was before.
+        Returns the ports that were opened and the listeners that were closed.  Raises `ConfigError` without having
+        changed anything.
         """
         staying = list(self._open)
         opened: list[_Open] = []
@@ -101,7 +101,7 @@ class Listeners:
             try:
                 new = _Open(listener.description, factory, listen(self._reactor, listener, factory))
             except ListenFailed as error:
-                hint = "; if it is the gateway's own listener that is to change, restart it" if staying else ""
+                hint = "; to change one of the gateway's own listeners, restart the gateway" if staying else ""
                 hint = hint if error.in_use else ""
                 problems.append(f"listen[{index}].endpoint: cannot listen on {listener.endpoint}: {error}{hint}")
             else:
@@ -117,7 +117,7 @@ class Listeners:
         return [each.port for each in opened], [each.factory.listener for each in staying]
 
     def close(self) -> list[Deferred[Any]]:
-        """Close all; each result fires when a listener is closed."""
+        """Close all; each result fires when its listener is closed."""
         closing, self._open = self._open, []
         return _close(closing)
 
@@ -128,7 +128,7 @@ def _close(listeners: Sequence[_Open]) -> list[Deferred[Any]]:
 
 
 def listen(reactor: Any, listener: Listener, factory: Factory) -> IListeningPort:
-    """Open a listener now.  Raises `ListenFailed`."""
+    """Open a listener.  Raises `ListenFailed`."""
     results: list[Any] = []
     try:
         serverFromString(reactor, listener.description).listen(factory).addBoth(results.append)
@@ -136,11 +136,11 @@ def listen(reactor: Any, listener: Listener, factory: Factory) -> IListeningPort
         raise _failed(error) from None
     except KeyError as error:
         raise ListenFailed(
-            f"systemd has passed no socket named {error}",
-            "the name is FileDescriptorName= of the socket unit; start the gateway by its service unit",
+            f"systemd passed no socket named {error}",
+            "set FileDescriptorName= of the socket unit to this name, and start the gateway as its service unit",
         ) from None
     if not results:
-        raise ListenFailed("this kind of endpoint does not open at once")
+        raise ListenFailed("this kind of endpoint is not supported")
     result = results[0]
     if isinstance(result, Failure):
         raise _failed(result.value) from None
@@ -154,6 +154,6 @@ def _failed(error: BaseException | None) -> ListenFailed:
         in_use = cause.errno == errno.EADDRINUSE
         return ListenFailed(cause.strerror or str(cause), _REMEDIES.get(cause.errno, ""), in_use=in_use)
     if isinstance(error, CannotListenError):
-        # The lock of a UNIX socket is held by another process.
+        # Another process holds the lock of the UNIX socket.
         return ListenFailed(str(cause), _IN_USE, in_use=True)
     return ListenFailed(str(error))

@@ -1,13 +1,13 @@
-"""The network as the gateway uses it: names to addresses, addresses to endpoints.
+"""Resolves names and provides client endpoints.
 
-In: host names, ports.  Out: `Deferred`s of addresses, client endpoints.  `ReactorNetwork` is the real one; tests pass
-one that exists only in memory.
+In: host names, ports.  Out: `Deferred`s of addresses, client endpoints.  `ReactorNetwork` is the real one; tests use
+one in memory.
 """
 
 from __future__ import annotations
 
-# Read now, since the resolver's threads cannot when the gateway has shed its rights or has no descriptor left.
-import encodings.idna  # noqa: F401  for its effect
+# Import now: the resolver's threads cannot once privileges are dropped or no descriptor is left.
+import encodings.idna  # noqa: F401  imported for its side effect
 import os
 from functools import lru_cache, partial
 from ipaddress import ip_address
@@ -26,49 +26,49 @@ Address = IPv4Address | IPv6Address
 
 
 class Network(Protocol):
-    """Where addresses come from and how they are reached."""
+    """Resolves hosts and connects to addresses."""
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
-        """Return the addresses of `host`, best first; none if there are none.  Cancelling it disturbs no one else."""
+        """Return the addresses of `host`, best first, possibly none.  Cancelling does not affect other callers."""
 
     def endpoint(self, address: Address) -> IStreamClientEndpoint:
-        """Return the endpoint that connects to `address`, for as long as it is not cancelled."""
+        """Return an endpoint that connects to `address`, without a timeout."""
 
 
-# Seconds for which a look-up may be joined.  Twisted's resolver does not answer at all when its thread ends in an
-# unforeseen way (no descriptor left, say): then the next session asks anew instead of waiting with the others for ever.
+# Seconds for which callers may join a running lookup.  Twisted's resolver never answers if its thread dies unexpectedly
+# (for example without a free descriptor); after this time the next session starts a new lookup instead of waiting too.
 _JOINED_FOR = 30.0
-_LAST_PATIENCE = 0.2  # seconds; a pool has ten threads, and an idle one ends at once
+_LAST_PATIENCE = 0.2  # seconds per thread; a pool has ten threads, and idle ones end at once
 
 
 @define(slots=True)
 class _LookUp:
-    """A look-up under way: when it began, and who waits for it."""
+    """A running lookup: when it began, and its waiting callers."""
 
     began: float
     waiting: list[Deferred[list[Address]]] = field(factory=list)
 
 
 class PatientlessThread(Thread):
-    """A thread of the resolver's, for whose end nobody waits: `getaddrinfo` may hang much longer than a stop may take.
+    """A resolver thread that does not delay a stop, although `getaddrinfo` may hang for long.
 
-    It is what a thread pool makes its threads with (`threadFactory`).  The pool waits for each of them when it stops,
-    and Python for all that are no daemons.
+    A thread pool creates its threads with it (`threadFactory`).  When it stops, the pool joins each thread, and Python
+    joins all that are not daemons.
     """
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords | {"daemon": True})
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for the end, but not for long."""
+        """Wait for the end, but only briefly."""
         super().join(_LAST_PATIENCE if timeout is None else timeout)
 
 
 class ReactorNetwork:
-    """The reactor's resolver, which runs in threads and so never blocks, and its TCP.
+    """The reactor's resolver, which runs in threads and never blocks, and its TCP.
 
-    Look-ups of one name that are under way at the same time are one look-up: in a reconnect storm a thousand sessions
-    ask for the same broker.  Nothing is kept beyond that; the next session asks anew.
+    Concurrent lookups of one name share one lookup: in a reconnect storm, a thousand sessions resolve the same broker.
+    Results are not cached.
     """
 
     def __init__(self, reactor: Any) -> None:
@@ -87,7 +87,7 @@ class ReactorNetwork:
         is_new = look_up is None or now - look_up.began >= _JOINED_FOR
         if look_up is None or is_new:
             look_up = self._under_way[key] = _LookUp(now)
-        # Whoever gives up is forgotten; the look-up goes on, and others may still join it.
+        # A caller that cancels is removed; the lookup continues, and others may still join it.
         answer: Deferred[list[Address]] = Deferred(look_up.waiting.remove)
         look_up.waiting.append(answer)
         if is_new:
@@ -99,19 +99,19 @@ class ReactorNetwork:
         if self._under_way.get(key) is look_up:
             del self._under_way[key]
         for answer in list(look_up.waiting):
-            # What one of them does with it may make another give up.
+            # One caller's reaction may cancel another.
             if not answer.called:
                 answer.callback(list(addresses))
 
     def endpoint(self, address: Address) -> IStreamClientEndpoint:
         """See `Network.endpoint`."""
-        # No time-out of its own: whoever connects keeps one for all addresses together.
+        # No timeout here: the caller has one for all addresses together.
         return TCPEndpoint(self._reactor, address)
 
 
 @lru_cache(maxsize=32)
 def _literal(host: str, port: int) -> Address | None:
-    """Return the address that `host` is, if it is one and no name."""
+    """Return the address if `host` is an IP address, not a name."""
     try:
         version = ip_address(host).version
     except ValueError:
@@ -121,27 +121,27 @@ def _literal(host: str, port: int) -> Address | None:
 
 @implementer(IResolutionReceiver)
 class _Receiver:
-    """Collects the addresses of one look-up."""
+    """Collects the addresses of one lookup."""
 
     def __init__(self, done: Any) -> None:
         self._done = done
         self._addresses: list[Address] = []
 
     def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:  # noqa: N803  the interface's name
-        """Nothing has come yet."""
+        """Nothing to do."""
 
     def addressResolved(self, address: IAddress) -> None:
-        """Keep an address."""
+        """Add an address."""
         if isinstance(address, IPv4Address | IPv6Address) and address not in self._addresses:
             self._addresses.append(address)
 
     def resolutionComplete(self) -> None:
-        """Hand over what came."""
+        """Hand over the addresses."""
         self._done(self._addresses)
 
 
 def shown_address(address: IAddress | None) -> str:
-    """Return an address as `host:port`, with brackets for IPv6; that of a UNIX socket as its path, if it has one."""
+    """Return an address as `host:port`, with brackets for IPv6; for a UNIX socket, its path or `local`."""
     host, port = getattr(address, "host", None), getattr(address, "port", None)
     if host is None:
         return os.fsdecode(getattr(address, "name", None) or "local")

@@ -1,9 +1,9 @@
-r"""The PROXY protocol header: whose connection it is that a load balancer passes on (HAProxy, doc/proxy-protocol.txt).
+r"""Reads the PROXY protocol header, in which a load balancer names the client (HAProxy, doc/proxy-protocol.txt).
 
 In: the first bytes of a connection.  Out: the device's address and the length of the header, or that more is needed.
 
-Version 1 is a line of text, version 2 is binary.  Anything that is not exactly as the document has it is refused, as
-soon as that can be seen.  The destination and what else a version 2 header carries (TLVs) are checked and not kept.
+Version 1 is a line of text, version 2 is binary.  Any deviation from the document is refused as early as possible.  The
+destination and the extensions of version 2 (TLVs) are checked and dropped.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from attrs import frozen
 from gateway.errors import GatewayError
 
 LARGEST_V1 = 107
-"""Bytes of the longest line, its CRLF included (§2.1)."""
+"""The longest version 1 line in bytes, including its CRLF (§2.1)."""
 
 LARGEST_V2 = 4096
-"""Bytes of the longest binary header that is accepted: addresses take 232, the rest is for TLVs."""
+"""The longest accepted binary header in bytes: at most 232 up to the addresses, the rest for TLVs."""
 
 _SIGNATURE_V1 = b"PROXY "
 _SIGNATURE_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 _FIXED_V2 = 16  # signature, version and command, family and protocol, length
 _LOCAL, _PROXY = 0x20, 0x21
 _TCP4, _TCP6 = 0x11, 0x21
-# Bytes of both addresses (and ports) by address family; of AF_UNSPEC they are not known.
+# Bytes of both addresses (and ports) by address family; none for AF_UNSPEC.
 _ADDRESSES_V2 = {0x0: 0, 0x1: 12, 0x2: 36, 0x3: 216}
 _PROTOCOLS_V2 = 3  # UNSPEC, STREAM, DGRAM
 _TLV_CRC32C = 0x03
@@ -34,17 +34,16 @@ _CASTAGNOLI = 0x82F63B78  # RFC 4960 appendix B, bits reversed
 
 
 class MalformedProxyHeader(GatewayError):
-    """These bytes do not begin a header; `str()` says why, without repeating what came."""
+    """The bytes are not a valid header; `str()` gives the reason without quoting them."""
 
 
 @frozen(slots=True)
 class ProxyHeader:
-    """A whole header.
+    """A complete header.
 
-    `source` is the device's address and port.  It is `None` where the header names none that one could judge by: the
-    connection is the load balancer's own (LOCAL, a health check), or it does not know whose it is (UNKNOWN, UNSPEC), or
-    the device came to it by something else than TCP (a UNIX socket).  Then the connection's own address counts (§2.1,
-    §2.2).
+    `source` is the device's address and port.  It is `None` if the header names none: the connection is the load
+    balancer's own (LOCAL, a health check), its client is unknown (UNKNOWN, UNSPEC), or the client did not use TCP (a
+    UNIX socket).  Then the connection's own address applies (§2.1, §2.2).
     """
 
     source: tuple[IPv4Address | IPv6Address, int] | None
@@ -52,9 +51,9 @@ class ProxyHeader:
 
 
 def parse_proxy_header(data: bytes) -> ProxyHeader | None:
-    """Read the header that a connection begins with; `data` is all that came so far.
+    """Read the header at the start of a connection; `data` is everything received so far.
 
-    Returns `None` if more is needed, which is never so from `LARGEST_V2` bytes on.  Raises `MalformedProxyHeader`.
+    Returns `None` if more is needed, but never from `LARGEST_V2` bytes on.  Raises `MalformedProxyHeader`.
     """
     if data[:1] == _SIGNATURE_V2[:1]:
         return _parse_v2(data)
@@ -68,7 +67,7 @@ def _parse_v1(data: bytes) -> ProxyHeader | None:
     head = data[:LARGEST_V1]
     line, end, _ = head.partition(b"\r\n")
     unfinished = not end
-    # A carriage return may be the last byte so far; else neither it nor a line feed stands alone.
+    # A carriage return may be the last byte so far; otherwise neither CR nor LF may stand alone.
     if b"\n" in line or b"\r" in (line[:-1] if unfinished else line):
         raise MalformedProxyHeader("its line does not end with CRLF")
     if unfinished:
@@ -87,19 +86,19 @@ def _parse_v1(data: bytes) -> ProxyHeader | None:
 
 
 def _address_v1(word: bytes, protocol: bytes) -> IPv4Address | IPv6Address:
-    # Python takes a zone for a part of an IPv6 address; the line has none.
+    # Python accepts a zone in an IPv6 address; the header must not have one.
     if b"%" not in word:
         try:
             text = word.decode("ascii")
             return IPv4Address(text) if protocol == b"TCP4" else IPv6Address(text)
         except ValueError:
             pass
-    raise MalformedProxyHeader(f"an address in its line is none of {protocol.decode()}")
+    raise MalformedProxyHeader(f"an address in its line is not valid for {protocol.decode()}")
 
 
 def _port_v1(word: bytes) -> int:
     if not word.isdigit() or str(int(word[:6])).encode() != word or int(word) > 0xFFFF:
-        raise MalformedProxyHeader("a port in its line is no number from 0 to 65535")
+        raise MalformedProxyHeader("a port in its line is not a number from 0 to 65535")
     return int(word)
 
 
@@ -113,16 +112,16 @@ def _parse_v2(data: bytes) -> ProxyHeader | None:
         return None
     length = _FIXED_V2 + int.from_bytes(data[14:16], "big")
     if length > LARGEST_V2:
-        raise MalformedProxyHeader(f"it has {length} bytes, of which {LARGEST_V2} are accepted")
+        raise MalformedProxyHeader(f"it has {length} bytes, above the limit of {LARGEST_V2}")
     if len(data) < length:
         return None
     if data[12] == _LOCAL:
-        # What follows is to be skipped, whatever it is.
+        # Skip whatever follows.
         return ProxyHeader(None, length)
     header = data[:length]
     family, protocol = divmod(header[13], 16)
     if family not in _ADDRESSES_V2 or protocol >= _PROTOCOLS_V2:
-        raise MalformedProxyHeader(f"family and protocol are 0x{header[13]:02X}, which is none that there is")
+        raise MalformedProxyHeader(f"family and protocol are 0x{header[13]:02X}, which is not defined")
     if family == 0:
         return ProxyHeader(None, length)
     addresses = _FIXED_V2 + _ADDRESSES_V2[family]
@@ -137,19 +136,19 @@ def _parse_v2(data: bytes) -> ProxyHeader | None:
 
 
 def _check_tlvs(header: bytes, position: int) -> None:
-    """Go over what follows the addresses: type, length, value, until the end (§2.2)."""
+    """Check the type, length, value entries after the addresses (§2.2)."""
     checked = False
     while position < len(header):
         value = position + 3
         size = int.from_bytes(header[position + 1 : value], "big")
         if value > len(header) or value + size > len(header):
-            raise MalformedProxyHeader("a TLV reaches beyond its end")
+            raise MalformedProxyHeader("a TLV extends beyond its end")
         if header[position] == _TLV_CRC32C:
             if checked or size != _CHECKSUM:
-                raise MalformedProxyHeader("it has more than one checksum, or one that is not of four bytes")
+                raise MalformedProxyHeader("it has more than one checksum, or one that is not four bytes long")
             without = header[:value] + bytes(size) + header[value + size :]
             if int.from_bytes(header[value : value + size], "big") != crc32c(without):
-                raise MalformedProxyHeader("its checksum is not that of its bytes")
+                raise MalformedProxyHeader("its checksum is wrong")
             checked = True
         position = value + size
 

@@ -1,6 +1,6 @@
-"""Happy eyeballs: the first of several addresses that answers (RFC 8305 §5).
+"""Happy Eyeballs: connects to the first of several addresses that answers (RFC 8305 §5).
 
-In: endpoints in order of preference.  Out: the protocol of the first that connected; the others are given up.
+In: endpoints in order of preference.  Out: the protocol of the first that connected; the others are cancelled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ATTEMPT_DELAY = 0.25  # seconds, RFC 8305 §8
 
 
 def interleave(addresses: Sequence[Address]) -> list[Address]:
-    """Alternate the address families, beginning with that of the first, otherwise in the given order (RFC 8305 §4)."""
+    """Alternate the address families, starting with the first address's, otherwise in the given order (RFC 8305 §4)."""
     sixes = [address for address in addresses if isinstance(address, IPv6Address)]
     fours = [address for address in addresses if not isinstance(address, IPv6Address)]
     first: Sequence[Address] = fours
@@ -36,10 +36,9 @@ def interleave(addresses: Sequence[Address]) -> list[Address]:
 def race(
     endpoints: Sequence[IStreamClientEndpoint], factory: IProtocolFactory, clock: IReactorTime
 ) -> Deferred[IProtocol]:
-    """Connect to each endpoint in turn, a quarter of a second apart or as soon as one fails; the first wins.
+    """Connect to the endpoints in order, 0.25 s apart or as soon as one fails; the first to connect wins.
 
-    The `Deferred` fires with the winner's protocol, or with a `list` of all the `Failure`s wrapped in `AllFailed`.
-    Cancelling it gives up all attempts.
+    The `Deferred` fires with the winner's protocol, or fails with `AllFailed`.  Cancelling it cancels all attempts.
     """
     if len(endpoints) == 1:
         return endpoints[0].connect(factory).addErrback(_alone_failed)
@@ -53,7 +52,7 @@ def _alone_failed(failure: Failure) -> NoReturn:
 
 
 class AllFailed(Exception):
-    """No endpoint could be connected; `failures` holds one `Failure` each, in the order in which they failed."""
+    """No endpoint could be connected; `failures` holds one `Failure` for each, in order of failure."""
 
     def __init__(self, failures: list[Failure]) -> None:
         super().__init__(f"{len(failures)} connection attempts failed")
@@ -76,7 +75,7 @@ class _Race:
         return self._result
 
     def _advance(self) -> None:
-        """Begin the next attempt; if there is none and none runs, all have failed."""
+        """Start the next attempt; if none is left and none is running, all have failed."""
         self._next = None
         if self._waiting:
             attempt = self._waiting.pop(0).connect(self._factory)
@@ -91,8 +90,8 @@ class _Race:
     def _won(self, protocol: IProtocol, attempt: Deferred[IProtocol]) -> None:
         self._running.remove(attempt)
         if self._over:
-            # Two connected in the same turn of the reactor, or one connected although it was given up.
-            protocol.abort()  # type: ignore[attr-defined]  # the factories of the gateway make sides
+            # Two connected in the same reactor turn, or a cancelled one connected anyway.
+            protocol.abort()  # type: ignore[attr-defined]  # the gateway's factories build sides
             return
         self._stop()
         self._result.callback(protocol)

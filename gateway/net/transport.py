@@ -1,17 +1,17 @@
-"""Twisted's transports with two things taken out of the way of each message.
+"""Twisted's transports with less work per message.
 
-In: endpoints, which are given a `RelayReactor` in place of the reactor.  Out: Twisted's own TCP and UNIX transports,
-which send at once and are polled together.
+In: endpoints, which get a `RelayReactor` instead of the reactor.  Out: Twisted's own TCP and UNIX transports, which
+send at once and are polled together.
 
-What is different from the reactor's own, and why (measured in `docs/performance.md`):
+Differences to the reactor's own transports (measured in `docs/performance.md`):
 
-* `write` tries to send at once.  Twisted's buffers, asks epoll for writability, and sends when that is reported: two
-  system calls and a round of the reactor more for each message.  Only what the kernel does not take is buffered, and
-  from there on everything is Twisted's: partial writes, producers, half-close, abort.
-* The descriptors of the relay stand in an epoll of their own, whose descriptor the reactor watches.  The reactor wraps
-  each event in a logging context, which costs as much as the framing; here the whole batch is one event to it.  Where
-  batches are small, what the reactor does for each is most of the cost of a message: then the relay waits a moment for
-  the next one itself, before it gives the reactor its turn.
+* `write` tries to send at once.  Twisted's `write` buffers, asks epoll for writability, and sends when it is reported:
+  two more system calls and another reactor iteration per message.  Only what the kernel does not accept is buffered,
+  and from there on everything is Twisted's: partial writes, producers, half-close, abort.
+* The relay's descriptors are in an epoll of their own, whose descriptor the reactor watches.  The reactor wraps each
+  event in a logging context, which costs as much as the framing; here a whole batch is one event.  With small batches,
+  the reactor's work per event is most of the cost of a message, so the relay waits briefly for the next batch itself
+  before it returns to the reactor.
 """
 
 from __future__ import annotations
@@ -47,29 +47,27 @@ _log = Logger(namespace="gateway")
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
 _DISCONNECTED = select.EPOLLHUP | select.EPOLLERR
-# Events taken from the kernel at a time; the reactor's timers and threads have their turn in between.
+# Events taken from the kernel at a time; the reactor's timers and threads run in between.
 _BATCH = 64
-# How small a batch must be for the next one to be waited for, and for how long, in seconds: the least that epoll knows.
-# And how long all of one turn may take, before it waits no more: so much later, at worst, are the reactor's timers and
-# threads.
+# After a batch this small, wait for the next one, and for how long, in seconds (epoll's minimum). _TURN is how long one
+# turn may last before waiting stops; the reactor's timers and threads are delayed by at most that.
 _SMALL_BATCH = 16
 _LINGER = 0.001
 _TURN = 0.004
-# Bytes read at a time.  Python allocates what is asked for and gives back what did not come, so a large read is for
-# those who send much; it stays below malloc's threshold for mapping pages anew at each call (128 KiB).
+# Bytes read at a time.  Python allocates the requested size and shrinks it afterwards, so large reads are only for
+# connections that send much; they stay below malloc's threshold for mapping new pages at each call (128 KiB).
 _SMALL_READ = 0x1000
 _LARGE_READ = 0x10000
-# Twisted's own limit on a send: more than that waits its turn, so that one connection does not keep the others waiting.
+# Twisted's own limit for one send: the rest waits, so that one connection does not block the others.
 _SENT_AT_ONCE = tcp.Connection.SEND_LIMIT
-# How most connections end; one for all, as Twisted has it, too.
+# How most connections end; shared, as in Twisted.
 _ORDERLY = Failure(CONNECTION_DONE)
 
 
 class _SendsAtOnce(tcp.Connection):
-    """Mixed into Twisted's transports: `write` sends what the kernel takes and leaves the rest to Twisted.
+    """Mixin for Twisted's transports: `write` sends what the kernel accepts and leaves the rest to Twisted.
 
-    Twisted asks for writability as long as it has something to do later, be it to send, to half-close or to close:
-    only while it does not may anything overtake its buffer.
+    Twisted asks for writability while it still has to send, half-close or close; nothing may overtake its buffer then.
     """
 
     _writing = False
@@ -77,10 +75,10 @@ class _SendsAtOnce(tcp.Connection):
     _wanted = _SMALL_READ
 
     def __init_subclass__(cls) -> None:
-        """Give each class code of its own for what is done with each message.
+        """Give each class its own copy of the code that runs for each message.
 
-        Python adapts code to the types that it meets (PEP 659); code that two classes take turns with, as a device's
-        transport and a broker's do, is adapted to neither.
+        Python specialises code for the types it sees (PEP 659); code shared by two classes, here the transports of
+        devices and brokers, is specialised for neither.
         """
         super().__init_subclass__()
         for method in (_SendsAtOnce.doRead, _SendsAtOnce.write):
@@ -95,8 +93,8 @@ class _SendsAtOnce(tcp.Connection):
         self._writing = False
         super().stopWriting()
 
-    def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's bases do not agree on it
-        # As Twisted's, without the two calls in between.
+    def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's base classes disagree about it
+        # As in Twisted, without two intermediate calls.
         wanted = self._wanted
         try:
             data = self.socket.recv(wanted)
@@ -105,7 +103,7 @@ class _SendsAtOnce(tcp.Connection):
         except ConnectionResetError:
             return CONNECTION_LOST
         except OSError as error:
-            # The peer no longer acknowledges, or the network has gone: what the kernel says is worth telling.
+            # The peer no longer acknowledges, or the network is down: report the kernel's error.
             return ConnectionLost(error.strerror)
         size = len(data)
         if size == wanted:
@@ -118,7 +116,7 @@ class _SendsAtOnce(tcp.Connection):
         return None
 
     def write(self, data: bytes) -> None:
-        # A pull producer is asked for more when Twisted's buffer runs empty, so all of it must run through that.
+        # A pull producer is asked for more when Twisted's buffer is empty, so all its data must go through the buffer.
         pushed = self.producer is None or self.streamingProducer
         if not self._writing and pushed and self.connected and len(data) <= _SENT_AT_ONCE:
             try:
@@ -126,8 +124,9 @@ class _SendsAtOnce(tcp.Connection):
             except BlockingIOError:
                 sent = 0
             except OSError:
-                # Not the end yet: what the peer sent before is still to be read, and no caller of `write` expects to
-                # find the connection gone.  But the kernel tells of an error once, so that the end would look orderly.
+                # Do not close yet: what the peer sent before must still be read, and callers of `write` do not expect
+                # the connection to close.  The kernel reports an error only once, so remember it; otherwise the end
+                # would look orderly.
                 self._send_failed = True
                 sent = 0
             if sent == len(data):
@@ -139,15 +138,15 @@ class _SendsAtOnce(tcp.Connection):
         if self._writing or self.producer is not None or not self.connected:
             super().loseWriteConnection()
             return
-        # Nothing waits to be sent.  Twisted would ask for writability, and half-close when that is reported.
+        # Nothing is pending.  Twisted would ask for writability and half-close when it is reported.
         self._writeDisconnecting = self._writeDisconnected = True
-        self._writing = True  # What is written from here on is for Twisted's `write`, which drops it.
+        self._writing = True  # Later writes go to Twisted's `write`, which drops them.
         self._closeWriteConnection()
-        self._shouldShutdown = False  # Before the close, as Twisted does it: FIN has left.
+        self._shouldShutdown = False  # As Twisted does before the close: FIN has been sent.
 
     def abortConnection(self) -> None:
         super().abortConnection()
-        self._writing = True  # Until the end, in the reactor's next turn, writes are for Twisted, which drops them.
+        self._writing = True  # Until it closes in the next reactor turn, writes go to Twisted, which drops them.
 
     def connectionLost(self, reason: Failure) -> None:
         if self._send_failed and reason.check(ConnectionDone):
@@ -160,14 +159,14 @@ class _TCPServer(_SendsAtOnce, tcp.Server):
 
 
 class TCPClient(_SendsAtOnce):
-    """A connection that the gateway has made (`gateway/net/connecting.py`)."""
+    """An outgoing connection (`gateway/net/connecting.py`)."""
 
     logstr = "gateway"
 
     def __init__(
         self, connected: socket.socket, protocol: IProtocol, peer: IPv4Address | IPv6Address, reactor: RelayReactor
     ) -> None:
-        super().__init__(connected, protocol, reactor)  # type: ignore[arg-type]  # it has what transports ask for
+        super().__init__(connected, protocol, reactor)  # type: ignore[arg-type]  # it provides what transports use
         self._peer = peer
         self.connected = True
 
@@ -194,10 +193,10 @@ class _UNIXPort(unix.Port):
 
 @implementer(IReactorTime, IReadDescriptor)
 class RelayReactor:
-    """The part of a reactor that endpoints and transports ask for, on top of a real one.
+    """The part of a reactor that endpoints and transports use, on top of a real reactor.
 
-    It listens on TCP and UNIX sockets and on sockets of systemd; `net/connecting.py` connects.  Time, threads and
-    names are the real reactor's.
+    It listens on TCP and UNIX sockets and on sockets from systemd; `net/connecting.py` connects.  Time, threads and
+    name resolution are the real reactor's.
     """
 
     def __init__(self, reactor: Any) -> None:
@@ -207,21 +206,21 @@ class RelayReactor:
         self._epoll.close()
         self._selectables: dict[int, IReadWriteDescriptor] = {}
         self._events: dict[int, int] = {}
-        # Descriptors that were registered while a batch is worked off: what the batch says of them is about others.
+        # Descriptors registered while a batch is processed: events in the batch belong to their predecessors.
         self._fresh: set[int] = set()
 
     @property
     def running(self) -> bool:
-        """Whether anything will be reported."""
+        """Whether events are reported."""
         return not self._epoll.closed
 
     def start(self) -> None:
-        """Begin to report."""
+        """Start reporting events."""
         self._epoll = select.epoll()
         self._reactor.addReader(self)
 
     def stop(self) -> None:
-        """Report no longer, and end what is still open, as a reactor does when it stops."""
+        """Stop reporting events and close what is still open, as a stopping reactor does."""
         if self._epoll.closed:
             return
         self._reactor.removeReader(self)
@@ -232,7 +231,7 @@ class RelayReactor:
         for selectable in left:
             _lose(selectable.connectionLost, ConnectionLost())
 
-    # ---- what endpoints ask for
+    # ---- for endpoints
 
     def listenTCP(self, port: int, factory: Factory, backlog: int = 50, interface: str = "") -> IListeningPort:
         """See IReactorTCP."""
@@ -282,10 +281,10 @@ class RelayReactor:
         """See IReactorTime."""
         return self._reactor.getDelayedCalls()
 
-    # ---- what transports ask for (of IReactorFDSet)
+    # ---- for transports (part of IReactorFDSet)
 
     def addReader(self, reader: IReadDescriptor) -> None:
-        """Report when `reader` can be read."""
+        """Report when `reader` is readable."""
         self._change(reader, _READ, 0)
 
     def removeReader(self, reader: IReadDescriptor) -> None:
@@ -293,7 +292,7 @@ class RelayReactor:
         self._change(reader, 0, _READ)
 
     def addWriter(self, writer: IWriteDescriptor) -> None:
-        """Report when `writer` can be written."""
+        """Report when `writer` is writable."""
         self._change(writer, _WRITE, 0)
 
     def removeWriter(self, writer: IWriteDescriptor) -> None:
@@ -301,7 +300,7 @@ class RelayReactor:
         self._change(writer, 0, _WRITE)
 
     def replace(self, before: IReadWriteDescriptor, after: IReadWriteDescriptor) -> None:
-        """Report when `after` can be read, in place of `before`, whose descriptor it has taken over."""
+        """Report when `after` is readable; it has taken over the descriptor of `before`."""
         descriptor = before.fileno()
         self._epoll.modify(descriptor, _READ)
         self._selectables[descriptor] = after
@@ -310,7 +309,7 @@ class RelayReactor:
     def _change(self, selectable: Any, added: int, removed: int) -> None:
         descriptor = selectable.fileno()
         if descriptor < 0 or self._epoll.closed:
-            return  # The kernel has forgotten it.
+            return  # The kernel has removed it.
         before = self._events[descriptor] if self._selectables.get(descriptor) is selectable else 0
         after = (before | added) & ~removed
         if after == before:
@@ -327,14 +326,14 @@ class RelayReactor:
             self._fresh.add(descriptor)
         self._events[descriptor] = after
 
-    # ---- what the real reactor asks for (IReadDescriptor)
+    # ---- for the real reactor (IReadDescriptor)
 
     def fileno(self) -> int:
-        """Return the descriptor of the epoll, which is readable when anything in it has something to report."""
+        """Return the descriptor of the epoll, which is readable when it has events."""
         return self._epoll.fileno()
 
     def doRead(self) -> None:
-        """Work off what there is to report, and what follows soon."""
+        """Process the pending events, and those that follow soon."""
         epoll, selectables, fresh = self._epoll, self._selectables, self._fresh
         wait, until = 0.0, monotonic() + _TURN
         while True:
@@ -347,12 +346,12 @@ class RelayReactor:
                 if events != _READ:
                     self._report(selectable, events)
                     continue
-                # By far the most frequent, so it is spared a call; `_report` would do the same.
+                # The most frequent case, inlined to save a call; `_report` would do the same.
                 why: BaseException | None
                 try:
                     why = selectable.doRead()
-                except Exception as error:  # noqa: BLE001  a mistake in one connection must not end the others
-                    why = _mistake(error)
+                except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
+                    why = _internal_error(error)
                 if why is not None:
                     self._disconnect(selectable, why, reading=True)
             if not 0 < len(batch) <= _SMALL_BATCH or epoll.closed or monotonic() >= until:
@@ -373,7 +372,7 @@ class RelayReactor:
         reading = False
         try:
             if events & _DISCONNECTED and not events & _READ:
-                # What was sent before has been read; a connection that is read ends so in good order.
+                # Everything sent before has been read; for a connection that is being read this is an orderly end.
                 reading = self._events[selectable.fileno()] & _READ != 0
                 why = ConnectionDone() if reading else ConnectionLost()
             else:
@@ -383,8 +382,8 @@ class RelayReactor:
                 if why is None and events & _WRITE:
                     reading = False
                     why = selectable.doWrite()
-        except Exception as error:  # noqa: BLE001  a mistake in one connection must not end the others
-            why = _mistake(error)
+        except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
+            why = _internal_error(error)
         if why is not None:
             self._disconnect(selectable, why, reading=reading)
 
@@ -397,18 +396,18 @@ class RelayReactor:
             _lose(selectable.connectionLost, why)
 
 
-def _mistake(error: Exception) -> Exception:
-    """Log what a descriptor has just raised, which then is the reason for its end."""
-    _log.failure("a mistake of the gateway in a connection")
+def _internal_error(error: Exception) -> Exception:
+    """Log an exception of a descriptor and return it as the reason for its end."""
+    _log.failure("internal error in a connection")
     return error
 
 
 def _lose(tell: Callable[[Failure], object], why: BaseException) -> None:
-    """Tell a descriptor that its connection is lost; a mistake that is made there stays there.
+    """Tell a descriptor that its connection is lost, and contain any exception.
 
-    Let out, it would reach the real reactor, which would take it for the end of the whole relay.
+    Otherwise it would reach the real reactor, which would disconnect the whole relay.
     """
     try:
         tell(_ORDERLY if why is CONNECTION_DONE else Failure(why))
-    except Exception:  # noqa: BLE001  a mistake in one connection must not end the others
-        _log.failure("a mistake of the gateway at the end of a connection")
+    except Exception:  # noqa: BLE001  an error in one connection must not affect the others
+        _log.failure("internal error while closing a connection")

@@ -1,6 +1,6 @@
 """The device's side: plain MQTT from the LAN.
 
-In: bytes from a device.  Out: bytes to its session, and the session's answers to the device.
+In: bytes from a device.  Out: bytes to its session, and from the session to the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = Logger(namespace="gateway")
 
 
 class DeviceProtocol(RelaySide):
-    """One device's connection.  `open_session` is called with it once it stands."""
+    """One device's connection.  `open_session` is called with it once it is connected."""
 
     def __init__(self, open_session: Callable[[DeviceProtocol], Session], user_timeout: float) -> None:
         super().__init__()
@@ -33,22 +33,22 @@ class DeviceProtocol(RelaySide):
         """Open a session."""
         tune(self.transport, self._user_timeout)
         self._session = self._open_session(self)
-        del self._open_session  # It knows this device, and each would keep the other.
+        del self._open_session  # It refers to this protocol: a reference cycle otherwise.
 
     def dataReceived(self, data: bytes) -> None:
-        """Give the device's bytes to the session."""
+        """Pass the device's bytes to the session."""
         if self._closing:
             return
         try:
             self._session.device_received(data)
-        except Exception as error:  # noqa: BLE001  a mistake in one session must not end the others, nor leak its reason
-            _log.failure("session {number}: a mistake of the gateway", number=self._session.record.number)
+        except Exception as error:  # noqa: BLE001  an error in one session must not affect the others, nor leak its reason
+            _log.failure("session {number}: internal error", number=self._session.record.number)
             self._session.fail(type(error).__name__)
 
     def has_left(self) -> bool:
         """Return whether the device has closed or reset its connection, and nothing that it sent is unread.
 
-        For a device that is held: the kernel reports the end of a connection only to those who read from it.
+        For a device that is not read: the kernel reports the end of a connection only to readers.
         """
         if not ISystemHandle.providedBy(self.transport):
             return False
@@ -65,17 +65,17 @@ class DeviceProtocol(RelaySide):
         self.transport.write(data)
 
     def write_last(self, data: bytes) -> None:
-        """Send bytes to the device, and nothing behind them."""
+        """Send the last bytes to the device."""
         self.transport.write(data)
 
     def close(self) -> None:
-        """Send what is waiting, then end the connection."""
+        """Send pending bytes, then close the connection."""
         self.finish()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Tell the session, for the last time."""
+        """Tell the session."""
         self.lost()
         session = self._session
-        # Each would keep the other, and both what the session began under, until the collector comes, which is seldom.
+        # Break the reference cycle, which would keep the session's generation alive until the next garbage collection.
         del self._session
         session.device_gone(how_lost(reason))

@@ -1,7 +1,7 @@
-"""Connections that a load balancer passes on: whose they are is said in a PROXY header, before anything else.
+"""Connections from load balancers, which begin with a PROXY header that names the device's address.
 
-In: connections to a listener that has `proxies`.  Out: each becomes a device's connection like any other once its
-header has come, and is judged by the address in it; nothing of this module stays in the way of its bytes.
+In: connections to a listener with `proxies`.  Out: after its header, each becomes an ordinary device connection,
+admitted by the address in the header; this module no longer handles its bytes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from gateway.rules.admission import Doorkeeper, host_of
 
 
 class Enter(Interface):
-    """Who makes a device's protocol for a connection that has been let in."""
+    """Creates the protocol of an admitted device connection."""
 
     def __call__(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> Protocol:
-        """Return it; `accepted` is in seconds of the gateway's clock, `via` the load balancer's address."""
+        """Return the protocol; `accepted` is in seconds on the gateway's clock, `via` the load balancer's address."""
 
 
 class Doorstep:
-    """All connections of load balancers whose header has not come yet.
+    """All connections of load balancers whose header is still incomplete.
 
-    They count as sessions in the limit of all sessions, and have as long as a CONNECT has.  `refused` is told of those
-    that are closed, with the load balancer's or the device's address and a detail; `left` each time one has gone.
+    They count towards the limit of all sessions and share the timeout of CONNECT.  `refused` is called for each that is
+    refused, with the load balancer's or the device's address and a detail; `left` each time one has gone.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Doorstep:
         self._seconds = seconds
 
     def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
-        """Return the protocol for a new connection to a listener with `proxies`, or `None` if it is not let in."""
+        """Return the protocol for a new connection to a listener with `proxies`, or `None` if it is refused."""
         reason = self._doorkeeper.admit_proxy(host_of(address), listener.proxies)
         if reason is not None:
             self._refused(reason, shown_address(address), "")
@@ -61,18 +61,18 @@ class Doorstep:
         return connection
 
     def sweep(self, now: float, patience: float) -> None:
-        """Close those that have waited `patience` seconds; `now` is in seconds of the gateway's clock."""
+        """Refuse connections older than `patience` seconds; `now` is in seconds on the gateway's clock."""
         for connection in list(self.connections):
             if now >= connection.accepted + patience:
                 connection.run_out()
 
     def clear(self) -> None:
-        """Close them all, without a word: the gateway stops."""
+        """Close them all without a record: the gateway stops."""
         for connection in list(self.connections):
             connection.close()
 
     def named(self, connection: ProxiedConnection, source: IAddress | None, rest: bytes) -> None:
-        """Let a connection in, or close it: it is the device's at `source`, which sent `rest` behind the header."""
+        """Admit or refuse a connection of the device at `source`, which sent `rest` after the header."""
         reason = self._doorkeeper.admit_device(host_of(source))
         if reason is not None:
             self.refuse(connection, reason, f"via {shown_address(connection.proxy)}", source)
@@ -84,21 +84,21 @@ class Doorstep:
     def refuse(
         self, connection: ProxiedConnection, reason: EndReason, detail: str, source: IAddress | None = None
     ) -> None:
-        """Close a connection, and say why."""
+        """Close a connection and record why."""
         connection.close()
         self._refused(reason, shown_address(source or connection.proxy), detail)
 
     def gone(self, connection: ProxiedConnection) -> None:
-        """A connection that never became a device's is no more."""
+        """A connection closed before it became a device's."""
         self._doorkeeper.leave(None)
         self.connections.discard(connection)
         self._left()
 
 
 class ProxiedConnection(Protocol):
-    """One connection of a load balancer, at the address `proxy`, until it is known whose it is.
+    """One connection of a load balancer at the address `proxy`, until its header is complete.
 
-    `accepted` is when that was, in seconds of the gateway's clock.
+    `accepted` is when it was accepted, in seconds on the gateway's clock.
     """
 
     transport: ITCPTransport
@@ -109,12 +109,12 @@ class ProxiedConnection(Protocol):
         self.accepted = accepted
         self._doorstep = doorstep
         self._header = b""
-        # The header has come, and says that the load balancer speaks for itself.
+        # The header is complete and names the load balancer itself.
         self._is_local = False
         self._closing = False
 
     def dataReceived(self, data: bytes) -> None:
-        """Read the header; what comes behind it is the device's."""
+        """Read the header; the bytes after it are the device's."""
         if self._is_local:
             self._doorstep.named(self, self.proxy, data)
             return
@@ -128,15 +128,15 @@ class ProxiedConnection(Protocol):
             return
         rest = self._header[header.length :]
         source = self._address(header.source)
-        # A health check says so (LOCAL), or gives the load balancer's own address (v1 can do no other), and closes:
-        # only when it goes on to speak MQTT is it a session, and anybody's business.
+        # A health check sends LOCAL, or the load balancer's own address (the only way in v1), and closes. It becomes a
+        # session only if bytes follow the header.
         if rest or not self._is_own(source):
             self._doorstep.named(self, source, rest)
         else:
             self._is_local = True
 
     def _is_own(self, source: IAddress | None) -> bool:
-        # Not by equality: IPv4 may come in by IPv6.
+        # Not by equality: an IPv4 address may appear as IPv6.
         ports = (getattr(address, "port", None) for address in (source, self.proxy))
         return host_of(source) == host_of(self.proxy) and len(set(ports)) == 1
 
@@ -147,31 +147,31 @@ class ProxiedConnection(Protocol):
         return IPv6Address("TCP", host, port) if ":" in host else IPv4Address("TCP", host, port)
 
     def become(self, device: Protocol, rest: bytes) -> None:
-        """Give the transport to the device's protocol, for good, with the bytes that came behind the header."""
+        """Hand the transport over to the device's protocol, with the bytes after the header."""
         transport: ITCPTransport = self.transport
-        transport.protocol = device  # type: ignore[attr-defined]  # so Twisted's transports know whom to give bytes to
+        transport.protocol = device  # type: ignore[attr-defined]  # where Twisted's transports deliver bytes
         device.makeConnection(transport)
         if rest:
             device.dataReceived(rest)
 
     def run_out(self) -> None:
-        """The time has run out."""
+        """The header or the CONNECT did not arrive in time."""
         if self._closing:
             return
         if self._is_local:
-            self._doorstep.refuse(self, EndReason.CONNECT_TIMEOUT, "nothing came behind a health check's header")
+            self._doorstep.refuse(self, EndReason.CONNECT_TIMEOUT, "nothing followed a health check's header")
         else:
-            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"{len(self._header)} bytes of it came in time")
+            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"received {len(self._header)} bytes of it in time")
 
     def close(self) -> None:
-        """Close the connection now."""
+        """Close the connection at once."""
         if not self._closing:
             self._closing = True
             self.transport.abortConnection()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """The load balancer is gone.  One that has said nothing, or who it is, and goes, was a health check."""
+        """The load balancer closed.  Without a header, or with its own address, that was a health check."""
         del reason
         if self._header and not self._is_local and not self._closing:
-            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"it was closed after {len(self._header)} bytes")
+            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"closed after {len(self._header)} bytes")
         self._doorstep.gone(self)

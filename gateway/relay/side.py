@@ -1,7 +1,7 @@
-"""What both sides of a session have in common: flow control and an orderly close.
+"""What both sides of a session share: flow control and an orderly close.
 
-In: a transport's producer calls, the session's `hold`, `release`, `close`.  Out: pauses and resumptions of the
-transport, a half-close that loses nothing.
+In: producer calls of the transports; `hold`, `release` and `close` of the session.  Out: the transport is paused and
+resumed, and half-closed without losing data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KEEPALIVE_PROBES = 3
 
 
 class RelayTransport(ITCPTransport, IConsumer, IPushProducer):
-    """What a side asks of its transport: bytes out, half-close, abort, and flow control both ways."""
+    """The interface a side needs of its transport: writes, half-close, abort, flow control both ways."""
 
     protocol: Protocol
 
@@ -28,8 +28,8 @@ class RelayTransport(ITCPTransport, IConsumer, IPushProducer):
 class RelaySide(Protocol):
     """A network connection that is read only while the session and the other side's buffer permit it.
 
-    There are two reasons not to read, kept apart so that neither undoes the other: the session holds (`hold`), or the
-    other side's transport is full (`pauseProducing`, called by that transport, whose producer this is).
+    There are two independent reasons not to read: the session holds (`hold`), or the other side's transport is full
+    (`pauseProducing`, called by that transport, whose producer this is).
     """
 
     transport: RelayTransport
@@ -71,25 +71,25 @@ class RelaySide(Protocol):
         self._apply()
 
     def stopProducing(self) -> None:
-        """The other side's transport is gone; the session hears of it from that side."""
+        """The other side's transport is closed; that side tells the session."""
 
     def link(self, other: RelaySide) -> None:
-        """Let each side's full buffer stop the other side's reading."""
+        """Let the full buffer of each side pause reading on the other."""
         self.transport.registerProducer(other, True)
         other.transport.registerProducer(self, True)
 
     def abort(self) -> None:
-        """End the connection now."""
+        """Close the connection at once."""
         if not self._lost:
             self._closing = True
             self.transport.abortConnection()
 
     def finish(self) -> None:
-        """Send what is waiting, then FIN; drop what still comes until the peer's FIN.
+        """Send pending bytes, then FIN; discard what arrives until the peer's FIN.
 
         Closing a socket with unread bytes makes the kernel send RST, which can destroy what the peer has not read yet:
-        the CONNACK that tells a device the truth, or the DISCONNECT that keeps a Will from being published.  So the
-        socket is read on until the peer closes too; the session's deadline bounds that.
+        the CONNACK that tells a device the truth, or the DISCONNECT that keeps a Will from being published.  So keep
+        reading until the peer closes too; the session's deadline bounds that.
         """
         if self._closing or self._lost:
             return
@@ -100,7 +100,7 @@ class RelaySide(Protocol):
         self.transport.loseWriteConnection()
 
     def lost(self) -> None:
-        """The connection is no more."""
+        """The connection is closed."""
         self._lost = True
         self._closing = True
 
@@ -114,7 +114,7 @@ class RelaySide(Protocol):
 
 
 def how_lost(reason: Failure) -> str:
-    """Return, in a word or two, how a connection was lost: `closed`, `reset`, or what the kernel says."""
+    """Return how a connection was lost: `closed`, `reset`, or the kernel's error."""
     why = reason.value
     if isinstance(why, ConnectionDone):
         return "closed"

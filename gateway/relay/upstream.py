@@ -20,15 +20,15 @@ from gateway.tls.channel import ChannelState, TLSChannel
 
 _log = Logger(namespace="gateway")
 
-# Of some 30 bytes each; nobody needs one in a million records.
+# About 30 bytes each; no broker needs many.
 _MAX_UNREAD_ANSWERS = 1000
 
 
 class UpstreamProtocol(RelaySide):
     """One TLS connection to the broker.
 
-    `verified` fires with the `Peer` when the handshake is done, the chain is trusted and the identity matches, and
-    fails with `UpstreamFailure` otherwise; cancelling it ends the connection.  Only then is there a session to talk to.
+    `verified` fires with the `Peer` once the handshake is done, the chain is trusted and the identity matches, and
+    fails with `UpstreamFailure` otherwise; cancelling it closes the connection.  There is no session before that.
     """
 
     def __init__(self, channel: TLSChannel, user_timeout: float) -> None:
@@ -38,7 +38,7 @@ class UpstreamProtocol(RelaySide):
         self._session: Session | None = None
         self._device: DeviceProtocol | None = None
         self._unread_answers = 0
-        # Ciphertext that waits for `close`.
+        # Ciphertext to send with `close`.
         self._last = b""
         self.verified: Deferred[Peer] = Deferred(self._given_up)
 
@@ -47,7 +47,7 @@ class UpstreamProtocol(RelaySide):
 
     @property
     def resuming(self) -> bool:
-        """Whether a TLS session is, or was, to be resumed in a handshake that has not been done."""
+        """Whether the handshake, not yet done, offers to resume a TLS session."""
         return self._channel.resuming
 
     def connectionMade(self) -> None:
@@ -68,13 +68,13 @@ class UpstreamProtocol(RelaySide):
         session.upstream_verified(self, peer)
 
     def dataReceived(self, data: bytes) -> None:
-        """Decrypt what came and give it to the session."""
+        """Decrypt the bytes and pass them to the session."""
         if self._closing:
             return
         try:
             self._receive(data)
-        except Exception as problem:  # noqa: BLE001  a mistake in one session must not end the others
-            _log.failure("a mistake of the gateway in an upstream connection")
+        except Exception as problem:  # noqa: BLE001  an error in one session must not affect the others
+            _log.failure("internal error in an upstream connection")
             if self._session is not None:
                 self._session.fail(type(problem).__name__)
             else:
@@ -98,13 +98,13 @@ class UpstreamProtocol(RelaySide):
             if channel.state is not ChannelState.VERIFIED or channel.peer is None:
                 self._flush()
                 return
-            # The end of the handshake leaves in one piece with the session's CONNECT.
+            # The last handshake message is sent together with the session's CONNECT.
             self.verified.callback(channel.peer)
         if channel.waiting and not self._closing:
             self._flush()
         session = self._session
         if session is None:
-            # Whoever waited has gone meanwhile, or wanted to know no more than this and has closed it in order.
+            # The caller has gone meanwhile, or needed only the verification and has closed the connection.
             if not self._closing:
                 self.abort()
             return
@@ -127,7 +127,7 @@ class UpstreamProtocol(RelaySide):
             self.transport.write(ciphertext)
 
     def write_last(self, data: bytes) -> None:
-        """Encrypt bytes that leave with what `close` sends: DISCONNECT and close_notify in one piece."""
+        """Encrypt bytes to send with `close`: DISCONNECT and close_notify in one write."""
         try:
             self._last = self._channel.send(data)
         except UpstreamFailure as failure:
@@ -136,7 +136,7 @@ class UpstreamProtocol(RelaySide):
             self._flush()
 
     def close(self) -> None:
-        """Send what is waiting, then close_notify and FIN."""
+        """Send pending bytes, then close_notify and FIN."""
         if self._closing:
             return
         self._channel.close()
@@ -146,7 +146,7 @@ class UpstreamProtocol(RelaySide):
         self.finish()
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
-        """Tell whoever waits."""
+        """Tell the session, or fail `verified`."""
         closing = self._closing
         self.lost()
         self._channel.dispose()
@@ -161,7 +161,7 @@ class UpstreamProtocol(RelaySide):
             self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, f"{how_lost(reason)} by the upstream"))
 
     def _refuse(self, failure: UpstreamFailure) -> None:
-        """End a connection that is not to be trusted; its alert is sent, and nothing else ever was."""
+        """Close a connection that failed verification; nothing but the alert is sent."""
         self._flush()
         self._closing = True
         self.transport.loseConnection()
@@ -173,15 +173,15 @@ class UpstreamProtocol(RelaySide):
         if not ciphertext:
             return
         self.transport.write(ciphertext)
-        # TLS answers some messages by itself (KeyUpdate, RFC 8446 §4.6.3).  A broker that demands such answers and does
-        # not read them would fill this process's memory, past all backpressure.
+        # TLS answers some messages automatically (KeyUpdate, RFC 8446 §4.6.3).  A broker that requests such answers and
+        # does not read them would fill this process's memory, bypassing backpressure.
         self._unread_answers = self._unread_answers + 1 if self._is_full() else 0
         if self._unread_answers > _MAX_UNREAD_ANSWERS and self._session is not None:
             self._session.upstream_broken(
-                UpstreamFailure(EndReason.UPSTREAM_PROTOCOL_ERROR, "demands TLS answers and does not read them")
+                UpstreamFailure(EndReason.UPSTREAM_PROTOCOL_ERROR, "requests TLS answers and does not read them")
             )
             self.abort()
 
     def _is_full(self) -> bool:
-        """Whether the broker does not keep up: the transport has told its producer, the device's side, to pause."""
+        """Whether the broker does not keep up: its transport has paused its producer, the device's side."""
         return self._device is not None and self._device.choked

@@ -1,1 +1,1 @@
-"""The rules of a session, without I/O."""
+"""The state machine of a session, without I/O."""

@@ -1,23 +1,22 @@
-"""How fast a device may send: two token buckets, of packets and of bytes.
+"""Limits how fast a device may send, with two token buckets: packets and bytes.
 
-In: what came, and the time.  Out: whether reading is to pause, and whether it may go on.
+In: what arrived, and the time.  Out: whether to pause reading, and whether to resume.
 
-What is too fast waits in the device's own socket; nothing is lost and nobody is disconnected.
+Excess data waits in the device's socket; nothing is lost and no device is disconnected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# A pause ends with the sweep, up to a second late; with less in the buckets the rate would not be reached.
+# A pause ends with the sweep, up to a second late; smaller buckets could not sustain the configured rate.
 _BURST_SECONDS = 2.0
 
 
 class Pace:
-    """The two rates of one session, per second; 0 is no limit.
+    """The two rates of one session, per second; 0 means no limit.
 
-    As much as two seconds allow may come at once. What is read already counts in full, so that a large packet is paid
-    for by a longer pause.
+    The burst is two seconds' worth. What has been read counts in full, so a large packet causes a longer pause.
     """
 
     __slots__ = ("_bytes", "_packets", "_rates", "_seconds", "_seen_packets", "_since", "paused")
@@ -28,11 +27,11 @@ class Pace:
         self._seconds = seconds
         self._since = seconds()
         self._seen_packets = 0
-        # Whether the last answer was that reading is to pause.
+        # Whether reading is paused.
         self.paused = False
 
     def overdrawn(self, packets: int, size: int) -> bool:
-        """Count `size` bytes that came, after which there have been `packets` in all; whether reading is to pause."""
+        """Count `size` bytes, with `packets` the total so far; return whether to pause reading."""
         self._refill(self._seconds())
         self._packets -= packets - self._seen_packets
         self._seen_packets = packets
@@ -41,7 +40,7 @@ class Pace:
         return self.paused
 
     def recovered(self, now: float) -> bool:
-        """Whether reading may go on."""
+        """Return whether reading may resume."""
         self._refill(now)
         self.paused = self._is_overdrawn()
         return not self.paused

@@ -1,7 +1,7 @@
-"""What is kept about a session: the fields of its records.
+"""The fields of session records.
 
-In: what the session learns on its way.  Out: plain values for logs, metrics and people; device-supplied text is stored
-as it came and escaped by whoever shows it.
+In: facts about the session as they become known.  Out: plain values for logs, metrics and people. Device-supplied text
+is stored unescaped; code that shows it must escape it.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from gateway.errors import EndReason
 
 @frozen(slots=True)
 class Peer:
-    """Facts about a verified broker: the names on its certificate and what the handshake agreed on.
+    """Facts about a verified broker: the names on its certificate and the negotiated TLS parameters.
 
-    `resumed` says whether the handshake resumed the TLS session of one that was verified in full.
+    `resumed` tells whether the handshake resumed an earlier TLS session that was fully verified.
     """
 
     subject: str
@@ -33,9 +33,9 @@ class Peer:
 
 @define(slots=True)
 class Dial:
-    """One broker that is dialled, and how far the dial has come: seconds of each step, `None` until it is done.
+    """A connection attempt to one broker: the duration of each step in seconds, `None` until it is done.
 
-    `upstream` is the broker's `host:port`, `address` what that was resolved and connected to.
+    `upstream` is the broker's `host:port`, `address` the resolved address.
     """
 
     upstream: str
@@ -49,9 +49,9 @@ class Dial:
 class SessionRecord:
     """One session, from the device's connection to its end.
 
-    Times of steps are seconds and `None` until the step is done; `started` is on the injected clock.  `*_up` counts
+    Durations of steps are in seconds, `None` until the step is done; `started` is on the injected clock.  `*_up` counts
     from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.  `via` is the
-    address of the load balancer whose PROXY header named the device, if one did.
+    address of the load balancer that sent the PROXY header, if any.
     """
 
     number: int
@@ -85,7 +85,7 @@ class SessionRecord:
 
 
 class Traffic(NamedTuple):
-    """What has passed: MQTT bytes and control packets, `up` from the device to the broker, without TLS."""
+    """Relayed MQTT bytes and control packets, without TLS; `up` is from the device to the broker."""
 
     bytes_up: int = 0
     bytes_down: int = 0

@@ -1,21 +1,21 @@
-"""A session's rules: what one device and its broker may do, in which order, and what each is told.
+"""The state machine of a session: what a device and its broker may do, in which order, and what each is told.
 
-In: bytes and events from both sides, the time.  Out: calls on two `Side`s and a `Journal`.  No I/O and no reactor;
-the sides do that.
+In: bytes and events from both sides, the time.  Out: calls on two `Side`s and a `Journal`.  There is no I/O and no
+reactor here; the sides do that.
 
-The states, and where each may go; ENDED takes every late input and does nothing with it::
+The states and their transitions; ENDED accepts every late input and ignores it::
 
     WAIT_CONNECT ──CONNECT──▶ DIALLING ──verified──▶ WAIT_CONNACK ──CONNACK──▶ RELAYING
           └───────────────────────┴────────── any failure, any end ──┴─────────────┴────▶ ENDED
 
-What holds in each:
+In each state:
 
-* WAIT_CONNECT: the device's bytes are collected until its CONNECT is whole; nothing is sent to anyone.
-* DIALLING: the device is not read.  `dial` finds out what is to become of it: a `Refusal`, a `Treatment`, or nothing.
-  There is no upstream side yet, so nothing can be sent to it: it comes into being with `upstream_verified`, when the
-  chain is trusted and the identity matches.
+* WAIT_CONNECT: the device's bytes are collected until its CONNECT is complete; nothing is sent to either side.
+* DIALLING: the device is not read.  `dial` decides about the session: a `Refusal`, a `Treatment`, or neither.  There is
+  no upstream side yet, so nothing can be sent to it: it is created by `upstream_verified`, once the chain is trusted
+  and the identity matches.
 * WAIT_CONNACK: CONNECT has been sent.  The device is read only for MQTT 5.0 enhanced authentication (§4.12).
-* RELAYING: both directions pass through a framer each.
+* RELAYING: each direction passes through a framer.
 * ENDED: the reason is recorded, both sides are closing; the session is gone when both transports are.
 """
 
@@ -41,7 +41,7 @@ from gateway.session.treatment import Treatment
 
 
 class State(Enum):
-    """Where a session stands."""
+    """The state of a session."""
 
     WAIT_CONNECT = auto()
     DIALLING = auto()
@@ -50,7 +50,7 @@ class State(Enum):
     ENDED = auto()
 
 
-# Asked of each message: Python 3.11 takes longer to find a member of an Enum than to call a function.
+# Compared for each message: in Python 3.11 an Enum member lookup takes longer than a function call.
 _RELAYING = State.RELAYING
 
 TRANSITIONS: dict[State, frozenset[State]] = {
@@ -61,24 +61,24 @@ TRANSITIONS: dict[State, frozenset[State]] = {
     State.ENDED: frozenset(),
 }
 
-# What a 5.0 device may send before CONNACK if its CONNECT named an Authentication Method [MQTT-3.1.2-30].
+# What a 5.0 device may send before CONNACK if its CONNECT has an Authentication Method [MQTT-3.1.2-30].
 _AUTHENTICATING = frozenset({PacketType.AUTH, PacketType.DISCONNECT})
 _CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
 
 _PINGREQ = bytes((PacketType.PINGREQ << 4, 0))
-# With no reason code, which is Normal disconnection in MQTT 5.0 (§3.14.2.1), it is the same in all versions.
+# Without a reason code, which means normal disconnection in 5.0 (§3.14.2.1), it is the same in all versions.
 _DISCONNECT = disconnect(0)
 
-# The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends a standing session.  For an upstream
-# that went away it is 0x80: 0x88 Server unavailable is no DISCONNECT reason code (MQTT 5.0 §3.14.2.1, table 3-10), and
-# clients that know the table, paho among them, fail on it.  The Reason String says what happened.
+# The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends an established session.  For a lost
+# upstream it is 0x80: 0x88 Server unavailable is not a DISCONNECT reason code (MQTT 5.0 §3.14.2.1, table 3-10), and
+# clients that check the table, such as paho, fail on it.  The Reason String tells what happened.
 _DISCONNECT_CODES = {
     EndReason.KEEPALIVE_TIMEOUT: ReasonCode.KEEP_ALIVE_TIMEOUT,
     EndReason.GATEWAY_STOPPING: ReasonCode.SERVER_SHUTTING_DOWN,
     EndReason.TAKEN_OVER: ReasonCode.SESSION_TAKEN_OVER,
     EndReason.TOKEN_EXPIRING: ReasonCode.MAXIMUM_CONNECT_TIME,
 }
-# So many PINGREQs of the gateway's own may be without an answer; then the broker is lost.
+# After this many unanswered PINGREQs of the gateway the broker counts as lost.
 _MAX_UNANSWERED_PINGS = 2
 
 
@@ -87,7 +87,7 @@ class Side(Protocol):
 
     @property
     def reading(self) -> bool:
-        """Whether bytes are being read: neither held by the session nor stopped by the other side's full buffer."""
+        """Whether bytes are read: the session does not hold, and the other side's buffer is not full."""
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
@@ -99,17 +99,17 @@ class Side(Protocol):
         """Read again."""
 
     def write_last(self, data: bytes) -> None:
-        """Send bytes behind which there is nothing but `close`, for which they may wait."""
+        """Send the last bytes before `close`; they may wait for it."""
 
     def close(self) -> None:
-        """Send what is waiting, then end the connection in the orderly way.  Nothing is received any more."""
+        """Send pending bytes, then close the connection in an orderly way.  Nothing more is received."""
 
     def abort(self) -> None:
-        """End the connection now."""
+        """Close the connection at once."""
 
 
 class Journal(Protocol):
-    """Who is told about sessions."""
+    """Receives session records."""
 
     def session_started(self, record: SessionRecord) -> None:
         """The broker accepted the session."""
@@ -119,17 +119,17 @@ class Journal(Protocol):
 
 
 class Cancellable(Protocol):
-    """An attempt to reach the upstream."""
+    """A connection attempt to the upstream."""
 
     def cancel(self) -> None:
-        """Give it up."""
+        """Cancel it."""
 
 
 class Session:
     """One device session, from its connection to its end.
 
-    `dial` is called once, with the session, when CONNECT is whole; it answers by `upstream_verified` or
-    `upstream_failed`.  `gone` is called once, when nothing of the session is left but this object.
+    `dial` is called once, with the session, when CONNECT is complete; it responds with `upstream_verified`,
+    `upstream_failed` or `refuse`.  `gone` is called once, when both connections are closed.
     """
 
     __slots__ = (
@@ -216,14 +216,14 @@ class Session:
 
     @property
     def state(self) -> State:
-        """Where the session stands."""
+        """The current state."""
         return self._state
 
     @property
     def traffic(self) -> Traffic:
-        """What has passed so far."""
+        """What has been relayed so far."""
         record, up, down = self.record, self._from_device, self._from_broker
-        # Once the session has ended, the record has the framers' packets too.
+        # Once the session has ended, the record includes the framers' packets.
         counted = self._state is not State.RELAYING or up is None or down is None
         return Traffic(
             self._bytes_up,
@@ -234,19 +234,19 @@ class Session:
 
     @property
     def last_heard(self) -> float | None:
-        """When the device last sent something, on the injected clock, to a sweep's precision; None before CONNACK."""
+        """When the device last sent something, on the injected clock, to the sweep's precision; None before CONNACK."""
         if self._state is not State.RELAYING:
             return None
         return self._seconds() if self._heard else self._last_heard
 
     @property
     def held_back(self) -> bool:
-        """Whether a standing session's device is not read, since the broker does not keep up."""
+        """Whether the device of an established session is not read, because the broker does not keep up."""
         return self._state is State.RELAYING and not self._device.reading
 
     @property
     def pending(self) -> int:
-        """How many bytes the device has sent that wait here: behind CONNECT, or of a packet that is not whole."""
+        """How many bytes from the device wait here: after CONNECT, or of an incomplete packet."""
         return self._device_reader.buffered
 
     @property
@@ -271,23 +271,23 @@ class Session:
                 self._authenticate()
 
     def device_gone(self, detail: str) -> None:
-        """The device's connection is no more."""
+        """The device's connection is closed."""
         self._device_present = False
         if self._state is State.ENDED:
             self._check_gone()
             return
-        # Loss is passed on as loss: the upstream ends without DISCONNECT, so that the broker publishes the Will.
+        # Loss is passed on as loss: the upstream closes without DISCONNECT, so that the broker publishes the Will.
         self._end(EndReason.DEVICE_LOST, detail)
 
     # ---- from the upstream
 
     def dials(self, dial: Dial) -> None:
-        """This broker is dialled now; what is known of it when that is over, however it ends, goes into the record."""
+        """A connection attempt to this broker begins; its results go into the record when it ends."""
         self._dialled = dial
         self.record.upstream = dial.upstream
 
     def upstream_verified(self, upstream: Side, peer: Peer) -> None:
-        """There is a verified channel to the broker: now, and not before, CONNECT leaves."""
+        """The channel to the broker is verified: send CONNECT now, and never earlier."""
         if self._state is not State.DIALLING:
             upstream.abort()
             return
@@ -308,12 +308,12 @@ class Session:
         treatment = self._treatment
         packet = self._connect_packet.raw if treatment is None else treatment.connect
         if treatment is not None:
-            # It holds credentials, and nobody needs it any more.
+            # It contains credentials and is no longer needed.
             self._treatment = attrs.evolve(treatment, connect=b"")
         self._connect_packet = None
         self._bytes_up = len(packet)
         self.record.packets_up = 1
-        # The channel may break under this and end the session before it returns, so this is the last use of the packet.
+        # This may break the channel and end the session before it returns, so this must be the last use of the packet.
         upstream.write(packet)
         if authenticates:
             rest = self._device_reader.take_rest()
@@ -323,19 +323,19 @@ class Session:
             self._authenticate()
 
     def treat(self, treatment: Treatment) -> None:
-        """What is to become of this session, which has no upstream yet, by its rule."""
+        """Set what the session's rule changes, before there is an upstream."""
         self._treatment = treatment
         if treatment.lives is not None:
             self._lives_until = self._seconds() + treatment.lives
 
     def refuse(self, refusal: Refusal) -> None:
-        """The gateway itself does not let this device in."""
+        """The gateway refuses this device."""
         if self._state is State.DIALLING:
             self._dialling = None
             self._end(refusal.reason, refusal.detail, connack_codes=(refusal.code_3, refusal.code_5))
 
     def upstream_failed(self, failure: SessionEnd) -> None:
-        """There will be no verified channel."""
+        """No verified channel could be established."""
         if self._state is not State.ENDED:
             self._dialling = None
             self._end(failure.reason, failure.detail)
@@ -350,14 +350,14 @@ class Session:
             self._read_connack(self._upstream_reader)
 
     def upstream_broken(self, failure: SessionEnd) -> None:
-        """The verified channel has come to an end, in good order or not."""
+        """The verified channel has ended, in an orderly way or not."""
         if self._state is State.WAIT_CONNACK and failure.reason is EndReason.UPSTREAM_LOST:
             self._end(EndReason.UPSTREAM_CLOSED, failure.detail)
         elif self._state is not State.ENDED:
             self._end(failure.reason, failure.detail)
 
     def upstream_gone(self) -> None:
-        """The upstream's connection is no more; `upstream_broken` has been called before if it was not our doing."""
+        """The upstream's connection is closed; if the session did not close it, `upstream_broken` came first."""
         self._upstream = None
         if self._state is State.ENDED:
             self._check_gone()
@@ -365,9 +365,9 @@ class Session:
     # ---- from the gateway
 
     def sweep(self, now: float) -> None:
-        """Find out whether a deadline has passed; called every second or so, `now` in seconds on the injected clock."""
+        """Check the deadlines; called about once a second, with `now` in seconds on the injected clock."""
         if self._state is _RELAYING:
-            # A device that is not read, because the broker does not keep up, is not silent: we are deaf.
+            # A device that is not read, because the broker does not keep up, must not count as silent.
             if self._heard or not self._device.reading:
                 self._heard = False
                 self._last_heard = now
@@ -379,10 +379,10 @@ class Session:
             self._deadline_passed()
 
     def stop(self, reason: EndReason, *, discard_will: bool = False) -> None:
-        """End the session for a reason of the gateway's own.
+        """End the session for a reason of the gateway.
 
-        With `discard_will` the broker gets a DISCONNECT in the device's name, so that it publishes no Will (MQTT 3.1.1
-        and 5.0 §3.14.4), unless the device has sent half a packet, which the DISCONNECT would seem to go on.
+        With `discard_will` the broker gets a DISCONNECT on the device's behalf, so that it does not publish the Will
+        (MQTT 3.1.1 and 5.0 §3.14.4), unless an incomplete packet was passed on, whose body it would become.
         """
         if discard_will and self._state is State.RELAYING and self._upstream is not None:
             assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
@@ -392,13 +392,13 @@ class Session:
         self._end(reason)
 
     def fail(self, detail: str) -> None:
-        """End the session because the gateway made a mistake; no packet is sent to either side any more."""
-        # After a mistake nobody knows whether the device has half a packet, which a DISCONNECT would seem to go on.
+        """End the session after an internal error, without sending another packet to either side."""
+        # The device may have an incomplete packet, and a DISCONNECT would become part of its body.
         self._end(EndReason.INTERNAL_ERROR, detail, answered=True)
         self.abort()
 
     def abort(self) -> None:
-        """Cut off what is still open."""
+        """Close both connections at once."""
         if self._upstream is not None:
             self._upstream.abort()
         if self._device_present:
@@ -425,7 +425,7 @@ class Session:
             return
         self._enter(State.DIALLING)
         self._device.hold()
-        # DIALLING has no deadline of its own: each of its steps has one, and `dial` keeps them.
+        # DIALLING has no deadline of its own: `dial` enforces one for each step.
         self._deadline = float("inf")
         self._connect = connect
         self._connect_packet = packet
@@ -437,26 +437,26 @@ class Session:
             self._dialling = dialling
 
     def _sweep_treatment(self, now: float) -> None:
-        """Do what the session's rule asks for from time to time."""
+        """Do the periodic work of the session's rule."""
         if self._pace is not None and self._pace.paused and self._pace.recovered(now):
             self._device.release()
         if now >= self._lives_until:
-            # The device is to come back at once, so there is nothing to publish a Will for.
+            # The device should reconnect at once, so its Will must not be published.
             self.stop(EndReason.TOKEN_EXPIRING, discard_will=True)
         elif self._ping_interval and now - self._last_pinged >= self._ping_interval:
             self._ping(now)
 
     def _ping(self, now: float) -> None:
-        """Keep the broker's Keep Alive, which is shorter than the device's; the device's own is kept as ever."""
+        """Keep the Keep Alive that was sent to the broker; the device's own is checked as usual."""
         down, upstream = self._from_broker, self._upstream
         if self._state is not State.RELAYING or upstream is None or not isinstance(down, BrokerInspector):
             return
         assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
-        # Nor is a broker lost that is not read, because the device does not keep up, or whose answer waits behind what
-        # it sends.
+        # A broker is not lost while it is not read, because the device does not keep up, or while it still sends
+        # something, since its answer may wait behind that.
         is_silent = upstream.reading and self._bytes_down == self._down_when_pinged
         if down.pings >= _MAX_UNANSWERED_PINGS and is_silent:
-            self._end(EndReason.UPSTREAM_LOST, f"{down.pings} PINGREQs of the gateway without an answer")
+            self._end(EndReason.UPSTREAM_LOST, f"{down.pings} unanswered PINGREQs of the gateway")
         elif self._from_device.at_boundary:
             down.pings += 1
             self._last_pinged = now
@@ -465,7 +465,7 @@ class Session:
             upstream.write(_PINGREQ)
 
     def _authenticate(self) -> None:
-        """Pass AUTH on, and DISCONNECT, until CONNACK comes (MQTT 5.0 §4.12)."""
+        """Pass AUTH and DISCONNECT on until CONNACK (MQTT 5.0 §4.12)."""
         connect, upstream = self._connect, self._upstream
         if connect is None or upstream is None or connect.authentication_method is None:
             return
@@ -496,7 +496,7 @@ class Session:
             except PacketError as error:
                 self._end(error.reason, error.detail)
                 return
-            # What 3.1.1 calls Session Present is reserved in 3.1, and a device may want it to be 0.
+            # Session Present of 3.1.1 is a reserved byte in 3.1, and a device may require 0.
             answer = packet.raw if version is self._connect.version else b"\x20\x02\0" + packet.body[1:2]
             self._device.write(answer)
             self._bytes_down += len(packet.raw)
@@ -518,12 +518,12 @@ class Session:
             if keep_alive is None:
                 keep_alive = self._connect.keep_alive
             elif self._treatment is not None:
-                # A device that is told a Keep Alive by the broker keeps that one itself (MQTT 5.0 §3.2.2.3.14).
+                # The device itself must use the Keep Alive that the broker sets (MQTT 5.0 §3.2.2.3.14).
                 self._treatment = attrs.evolve(self._treatment, ping_interval=0.0)
             self._relay(keep_alive, reader, now)
 
     def _relay(self, keep_alive: int, reader: PacketReader, now: float) -> None:
-        """Let both directions flow; what waited behind CONNECT and CONNACK goes first."""
+        """Start relaying; bytes that arrived after CONNECT and CONNACK go first."""
         assert self._connect is not None  # noqa: S101  see _read_connack
         version, limit = self._connect.version, self._limits.max_packet_size
         treatment = self._treatment
@@ -582,7 +582,7 @@ class Session:
 
     def _deadline_passed(self) -> None:
         if self._state is State.WAIT_CONNECT:
-            self._end(EndReason.CONNECT_TIMEOUT, f"{self._device_reader.buffered} bytes came")
+            self._end(EndReason.CONNECT_TIMEOUT, f"{self._device_reader.buffered} bytes received")
         elif self._state is State.WAIT_CONNACK:
             self._end(EndReason.UPSTREAM_SILENT, f"no CONNACK within {self._timeouts.connack:g} s")
         elif self._state is State.ENDED:
@@ -602,9 +602,9 @@ class Session:
     ) -> None:
         """End the session: tell the device, close both sides, write the record.
 
-        `answer` overrides what the device is told; `answered` means that it has been told already; `code` is the
-        reason code of the DISCONNECT, if it is not the reason's usual one; `connack_codes` are those of a CONNACK that
-        is still due, before 5.0 and in 5.0.
+        `answer` replaces the usual answer to the device, `answered` tells that none is needed, `code` replaces the
+        usual reason code of the DISCONNECT. `connack_codes` are the codes of a CONNACK, before 5.0 and in 5.0, if none
+        has been sent.
         """
         if self._state is State.ENDED:
             return
@@ -630,9 +630,9 @@ class Session:
             self._check_gone()
 
     def _farewell(self, reason: EndReason, code: int | None, connack_codes: tuple[int, int]) -> bytes:
-        """Return what a device is told about an end that is not of its own making, in its own protocol version.
+        """Return the packet that tells the device, in its own version, why the session ends.
 
-        Before CONNACK that is a CONNACK; after it, MQTT 5.0 has DISCONNECT and 3.x has nothing but the close.
+        Before CONNACK that is a CONNACK; after it, a DISCONNECT in 5.0 and nothing in 3.x.
         """
         if self._connect is None or reason in {EndReason.DEVICE_DISCONNECT, EndReason.DEVICE_LOST}:
             return b""
@@ -641,12 +641,12 @@ class Session:
         if self._from_broker is None:
             full, short = (connack_refusal(version, *connack_codes, text) for text in (words, ""))
         elif version is not ProtocolVersion.MQTT_5_0 or not self._from_broker.at_boundary:
-            # A DISCONNECT in the middle of a packet that is half relayed would be taken for that packet's body.
+            # After an incomplete packet, a DISCONNECT would become part of its body.
             return b""
         else:
             code = _DISCONNECT_CODES.get(reason, ReasonCode.UNSPECIFIED_ERROR) if code is None else code
             full, short = (disconnect(code, text) for text in (words, ""))
-        # A Reason String must not make the packet larger than the device takes [MQTT-3.14.2-3].
+        # A Reason String must not make the packet larger than the device accepts [MQTT-3.14.2-3].
         return full if len(full) <= limit else short
 
     def _record_dial(self) -> None:
