@@ -186,9 +186,9 @@ def signed_with(hash_name: str, certified: Certified) -> Certified:
 
 def as_version_1(certified: Certified) -> Certified:
     """Make a version 1 certificate of it: without version field and extensions (RFC 5280 §4.1.2.1)."""
-    fields = _elements(_elements(certified.certificate.tbs_certificate_bytes)[0][1])
-    kept = b"".join(_element(tag, content) for tag, content in fields if tag not in {0xA0, 0xA3})
-    return _sealed(_element(0x30, kept), certified)
+    fields = elements(elements(certified.certificate.tbs_certificate_bytes)[0][1])
+    kept = b"".join(element(tag, content) for tag, content in fields if tag not in {0xA0, 0xA3})
+    return _sealed(element(0x30, kept), certified)
 
 
 def with_bytes_replaced(certified: Certified, before: bytes, after: bytes) -> Certified:
@@ -226,12 +226,12 @@ def _sealed(body: bytes, certified: Certified, digest: hashes.HashAlgorithm | No
     else:
         signature = signer.sign(body, ec.ECDSA(digest))
     # The algorithm stands in the body already: as its first SEQUENCE, before the issuer.
-    algorithm = next(content for tag, content in _elements(_elements(body)[0][1]) if tag == 0x30)
-    der = _element(0x30, body + _element(0x30, algorithm) + _element(0x03, b"\0" + signature))
+    algorithm = next(content for tag, content in elements(elements(body)[0][1]) if tag == 0x30)
+    der = element(0x30, body + element(0x30, algorithm) + element(0x03, b"\0" + signature))
     return Certified(x509.load_der_x509_certificate(der), certified.key, certified.issuer)
 
 
-def _element(tag: int, content: bytes) -> bytes:
+def element(tag: int, content: bytes) -> bytes:
     """Write a DER element."""
     size = len(content)
     if size < 0x80:
@@ -240,7 +240,7 @@ def _element(tag: int, content: bytes) -> bytes:
     return bytes([tag, 0x80 | len(length)]) + length + content
 
 
-def _elements(data: bytes) -> list[tuple[int, bytes]]:
+def elements(data: bytes) -> list[tuple[int, bytes]]:
     """Read a row of DER elements: tags and contents."""
     elements = []
     while data:

@@ -27,13 +27,24 @@ from gateway.config import TLS
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.tls import channel as channel_module
 from gateway.tls import failures, trust
-from gateway.tls.broker_identity import Identity, shown_names
+from gateway.tls.alt_names import shown_names
+from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import ChannelState, NotVerified, TLSChannel, make_policy
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import PublicCalls
 from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.trust import TLSPolicy, platform_roots, spki_pin
-from tests.pki import CLIENT, NOW, Certified, certify, certify_ca, revocation_list, rsa_key
+from tests.pki import (
+    CLIENT,
+    NOW,
+    Certified,
+    certify,
+    certify_ca,
+    element,
+    revocation_list,
+    rsa_key,
+    with_bytes_replaced,
+)
 
 ROOT = certify_ca()
 BROKER = certify(ROOT)
@@ -696,6 +707,10 @@ def test_what_is_no_name_makes_no_identity(name: str) -> None:
         ("a.example.test", ["DNS:*.example.test"], "DNS:*.example.test"),
         ("192.0.2.1", ["DNS:broker.test", "IP:192.0.2.1"], "IP:192.0.2.1"),
         ("2001:db8::1", ["IP:2001:db8:0::1"], "IP:2001:db8::1"),
+        ("broker.test", ["DNS:broker.test", "DNS:127.0.0.1"], "DNS:broker.test"),
+        ("broker.test", ["DNS:*", "DNS:*.lan", "DNS:b*.test", "DNS:broker.test"], "DNS:broker.test"),
+        ("broker.test", ["DNS:broker.test ", "DNS:", "DNS:a\0b", "DNS:7", "DNS:broker.test"], "DNS:broker.test"),
+        ("192.0.2.1", ["DNS:192.0.2.1", "DNS:*.lan", "IP:192.0.2.1"], "IP:192.0.2.1"),
     ],
 )
 def test_the_entry_that_matches_is_named(wanted: str, names: list[str], matched: str) -> None:
@@ -710,9 +725,17 @@ def test_the_entry_that_matches_is_named(wanted: str, names: list[str], matched:
         ("broker.test", ["DNS:a.test", "IP:192.0.2.1"], "is for DNS:a.test, IP:192.0.2.1; wanted broker.test, a host"),
         ("192.0.2.1", ["DNS:a.test"], "is for DNS:a.test; wanted 192.0.2.1, an IP address"),
         ("broker.test", ["email:a@b.test"], "no usable subjectAltName (email:a@b.test)"),
-        ("broker.test", ["URI:mqtts://broker.test"], "is for URI:mqtts://broker.test"),
+        ("broker.test", ["URI:mqtts://broker.test"], "no usable subjectAltName (URI:mqtts://broker.test)"),
         ("broker.test", ["DNS:*"], "a wildcard that is too wide or misplaced (DNS:*)"),
         ("broker.lan", ["DNS:*.lan"], "a wildcard that is too wide or misplaced (DNS:*.lan)"),
+        (
+            "broker.test",
+            ["DNS:broker.test ", "DNS:\tbroker.test"],
+            r"no usable subjectAltName (DNS:broker.test , DNS",
+        ),
+        ("broker.test", ["DNS:broker.test\r\n", "DNS:broker.test\0"], r"no usable subjectAltName (DNS:broker.test\r\n"),
+        ("broker.test", ["DNS:broker.test.", "DNS:.broker.test"], "no usable subjectAltName"),
+        ("127.0.0.1", ["DNS:127.0.0.1", "DNS:*.lan"], "a wildcard that is too wide"),
         ("a.test", [f"DNS:{index}.test" for index in range(20)], "DNS:7.test and 12 more; wanted a.test"),
     ],
 )
@@ -722,6 +745,61 @@ def test_a_mismatch_says_why(wanted: str, names: list[str], words: str) -> None:
         Identity.of(wanted).match(certify(subject=wanted, names=names).certificate)
     assert caught.value.reason is EndReason.TLS_NAME_MISMATCH
     assert words in caught.value.detail
+
+
+@pytest.mark.parametrize(
+    ("tag", "contents"),
+    [
+        (0x87, b"12345"),
+        (0x87, b"127.0.0.1"),
+        (0xA3, b""),
+        (0xA5, b""),
+        (0x89, b"x"),
+        (0x82, b"\xff"),
+        (0x82, b""),
+        (0x86, b"http://["),
+        (0xA0, b"\x06\x08\x2b\x06\x01\x05\x05\x07\x08\x07\xa0\x01\x00"),
+    ],
+    ids=["IP of 5 bytes", "IP as text", "X.400", "EDI", "unknown kind", "not ASCII", "empty", "URI", "SRV"],
+)
+def test_an_entry_that_cannot_be_used_does_not_hide_the_others(tag: int, contents: bytes) -> None:
+    """`cryptography` and service-identity give up on the whole extension for most of these."""
+    odd = element(tag, contents)
+    certificate = with_alt_names(odd + element(0x82, b"broker.test") + odd)
+    assert Identity.of("broker.test").match(certificate) == "DNS:broker.test"
+    assert shown_names(certificate).isprintable()
+    with pytest.raises(UpstreamFailure, match="no usable subjectAltName"):
+        Identity.of("broker.test").match(with_alt_names(odd))
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [b"\x82", b"\x82\x80", b"\x82\x89" + bytes(9), b"\x82\x0cbroker.test", b"\x82\x82\x00"],
+    ids=["no length", "indefinite length", "long length", "too short", "half a length"],
+)
+def test_a_malformed_extension_is_a_refusal(contents: bytes) -> None:
+    """An extension that is not DER is refused, and shown without an exception."""
+    certificate = with_alt_names(element(0x82, b"broker.test") + contents)
+    with pytest.raises(UpstreamFailure, match="cannot be read"):
+        Identity.of("broker.test").match(certificate)
+    assert shown_names(certificate) == "unreadable"
+
+
+def test_two_extensions_with_names_are_a_refusal() -> None:
+    """RFC 5280 §4.2 allows one of each kind."""
+    certified = certify(names=["DNS:a.test"], permitted=["DNS:b.test"])
+    # The OBJECT IDENTIFIERs of name constraints and subjectAltName differ in their last byte.
+    twice = with_bytes_replaced(certified, b"\x55\x1d\x1e", b"\x55\x1d\x11").certificate
+    for wanted in ("a.test", "b.test"):
+        with pytest.raises(UpstreamFailure, match="several subjectAltName extensions"):
+            Identity.of(wanted).match(twice)
+
+
+def with_alt_names(contents: bytes) -> x509.Certificate:
+    """Make a certificate whose subjectAltName has these bytes in it."""
+    room = "x" * (len(contents) - 2)
+    before = element(0x30, element(0x82, room.encode()))
+    return with_bytes_replaced(certify(names=[f"DNS:{room}"]), before, element(0x30, contents)).certificate
 
 
 def test_a_hostile_certificate_cannot_write_into_the_log() -> None:

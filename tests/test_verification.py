@@ -256,7 +256,8 @@ REFUSED = {
     "e-mail SAN only": Case(MISMATCH, leaf(names=["email:broker@localhost"], subject="localhost")),
     "URI SAN only": Case(MISMATCH, leaf(names=["URI:mqtts://localhost"])),
     "SAN *": Case(MISMATCH, leaf(names=["DNS:*"])),
-    "SAN * beside the right one": Case(MISMATCH, leaf(names=["DNS:localhost", "DNS:*"])),
+    "SAN with white space": Case(MISMATCH, leaf(names=["DNS:localhost "])),
+    "SAN with line ends": Case(MISMATCH, leaf(names=["DNS:\tlocalhost\r\n"])),
     "SAN *.*.example": Case(MISMATCH, leaf(names=["DNS:*.*.example"]), {"server_name": "a.b.example"}),
     "SAN *.lan": Case(MISMATCH, leaf(names=["DNS:*.lan"]), {"server_name": "broker.lan"}),
     "wildcard above two labels": Case(
@@ -308,7 +309,7 @@ REFUSED = {
         WEAK, leaf(lambda: signed_with("SHA-1", certify_ca(rsa_root()))), roots=lambda: (rsa_root(),)
     ),
     "MD5 signature": Case(WEAK, lambda: signed_with("MD5", certify(rsa_root())).server(), roots=lambda: (rsa_root(),)),
-    "SAN that no parser takes": Case(
+    "SAN that is not ASCII": Case(
         EndReason.TLS_NAME_MISMATCH,
         lambda: with_bytes_replaced(certify(ROOT), b"localhost", b"localhos\xff").server(),
     ),
@@ -350,6 +351,14 @@ TRUSTED = {
     "server_name matches, host differs": Case(None, leaf(names=["DNS:broker.test"]), {"server_name": "broker.test"}),
     "server_name with trailing dot": Case(None, leaf(names=["DNS:broker.test"]), {"server_name": "broker.test."}),
     "server_name is an address": Case(None, leaf(names=["IP:192.0.2.1"]), {"server_name": "192.0.2.1"}),
+    "address as a name beside the right one": Case(None, leaf(names=["DNS:localhost", "DNS:127.0.0.1"])),
+    "wide wildcard beside the right one": Case(None, leaf(names=["DNS:localhost", "DNS:*.lan", "DNS:*"])),
+    "address of five bytes beside the right one": Case(
+        None,
+        lambda: with_bytes_replaced(
+            certify(ROOT, names=["DNS:localhost", "URI:12345"]), b"\x86\x0512345", b"\x87\x0512345"
+        ).server(),
+    ),
     "wildcard": Case(None, leaf(names=["DNS:*.example.test"]), {"server_name": "broker.example.test"}),
     "IDNA name": Case(None, leaf(names=["DNS:xn--bcher-kva.example"]), {"server_name": "Bücher.example"}),
     "IPv4 host": Case(None, leaf(names=["IP:127.0.0.1"]), {"host": "127.0.0.1"}),

@@ -13,7 +13,7 @@ from cryptography import x509
 
 from gateway.cli.report import Status
 from gateway.text import printable
-from gateway.tls.broker_identity import subject_alt_names
+from gateway.tls.alt_names import subject_alt_names
 
 # Renewal should have happened by now: less than 30 days are left, and less than a third of the certificate's life,
 # since those that live for a week are renewed every few days.

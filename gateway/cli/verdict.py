@@ -14,7 +14,8 @@ from gateway.cli.certificates import as_facts, expiry, first_to_expire, issuer, 
 from gateway.cli.report import Status, Step
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
-from gateway.tls.broker_identity import Identity, shown_names, subject_alt_names
+from gateway.tls.alt_names import shown_names, subject_alt_names
+from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import TLSChannel
 from gateway.tls.trust import TLSPolicy
 

@@ -6,19 +6,21 @@ that says why none did.
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from ipaddress import ip_address
 
 from attrs import frozen
 from cryptography import x509
-from service_identity import CertificateError, VerificationError
-from service_identity.cryptography import extract_patterns
-from service_identity.hazmat import DNS_ID, DNSPattern, IPAddress_ID, IPAddressPattern, verify_service_identity
+from service_identity import CertificateError
+from service_identity.hazmat import DNS_ID, DNSPattern, IPAddress_ID, IPAddressPattern
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
+from gateway.tls.alt_names import AltName, alt_names, shown_names
 
-_SHOWN_NAMES = 8
+# Stricter than service-identity, which trims white space and takes control characters and wildcards within a label.
+_DNS_NAME = re.compile(r"(?:\*\.)?(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}", re.ASCII)
 
 
 @frozen(slots=True)
@@ -45,71 +47,59 @@ class Identity:
     def match(self, certificate: x509.Certificate) -> str:
         """Return the subjectAltName entry that is this identity (RFC 9525 §6), as `DNS:…` or `IP:…`.
 
-        Raises `UpstreamFailure` with `tls-name-mismatch`: no entry matches, there is none that could (the common name
-        is never looked at, RFC 9525 §2), or an entry is malformed, which makes the whole certificate unfit.
+        Entries that are malformed are skipped, as are those of other kinds and wildcards that RFC 9525 §6.3 does not
+        allow; the common name is never used (RFC 9525 §2).  Raises `UpstreamFailure` with `tls-name-mismatch` if no
+        entry matches.
         """
         try:
-            return _matching_entry(self.name, certificate)
-        except CertificateError as error:
-            raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, self._unfit(certificate, str(error))) from None
-        except VerificationError:
-            raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, self._mismatch(certificate)) from None
+            matched = _matching_entry(self.name, certificate)
+            detail = "" if matched else self._mismatch(certificate)
         except ValueError as error:
-            # Of the parser: the extensions are no DER, or say something that they may not.
             raise UpstreamFailure(
-                EndReason.TLS_NAME_MISMATCH, printable(f"the certificate's extensions cannot be read: {error}")
+                EndReason.TLS_NAME_MISMATCH, printable(f"the certificate's subjectAltName cannot be read: {error}")
             ) from None
-
-    def _unfit(self, certificate: x509.Certificate, why: str) -> str:
-        if not subject_alt_names(certificate):
-            return f"the certificate has no subjectAltName, and its common name is not used; wanted {self.name}"
-        names = shown_names(certificate)
-        if "wildcard" in why:
-            return f"the certificate has a wildcard that is too wide or misplaced ({names}); wanted {self.name}"
-        return f"the certificate has no usable subjectAltName ({names}); wanted {self.name}"
+        if not matched:
+            raise UpstreamFailure(EndReason.TLS_NAME_MISMATCH, detail)
+        return matched
 
     def _mismatch(self, certificate: x509.Certificate) -> str:
-        kind = "an IP address" if self.sni is None else "a host name"
-        return f"the certificate is for {shown_names(certificate)}; wanted {self.name}, {kind}"
+        wanted = f"wanted {self.name}, {'an IP address' if self.sni is None else 'a host name'}"
+        names, shown = alt_names(certificate), shown_names(certificate)
+        if not names:
+            return f"the certificate has no subjectAltName, and its common name is not used; {wanted}"
+        if any(_pattern(name) is not None for name in names):
+            return f"the certificate is for {shown}; {wanted}"
+        if any("*" in (name.dns or "") for name in names):
+            return f"the certificate has a wildcard that is too wide or misplaced ({shown}); {wanted}"
+        return f"the certificate has no usable subjectAltName ({shown}); {wanted}"
 
 
 @lru_cache(maxsize=32)
 def _matching_entry(name: str, certificate: x509.Certificate) -> str:
-    """Return the entry of a certificate that is `name`; raises what service-identity raises.
+    """Return the entry of a certificate that is `name`, or an empty text.  Raises `ValueError` as `alt_names`.
 
     The answer depends only on the arguments (certificates are equal if their bytes are), and a thousand sessions of one
     broker ask the same question.  It does not cover trust, validity period and revocation, which OpenSSL checks for
     each session.
     """
     try:
-        service_id: DNS_ID | IPAddress_ID = IPAddress_ID(str(ip_address(name)))
+        wanted: DNS_ID | IPAddress_ID = IPAddress_ID(str(ip_address(name)))
     except ValueError:
-        service_id = DNS_ID(name)
-    pattern = verify_service_identity(extract_patterns(certificate), [service_id], [])[0].cert_pattern
-    if isinstance(pattern, DNSPattern):
-        return f"DNS:{pattern.pattern.decode('ascii', 'backslashreplace')}"
-    if isinstance(pattern, IPAddressPattern):
-        return f"IP:{pattern.pattern}"
-    raise CertificateError(f"a {type(pattern).__name__} names no host")
+        wanted = DNS_ID(name)
+    for entry in alt_names(certificate):
+        pattern = _pattern(entry)
+        if pattern is not None and wanted.verify(pattern):
+            return f"DNS:{pattern.pattern.decode('ascii')}" if isinstance(pattern, DNSPattern) else f"IP:{entry.ip}"
+    return ""
 
 
-def subject_alt_names(certificate: x509.Certificate) -> list[str]:
-    """Return the subjectAltName entries as `DNS:…`, `IP:…`, `email:…`, `URI:…`, `other`; empty if there are none."""
+def _pattern(name: AltName) -> DNSPattern | IPAddressPattern | None:
+    """Return what `name` can match; `None` if that is nothing."""
+    if name.ip is not None:
+        return IPAddressPattern(name.ip)
+    if name.dns is None or not _DNS_NAME.fullmatch(name.dns):
+        return None
     try:
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return []
-    labels: dict[type[x509.GeneralName], str] = {
-        x509.DNSName: "DNS",
-        x509.IPAddress: "IP",
-        x509.RFC822Name: "email",
-        x509.UniformResourceIdentifier: "URI",
-    }
-    return [f"{labels[type(name)]}:{name.value}" if type(name) in labels else "other" for name in names]
-
-
-def shown_names(certificate: x509.Certificate) -> str:
-    """Return the first few subjectAltName entries on one printable line."""
-    names = subject_alt_names(certificate)
-    shown = ", ".join(printable(name, 80) for name in names[:_SHOWN_NAMES])
-    return shown + (f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else "") or "no name"
+        return DNSPattern.from_bytes(name.dns.encode("ascii"))
+    except CertificateError:
+        return None  # An IP address written as a name, or a wildcard that is too wide.
