@@ -68,12 +68,13 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert not any("hunter2" in line for line in found)
 
 
-def test_a_prefix_of_the_devices_own_ends_with_a_level() -> None:
-    """Otherwise the device "a" could write to the topics of the device "ab"."""
-    found = problems({"publish_prefix": "p/{client_id}", "subscribe_prefix": "{address}-"})
-    assert [line.partition(": ")[0] for line in found] == ["device[0].publish_prefix", "device[0].subscribe_prefix"]
-    assert all('must end in "/"' in line for line in found)
-    assert made({"publish_prefix": "plant7-", "subscribe_prefix": "{client_id}/"}).device
+@pytest.mark.parametrize("prefix", ["plant7", "plant7-", "p/{client_id}", "{address}-"])
+@pytest.mark.parametrize("key", ["publish_prefix", "subscribe_prefix"])
+def test_a_prefix_ends_with_a_level(key: str, prefix: str) -> None:
+    """Otherwise "#" would be "plant7#", and the device "a" could write to the topics of the device "ab"."""
+    (problem,) = problems({key: prefix})
+    assert problem.startswith(f'device[0].{key}: "{prefix}" ')
+    assert made({key: f"{prefix}/"}).device
 
 
 def test_what_does_not_go_together() -> None:

@@ -709,6 +709,18 @@ def test_a_will_is_held_to_the_same_rules(
     assert gateway.wait_ended().reason is EndReason.RULE_REFUSED
 
 
+def test_a_will_asks_for_answers_only_where_its_device_may_publish(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """Whoever answers would publish there for it."""
+    gateway = start_gateway(upstream=start_broker().port, device=[{"publish": ["b", "a/#"]}])
+    will: dict[str, Any] = {"version": 5, "will_topic": "b"}
+    established(gateway, **will, will_properties=mqtt.text(0x08, "a/1")).close()
+    gateway.wait_ended()
+    assert refusal(5, 5, 0x87, told(gateway, mqtt.connect(**will, will_properties=mqtt.text(0x08, "c"))))
+    assert gateway.wait_ended(2).reason is EndReason.RULE_REFUSED
+
+
 def test_retain_is_stripped_of_messages_and_wills(start_gateway: StartGateway, start_broker: StartBroker) -> None:
     """Everything else passes."""
     broker = start_broker()

@@ -124,6 +124,11 @@ REFUSED = [
     (TopicRules(publish=TopicFilters(("a/#",))), lambda version: publish("$share/g/a/b", version=version), 0x87),
     (TopicRules(publish=TopicFilters(())), lambda version: publish("b", version=version), 0x87),
     (TopicRules(publish=TopicFilters(("#",))), lambda version: publish("$SYS/x", version=version), 0x87),
+    (
+        TopicRules(publish=TopicFilters(("a/#",))),
+        lambda version: publish("a/b" if version == 5 else "b", version=version, properties=text(0x08, "b")),
+        0x87,
+    ),
     (TopicRules(max_qos=1), lambda version: publish(qos=2, version=version), 0x9B),
     (TopicRules(max_qos=0), lambda version: publish(qos=1, version=version), 0x9B),
     (TopicRules(refuse_retain=True), lambda version: publish(retain=True, version=version), 0x9A),

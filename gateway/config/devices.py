@@ -77,6 +77,9 @@ def _check_prefix(text: str) -> None:
         raise ValueError(f"{quoted(text)} is not a prefix: it would put a wildcard before every topic")
     if text.startswith("$share/"):
         raise ValueError(f"{quoted(text)} is not a prefix: only the device itself can ask for a shared subscription")
+    if text and not text.endswith("/"):
+        # "#" would become "plant7#", and device "a" with topic "b/x" would share a topic with device "ab" and "/x".
+        raise ValueError(f'{quoted(text)} must end in "/": a prefix is made of whole topic levels')
 
 
 def _check_max_packet_size(size: int | None) -> None:
@@ -196,11 +199,6 @@ class DeviceRule:
                 check_template(text, known)
             except ValueError as error:
                 yield where, str(error)
-        for key in ("publish_prefix", "subscribe_prefix"):
-            prefix = getattr(self, key)
-            if "{" in prefix and not prefix.endswith("/"):
-                # Otherwise device "a" with topic "b/x" would share a topic with device "ab" and topic "/x".
-                yield f".{key}", f'{quoted(prefix)} must end in "/": otherwise one device could reach another\'s topics'
 
     def _credential_problems(self) -> Iterable[tuple[str, str]]:
         sources = self.sources

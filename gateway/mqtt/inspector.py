@@ -80,6 +80,10 @@ def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") ->
     """Return why a message of the device is not permitted, or None; `what` names the message in the error."""
     if rules.publish is not None and message.topic and not rules.publish.permits_name(message.topic):
         return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to a topic that publish does not cover")
+    answer = message.response_topic
+    if rules.publish is not None and answer is not None and not rules.publish.permits_name(answer):
+        # The responder would publish where the device itself may not.
+        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} with a Response Topic that publish does not cover")
     if message.qos > rules.max_qos:
         return _refused(ReasonCode.QOS_NOT_SUPPORTED, f"{what} with QoS {message.qos}, above max_qos {rules.max_qos}")
     if message.retain and rules.refuse_retain:
