@@ -5,10 +5,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import EndReason, PacketError
-from gateway.mqtt.connack import Connack, connack_refusal, disconnect, parse_connack
+from gateway.mqtt.connack import (
+    Connack,
+    connack_for_device,
+    connack_refusal,
+    disconnect,
+    disconnect_for_device,
+    parse_connack,
+)
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.packets import PacketType, ProtocolVersion, describe_connack, describe_disconnect
-from gateway.mqtt.reader import PacketReader
+from gateway.mqtt.reader import Packet, PacketReader
+from tests import mqtt_packets
 from tests.mqtt_packets import binary, connack, number, packet, text, user_property
 
 VERSIONS = [3, 4, 5]
@@ -22,6 +30,13 @@ def parse(data: bytes, version: int = 4) -> Connack:
     assert found is not None
     assert reader.buffered == 0
     return parse_connack(found, ProtocolVersion(version))
+
+
+def read_all(data: bytes) -> list[Packet]:
+    """Cut CONNACKs from the stream."""
+    reader = PacketReader(frozenset({PacketType.CONNACK}), 1_000_000, EndReason.UPSTREAM_PROTOCOL_ERROR)
+    reader.feed(data)
+    return list(iter(reader.next_packet, None))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -218,3 +233,34 @@ def test_connack_codes_have_words(version, code, words):
 def test_disconnect_codes_have_words(code, words):
     """Zero has a name of its own in DISCONNECT."""
     assert describe_disconnect(code) == words
+
+
+# ---- towards the device
+
+REFERENCE = text(0x1C, "elsewhere.example:1883")
+
+
+@pytest.mark.parametrize("code", [0, 0x9C, 0x9D])
+@pytest.mark.parametrize("rest", [b"", user_property() + text(0x1F, "why")])
+def test_a_device_is_sent_to_no_other_server(code, rest):
+    """It would take its password there, in plain text; everything else stays as the broker sent it."""
+    for properties in (REFERENCE + rest, rest + REFERENCE):
+        (found,) = read_all(connack(version=5, code=code, properties=properties))
+        assert connack_for_device(found) == connack(version=5, code=code, properties=rest)
+        if code:
+            sent = mqtt_packets.disconnect(code=code, properties=properties)
+            assert disconnect_for_device(sent) == mqtt_packets.disconnect(code=code, properties=rest)
+
+
+@pytest.mark.parametrize("body", [b"\x9c\x05\x1c", b"\x9c\x02\x11\0", b"\x9c\0x", b"\x9c" + b"\xff" * 9])
+def test_a_disconnect_that_cannot_be_read_keeps_its_code_alone(body):
+    """A Server Reference could be anywhere in it."""
+    assert disconnect_for_device(packet(0xE0, body)) == packet(0xE0, body[:1])
+
+
+@pytest.mark.parametrize("body", [b"", b"\x9c", b"\x9c\0"])
+def test_what_names_no_other_server_passes_as_it_is(body):
+    """As nearly all do."""
+    assert disconnect_for_device(packet(0xE0, body)) == packet(0xE0, body)
+    (found,) = read_all(packet(0x20, b"\0\x9c"))
+    assert connack_for_device(found) == found.raw

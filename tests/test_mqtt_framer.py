@@ -21,8 +21,10 @@ from tests.mqtt_packets import (
     publish,
     suback,
     subscribe,
+    text,
     unsuback,
     unsubscribe,
+    user_property,
     variable_byte_integer,
 )
 
@@ -332,6 +334,28 @@ def test_mqtt_3_1_lets_retries_and_padding_of_old_firmware_pass():
     chunk += packet(0xC0, length_size=4)
     assert framer.feed(chunk) is chunk
     assert framer.packets == 5
+
+
+def test_a_brokers_disconnect_passes_whole_and_without_its_server_reference():
+    """However it is cut; a device's passes as it comes."""
+    kept = user_property()
+    sent, got = (
+        publish(version=5) + disconnect(code=0x9D, properties=kept + extra) for extra in (text(0x1C, "elsewhere"), b"")
+    )
+    for size in range(1, len(sent)):
+        framer = make_framer(Sender.BROKER, 5)
+        assert b"".join(framer.feed(sent[at : at + size]) for at in range(0, len(sent), size)) == got
+        assert (framer.disconnected, framer.disconnect_code) == (True, 0x9D)
+    framer = make_framer(Sender.BROKER, 5)
+    assert framer.feed(sent[:-1]) == publish(version=5)
+
+
+def test_a_brokers_disconnect_that_is_too_long_loses_its_properties():
+    """What is kept of it until its end is bounded."""
+    framer = make_framer(Sender.BROKER, 5, 10_000_000)
+    sent = disconnect(code=0x9D, properties=user_property("k", "v" * 60_000) * 2)
+    passed = b"".join(framer.feed(sent[at : at + 1000]) for at in range(0, len(sent), 1000))
+    assert passed == disconnect(code=0x9D)
 
 
 @pytest.mark.parametrize("code", [None, 0, 4])

@@ -672,6 +672,19 @@ def test_the_brokers_disconnect_is_relayed_and_ends_the_session() -> None:
     assert "0x8E" in bench.session.record.detail
 
 
+def test_the_broker_sends_a_device_nowhere_else() -> None:
+    """Neither with CONNACK nor later: there the device would be without the gateway."""
+    reference = mqtt.text(0x1C, "elsewhere.example:1883")
+    for code in (0, 0x9C, 0x9D):
+        bench = Bench().verified(version=5)
+        bench.session.upstream_received(mqtt.connack(version=5, code=code, properties=reference))
+        assert bench.device.bytes == mqtt.connack(version=5, code=code)
+    bench = Bench().relaying(version=5)
+    bench.session.upstream_received(mqtt.disconnect(code=0x9D, properties=reference))
+    assert bench.device.bytes == mqtt.disconnect(code=0x9D, properties=b"")
+    assert bench.reason is EndReason.UPSTREAM_DISCONNECT
+
+
 def test_a_lost_upstream_is_told_in_5() -> None:
     """DISCONNECT 0x80 with a Reason String: 0x88 is no reason code of DISCONNECT (MQTT 5.0 §3.14.2.1)."""
     bench = Bench().relaying(version=5)

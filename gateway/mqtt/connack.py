@@ -13,12 +13,13 @@ from gateway.mqtt.packets import (
     PacketType,
     ProtocolVersion,
     ReasonCode,
+    decode_remaining_length,
     encode_remaining_length,
     encode_string,
     malformed,
     protocol_error,
 )
-from gateway.mqtt.properties import Properties, PropertyId, parse_properties
+from gateway.mqtt.properties import Properties, PropertyId, parse_properties, replace_string_property
 from gateway.mqtt.reader import Packet
 
 # The body of a CONNACK before 5.0: flags and code.
@@ -48,6 +49,16 @@ CONNACK_PROPERTIES: frozenset[int] = frozenset(
     }
 )
 """What the CONNACK of MQTT 5.0 may carry (§3.2.2.3)."""
+
+# What a server's DISCONNECT may carry (MQTT 5.0 §3.14.2.2).
+_DISCONNECT_PROPERTIES: frozenset[int] = frozenset(
+    {
+        PropertyId.SESSION_EXPIRY_INTERVAL,
+        PropertyId.REASON_STRING,
+        PropertyId.USER_PROPERTY,
+        PropertyId.SERVER_REFERENCE,
+    }
+)
 
 
 @frozen
@@ -139,6 +150,39 @@ def disconnect(code: int, reason_string: str = "") -> bytes:
     if reason_string:
         return _packet(PacketType.DISCONNECT, bytes((code,)) + _reason_properties(reason_string))
     return _packet(PacketType.DISCONNECT, bytes((code,)) if code else b"")
+
+
+def connack_for_device(packet: Packet) -> bytes:
+    """Return a CONNACK of MQTT 5.0 that `parse_connack` has read, without its Server Reference (§3.2.2.3.16).
+
+    A device that followed the reference would connect to that server without the gateway, in plain text.
+    """
+    properties = packet.body[_BODY_SIZE_3:]
+    if not properties:
+        return packet.raw
+    kept = replace_string_property(properties, PropertyId.SERVER_REFERENCE, None)
+    return packet.raw if kept == properties else _packet(PacketType.CONNACK, packet.body[:_BODY_SIZE_3] + kept)
+
+
+def disconnect_for_device(packet: bytes) -> bytes:
+    """Return a broker's DISCONNECT of MQTT 5.0 without its Server Reference (§3.14.2.2.5).
+
+    Properties that cannot be read are left out, all of them.
+    """
+    _, length_size = decode_remaining_length(packet, 1) or (0, 1)
+    body = packet[1 + length_size :]
+    if len(body) <= 1:
+        return packet
+    try:
+        properties, end = parse_properties(body, 1, _DISCONNECT_PROPERTIES, "DISCONNECT")
+    except PacketError:
+        return disconnect(body[0])
+    if end != len(body):
+        return disconnect(body[0])
+    if properties.text(PropertyId.SERVER_REFERENCE) is None:
+        return packet
+    kept = replace_string_property(body[1:], PropertyId.SERVER_REFERENCE, None)
+    return _packet(PacketType.DISCONNECT, body[:1] + kept)
 
 
 def _reason_properties(reason_string: str) -> bytes:

@@ -3,8 +3,9 @@
 In: the bytes of one direction after CONNACK, split anywhere.  Out: the same bytes, as far as they may pass; `error`
 after a fault, `disconnected` after a complete DISCONNECT.
 
-Bodies are never read: once a fixed header is checked, its body is counted and passed on as it arrives. Only an
-incomplete fixed header is held back, at most four bytes. The result does not depend on how the stream is split.
+Bodies are not read: once a fixed header is checked, its body is counted and passed on as it arrives. Only an incomplete
+fixed header is held back, at most four bytes. The result does not depend on how the stream is split. The exception is a
+broker's DISCONNECT, which is read whole and loses its Server Reference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from itertools import product
 from attrs import frozen
 
 from gateway.errors import EndReason, PacketError
+from gateway.mqtt.connack import disconnect_for_device
 from gateway.mqtt.packets import (
     MAX_REMAINING_LENGTH,
     PacketType,
@@ -63,6 +65,8 @@ _NO_LIMIT = MAX_REMAINING_LENGTH
 
 _DISCONNECT_BYTE = PacketType.DISCONNECT << 4
 _SMALLEST_LIMIT = 256
+# A broker's DISCONNECT is read whole; what is longer loses its properties.
+_LONGEST_DISCONNECT = 65_536
 
 # A Remaining Length of one byte is at most this.
 _ONE_BYTE_MAX = 127
@@ -200,6 +204,8 @@ class Framer:
     """
 
     __slots__ = (
+        "_disconnect",
+        "_disconnect_at",
         "_disconnecting",
         "_held",
         "_high",
@@ -231,6 +237,9 @@ class Framer:
         # An incomplete fixed header.
         self._held = b""
         self._disconnecting = False
+        # A broker's incomplete DISCONNECT, up to the limit, and where it continues in the bytes being fed.
+        self._disconnect = b""
+        self._disconnect_at = 0
         # Whether `feed` must look at more than `_skip`: held bytes, an incomplete DISCONNECT, or an error.
         self._special = False
         self.packets = 0
@@ -335,6 +344,7 @@ class Framer:
             return self._fail(first, length, length_size)
         if first == _DISCONNECT_BYTE:
             self._special = self._disconnecting = True
+            self._disconnect_at = position
             if length and body < len(data):
                 self.disconnect_code = data[body]
             elif not length and self._version is ProtocolVersion.MQTT_5_0:
@@ -343,14 +353,23 @@ class Framer:
         return end
 
     def _pass_disconnect(self, data: bytes, end: int) -> bytes:
-        """Pass a DISCONNECT that ends at `end`, possibly beyond `data`, and nothing after it."""
+        """Pass a DISCONNECT that ends at `end`, possibly beyond `data`, and nothing after it.
+
+        A broker's is passed once it is complete, without its Server Reference.
+        """
+        if self.disconnected:
+            return b""
         size = len(data)
         if self._skip and self.disconnect_code is None and data:
             # The body begins with this chunk; only 5.0 has one.
             self.disconnect_code = data[0]
         self._skip = max(end - size, 0)
         self.disconnected = not self._skip
-        return data[:end]
+        if self._sender is Sender.DEVICE:
+            return data[:end]
+        start, self._disconnect_at = self._disconnect_at, 0
+        self._disconnect = (self._disconnect + data[start:end])[:_LONGEST_DISCONNECT]
+        return data[:start] + (disconnect_for_device(self._disconnect) if self.disconnected else b"")
 
     def _fail(self, first: int, length: int | None = None, length_size: int = 0) -> int:
         """Set `error` for a fixed header that cannot pass; `length` is None if the Remaining Length is unreadable."""

@@ -29,7 +29,7 @@ import attrs
 
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, PacketError, Refusal, SessionEnd
-from gateway.mqtt.connack import connack_refusal, disconnect, parse_connack
+from gateway.mqtt.connack import connack_for_device, connack_refusal, disconnect, parse_connack
 from gateway.mqtt.connect import Connect, UnsupportedVersion, parse_connect
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
@@ -496,8 +496,13 @@ class Session:
             except PacketError as error:
                 self._end(error.reason, error.detail)
                 return
-            # Session Present of 3.1.1 is a reserved byte in 3.1, and a device may require 0.
-            answer = packet.raw if version is self._connect.version else b"\x20\x02\0" + packet.body[1:2]
+            if version is not self._connect.version:
+                # Session Present of 3.1.1 is a reserved byte in 3.1, and a device may require 0.
+                answer = b"\x20\x02\0" + packet.body[1:2]
+            elif connack is not None and version is ProtocolVersion.MQTT_5_0:
+                answer = connack_for_device(packet)
+            else:
+                answer = packet.raw
             self._device.write(answer)
             self._bytes_down += len(packet.raw)
             self.record.packets_down += 1
