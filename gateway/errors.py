@@ -1,6 +1,6 @@
 """Why sessions end, in fixed words, and the exceptions that carry those words.
 
-In: nothing.  Out: `EndReason`, the vocabulary that logs, metrics and documents share, and the exceptions of all floors.
+In: nothing.  Out: `EndReason`, the words that logs, metrics and documents share, and the exceptions of all packages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Self
 
 
 class EndReason(StrEnum):
-    """Why a session ended: a fixed word, what it means, and what a person can do about it.
+    """Why a session ended: a fixed word, what it means, and what to do about it.
 
     The value is the word that appears in records (`"tls-expired"`); `meaning` and `remedy` are for people.
     """
@@ -30,166 +30,166 @@ class EndReason(StrEnum):
     DEVICE_DISCONNECT = (
         "device-disconnect",
         "The device sent DISCONNECT.",
-        "Nothing: sessions should end so.",
+        "No action: this is the normal end of a session.",
     )
     DEVICE_LOST = (
         "device-lost",
         "The device closed or reset its connection without DISCONNECT.",
-        "Look at the device's power and network; the broker has published its Will.",
+        "Check the device's power and network; the broker has published its Will.",
     )
     KEEPALIVE_TIMEOUT = (
         "keepalive-timeout",
-        "Nothing came from the device for one and a half times its Keep Alive.",
-        "Look at the device's power and network; a longer Keep Alive helps on a bad link.",
+        "The device sent nothing for one and a half times its Keep Alive.",
+        "Check the device's power and network; on a bad link, use a longer Keep Alive.",
     )
     UPSTREAM_DISCONNECT = (
         "upstream-disconnect",
-        "The broker ended the session with a DISCONNECT of its own.",
+        "The broker ended the session with DISCONNECT.",
         "Look up the reason code in the record; often another client took over the Client Identifier.",
     )
     UPSTREAM_LOST = (
         "upstream-lost",
-        "The broker's side of the connection went away while the session stood.",
-        "Look at the broker's log at this time: a restart, a takeover of the Client Identifier, or the network.",
+        "The connection to the broker was lost during the session.",
+        "Check the broker's log at this time: a restart, a takeover of the Client Identifier, or the network.",
     )
-    GATEWAY_STOPPING = ("gateway-stopping", "The gateway was told to stop.", "Nothing: the device will connect again.")
+    GATEWAY_STOPPING = ("gateway-stopping", "The gateway is stopping.", "No action: the device will reconnect.")
 
     # What the device did wrong.
     CONNECT_TIMEOUT = (
         "connect-timeout",
-        "The device connected and did not send a whole CONNECT in time.",
+        "The device did not send a complete CONNECT in time.",
         "Check that an MQTT client, not a port scanner or a health check, connects to this port.",
     )
     NOT_MQTT = (
         "not-mqtt",
-        "The first bytes were no MQTT CONNECT.",
-        "Check what speaks to this port: plain MQTT, no TLS, HTTP or WebSocket; a PROXY header needs listen.proxies.",
+        "The first bytes were not an MQTT CONNECT.",
+        "Use plain MQTT on this port, not TLS, HTTP or WebSocket; a PROXY header requires listen.proxies.",
     )
     MALFORMED_PACKET = (
         "malformed-packet",
-        "The device sent bytes that no version of MQTT allows.",
-        "Update the device's firmware, or report the detail in the record to its maker.",
+        "The device sent a packet that is malformed in every MQTT version.",
+        "Update the device's firmware, or report the detail in the record to its vendor.",
     )
     PROTOCOL_ERROR = (
         "protocol-error",
         "The device sent a packet that is not allowed at this point.",
-        "Update the device's firmware, or report the detail in the record to its maker.",
+        "Update the device's firmware, or report the detail in the record to its vendor.",
     )
     PACKET_TOO_LARGE = (
         "packet-too-large",
-        "A packet was above the configured maximum size.",
-        "Raise limits.max_packet_size, or max_packet_size of its rule; for a CONNECT, limits.max_connect_size.",
+        "A packet exceeded the configured maximum size.",
+        "Raise limits.max_packet_size or max_packet_size in the device's rule; for CONNECT, limits.max_connect_size.",
     )
     UNSUPPORTED_PROTOCOL_VERSION = (
         "unsupported-protocol-version",
-        "The device asked for a protocol level other than 3 (MQTT 3.1), 4 (3.1.1) and 5 (5.0).",
+        "The device requested a protocol level other than 3 (MQTT 3.1), 4 (3.1.1) or 5 (5.0).",
         "Set the device to MQTT 3.1.1.",
     )
 
-    # Whom the gateway does not let in.
+    # Connections that the gateway refuses.
     NETWORK_NOT_ALLOWED = (
         "network-not-allowed",
-        "The device's address is in none of the allowed networks.",
-        "Add its network to admission.allow, if it is one of yours.",
+        "The device's address is not in an allowed network.",
+        "If the device is yours, add its network to admission.allow.",
     )
     TOO_MANY_SESSIONS = (
         "too-many-sessions",
-        "The gateway carries as many sessions as it may.",
+        "The gateway has reached its limit of sessions.",
         "Raise admission.max_sessions and the service's descriptor limit (LimitNOFILE).",
     )
     TOO_MANY_FROM_ADDRESS = (
         "too-many-from-address",
-        "This address has as many sessions as one address may have.",
-        "Raise admission.max_sessions_per_address, or find out why it opens so many.",
+        "This address has reached its limit of sessions.",
+        "Raise admission.max_sessions_per_address, or find out why it opens so many sessions.",
     )
     RATE_LIMITED = (
         "rate-limited",
-        "This address opens new sessions faster than it may.",
+        "This address opens new sessions faster than the configured rate.",
         "Raise admission.new_sessions_per_second, or find out why the device reconnects so often.",
     )
     TOO_MANY_NEW_SESSIONS = (
         "too-many-new-sessions",
-        "More devices came at once than the gateway leads to the broker in the time that one may wait.",
-        "Nothing if it passes: they come again. If not, raise pacing.new_sessions_per_second to what the broker bears.",
+        "Too many devices connected at once; this one could not be connected to the broker in time.",
+        "Usually no action: devices reconnect. If it persists, raise pacing.new_sessions_per_second.",
     )
     PROXY_NOT_TRUSTED = (
         "proxy-not-trusted",
-        "A connection to a listener for load balancers came from none of them.",
-        "Add its address to listen.proxies if it is a load balancer of yours; devices connect through one.",
+        "A connection to a load-balancer listener came from an address that is not in listen.proxies.",
+        "If it is one of your load balancers, add its address to listen.proxies; devices must connect through one.",
     )
     NO_PROXY_HEADER = (
         "no-proxy-header",
-        "A load balancer's connection did not begin with a whole and valid PROXY protocol header.",
-        "Let the load balancer send it (HAProxy: send-proxy-v2, nginx: proxy_protocol on), or take listen.proxies out.",
+        "A load balancer's connection did not begin with a valid PROXY protocol header.",
+        "Enable it on the load balancer (HAProxy: send-proxy-v2, nginx: proxy_protocol on), or remove listen.proxies.",
     )
 
-    # What the rules for devices do not permit.
+    # What the device rules do not permit.
     DEVICE_UNKNOWN = (
         "device-unknown",
-        "No rule is for this device, and unknown devices are refused.",
-        "Add a [[device]] for its Client Identifier, if it is one of yours.",
+        "No rule matches this device, and unknown devices are refused.",
+        "If the device is yours, add a [[device]] rule for its Client Identifier.",
     )
     DEVICE_PASSWORD_WRONG = (
         "device-password-wrong",
-        "The user name or the password in CONNECT is not what the device's rule asks for.",
-        "Set the device's password, or make a new hash for lan_password of its rule.",
+        "The user name or password in CONNECT does not match the device's rule.",
+        "Correct the device's password, or create a new lan_password hash for its rule.",
     )
     DEVICE_NAME_UNUSABLE = (
         "device-name-unusable",
         "A name from the device is missing, too long, or has characters that templates do not allow.",
-        "Give the device a name of letters, digits and . _ : @ -, or write its rule without that placeholder.",
+        "Use only letters, digits and . _ : @ - in the device's name, or remove the placeholder from its rule.",
     )
     SPOOFED = (
         "spoofed",
-        "A Client Identifier came from an address that it is not bound to.",
-        "Find out what has this address; if the device has moved, change bound_to of its rule.",
+        "A Client Identifier was used from an address that it is not bound to.",
+        "Find out what uses this address; if the device has moved, change bound_to in its rule.",
     )
     CLIENT_ID_IN_USE = (
         "client-id-in-use",
-        "A session with this Client Identifier stands, from another address.",
-        'Give each device a Client Identifier of its own, or set devices.same_client_id = "take-over".',
+        "This Client Identifier already has a session from another address.",
+        'Give each device its own Client Identifier, or set devices.same_client_id = "take-over".',
     )
     CLIENT_ID_PACED = (
         "client-id-paced",
-        "This Client Identifier connects more often than it may.",
+        "This Client Identifier connects more often than the configured rate.",
         "Look for two devices with the same Client Identifier, or find out why the device reconnects so often.",
     )
     TAKEN_OVER = (
         "taken-over",
-        "A new session with the same Client Identifier took the place of this one.",
-        "Nothing if the device reconnected; otherwise look for two devices with the same Client Identifier.",
+        "A new session with the same Client Identifier replaced this one.",
+        "No action if the device reconnected; otherwise look for two devices with the same Client Identifier.",
     )
     RULE_REFUSED = (
         "rule-refused",
-        "The device did what its rule does not permit.",
-        "The detail names the key of the rule: correct the device, or the rule.",
+        "The device did something that its rule does not permit.",
+        "Correct the device, or the key of its rule that the detail names.",
     )
     CREDENTIALS_UNAVAILABLE = (
         "credentials-unavailable",
-        "The password or token for the broker could not be had.",
-        "The detail names the source: the file, the credential, the command or the key of the device's rule.",
+        "The password or token for the broker could not be obtained.",
+        "Check the source that the detail names: a file, a credential, a command or a key of the device's rule.",
     )
     CONNECT_NOT_REWRITABLE = (
         "connect-not-rewritable",
-        "What the device's rule asks for cannot be said in a CONNECT.",
-        "The detail names the cause: a field that is too long, or a password without a user name.",
+        "The device's rule asks for something that CONNECT cannot carry.",
+        "Correct what the detail names: a field that is too long, or a password without a user name.",
     )
     TOKEN_EXPIRING = (
         "token-expiring",
-        "The token that the session was opened with is about to expire.",
-        "Nothing: the device connects again, with a new token.",
+        "The token that this session was opened with is about to expire.",
+        "No action: the device reconnects and gets a new token.",
     )
 
-    # Why there is no upstream: on the way.
+    # Why there is no upstream: DNS and TCP.
     DNS_FAILED = (
         "dns-failed",
         "The broker's name could not be resolved.",
-        "Check the spelling of the upstream host and the name servers of this machine.",
+        "Check the spelling of the upstream host and this machine's name servers.",
     )
     TCP_REFUSED = (
         "tcp-refused",
         "The broker's address refused the connection.",
-        "Check the port (8883 is usual for MQTT over TLS) and that the broker runs.",
+        "Check the port (usually 8883 for MQTT over TLS) and that the broker is running.",
     )
     TCP_TIMEOUT = (
         "tcp-timeout",
@@ -198,30 +198,30 @@ class EndReason(StrEnum):
     )
     TCP_UNREACHABLE = (
         "tcp-unreachable",
-        "There is no way to the broker's address.",
+        "There is no route to the broker's address.",
         "Check this machine's network, its default route and the address.",
     )
 
     # Why there is no upstream: the TLS handshake.
     TLS_NOT_TLS = (
         "tls-not-tls",
-        "The upstream does not speak TLS on this port.",
-        "Use the broker's TLS port (8883 is usual), not its plaintext port (1883).",
+        "The broker does not speak TLS on this port.",
+        "Use the broker's TLS port (usually 8883), not its plaintext port (usually 1883).",
     )
     TLS_TIMEOUT = (
         "tls-timeout",
         "The TLS handshake did not finish in time.",
-        "Check that the port speaks TLS and that nothing between here and the broker holds it up.",
+        "Check that the port speaks TLS, and look for a firewall or proxy that delays the handshake.",
     )
     TLS_CLOSED = (
         "tls-closed",
-        "The upstream closed the connection during the TLS handshake.",
-        "Check that this is the broker's TLS port (8883 is usual, 1883 is plaintext); if so, look at its log for why.",
+        "The broker closed the connection during the TLS handshake.",
+        "Check that this is the broker's TLS port (usually 8883; 1883 is plaintext); if it is, check the broker's log.",
     )
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "The detail names OpenSSL's reason; `mqtts-gateway check` shows the step.",
+        "See OpenSSL's reason in the detail; run `mqtts-gateway check` to see the step.",
     )
     TLS_VERSION = (
         "tls-version",
@@ -230,25 +230,25 @@ class EndReason(StrEnum):
     )
     TLS_CLIENT_CERTIFICATE_REFUSED = (
         "tls-client-certificate-refused",
-        "The broker demands a client certificate, or refused the one it was shown.",
-        "Set tls.client_cert and its key, or those of the device's rule, as the broker expects; check its dates.",
+        "The broker requires a client certificate, or rejected the one it got.",
+        "Set tls.client_cert and tls.client_key, here or in the device's rule, as the broker expects; check the dates.",
     )
     TLS_ALPN_MISMATCH = (
         "tls-alpn-mismatch",
-        "The broker agreed to none of the configured application protocols.",
-        "Set tls.alpn to what the broker expects on this port, or leave it out.",
+        "The broker accepted none of the configured application protocols.",
+        "Set tls.alpn to what the broker expects on this port, or remove it.",
     )
 
     # Why there is no upstream: verification.
     TLS_UNTRUSTED_CHAIN = (
         "tls-untrusted-chain",
-        "The broker's certificate does not lead to a trusted root.",
-        "Set tls.ca_file to the CA that issued it; let the broker send its intermediate certificates.",
+        "The broker's certificate chain does not end at a trusted root.",
+        "Set tls.ca_file to the CA that issued it; configure the broker to send its intermediate certificates.",
     )
     TLS_NAME_MISMATCH = (
         "tls-name-mismatch",
-        "The broker's certificate is not for the name that was asked for.",
-        "Use the name in its subjectAltName as the upstream host or as server_name, or have it issued anew.",
+        "The broker's certificate is not valid for the expected name.",
+        "Set the upstream host or server_name to a name in its subjectAltName, or have the certificate reissued.",
     )
     TLS_EXPIRED = (
         "tls-expired",
@@ -262,82 +262,82 @@ class EndReason(StrEnum):
     )
     CLOCK_IMPLAUSIBLE = (
         "clock-implausible",
-        "To this machine's clock something is not yet valid, and the clock is before the day this version was made.",
-        "Set this machine's clock (NTP, or a battery for it); the gateway tries again until it is right.",
+        "A certificate is not yet valid by this machine's clock, which is earlier than this version's release date.",
+        "Set this machine's clock (NTP or a real-time clock); the gateway retries until it is correct.",
     )
     TLS_REVOKED = (
         "tls-revoked",
-        "A certificate of the broker is on the revocation list.",
-        "Have the broker's certificate issued anew, and find out why it was revoked.",
+        "A certificate of the broker has been revoked.",
+        "Have the broker's certificate reissued, and find out why it was revoked.",
     )
     TLS_CRL_UNUSABLE = (
         "tls-crl-unusable",
         "Revocation could not be checked: a CRL is missing, expired or not signed by the issuer.",
-        "Fetch the current CRL of every CA in the chain into tls.crl_file.",
+        "Put the current CRL of every CA in the chain into tls.crl_file.",
     )
     TLS_WRONG_PURPOSE = (
         "tls-wrong-purpose",
-        "The broker's certificate is not meant for a TLS server.",
-        "Issue it with the extended key usage serverAuth.",
+        "The broker's certificate is not issued for TLS servers.",
+        "Reissue it with the extended key usage serverAuth.",
     )
     TLS_WEAK_CERTIFICATE = (
         "tls-weak-certificate",
-        "A certificate of the broker has a key or a signature too weak to trust.",
-        "Issue it anew with at least RSA 2048 or P-256, signed with SHA-256.",
+        "A certificate of the broker has a key or signature that is too weak.",
+        "Reissue it with at least RSA 2048 or P-256, signed with SHA-256.",
     )
     TLS_PIN_MISMATCH = (
         "tls-pin-mismatch",
-        "No public key in the broker's chain is one of the configured pins.",
-        "If the broker's key was changed on purpose, change tls.pin; otherwise find out who answers.",
+        "No public key in the broker's chain matches a configured pin.",
+        "If the broker's key was changed on purpose, update tls.pin; otherwise find out what is answering.",
     )
     TLS_STRICT_REFUSED = (
         "tls-strict-refused",
-        "The second, stricter verification refused the chain.",
+        "The additional strict verification rejected the chain.",
         'The detail names the rule; use verification = "standard" if the CA cannot be changed.',
     )
     TLS_VERIFICATION_ERROR = (
         "tls-verification-error",
-        "The verification itself met something unexpected, so the broker was refused.",
-        "Report the detail as a fault of the gateway.",
+        "Verification hit an unexpected error, so the broker was rejected.",
+        "Report the detail as a bug in the gateway.",
     )
 
     # Why there is no upstream: MQTT.
     UPSTREAM_SILENT = (
         "upstream-silent",
         "The broker did not answer CONNECT in time.",
-        "Look at the broker's log and load; check that the port speaks MQTT.",
+        "Check the broker's log and load, and that the port speaks MQTT.",
     )
     UPSTREAM_REFUSED = (
         "upstream-refused",
-        "The broker refused CONNECT; the device was given the broker's own answer.",
-        "Look up the code in the record: wrong credentials, a forbidden Client Identifier, a policy.",
+        "The broker refused CONNECT; the device got the broker's answer.",
+        "Look up the code in the record: wrong credentials, a rejected Client Identifier, or a policy.",
     )
     UPSTREAM_CLOSED = (
         "upstream-closed",
         "The broker closed the connection without answering CONNECT.",
-        "Look at the broker's log: policies on Client Identifier or certificate often end so.",
+        "Check the broker's log: a policy on the Client Identifier or certificate is a common cause.",
     )
     UPSTREAM_PROTOCOL_ERROR = (
         "upstream-protocol-error",
         "The broker sent bytes that MQTT does not allow.",
-        "Check that the port speaks MQTT, not WebSocket or HTTP; report the detail to the broker's maker.",
+        "Check that the port speaks MQTT, not WebSocket or HTTP; report the detail to the broker's vendor.",
     )
 
     INTERNAL_ERROR = (
         "internal-error",
-        "The gateway made a mistake; only this session was ended.",
+        "Internal error; only this session was ended.",
         "Report the traceback in the log.",
     )
 
 
 class GatewayError(Exception):
-    """What every exception of this package is."""
+    """Base class of all exceptions in this package."""
 
 
 class ConfigError(GatewayError):
     """The configuration cannot be used.
 
-    `problems` holds a line for each thing that is wrong, each naming its dotted key; `str()` gives them all.
+    `problems` has one line for each problem, which names its dotted key; `str()` gives them all.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -346,9 +346,9 @@ class ConfigError(GatewayError):
 
 
 class SessionEnd(GatewayError):
-    """A session cannot go on: the fixed word, and the particulars for the record.
+    """A session cannot continue: the fixed word, and details for the record.
 
-    `detail` is for operators, so it never holds a secret; text from a device in it is escaped by whoever shows it.
+    `detail` is for operators.  It never contains a secret, but may contain text from a device: escape it for output.
     """
 
     def __init__(self, reason: EndReason, detail: str = "") -> None:
@@ -358,9 +358,9 @@ class SessionEnd(GatewayError):
 
 
 class Refusal(SessionEnd):
-    """The gateway itself does not let a device in whose CONNECT it has read.
+    """The gateway refuses a device after reading its CONNECT.
 
-    `code_3` is what its CONNACK says before 5.0, `code_5` the reason code of 5.0 (MQTT 3.1.1 §3.2.2.3, MQTT 5.0
+    `code_3` is the CONNACK return code before 5.0, `code_5` the reason code of 5.0 (MQTT 3.1.1 §3.2.2.3, MQTT 5.0
     §3.2.2.2).
     """
 
@@ -371,7 +371,7 @@ class Refusal(SessionEnd):
 
 
 class PacketError(SessionEnd):
-    """A peer broke MQTT's rules.
+    """A peer violated the MQTT protocol.
 
     `reason_code` is the MQTT 5.0 reason code that names the fault (MQTT 5.0 §2.4): 0x81 Malformed Packet,
     0x82 Protocol Error, 0x95 Packet too large, 0x84 Unsupported Protocol Version.

@@ -1,17 +1,17 @@
-"""Text from strangers made fit to be shown.
+"""Makes untrusted text safe to show.
 
-In: Client Identifiers, certificate names, reason strings, alerts: whatever a peer chose.  Out: one line of printable
-characters that cannot move a cursor, start a new log line or reverse the reading order.
+In: Client Identifiers, certificate names, reason strings, alerts: any text that a peer chose.  Out: one line of
+printable characters that cannot move a cursor, start a new log line or reverse the reading order.
 """
 
 from __future__ import annotations
 
 
 def printable(text: str, limit: int = 256) -> str:
-    r"""Return `text` with each character that is not plainly printable as an escape, cut after `limit` characters.
+    r"""Return `text` with unprintable characters escaped, cut after `limit` characters.
 
     `str.isprintable` leaves out controls, line separators, surrogates and the bidirectional overrides.  The backslash
-    is doubled, so that an escape in the result was always made here.
+    is doubled, so an escape in the result always comes from here.
     """
     if len(text) <= limit and text.isprintable() and "\\" not in text:
         return text
@@ -22,9 +22,9 @@ def printable(text: str, limit: int = 256) -> str:
 
 
 def unprintable_escaped(text: str) -> str:
-    """Return `text` with each character that is not plainly printable as an escape.
+    """Return `text` with unprintable characters escaped, backslashes unchanged.
 
-    For what `printable` was given where it came in, and for all that nobody thought of: it leaves backslashes alone.
+    The last line of defence before output: most untrusted text has been through `printable` already.
     """
     if text.isprintable():
         return text

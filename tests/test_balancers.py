@@ -381,7 +381,7 @@ def test_draining_one_gateway_disturbs_no_session_of_the_other(
         assert (sensor.connected, sensor.lost) == (1, 0)
     # The health checks of all that time, five a second, are nobody's business.
     for gateway in site.gateways.values():
-        assert "not let in" not in gateway.log
+        assert "refused" not in gateway.log
         assert "no Client Identifier" not in gateway.log
 
 

@@ -178,9 +178,9 @@ def test_a_good_broker_passes_every_step(offered: Callable[..., tuple[Checked, B
     names = [step.name for step in done.report.steps]
     assert names == ["configuration", "file", "listen", "clock", *TO_THE_BROKER]
     assert f"connected to 127.0.0.1:{broker.port}" in done.step("tcp").message
-    assert "SNI localhost, no ALPN, TLS 1.2 or above" in done.step("client-hello").message
+    assert "SNI localhost, no ALPN, TLS 1.2 or later" in done.step("client-hello").message
     assert "CN=broker; names DNS:localhost; issuer CN=Root CA; 28 days left" in done.step("certificate").message
-    assert done.step("identity").message == "DNS:localhost is localhost"
+    assert done.step("identity").message == "DNS:localhost matches localhost"
     assert done.step("tls").message == "TLSv1.3, TLS_AES_256_GCM_SHA384, no ALPN"
     assert done.step("connack").message.startswith("0x00, connection accepted (")
     identifier = re.search(r'"(mqtts-gateway-check-[a-z0-9]{3})"', done.step("connect").message)
@@ -245,7 +245,7 @@ def test_a_broker_that_says_nothing(offered: Callable[..., tuple[Checked, Broker
 def test_a_broker_that_closes_in_the_handshake(offered: Callable[..., tuple[Checked, Broker]]) -> None:
     """ClientHello was answered by a close."""
     done, _ = offered(plaintext=True, serve=lambda connection: connection.read())
-    done.failed("certificate", "tls-closed", remedy="look at its log")
+    done.failed("certificate", "tls-closed", remedy="check the broker's log")
 
 
 # ---- the certificate
@@ -262,7 +262,7 @@ def test_an_untrusted_chain_shows_what_was_presented(offered: Callable[..., tupl
         assert certificate.status is Status.PASS
         assert "CN=b; names DNS:localhost; issuer CN=Intermediate CA" in certificate.message
         assert len(certificate.facts["chain"]) == len(chain)
-        assert f"the last of {len(chain)} that the broker sent" in done.step("chain").message
+        assert f"the last of {len(chain)} certificate" in done.step("chain").message
         assert done.step("identity").status is Status.PASS
         assert done.statuses("tls", "connect") == [Status.SKIP] * 2
         assert broker.received == b""
@@ -272,11 +272,11 @@ def test_an_untrusted_chain_shows_what_was_presented(offered: Callable[..., tupl
     ("names", "settings", "words", "remedy"),
     [
         (["DNS:other.example"], {}, "is for DNS:other.example; wanted localhost", "server_name"),
-        ([], {}, "has no subjectAltName", "issued anew with the subjectAltName DNS:localhost; a common name"),
-        (["email:a@b.example"], {}, "usable subjectAltName (email:a@b.example)", "Have the certificate issued anew"),
+        ([], {}, "has no subjectAltName", "reissued with the subjectAltName DNS:localhost; the common name"),
+        (["email:a@b.example"], {}, "usable subjectAltName (email:a@b.example)", "Have the certificate reissued"),
         (["IP:127.0.0.1"], {}, "is for IP:127.0.0.1; wanted localhost, a host name", "DNS:localhost"),
         (["DNS:localhost"], {"host": "127.0.0.1"}, "wanted 127.0.0.1, an IP address", "subjectAltName IP:127.0.0.1"),
-        (["DNS:*.lan"], {"server_name": "broker.lan"}, "wildcard that is too wide", "at least two labels"),
+        (["DNS:*.lan"], {"server_name": "broker.lan"}, "wildcard that is too wide", "leftmost label"),
     ],
     ids=["other name", "no SAN", "no name of a host", "IP for a name", "name for an IP", "wildcard"],
 )
@@ -311,7 +311,7 @@ def test_a_certificate_that_expires_soon_is_a_warning(
     """Soon is less than 30 days and less than a third of its life, its issuer's included; warnings count if asked."""
     done, _ = offered(certify(root, valid_from=-80, valid_for=90))
     assert done.step("certificate").status is Status.WARN
-    assert "renewed" in done.step("certificate").remedy
+    assert "Renew" in done.step("certificate").remedy
     assert done.step("connack").status is Status.PASS
     assert [done.report.exit_status(strict=strict) for strict in (False, True)] == [0, 2]
     intermediate = certify_ca(root, valid_from=-80, valid_for=90)
@@ -400,11 +400,11 @@ def test_a_broker_that_wants_a_client_certificate(
     ("code", "login", "status", "words", "remedy"),
     [
         (1, {}, Status.FAIL, "0x01, unacceptable protocol version", "another version"),
-        (2, {}, Status.WARN, "0x02, identifier rejected", "The way is open"),
+        (2, {}, Status.WARN, "0x02, identifier rejected", "The connection works"),
         (2, {"client_id": "d1"}, Status.FAIL, "0x02, identifier rejected", "--client-id"),
         (3, {}, Status.FAIL, "0x03, server unavailable", "broker's log"),
-        (4, {}, Status.WARN, "0x04, bad user name or password", "devices bring their own"),
-        (5, {}, Status.WARN, "0x05, not authorized", "The way is open"),
+        (4, {}, Status.WARN, "0x04, bad user name or password", "which devices send"),
+        (5, {}, Status.WARN, "0x05, not authorized", "The connection works"),
         (5, {"username": "d1"}, Status.FAIL, "0x05, not authorized", "administrator"),
         (7, {}, Status.FAIL, "0x07, unknown code", "code in the record"),
     ],
@@ -452,11 +452,11 @@ def test_the_login_is_the_users(offered: Callable[..., tuple[Checked, Broker]], 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((None, None, "x"), "--password-file: give --username"),
+        ((None, None, "x"), "--password-file: also give --username"),
         ((None, "x", "/nonexistent"), "cannot be read: No such file"),
         ((None, "x" * 70000, None), "--username: a string of 70000 bytes"),
         (("\udcff", None, None), "--client-id: it is not UTF-8"),
-        ((None, "x", "/dev/zero"), "more than the 65535 bytes"),
+        ((None, "x", "/dev/zero"), "longer than the 65535 bytes"),
     ],
 )
 def test_a_login_that_no_connect_can_carry(arguments: tuple[Any, ...], words: str) -> None:
@@ -488,7 +488,7 @@ def test_files_are_looked_at_one_by_one(
         str(tmp_path / name) for name in ("ca.pem", "cas/one.crt", "client.pem", "key.pem", "crl.pem")
     ]
     assert "2 certificates in order; 28 days left" in steps[2].message
-    assert "is due by" in steps[4].message
+    assert "due by" in steps[4].message
     assert [step.name for step in done.report.steps if step.upstream] == []
 
 
@@ -502,39 +502,39 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
     client.chmod(0o600)
     match name:
         case "missing":
-            return cas, (Status.FAIL, "cannot be read: No such file", "as the user that the gateway runs as")
+            return cas, (Status.FAIL, "cannot be read: No such file", "as the gateway's user")
         case "garbage":
             ca.write_text("hello")
             return cas, (Status.FAIL, "holds no PEM", "")
         case "expired CA":
             ca.write_bytes(certify_ca(valid_from=-40).pem)
-            return cas, (Status.FAIL, "no CA certificate is valid: CN=Root CA: expired on", "current one")
+            return cas, (Status.FAIL, "no CA certificate is valid: CN=Root CA: expired on", "current certificate")
         case "one of two expired":
             ca.write_bytes(certify_ca(valid_from=-40).pem + root.pem)
-            return cas, (Status.WARN, "1 of 2 certificates not valid", "Take out")
+            return cas, (Status.WARN, "1 of 2 certificates not valid", "Remove")
         case "no CA":
             ca.write_bytes(leaf.pem)
-            return cas, (Status.WARN, "CN=gateway is no CA certificate", "Name the CA")
+            return cas, (Status.WARN, "CN=gateway is not a CA certificate", "Use the CA's")
         case "writable CA":
             ca.write_bytes(root.pem)
             ca.chmod(0o666)
-            return cas, (Status.FAIL, "everybody on this machine may write it (mode 0666)", "chmod o-w")
+            return cas, (Status.FAIL, "world-writable (mode 0666)", "chmod o-w")
         case "empty directory":
             (directory / "cas").mkdir()
-            return {"ca_dir": "cas"}, (Status.FAIL, "holds no *.pem", "Put the CA's certificate there")
+            return {"ca_dir": "cas"}, (Status.FAIL, "contains no *.pem", "Put the CA's certificate there")
         case "no directory":
             return {"ca_dir": "nowhere"}, (Status.FAIL, "cannot be read: No such file", "runs as")
         case "world-readable key":
             client.chmod(0o644)
-            return clients, (Status.FAIL, "private key that everybody on this machine may read", "chmod o=")
+            return clients, (Status.FAIL, "private key is world-readable", "chmod o=")
         case "group-readable key":
             client.chmod(0o640)
             if os.getuid() == 0:
                 os.chown(client, 12345, -1)
-            return clients, (Status.WARN, "private key that its group may read", "chmod g=")
+            return clients, (Status.WARN, "private key is group-readable", "chmod g=")
         case "key of another":
             client.write_bytes(leaf.pem + root.key_pem)
-            return clients, (Status.FAIL, "is not the key of the first certificate", "comes first")
+            return clients, (Status.FAIL, "is not the key of the first certificate", "own certificate first")
         case "no key":
             client.write_bytes(leaf.pem)
             return clients, (Status.FAIL, "holds no PEM private key", "")
@@ -542,13 +542,17 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
             intermediate = certify_ca(root)
             leaf = certify(intermediate, **usual)
             client.write_bytes(leaf.pem + root.pem + intermediate.pem + leaf.key_pem)
-            return clients, (Status.FAIL, "CN=gateway was not issued by what follows it, CN=Root CA", "each one's")
+            return clients, (
+                Status.FAIL,
+                "CN=gateway was not issued by the certificate after it, CN=Root CA",
+                "each issuer",
+            )
         case "expired client":
             client.write_bytes((leaf := certify(root, **usual, valid_from=-40)).pem + leaf.key_pem)
             return clients, (Status.FAIL, "expired on", "Renew it")
         case "client that is a server":
             client.write_bytes((leaf := certify(root, names=())).pem + leaf.key_pem)
-            return clients, (Status.WARN, "not meant for TLS clients", "clientAuth")
+            return clients, (Status.WARN, "not issued for TLS clients", "clientAuth")
         case "weak client":
             client.write_bytes((leaf := certify(root, **usual, key=rsa_key(1024))).pem + leaf.key_pem)
             return clients, (Status.FAIL, "refused by OpenSSL (ee key too small); use at least", "")
@@ -605,7 +609,7 @@ def test_files_that_cannot_be_used_end_the_way(
 def test_the_platforms_roots_are_named(checked: Callable[..., Checked], configuration: Callable[..., Path]) -> None:
     """Whoever sets no CA learns whom that trusts."""
     done = checked(configuration(ca_file=[]), offline=True)
-    assert re.search(r": \d+ certificates: the platform's", done.step("file").message) or (
+    assert re.search(r": \d+ certificates \(the platform's", done.step("file").message) or (
         "no bundle of root certificates" in done.step("file").message
     )
 
@@ -629,7 +633,7 @@ def test_addresses_are_really_listened_on(
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
         step = checked(configuration(listen=endpoint), offline=True).step("listen")
     assert (step.status, step.message) == (Status.WARN, f"{endpoint}: Address already in use")
-    assert "If that is the gateway itself, all is well" in step.remedy
+    assert "If the running gateway uses it, ignore this" in step.remedy
     assert checked(configuration(listen=endpoint), offline=True).step("listen").status is Status.PASS
     step = checked(configuration(listen="192.0.2.1:1883"), offline=True).step("listen")
     assert step.status is Status.FAIL

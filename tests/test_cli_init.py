@@ -25,7 +25,7 @@ def test_it_writes_the_template_and_says_what_to_do_next(tmp_path: Path, capfd: 
     assert path.read_text() == template_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     out = capfd.readouterr().out
-    assert f"edit '{path}': at least host" in out
+    assert f"edit '{path}': set at least host" in out
     assert f"mqtts-gateway check --config '{path}'" in out
     assert f"twistd --nodaemon --pidfile= mqtts-gateway --config '{path}'" in out
 
@@ -68,7 +68,7 @@ def test_it_writes_over_nothing_unless_forced(tmp_path: Path, capfd: pytest.Capt
     link.symlink_to(path)
     assert console(["init", str(link)]) == 1
     assert path.read_text() == "mine"
-    assert capfd.readouterr().err == f"mqtts-gateway: {link} is there already; --force writes over it\n"
+    assert capfd.readouterr().err == f"mqtts-gateway: {link} already exists; use --force to overwrite it\n"
     assert console(["init", str(link), "--force"]) == 0
     assert path.read_text() == template_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
@@ -99,7 +99,7 @@ def test_a_missing_directory_is_made_first(
     """The line ends with the command that makes it, and after that command `init` goes well."""
     path = tmp_path / "not yet" / "there" / "c.toml"
     assert console(["init", str(path), *options]) == 1
-    before, _, command = capfd.readouterr().err.partition("; make the directory first: ")
+    before, _, command = capfd.readouterr().err.partition("; create the directory first: ")
     assert before == f"mqtts-gateway: {path} cannot be written: No such file or directory"
     subprocess.run(shlex.split(command), check=True)
     assert console(["init", str(path), *options]) == 0

@@ -68,7 +68,7 @@ def test_a_dry_run_tells_all_of_it_and_does_nothing(tmp_path: Path, capfd: pytes
     assert console(["install", "--root", str(root), "--dry-run"]) == 0
     told = capfd.readouterr().out.splitlines()
     assert not root.exists()
-    assert told[-1] == "nothing was changed (--dry-run)"
+    assert told[-1] == "nothing changed (--dry-run)"
     assert console(["install", "--root", str(root)]) == 0
     assert capfd.readouterr().out.splitlines()[:-1] == told[:-1]
 
@@ -87,9 +87,9 @@ def test_again_it_keeps_what_is_the_users(tmp_path: Path, capfd: pytest.CaptureF
     assert files(tmp_path) == first | {CONFIG: "mine"}
     assert stat.S_IMODE((tmp_path / "etc/mqtts-gateway/credentials").stat().st_mode) == 0o700
     out = capfd.readouterr().out
-    assert f"keep {tmp_path / CONFIG}, which is there already" in out
+    assert f"keep {tmp_path / CONFIG}, which already exists" in out
     assert f"replace {tmp_path / UNIT}" in out
-    assert f"close {tmp_path}/etc/mqtts-gateway/credentials/: mode 0700" in out
+    assert f"restrict {tmp_path}/etc/mqtts-gateway/credentials/ to mode 0700" in out
 
 
 @pytest.mark.usefixtures("anywhere")
@@ -99,7 +99,7 @@ def test_a_unit_of_somebody_else_is_not_touched(tmp_path: Path, capfd: pytest.Ca
     unit.parent.mkdir(parents=True)
     unit.write_text("[Service]\nExecStart=/bin/true\n")
     assert console(["install", "--root", str(tmp_path)]) == 1
-    assert f"{unit} is there already and is not of this program: move it away" in capfd.readouterr().err
+    assert f"{unit} already exists and was not written by this program: move it away" in capfd.readouterr().err
     assert not (tmp_path / CONFIG).exists()
     assert console(["uninstall", "--root", str(tmp_path)]) == 0
     assert unit.exists()
@@ -112,7 +112,7 @@ def test_an_environment_that_the_service_cannot_see_is_refused(
     monkeypatch.setattr(install, "_HIDDEN", (str(Path(sys.prefix).parent),))
     assert console(["install", "--root", str(tmp_path / "root")]) == 1
     err = capfd.readouterr().err
-    assert f"this environment is {sys.prefix}, and the service does not see {Path(sys.prefix).parent}" in err
+    assert f"this environment is {sys.prefix}, which the service cannot see" in err
     assert "python3 -m venv /opt/mqtts-gateway" in err
     monkeypatch.setattr(install, "_HIDDEN", (str(Path(gateway.__file__).parent),))
     assert console(["install", "--root", str(tmp_path / "root")]) == 1
@@ -132,13 +132,13 @@ def open_directory() -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("where", "mode", "words"),
     [
-        (".", 0o750, "others may not enter {0}: chmod o+x {0}"),
-        (".", 0o757, "others may write to {0}, and so decide what runs: chmod o-w {0}"),
-        ("a b", 0o750, "others may not read {0}: chmod -R o+rX '{1}'"),
-        ("a b", 0o757, "others may write to {0}, and so decide what runs: chmod o-w '{0}'"),
-        ("a b/c", 0o754, "others may not read {0}: chmod -R o+rX '{1}'"),
-        ("a b/c/d.py", 0o640, "others may not read {0}: chmod -R o+rX '{1}'"),
-        ("a b/c/d.py", 0o646, "others may write to {0}, and so decide what runs: chmod o-w '{0}'"),
+        (".", 0o750, "others have no access to {0}: chmod o+x {0}"),
+        (".", 0o757, "{0} is world-writable: chmod o-w {0}"),
+        ("a b", 0o750, "{0} is not readable by others: chmod -R o+rX '{1}'"),
+        ("a b", 0o757, "{0} is world-writable: chmod o-w '{0}'"),
+        ("a b/c", 0o754, "{0} is not readable by others: chmod -R o+rX '{1}'"),
+        ("a b/c/d.py", 0o640, "{0} is not readable by others: chmod -R o+rX '{1}'"),
+        ("a b/c/d.py", 0o646, "{0} is world-writable: chmod o-w '{0}'"),
     ],
 )
 def test_what_others_cannot_read_or_can_change_is_found(
@@ -166,7 +166,7 @@ def test_only_root_installs_on_the_machine_itself(
         assert console([command]) == 1
         assert "run this with sudo" in capfd.readouterr().err
         assert console([command, "--dry-run"]) == 0
-        assert "nothing was changed" in capfd.readouterr().out
+        assert "nothing changed" in capfd.readouterr().out
 
 
 @pytest.mark.usefixtures("anywhere")

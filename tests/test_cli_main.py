@@ -79,7 +79,7 @@ def test_an_output_that_cannot_be_written_ends_in_words() -> None:
     """A full disk and a closed stream are told, a reader that went away is not; never a traceback."""
     with open("/dev/full", "w") as full:  # noqa: PTH123  a device, opened as a shell would
         done = run("check", "--config", "/nonexistent", stdout=full)
-    assert (done.returncode, done.stderr) == (1, "mqtts-gateway: cannot go on: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "mqtts-gateway: cannot continue: No space left on device\n")
     done = run("check", "--config", "/nonexistent", stdout=None, preexec_fn=lambda: os.close(1))
     assert (done.returncode, done.stderr) == (1, "mqtts-gateway: standard output is closed\n")
     reader, writer = os.pipe()

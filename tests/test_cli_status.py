@@ -22,6 +22,7 @@ import pytest
 
 from gateway.cli.main import console
 from gateway.config.listen import reachable_at
+from gateway.errors import EndReason
 from gateway.ops.status_words import SCHEMA, unknown_words
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
@@ -75,7 +76,7 @@ def test_it_says_what_the_page_says(
         "ok Certificate (CA) ",
         "days left",
         "device-lost, once: The device closed",
-        "-> Look at the device's power and network",
+        "-> Check the device's power and network",
         "device-17  not connected: device-lost, ",
         "device-16  connected, for ",
     ):
@@ -94,7 +95,7 @@ def test_what_wants_attention_is_status_2(
     connected(gateway, "a").close()
     status, out, _ = ask(gateway=gateway)
     assert status == 2
-    assert out.startswith("Devices are served, but something wants attention\n")
+    assert out.startswith("Devices are served, but something needs attention\n")
     assert re.search(r"!! Certificate \(broker's localhost:\d+\) CN=broker: 7 days left, until \d{4}-", out)
     assert "on the broker" in out
 
@@ -105,9 +106,9 @@ def test_devices_that_cannot_be_served_are_status_3(start: StartGateway, ask: As
     silent(gateway, "device-17")
     status, out, _ = ask(gateway=gateway)
     assert status == 3
-    assert out.startswith("Devices cannot be served: no upstream can be had\n")
-    assert "XX localhost:1, verified as localhost: left alone, tried again in " in out
-    assert "Check the port (8883 is usual for MQTT over TLS)" in " ".join(out.split())
+    assert out.startswith("Devices cannot be served: no broker is available\n")
+    assert "XX localhost:1, verified as localhost: backing off, next attempt in " in out
+    assert EndReason.TCP_REFUSED.remedy in " ".join(out.split())
 
 
 # ---- a device
@@ -124,7 +125,7 @@ def test_why_is_device_17_silent(start: StartGateway, start_broker: StartBroker,
     assert (status, err) == (3, "")
     words = " ".join(out.split())
     assert "device-17: not connected: tls-untrusted-chain" in words
-    assert "The broker's certificate does not lead to a trusted root" in words
+    assert "chain does not end at a trusted root" in words
     assert "What to do: Set tls.ca_file" in words
     assert "It has ended 2 times in the last " in words
     assert "device-170" not in words
@@ -175,7 +176,7 @@ def test_a_device_that_the_broker_does_not_take_from(
 
     eventually(choked, "the broker does not keep up")
     _, out, _ = ask("--device", "device-17", gateway=gateway)
-    assert "It is not read at the moment, since the broker does not take what it sends." in " ".join(out.split())
+    assert "The gateway is not reading from it now, because the broker does not keep up." in " ".join(out.split())
     release.set()
     devices[0].reset()
     gateway.wait_empty()
@@ -186,8 +187,8 @@ def test_a_device_that_was_never_here(start: StartGateway, ask: Ask) -> None:
     gateway = start(upstream=1)
     status, out, _ = ask("--device", "device-17", gateway=gateway)
     assert status == 3
-    assert out.startswith("Nothing is known of device-17\n")
-    assert f"Devices are expected at 127.0.0.1:{gateway.port}." in out
+    assert out.startswith("device-17 is unknown\n")
+    assert f"Devices must connect to 127.0.0.1:{gateway.port}." in out
     assert "the device does not reach this gateway" in out
 
 
@@ -198,7 +199,7 @@ def test_who_was_turned_away_is_found_by_address(start: StartGateway, ask: Ask) 
         device.read_to_end()
     status, out, _ = ask("--device", "127.0.0.1", gateway=gateway)
     assert status == 3
-    assert "at 127.0.0.1: not let in: network-not-allowed" in out
+    assert "at 127.0.0.1: refused: network-not-allowed" in out
     assert "admission.allow" in out
     assert "search for the device's IP address" in ask("--device", "device-17", gateway=gateway)[1]
 
@@ -274,7 +275,7 @@ def test_without_an_endpoint_it_says_how_to_get_one(ask: Ask, tmp_path: Path) ->
     """In one line each, with status 1."""
     for lines, words in (
         ([], 'has no status endpoint: write endpoint = "127.0.0.1:9883" under [status]'),
-        (['[status]\nendpoint = "127.0.0.1:0"'], "only the running gateway knows: name the place with --url"),
+        (['[status]\nendpoint = "127.0.0.1:0"'], "give the address with --url"),
         (['[status]\nendpoint = "9883"'], "status.endpoint: "),
     ):
         status, out, err = ask("--config", config(tmp_path / "c.toml", *lines))
@@ -293,8 +294,8 @@ def test_nobody_there_is_one_line(ask: Ask, tmp_path: Path) -> None:
     for url in (f"http://127.0.0.1:{port}", f"unix:{tmp_path}/nothing"):
         status, out, err = ask("--url", url)
         assert (status, out, err.count("\n")) == (1, "", 1)
-        assert f"{url} cannot be asked: " in err
-        assert "see whether the gateway runs and has [status] endpoint in its configuration" in err
+        assert f"{url} does not answer: " in err
+        assert "check that the gateway runs and has [status] endpoint in its configuration" in err
 
 
 @pytest.fixture
@@ -331,12 +332,12 @@ def http_answer(body: bytes, status: str = "200 OK") -> bytes:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (b"\x00\xffSSH-2.0\r\n", "cannot be asked"),
-        (b"", "cannot be asked"),
-        (http_answer(b"<html>\x1b[2J"), "does not answer as a gateway does: another service listens there"),
+        (b"\x00\xffSSH-2.0\r\n", "does not answer"),
+        (b"", "does not answer"),
+        (http_answer(b"<html>\x1b[2J"), "is not a gateway: another service listens there"),
         (http_answer(b"[]"), "another service listens there"),
         (http_answer(b'{"schema": 99}'), "is a gateway of another version"),
-        (http_answer(b'{"schema": %d, "devices": 5}' % SCHEMA), "something else than a gateway of this version"),
+        (http_answer(b'{"schema": %d, "devices": 5}' % SCHEMA), "does not answer as a gateway of this version"),
         (http_answer(b"\x1b[2Jno", "404 Not Found"), r"answers 404: \x1b[2Jno"),
         (http_answer(b"ask again", "429 Too Many"), "answers 429: ask again"),
     ],
@@ -418,5 +419,5 @@ def test_watching_keeps_it_current(
     devices[0].close()
     terminal.wait_for("device-lost")
     gateway.stop()
-    terminal.wait_for("cannot be asked")
+    terminal.wait_for("does not answer")
     assert terminal.end() == 130

@@ -108,10 +108,10 @@ def test_the_message_arrives_and_the_impostor_learns_nothing(start_demo: Callabl
     for fact in (
         r"broker  amqtt \S+ listens on 127\.0\.0\.1:\d+, TLS only",
         r"verified as DNS:localhost, issuer \S*OU=CA,O=mqtts-gateway demo, TLSv1\.3 TLS_",
-        r"sensor  was told CONNACK 0 \(Success\)",
+        r"sensor  got CONNACK 0 \(Success\)",
         r"subscriber  received 21\.5 on demo/temperature",
         r"session 1 ended: tls-name-mismatch \(the certificate is for DNS:elsewhere\.example",
-        r"sensor  was told CONNACK 3 \(Server unavailable\)",
+        r"sensor  got CONNACK 3 \(Server unavailable\)",
         r"impostor  received 0 bytes of MQTT",
     ):
         assert re.search(fact, shown), f"{fact} is not in:\n{shown}"
@@ -129,12 +129,12 @@ def test_each_sensor_has_an_identity_of_its_own_and_the_spoofer_has_none(
     assert running.wait() == 0, running.output
     shown = running.output
     for fact in (
-        r"broker  listens on 127\.0\.0\.1:\d+ .* it demands ALPN x-amzn-mqtt-ca, the name localhost",
-        r"boiler-1  was told CONNACK 0 \(Success\)",
-        r"broker  boiler-1 proved itself by the certificate CN=boiler-1, and published on plant/boiler-1/temperature",
-        r"broker  boiler-2 proved itself by the certificate CN=boiler-2, and published on plant/boiler-2/temperature",
+        r"broker  listens on 127\.0\.0\.1:\d+ .* it requires ALPN x-amzn-mqtt-ca, the name localhost",
+        r"boiler-1  got CONNACK 0 \(Success\)",
+        r"broker  boiler-1 authenticated with the certificate CN=boiler-1, and published on plant/boiler-1/temperature",
+        r"broker  boiler-2 authenticated with the certificate CN=boiler-2, and published on plant/boiler-2/temperature",
         r"session 3 ended: spoofed \(rule boiler-1: bound to 127\.0\.0\.1/32\)",
-        r"spoofer  connected from 127\.0\.0\.66 as boiler-1, and was told CONNACK 5 \(Not authorized\)",
+        r"spoofer  connected from 127\.0\.0\.66 as boiler-1, and got CONNACK 5 \(Not authorized\)",
     ):
         assert re.search(fact, shown), f"{fact} is not in:\n{shown}"
     assert "Traceback" not in shown
@@ -165,7 +165,7 @@ def test_it_serves_until_it_is_told_to_stop(start_demo: Callable[..., RunningDem
         device.send(connect(client_identifier="mine"))
         assert device.read(4) == b"\x20\x02\x00\x00"
         running.wait_for(r'("mine") from 127\.0\.0\.1')
-        status_page = running.wait_for(r"gateway  shows how it is on (http://\S+/)")
+        status_page = running.wait_for(r"gateway  status page: (http://\S+/)")
         with urlopen(status_page, timeout=20) as page:  # noqa: S310  it is http
             assert b">mine</b>" in page.read()
         assert running.private_keys() == []

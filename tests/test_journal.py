@@ -197,7 +197,7 @@ def test_a_storm_is_a_handful_of_lines_and_a_summary(
     (summary,) = events[FULL_RECORDS + 1 :]
     assert (summary["event"], summary["count"], summary["reason"]) == ("records-withheld", 995, "tcp-refused")
     assert (
-        f"995 more sessions did not stand in the last 60 s: tcp-refused. {EndReason.TCP_REFUSED.meaning}"
+        f"995 more sessions failed before CONNACK in the last 60 s: tcp-refused. {EndReason.TCP_REFUSED.meaning}"
         in lines(events)[-1]
     )
 
@@ -225,7 +225,7 @@ def test_a_storm_at_the_door_is_a_handful_of_lines_too(
     for number in range(1000):
         journal.refused(EndReason.NETWORK_NOT_ALLOWED, f"8.8.8.8:{number}")
     assert len(events) == FULL_RECORDS
-    assert lines(events)[0].startswith("8.8.8.8:0 not let in: network-not-allowed. Add its network")
+    assert lines(events)[0].startswith("connection from 8.8.8.8:0 refused: network-not-allowed. ")
     clock.advance(WINDOW)
     journal.sweep()
     assert events[-1]["count"] == 995
@@ -235,7 +235,7 @@ def test_what_was_wrong_with_a_connection_is_told(journal: Journal, events: list
     """Where more is known than the reason."""
     journal.refused(EndReason.NO_PROXY_HEADER, "10.0.0.5:40112", "its line does not end with CRLF")
     assert lines(events) == [
-        "10.0.0.5:40112 not let in: no-proxy-header (its line does not end with CRLF). "
+        "connection from 10.0.0.5:40112 refused: no-proxy-header (its line does not end with CRLF). "
         + EndReason.NO_PROXY_HEADER.remedy
     ]
     assert events[0]["detail"] == "its line does not end with CRLF"
@@ -259,7 +259,7 @@ def test_of_a_storm_of_standing_sessions_a_hundred_are_recorded_and_the_rest_cou
     assert len(events) == FULL_RECORDS_OF_STANDING
     journal.flush()
     assert events[-1]["count"] == 1000 - FULL_RECORDS_OF_STANDING
-    assert "standing sessions ended" in events[-1]["what"]
+    assert "established sessions ended" in events[-1]["what"]
 
 
 def test_sessions_that_their_devices_end_are_always_recorded(journal: Journal, events: list[dict[str, Any]]) -> None:
@@ -295,7 +295,7 @@ def test_a_broker_that_was_passed_over_is_told_once_a_minute_or_so(
         journal.passed_over("first.example:8883", failure)
     assert len(events) == FULL_RECORDS
     assert lines(events)[0].startswith(
-        r"upstream first.example:8883 passed over: tls-expired (the broker's certificate: expired\n). Renew"
+        r"upstream first.example:8883 failed, another broker was used: tls-expired (the broker's certificate: "
     )
     journal.flush()
     assert events[-1]["count"] == 50 - FULL_RECORDS
@@ -429,13 +429,13 @@ def test_the_lines_that_the_document_shows(journal: Journal, clock: Clock, event
     """docs/endings.md has each kind of line as it is written."""
     failure = UpstreamFailure(EndReason.TLS_EXPIRED, "the broker's certificate: expired (OpenSSL error 10)")
     kinds = {
-        "stood": lambda: journal.session_ended(attrs.evolve(RECORD, via="")),
-        "did not stand": lambda: journal.session_ended(
+        "established": lambda: journal.session_ended(attrs.evolve(RECORD, via="")),
+        "failed": lambda: journal.session_ended(
             unfinished(EndReason.TLS_EXPIRED, via="", detail=failure.detail, upstream_address="")
         ),
-        "not let in": lambda: journal.refused(EndReason.NETWORK_NOT_ALLOWED, "203.0.113.9:51200"),
-        "passed over": lambda: journal.passed_over("broker-1.example:8883", failure),
-        "left alone": lambda: journal.left_alone("broker-1.example:8883", failure, 12.5),
+        "refused": lambda: journal.refused(EndReason.NETWORK_NOT_ALLOWED, "203.0.113.9:51200"),
+        "failover": lambda: journal.passed_over("broker-1.example:8883", failure),
+        "back-off": lambda: journal.left_alone("broker-1.example:8883", failure, 12.5),
     }
     expected = {}
     for kind, write in kinds.items():
@@ -455,12 +455,10 @@ def test_a_broker_that_is_left_alone_is_told_of_with_the_remedy(journal: Journal
     journal.left_alone("first.example:8883", UpstreamFailure(EndReason.TLS_EXPIRED, "certificate\n\x1b[2J"), 0.75)
     journal.serves_again("first.example:8883")
     left, again = lines(events)
-    assert left.startswith(
-        "upstream first.example:8883 is left alone for 0.8 s, and longer if it fails again: tls-expired"
-    )
+    assert left.startswith("upstream first.example:8883 failed; next attempt in 0.8 s, backing off: tls-expired")
     assert r"(certificate\n\x1b[2J)" in left
     assert left.endswith(EndReason.TLS_EXPIRED.remedy)
-    assert again == "upstream first.example:8883 serves again"
+    assert again == "upstream first.example:8883 is available again"
 
 
 def test_a_broker_that_comes_and_goes_does_not_fill_the_disk(journal: Journal, events: list[dict[str, Any]]) -> None:
@@ -471,4 +469,4 @@ def test_a_broker_that_comes_and_goes_does_not_fill_the_disk(journal: Journal, e
     assert len(events) == 2 * FULL_RECORDS
     journal.flush()
     assert events[-1]["count"] == 1000 - FULL_RECORDS
-    assert "times first.example:8883 was left alone" in events[-1]["what"]
+    assert "back-offs from first.example:8883" in events[-1]["what"]

@@ -65,7 +65,7 @@ def test_everything_is_passed_on() -> None:
     told = [event["event"] for event in sessions.events]
     assert told[:4] == ["session-start", "session-end", "connection-refused", "upstream-passed-over"]
     assert told[-1] == "records-withheld"
-    assert any("a:1" in str(event) and "left alone" in event["log_format"] for event in sessions.events)
+    assert any("a:1" in str(event) and "backing off" in event["log_format"] for event in sessions.events)
 
 
 def test_what_is_relayed_is_counted_once() -> None:

@@ -106,15 +106,15 @@ def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width
         tab.open(plant.url)
         text = tab.text
         for essential in (
-            "Devices are served, but something wants attention",
+            "Devices are served, but something needs attention",
             "verified as localhost",
-            "left alone, tried again in",
+            "backing off, next attempt in",
             "tls-untrusted-chain",
             "Set tls.ca_file to the CA that issued it",
             "days left",
             "not connected: malformed-packet",
             "Update the device's firmware",
-            "connecting: no CONNECT has come yet",
+            "connecting: waiting for CONNECT",
             "hall 3",
         ):
             assert essential in text
@@ -137,7 +137,7 @@ def test_why_a_device_is_silent_is_found_without_javascript(browser: Browser, pl
         assert tab.evaluate("location.search") == "?q=DEVICE-17"
         assert tab.evaluate("document.getElementById('q').value") == "DEVICE-17"
         found = tab.evaluate("document.getElementById('devices').innerText")
-        for words in ("1 device with", "not connected: device-lost", "What to do: Look at the device's power"):
+        for words in ("1 device with", "not connected: device-lost", "What to do: Check the device's power"):
             assert words in found
         # Nothing but the verdict and the search stands before it.
         assert tab.evaluate("document.getElementById('devices').previousElementSibling.tagName") == "FORM"
@@ -149,7 +149,7 @@ def test_a_device_that_was_never_here_is_said_to_be_so(browser: Browser, plant: 
         tab.open(f"{plant.url}?q=nobody")
         found = tab.evaluate("document.getElementById('devices').innerText")
         assert "0 devices with" in found
-        assert "the device does not reach this gateway" in found
+        assert "The device does not reach this gateway" in found
         assert f"127.0.0.1:{plant.gateway.port}" in found
 
 

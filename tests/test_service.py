@@ -261,7 +261,7 @@ def test_install_again_changes_nothing(plant: Plant, box: Box) -> None:
     before = box.read(CONFIG)
     said = box.do(PROGRAM, "install", "--upstream", "other.example").splitlines()
     assert [line for line in said if line.startswith(("write", "make", "replace", "close"))] == []
-    assert f"keep {CONFIG}, which is there already" in said
+    assert f"keep {CONFIG}, which already exists" in said
     assert box.read(CONFIG) == before
 
 
@@ -530,7 +530,7 @@ def test_uninstall_takes_the_service_away_and_keeps_the_configuration(plant: Pla
     box.do("systemctl", "enable", units[2])
     told = box.do(PROGRAM, "uninstall", "--dry-run")
     assert box.property(UNIT, "ActiveState") == "active"
-    assert "nothing was changed" in told
+    assert "nothing changed" in told
     done = box.do(PROGRAM, "uninstall")
     assert f"rm -r {SETTINGS}" in done
     assert box.property(UNIT, "LoadState") == "not-found"

@@ -258,7 +258,7 @@ def test_readiness_follows_the_upstreams(start: StartGateway) -> None:
     answer = ask(gateway, "/readyz")
     assert (answer.status, answer.text) == (
         503,
-        "no upstream can be had: localhost:1 is left alone (tcp-refused)\n",
+        "no broker is available: localhost:1 is backing off (tcp-refused)\n",
     )
     assert ask(gateway, "/healthz").status == 200
     gateway.wait_empty()
@@ -776,5 +776,5 @@ def test_the_brokers_certificate_is_warned_of_after_it_was_seen(
     certificates = {each["role"]: each for each in ask(gateway).json["certificates"]}
     assert (certificates["broker"]["state"], certificates["ca"]["state"]) == ("ends soon", "valid")
     page = ask(gateway, "/").text
-    assert "something wants attention" in page
+    assert "something needs attention" in page
     assert f"{warning['days_left']} days left" in page

@@ -1,6 +1,6 @@
-"""Certificates put into words.
+"""Certificates in words.
 
-In: parsed certificates, the time.  Out: names that are safe to show, and how long they are good for.
+In: parsed certificates, the time.  Out: names that are safe to show, and remaining validity.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from gateway.cli.report import Status
 from gateway.text import printable
 from gateway.tls.alt_names import subject_alt_names
 
-# Renewal should have happened by now: less than 30 days are left, and less than a third of the certificate's life,
-# since those that live for a week are renewed every few days.
+# Renewal is due: less than 30 days are left, and less than a third of the lifetime (certificates that are valid for a
+# week are renewed every few days).
 _SOON = timedelta(days=30)
 _LATE_PART = 3
 
 
 def subject(certificate: x509.Certificate) -> str:
-    """Return who a certificate is for."""
+    """Return the subject of a certificate."""
     return printable(certificate.subject.rfc4514_string()) or "an empty subject"
 
 
 def issuer(certificate: x509.Certificate) -> str:
-    """Return who says so."""
+    """Return the issuer of a certificate."""
     return printable(certificate.issuer.rfc4514_string()) or "an empty issuer"
 
 
 def now() -> datetime:
-    """Return the time by which certificates are judged."""
+    """Return the time that certificates are checked against."""
     return datetime.now(UTC)
 
 
 def expiry(certificate: x509.Certificate) -> tuple[Status, str]:
-    """Return whether a certificate is good for some time to come, and the days that it has left, in words."""
+    """Return whether a certificate needs renewal, and its remaining days in words."""
     time, start, end = now(), certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if time > end:
         return Status.FAIL, f"expired on {end:%Y-%m-%d %H:%M} UTC"
@@ -49,12 +49,12 @@ def expiry(certificate: x509.Certificate) -> tuple[Status, str]:
 
 
 def first_to_expire(certificates: Sequence[x509.Certificate]) -> x509.Certificate:
-    """Return the certificate that expires, or has expired, before the others."""
+    """Return the certificate that expires first."""
     return min(certificates, key=lambda certificate: certificate.not_valid_after_utc)
 
 
 def is_ca(certificate: x509.Certificate) -> bool:
-    """Say whether a certificate may issue others (RFC 5280 §4.2.1.9)."""
+    """Return whether a certificate may issue others (RFC 5280 §4.2.1.9)."""
     try:
         return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     except x509.ExtensionNotFound:
@@ -62,7 +62,7 @@ def is_ca(certificate: x509.Certificate) -> bool:
 
 
 def as_facts(certificate: x509.Certificate) -> dict[str, Any]:
-    """Return the particulars of a certificate as JSON knows them; times are ISO 8601."""
+    """Return the facts of a certificate as JSON values; times are ISO 8601."""
     return {
         "subject": subject(certificate),
         "names": [printable(name) for name in subject_alt_names(certificate)],

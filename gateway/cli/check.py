@@ -1,7 +1,7 @@
-"""`mqtts-gateway check`: the way of a session, step by step, with what to do about each that fails.
+"""`mqtts-gateway check`: open a session step by step, with a remedy for each step that fails.
 
 In: the flags of `twistd mqtts-gateway`.  Out: a report on stdout, and the exit status: 0, 1 if a step failed, 2 for
-warnings under --strict.  With --files it is short and touches no network: what a service asks before it reloads.
+warnings under --strict.  With --files it does not use the network; the service runs it before a reload.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ from gateway.tls.trust import TLSPolicy
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of `check`."""
-    gateway = parser.add_argument_group("the gateway, as `twistd mqtts-gateway` takes it")
+    gateway = parser.add_argument_group("the gateway (the options of `twistd mqtts-gateway`)")
     for flag in FLAGS:
         text = flag.help.replace("%", "%%")
         gateway.add_argument(flag.option, dest=flag.name, action="append", metavar=flag.value, help=text)
-    login = parser.add_argument_group("the session that is tried")
-    login.add_argument("--client-id", metavar="ID", help="its Client Identifier (default: one of its own)")
-    login.add_argument("--device", metavar="ID", help="take on this device's identity, by its rule")
+    login = parser.add_argument_group("the test session")
+    login.add_argument("--client-id", metavar="ID", help="its Client Identifier (default: a random one)")
+    login.add_argument("--device", metavar="ID", help="use this device's identity, as its rule says")
     login.add_argument(
-        "--from", dest="address", metavar="ADDRESS", help="where --device connects from (default: by its rule)"
+        "--from", dest="address", metavar="ADDRESS", help="the address --device connects from (default: from its rule)"
     )
     login.add_argument("--listener", default="", metavar="NAME", help="the listener that --device connects to")
     login.add_argument("--username", metavar="NAME", help="its user name (default: none)")
     login.add_argument("--password-file", metavar="FILE", help="the file with its password (default: none)")
     output = parser.add_argument_group("the report")
-    output.add_argument("--files", action="store_true", help="look at the configuration and its files, at nothing else")
-    output.add_argument("--offline", action="store_true", help="leave out all that needs the broker")
+    output.add_argument("--files", action="store_true", help="check the configuration and its files only")
+    output.add_argument("--offline", action="store_true", help="skip the steps that need the broker")
     output.add_argument("--quiet", action="store_true", help="show warnings and failures only")
-    output.add_argument("--json", action="store_true", help="one JSON document in place of lines")
+    output.add_argument("--json", action="store_true", help="print one JSON document instead of lines")
     output.add_argument("--strict", action="store_true", help="exit with status 2 if there are warnings")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, and report; return the exit status."""
+    """Check and report; return the exit status."""
     try:
         login = make_login(_identifier(arguments), arguments.username, arguments.password_file)
         worn = None if arguments.device is None else _Worn(login, _address(arguments.address), arguments.listener)
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
     given = {flag.name: getattr(arguments, flag.name) or [] for flag in FLAGS}
     view = TextView(sys.stdout, quiet=arguments.quiet)
     report = Report((lambda _: None) if arguments.json else view.show)
-    from twisted.internet import reactor  # not at the top: it is chosen and installed by the first import
+    from twisted.internet import reactor  # imported late: the first import installs the reactor
 
     if arguments.files:
         examine_files(given, report)
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @frozen
 class _Worn:
-    """What the device sends, and where it is said to connect from, whose identity is taken on."""
+    """The device whose identity is used: its CONNECT, its address and its listener."""
 
     login: Login
     address: str
@@ -97,32 +97,32 @@ class _Worn:
 
 
 def _identifier(arguments: argparse.Namespace) -> str | None:
-    """Return the Client Identifier that was chosen.  Raises `ValueError`."""
+    """Return the chosen Client Identifier.  Raises `ValueError`."""
     chosen: str | None = arguments.client_id
     device: str | None = arguments.device
     if device is None:
         if arguments.address is not None or arguments.listener:
-            raise ValueError("--from and --listener go with --device")
+            raise ValueError("--from and --listener require --device")
         return chosen
     if chosen is not None:
-        raise ValueError("--client-id: --device gives it already")
+        raise ValueError("--client-id cannot be used with --device")
     return device
 
 
 def _address(text: str | None) -> str:
-    """Return an IP address as given, empty if none is.  Raises `ValueError`."""
+    """Return the given IP address, or an empty string.  Raises `ValueError`."""
     if text is not None:
         try:
             ip_address(text)
         except ValueError:
-            raise ValueError(f"--from: {text} is no IP address") from None
+            raise ValueError(f"--from: {text} is not an IP address") from None
     return text or ""
 
 
 def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None]) -> None:
     """Run a coroutine to its end.  Raises what it raises, and `KeyboardInterrupt` if the reactor was stopped before.
 
-    As `twisted.internet.task.react`, which however takes an interruption for success.
+    Like `twisted.internet.task.react`, which however treats an interruption as success.
     """
     results: list[object] = []
 
@@ -133,7 +133,7 @@ def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None])
         task.addBoth(lambda _: stop())
 
     def stop() -> None:
-        with contextlib.suppress(ReactorNotRunning):  # that is what it says while it stops, too
+        with contextlib.suppress(ReactorNotRunning):  # raised while it is stopping, too
             reactor.stop()
 
     reactor.callWhenRunning(begin)
@@ -146,7 +146,7 @@ def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None])
 
 
 def examine_files(given: dict[str, list[str]], report: Report) -> tuple[Config | None, TLSPolicy | None]:
-    """Take the steps that decide whether a gateway can be made of this; return what sessions use, if it can."""
+    """Check whether a gateway can start with this; return what sessions use, if so."""
     try:
         config = config_from(given)
     except ConfigError as error:
@@ -163,7 +163,7 @@ def examine_files(given: dict[str, list[str]], report: Report) -> tuple[Config |
 async def examine(
     reactor: Any, given: dict[str, list[str]], login: Login | None, report: Report, worn: _Worn | None = None
 ) -> None:
-    """Take all steps; without `login` those that need no broker, with `worn` as the device that is named in it."""
+    """Run all steps; without `login` only those that need no broker; with `worn`, as that device."""
     config, policy = examine_files(given, report)
     if config is None:
         _skip(["listen"], "the configuration cannot be used", report)
@@ -186,7 +186,7 @@ async def examine(
             return
         if worn is not None and guise is None:
             for upstream in config.upstream:
-                _skip(upstream_steps(config.tls), "the gateway itself refuses it", report, upstream.address)
+                _skip(upstream_steps(config.tls), "the gateway refuses this device", report, upstream.address)
             return
         tls, shown = config.tls, policy
         if guise is not None and guise.device is not None and guise.policy is not None:
@@ -206,7 +206,7 @@ async def examine(
 
 
 def _led_to(config: Config, guise: Guise | None) -> list[Upstream]:
-    """Return the upstreams to try: all, or those that a device is led to."""
+    """Return the upstreams to try: all, or those of a device."""
     if guise is None:
         return list(config.upstream)
     names = guise.device.upstream if guise.device is not None else ()
@@ -216,7 +216,7 @@ def _led_to(config: Config, guise: Guise | None) -> list[Upstream]:
 
 
 def _files(config: Config, report: Report) -> TLSPolicy | None:
-    """Look at the files, and make of them what sessions use: `None` if that cannot be made."""
+    """Check the files, and load what sessions use; `None` if that fails."""
     failed = False
     for step in file_steps(config.tls):
         report.add(step)
@@ -231,20 +231,20 @@ def _files(config: Config, report: Report) -> TLSPolicy | None:
 
 
 async def _listen(reactor: Any, listener: Listener, name: str = "listen", otherwise: Status = Status.FAIL) -> Step:
-    """Say whether an endpoint can be opened; `otherwise` is how bad it is if not."""
+    """Check whether an endpoint can be opened; `otherwise` is the status if not."""
     endpoint = listener.endpoint
     if endpoint.startswith("systemd:"):
-        return Step(name, Status.SKIP, f"{endpoint}: systemd opens it and passes it on to the service")
+        return Step(name, Status.SKIP, f"{endpoint}: systemd opens it and passes it to the service")
     try:
         port = listen(reactor, listener, Factory())
     except ListenFailed as error:
         message = f"{endpoint}: {error.cause}"
         if error.in_use:
-            remedy = f"If that is the gateway itself, all is well; otherwise {error.remedy}."
+            remedy = f"If the running gateway uses it, ignore this; otherwise {error.remedy}."
             return Step(name, Status.WARN, message, remedy)
         return Step(name, otherwise, message, error.remedy)
     await maybeDeferred(port.stopListening)
-    return Step(name, Status.PASS, f"{endpoint} can be listened on")
+    return Step(name, Status.PASS, f"{endpoint} can be opened")
 
 
 def _clock() -> Step:
@@ -252,8 +252,8 @@ def _clock() -> Step:
     message = f"{time:%Y-%m-%d %H:%M} UTC"
     if time >= MADE:
         return Step("clock", Status.PASS, message)
-    remedy = "Set it, by NTP for instance: certificates are judged by it."
-    return Step("clock", Status.FAIL, f"{message} is before this version was made", remedy)
+    remedy = "Set the clock, for example by NTP: certificate dates are checked against it."
+    return Step("clock", Status.FAIL, f"{message} is earlier than this version's release date", remedy)
 
 
 def _skip(names: list[str], why: str, report: Report, upstream: str = "") -> None:

@@ -1,7 +1,7 @@
-"""`mqtts-gateway demo`: the whole way from a plain-MQTT sensor to a TLS broker, on this machine alone.
+"""`mqtts-gateway demo`: from a plain-MQTT sensor to a TLS broker, on this machine alone.
 
-In: the command line.  Out: an exit status; what is shown is in `gateway.cli.demo_show` and
-`gateway.cli.demo_identities`, which need the extra `demo`.
+In: the command line.  Out: an exit status.  The demos are in `gateway.cli.demo_show` and `gateway.cli.demo_identities`,
+which need the extra `demo`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         choices=("plain", "aws-like"),
         default="plain",
-        help="aws-like: a broker that wants a certificate of each device (default: plain)",
+        help="aws-like: a broker that requires a certificate per device (default: plain)",
     )
-    parser.add_argument("--once", action="store_true", help="end when all has been shown, without waiting for clients")
+    parser.add_argument("--once", action="store_true", help="exit after the demo, without waiting for clients")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo to its end; return 0 if it went well or was ended by the user after it had, otherwise 1."""
+    """Run the demo; return 0 if it succeeded, otherwise 1."""
     for name, package in _EXTRA.items():
         try:
             import_module(name)
         except ImportError:
             print(f"mqtts-gateway demo: {package} is missing: {_INSTALL}", file=sys.stderr)
             return 1
-    # Not at the top: these modules need the extra, and other subcommands need neither them nor a reactor.
+    # Imported late: these modules need the extra, and a reactor.
     from twisted.internet import reactor
 
     from gateway.cli.demo_identities import IdentitiesShow
@@ -52,5 +52,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: use 0 to 65535, 0 for a free one")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: use 0 to 65535, 0 for a free one")
     return int(text)

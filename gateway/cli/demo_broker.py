@@ -1,9 +1,9 @@
-"""The demo's broker: amqtt behind TLS on loopback, in a process of its own since it runs on asyncio.
+"""The demo's broker: amqtt with TLS on loopback, in a separate process because it uses asyncio.
 
-In: the paths of a certificate chain and its key (PEM), as arguments; the end of standard input means stop.
-Out: `ready PORT` on standard output; complaints on standard error.
+In: the paths of a certificate chain and its key (PEM), as arguments; it stops at the end of standard input.
+Out: `ready PORT` on standard output; errors on standard error.
 
-It lives no longer than whoever holds its standard input, however that one ends.
+It ends with its parent process, however that one ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ async def serve(chain: str, key: str) -> None:
     """Serve MQTT 3.1.1 over TLS on a free port of 127.0.0.1 until standard input ends."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(chain, key)
-    # "external": the listener below is ours. amqtt's own could take port 0, but not tell which one it got.
+    # "external": the listener below.  amqtt's own cannot tell which port it got for port 0.
     broker = Broker(
         {
             "listeners": {_LISTENER: {"type": "external"}},
@@ -43,7 +43,7 @@ async def serve(chain: str, key: str) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches every process of the terminal; the demo ends this one when its sessions are closed.
+    # Ctrl-C reaches all processes of the terminal; the demo stops this one after its sessions have closed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.WARNING)
     asyncio.run(serve(*sys.argv[1:]))

@@ -1,10 +1,10 @@
-"""A broker as strict as the clouds', on loopback, for the demo and the tests; in a process of its own.
+"""A broker on loopback that is as strict as cloud brokers, for the demo and the tests, in a separate process.
 
-In: `Rules` as JSON, the only argument; the end of standard input means stop.
-Out: `ready PORT`, then one JSON object a line for each connection that got its CONNACK and for each that was ended.
+In: `Rules` as JSON, the only argument; it stops at the end of standard input.
+Out: `ready PORT`, then one JSON object per line for each connection that got CONNACK and each that was ended.
 
-It shares no code with the gateway, so that a mistake in one of them is not a mistake in both.  It is a broker only as
-far as a sensor needs one: MQTT 3.1.1 and 5.0, QoS 0 and 1, subscriptions for as long as the connection lives.
+It shares no code with the gateway, so that they do not share bugs.  It implements what a sensor needs: MQTT 3.1.1 and
+5.0, QoS 0 and 1, subscriptions for the life of the connection.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _UNSUBSCRIBE, _UNSUBACK, _PINGREQ, _PINGRESP, _DISCONNECT = 10, 11, 12, 13, 14
 
 @dataclass
 class Rules:
-    """What a connection must keep to.
+    """The requirements on a connection.
 
     `cert`, `key`: the broker's own (PEM).  `client_ca`: the CA of the devices' certificates; "" asks for none.
-    `alpn`, `sni`: what the client must offer and name; "" for anything.  `bound`: the Client Identifier must be the
+    `alpn`, `sni`: what the client must offer; "" for anything.  `bound`: the Client Identifier must be the
     common name of the certificate.  `keep_alive`: the range in seconds, both ends included.  `quiet`: seconds before
     CONNACK in which nothing may follow CONNECT.  `hub`, `keys`: with `keys` (Client Identifier: base64), username and
     password must be those of Azure IoT Hub.  `credentials`: username: password.
@@ -58,7 +58,7 @@ class Ended(Exception):
 
 @dataclass
 class _Device:
-    """A connection that was let in."""
+    """An accepted connection."""
 
     client_identifier: str
     is_5: bool
@@ -71,7 +71,7 @@ class _Device:
 
 
 class CloudBroker:
-    """Holds connections to `rules`."""
+    """A broker that enforces `rules`."""
 
     def __init__(self, rules: Rules) -> None:
         self._rules = rules
@@ -102,7 +102,7 @@ class CloudBroker:
         except (asyncio.IncompleteReadError, OSError):
             _tell("left", **facts)
         except asyncio.CancelledError:
-            # The broker stops: nobody is waited for.
+            # The broker is stopping: do not wait.
             writer.transport.abort()
         finally:
             device = self._devices.get(facts.get("client_identifier", ""))
@@ -123,7 +123,7 @@ class CloudBroker:
         device = await self._admit(reader, writer, facts)
         before = self._devices.pop(device.client_identifier, None)
         if before is not None:
-            before.writer.transport.abort()  # as clouds do it: the newcomer wins
+            before.writer.transport.abort()  # as cloud brokers do: the new connection wins
         self._devices[device.client_identifier] = device
         _tell("connected", **facts)
         while True:
@@ -242,7 +242,7 @@ class CloudBroker:
 
 
 def _judge_sas(token: str, resource: str, key: str) -> None:
-    """Judge a shared access signature as Microsoft's documentation of IoT Hub describes it."""
+    """Check a shared access signature as Microsoft's documentation of IoT Hub describes it."""
     kind, _, fields = token.partition(" ")
     values = {name: value[0] for name, value in parse_qs(fields).items()}
     if kind != "SharedAccessSignature" or not {"sr", "sig", "se"} <= set(values):
@@ -322,6 +322,6 @@ async def _main(rules: Rules) -> None:
 
 
 if __name__ == "__main__":
-    # Ctrl-C reaches every process of the terminal; whoever started this one ends it.
+    # Ctrl-C reaches all processes of the terminal; the parent stops this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(_main(Rules(**json.loads(sys.argv[1]))))

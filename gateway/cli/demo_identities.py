@@ -1,10 +1,9 @@
-"""What the demo shows with `--profile aws-like`: plain sensors that have certificates of their own in the cloud.
+"""The demo with `--profile aws-like`: plain sensors with certificates of their own at a cloud-like broker.
 
 In: a reactor, the port to listen on.  Out: lines on standard output, an exit status.
 
-The broker demands what AWS IoT Core does: ALPN, the server's name, a certificate for each device whose common name is
-the Client Identifier.  Two sensors get there, which know nothing of it; a third, which only claims to be one of them,
-does not.
+The broker requires what AWS IoT Core requires: ALPN, SNI, and a certificate per device whose common name is the Client
+Identifier.  Two sensors that know nothing of this are served; a third one, which claims to be one of them, is not.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from gateway.tls.trust import read_private_key
 BROKER_NAME = "localhost"
 ALPN = "x-amzn-mqtt-ca"
 SENSORS = ("boiler-1", "boiler-2")
-# Loopback has sixteen million addresses; Linux lets any of them be used.
+# Linux accepts any address of 127.0.0.0/8.
 SPOOFER = "127.0.0.66"
 DAYS = 7
 
@@ -40,9 +39,9 @@ class IdentitiesShow(Stage):
     """One run of the demo."""
 
     async def steps(self, stack: AsyncExitStack) -> None:
-        """Show two sensors that pass, each under its own certificate, and a spoofer that does not."""
+        """Show two sensors that are accepted, each with its own certificate, and a spoofer that is refused."""
         say = self.say
-        say("demo", "two plain-MQTT sensors reach a broker that wants a certificate of each; all of it on this machine")
+        say("demo", "two plain-MQTT sensors reach a broker that requires a certificate of each, all on this machine")
         directory, ca, ca_file = self.make_ca(stack)
         self._write_rules(directory, ca)
 
@@ -53,8 +52,8 @@ class IdentitiesShow(Stage):
         )
         say(
             "broker",
-            f"listens on {LOOPBACK}:{broker.port} (process {broker.pid}); it demands ALPN {ALPN}, the name "
-            f"{BROKER_NAME} and, of each device, a certificate whose common name is the Client Identifier",
+            f"listens on {LOOPBACK}:{broker.port} (process {broker.pid}); it requires ALPN {ALPN}, the name "
+            f"{BROKER_NAME} and, from each device, a certificate whose common name is the Client Identifier",
         )
         port, journal = self.start_gateway(
             stack,
@@ -73,36 +72,36 @@ class IdentitiesShow(Stage):
         record = await self.within(PATIENCE, journal.ended, "the spoofer's session ended")
         say(
             "spoofer",
-            f"connected from {SPOOFER} as {SENSORS[0]}, and was told {shown(code)}; the broker saw nothing of it",
+            f"connected from {SPOOFER} as {SENSORS[0]}, and got {shown(code)}; the broker received nothing",
         )
         if record.reason is not EndReason.SPOOFED or not code.is_failure or told.pending:
-            raise DemoFailed("the spoofer should have been refused before anybody was dialled")
+            raise DemoFailed("the spoofer should have been refused before the broker was dialled")
         self._all_shown = True
         if not self._once:
-            say("demo", f"the sensors stay; connect as another to {LOOPBACK}:{port} and see; Ctrl-C ends the demo")
-            await Deferred()  # until somebody ends it
+            say("demo", f"the sensors stay connected; try another client on {LOOPBACK}:{port}; Ctrl-C ends the demo")
+            await Deferred()  # until interrupted
 
     async def _show_sensor(
         self, stack: AsyncExitStack, name: str, port: int, told: DeferredQueue[dict[str, Any]]
     ) -> None:
         sensor = await self.connect(stack, name, port)
         code: ReasonCode = await self.next(sensor, "CONNACK")
-        self.say(name, f"was told {shown(code)}: the broker's own answer, to a client that speaks no TLS")
+        self.say(name, f"got {shown(code)}: the broker's own answer, to a client without TLS")
         if code.is_failure:
-            raise DemoFailed(f"{name} was not let in, see above")
+            raise DemoFailed(f"{name} was refused, see above")
         topic = f"plant/{name}/temperature"
         sensor.paho.publish(topic, "21.5", qos=1)
         await self.next(sensor, "PUBACK")
-        connected, published = [await self.within(PATIENCE, told.get(), "the broker tells of it") for _ in range(2)]
+        connected, published = [await self.within(PATIENCE, told.get(), "the broker reports it") for _ in range(2)]
         proof, seen = printable(connected["certificate"]), printable(published.get("topic", "nothing"))
         who = printable(connected["client_identifier"])
-        self.say("broker", f"{who} proved itself by the certificate CN={proof}, and published on {seen}")
+        self.say("broker", f"{who} authenticated with the certificate CN={proof}, and published on {seen}")
         if (connected["certificate"], published.get("client_identifier"), published.get("topic")) != (
             name,
             name,
             topic,
         ):
-            raise DemoFailed(f"{name} should have been there under its own certificate")
+            raise DemoFailed(f"{name} should have used its own certificate")
 
     def _write_rules(self, directory: Path, ca: trustme.CA) -> None:
         """Write a rule, a key and a certificate for each sensor, as `mqtts-gateway device add` does."""
@@ -122,7 +121,7 @@ class IdentitiesShow(Stage):
             table = {"client_cert": files.certificate.name, "client_key": files.key.name, "bound_to": [LOOPBACK]}
             files.rule.write_text(rule_text(name, table))
         self.say(
-            "certificate", f"a CA, and a certificate and a rule for {' and '.join(SENSORS)}, are made in {directory}"
+            "certificate", f"created a CA, and a certificate and a rule for {' and '.join(SENSORS)}, in {directory}"
         )
 
     def _broker_rules(self, directory: Path, ca: trustme.CA, ca_file: Path) -> Rules:

@@ -1,9 +1,9 @@
-"""What the demo shows: a sensor's message arrives by way of a verified channel, and nothing leaves without one.
+"""The demo: a sensor's message arrives through a verified channel, and nothing is sent without one.
 
 In: a reactor, the port to listen on.  Out: lines on standard output, an exit status.
 
-The steps stand in `Show.steps`, in the order in which they are seen.  No private key is on disk once the broker has
-read its own, so that none is left behind even by SIGKILL.
+The steps are in `Show.steps`, in order.  No private key stays on disk after the broker has read its own, so none is
+left behind even by SIGKILL.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gateway.cli.demo_stage import (
 )
 from gateway.errors import EndReason
 
-# The first is what the gateway verifies; the address lets other clients verify the broker where they dial it.
+# The gateway verifies the first; the address is for other clients, which dial it.
 BROKER_NAMES = ("localhost", LOOPBACK)
 OTHER_NAME = "elsewhere.example"
 TOPIC, PAYLOAD = "demo/temperature", "21.5"
@@ -47,18 +47,18 @@ class Show(Stage):
     """One run of the demo."""
 
     async def steps(self, stack: AsyncExitStack) -> None:
-        """Show a message that arrives, and one that does not leave."""
+        """Show a message that arrives, and one that is not sent."""
         say = self.say
-        say("demo", "a plain-MQTT sensor reaches a TLS broker through the gateway; all of it on this machine")
+        say("demo", "a plain-MQTT sensor reaches a TLS broker through the gateway, all on this machine")
 
         directory, ca, ca_file = self.make_ca(stack)
-        say("certificate", f"a CA and a certificate for {' and '.join(BROKER_NAMES)} are made in {directory}")
+        say("certificate", f"created a CA and a certificate for {' and '.join(BROKER_NAMES)} in {directory}")
 
         broker = await self._start_amqtt(stack, ca, directory)
         say(
             "broker",
             f"amqtt {version('amqtt')} listens on {LOOPBACK}:{broker.port}, TLS only (process {broker.pid}); "
-            "its key is off the disk again",
+            "its key file has been deleted",
         )
 
         port, journal = self.start_gateway(stack, "gateway", _before(broker.port, ca_file), self._port)
@@ -80,7 +80,7 @@ class Show(Stage):
 """,
             flush=True,
         )
-        await Deferred()  # until somebody ends it
+        await Deferred()  # until interrupted
 
     async def _start_amqtt(self, stack: AsyncExitStack, ca: trustme.CA, directory: Path) -> BrokerProcess:
         certificate = ca.issue_cert(*BROKER_NAMES, not_after=datetime.now(UTC) + timedelta(days=7))
@@ -92,7 +92,7 @@ class Show(Stage):
         try:
             return await self.start_broker(stack, "gateway.cli.demo_broker", str(chain), str(key))
         finally:
-            key.unlink()  # the broker has it in memory, or never will
+            key.unlink()  # the broker has loaded it, or has failed
 
     async def _show_delivery(
         self, stack: AsyncExitStack, broker_port: int, ca_file: Path, port: int, journal: Journal
@@ -102,21 +102,21 @@ class Show(Stage):
         await self.next(subscriber, "CONNACK")
         subscriber.paho.subscribe("demo/#", qos=1)
         await self.next(subscriber, "SUBACK")
-        say("subscriber", f"is connected to the broker itself over {subscriber.tls_version}, subscribed to demo/#")
+        say("subscriber", f"connected to the broker itself over {subscriber.tls_version}, subscribed to demo/#")
 
         sensor = await self.connect(stack, "demo-sensor", port)
         code: ReasonCode = await self.next(sensor, "CONNACK")
-        say("sensor", f"was told {shown(code)}: the broker's own answer, to a client that speaks no TLS")
+        say("sensor", f"got {shown(code)}: the broker's own answer, to a client without TLS")
         if code.is_failure:
-            raise DemoFailed("the sensor was not let in, see above")
+            raise DemoFailed("the sensor was refused, see above")
         sensor.paho.publish(TOPIC, PAYLOAD, qos=1)
         await self.next(sensor, "PUBACK")
-        say("sensor", f"published {PAYLOAD} on {TOPIC}, QoS 1; the broker's PUBACK came back")
+        say("sensor", f"published {PAYLOAD} on {TOPIC}, QoS 1; the broker sent PUBACK")
         topic, payload = await self.next(subscriber, "PUBLISH")
         say("subscriber", f"received {payload} on {topic}")
         if (topic, payload) != (TOPIC, PAYLOAD):
             raise DemoFailed(f"the subscriber should have received {PAYLOAD} on {TOPIC}")
-        # From here on others may publish.
+        # From here on, other clients may publish.
         subscriber.on_publish = lambda topic, payload: say("subscriber", f"received {payload} on {topic}")
         sensor.paho.disconnect()
         await self.within(PATIENCE, journal.ended, "the session ended")
@@ -133,15 +133,15 @@ class Show(Stage):
         sensor = await self.connect(stack, "demo-sensor", port)
         code: ReasonCode = await self.next(sensor, "CONNACK")
         record = await self.within(PATIENCE, journal.ended, "the session ended")
-        say("sensor", f"was told {shown(code)}, and keeps its message")
-        await self.within(PATIENCE, impostor.gone, "the gateway let go of the impostor")
+        say("sensor", f"got {shown(code)}, and keeps its message")
+        await self.within(PATIENCE, impostor.gone, "the gateway closed its connection to the impostor")
         say("impostor", f"received {impostor.received} bytes of MQTT: neither the sensor's name nor its password")
         if record.reason is not EndReason.TLS_NAME_MISMATCH or not code.is_failure or impostor.received:
             raise DemoFailed("the gateway should have refused the impostor before the first MQTT byte")
 
 
 def _before(port: int, ca_file: Path) -> dict[str, Any]:
-    """Return the configuration of a gateway in front of a broker."""
+    """Return the configuration of a gateway for a broker."""
     return {
         "upstream": [{"host": LOOPBACK, "port": port, "server_name": BROKER_NAMES[0]}],
         "tls": {"ca_file": [str(ca_file)]},
@@ -161,7 +161,7 @@ class _ImpostorConnection(Protocol):
 
 @implementer(IOpenSSLServerConnectionCreator)
 class Impostor(Factory):
-    """A TLS server that counts the bytes that it is told.  `gone` fires when the first connection has ended."""
+    """A TLS server that counts the bytes it receives.  `gone` fires when the first connection has ended."""
 
     protocol: Any = _ImpostorConnection
     noisy = False

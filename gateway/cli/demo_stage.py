@@ -1,8 +1,8 @@
-"""The stage of the demos: a reactor that runs for one show, and the parts that take part in it.
+"""Common parts of the demos: the reactor, the broker's process, the gateway and the clients.
 
 In: a reactor, the port to listen on.  Out: lines on standard output, an exit status.
 
-Whatever a show opens is closed when it ends: by itself, by Ctrl-C, SIGTERM or SIGHUP, or by a failure.
+Everything that a demo opens is closed when it ends: normally, by Ctrl-C, SIGTERM or SIGHUP, or by a failure.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from gateway.text import printable
 _T = TypeVar("_T")
 
 LOOPBACK = "127.0.0.1"
-PATIENCE = 20.0  # seconds for a step that takes milliseconds: it bounds a hang on a slow board
-BROKER_PATIENCE = 60.0  # seconds for the broker to be imported and to listen
+PATIENCE = 20.0  # seconds for a step that takes milliseconds: a bound for slow boards
+BROKER_PATIENCE = 60.0  # seconds for the broker to start and listen
 STOP_PATIENCE = 5.0  # seconds for the broker to close its sessions
 
-# paho-mqtt gives MQTT 5.0's names to the return codes of 3.1.1 as well (MQTT 3.1.1 §3.2.2.3).
+# paho-mqtt uses MQTT 5.0's names for the return codes of 3.1.1 (MQTT 3.1.1 §3.2.2.3).
 _RETURN_CODES = (
     "Success",
     "Unsupported protocol version",
@@ -59,11 +59,11 @@ _RETURN_CODES = (
 
 
 class DemoFailed(GatewayError):
-    """A step did not come about."""
+    """A step failed or timed out."""
 
 
 class Stage:
-    """One run of a demo on one reactor; `steps` are the show's own."""
+    """One run of a demo on one reactor; subclasses define `steps`."""
 
     def __init__(self, reactor: Any, *, port: int, once: bool) -> None:
         self._reactor = reactor
@@ -89,7 +89,7 @@ class Stage:
         return 0 if self._all_shown and self._failure is None else 1
 
     def _start(self) -> None:
-        # In place of the reactor's own: a closed terminal counts as Ctrl-C, and an impatient second one as nothing.
+        # Replaces the reactor's handlers: SIGHUP counts as Ctrl-C, and a second Ctrl-C has no effect.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, lambda *_: self._reactor.callFromThread(self._stop))
@@ -99,11 +99,11 @@ class Stage:
 
     def _failed(self, failure: Failure) -> None:
         if failure.check(CancelledError):
-            return  # ended by the user, or by `_give_up`, which has said why
+            return  # ended by the user, or by `_give_up`, which has set the reason
         if failure.check(GatewayError, OSError):
             self._failure = self._failure or str(failure.value)
         else:
-            self._failure = f"a mistake of the demo\n{failure.getTraceback()}"
+            self._failure = f"internal error\n{failure.getTraceback()}"
 
     def _ended(self) -> None:
         self._running = None
@@ -119,21 +119,21 @@ class Stage:
         return self._running
 
     def _cancel(self) -> None:
-        """End the steps; what closes the things that they opened is not to be disturbed."""
+        """Cancel the steps, unless they are closing what they opened."""
         if self._running is not None and not self._ending:
             self._ending = True
             self._running.cancel()
 
     def _give_up(self, why: str) -> None:
         self._failure = self._failure or why
-        self._reactor.callLater(0, self._cancel)  # not at once: it may be one of the steps that says so
+        self._reactor.callLater(0, self._cancel)  # later: the caller may be one of the steps
 
     def say(self, who: str, what: str) -> None:
-        """Print a line: who, and what."""
+        """Print a line."""
         try:
             print(f"{who:>11}  {what}", flush=True)
-        except OSError as error:  # the reader of our output has gone
-            # What is still buffered would fail once more when the interpreter ends.
+        except OSError as error:  # the reader of standard output has gone
+            # What is still buffered would fail again when the interpreter exits.
             with Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), sys.stdout.fileno())
             self._give_up(f"cannot write to standard output: {error.strerror}")
@@ -146,11 +146,11 @@ class Stage:
                 self._ending = True
 
     async def steps(self, stack: AsyncExitStack) -> None:
-        """Show what there is to show; `stack` ends what was begun."""
+        """Run the demo; `stack` closes what was opened."""
         raise NotImplementedError
 
     def make_ca(self, stack: AsyncExitStack) -> tuple[Path, trustme.CA, Path]:
-        """Make a directory, private (mode 0700) and gone at the end, and a CA; return both, and the CA's file there."""
+        """Create a private temporary directory (mode 0700) and a CA; return both, and the CA's file."""
         directory = Path(stack.enter_context(TemporaryDirectory(prefix="mqtts-gateway-demo-")))
         ca = trustme.CA(organization_name="mqtts-gateway demo", organization_unit_name="CA")
         ca_file = directory / "ca.pem"
@@ -160,7 +160,7 @@ class Stage:
     async def start_broker(
         self, stack: AsyncExitStack, module: str, *arguments: str, told: Callable[[str], None] = lambda _: None
     ) -> BrokerProcess:
-        """Start a broker's module in a process; `told` gets the lines that it writes once it listens."""
+        """Start a broker's module as a process; `told` gets the lines that it writes once it listens."""
         broker = BrokerProcess(self._give_up, told)
         command = [sys.executable, "-P", "-m", module, *arguments]
         self._reactor.spawnProcess(broker, sys.executable, command, env=os.environ)
@@ -171,7 +171,7 @@ class Stage:
     def start_gateway(
         self, stack: AsyncExitStack, name: str, sections: Mapping[str, Any], port: int = 0
     ) -> tuple[int, Journal]:
-        """Start a gateway with some sections of a configuration; return its port and its journal."""
+        """Start a gateway with these configuration sections; return its port and its journal."""
         config = from_mapping(
             {
                 "listen": [{"endpoint": f"{LOOPBACK}:{port}"}],
@@ -189,11 +189,11 @@ class Stage:
         upstream = config.upstream[0]
         self.say(
             name,
-            f"takes plain MQTT on {LOOPBACK}:{port}; its upstream is {upstream.address}, "
-            f"which must prove to be {upstream.verify_name}",
+            f"accepts plain MQTT on {LOOPBACK}:{port}; its upstream is {upstream.address}, "
+            f"verified as {upstream.verify_name}",
         )
         if service.status_port.port is not None:
-            self.say(name, f"shows how it is on http://{LOOPBACK}:{port_of(service.status_port.port)}/")
+            self.say(name, f"status page: http://{LOOPBACK}:{port_of(service.status_port.port)}/")
         return port, journal
 
     async def connect(
@@ -209,22 +209,22 @@ class Stage:
         return client
 
     async def next(self, client: Client, kind: str) -> Any:
-        """Return what the client's next event brings, which should be a packet of this kind."""
+        """Return the value of the client's next event, which must be a packet of this kind."""
         name, value = await self.within(PATIENCE, client.events.get(), f"{client.name} got {kind}")
         if name != kind:
-            raise DemoFailed(f"{client.name} got {name} where {kind} was due")
+            raise DemoFailed(f"{client.name} got {name} instead of {kind}")
         return value
 
     async def within(self, seconds: float, deferred: Deferred[_T], what: str) -> _T:
-        """Wait, but not for ever.  Raises `DemoFailed`."""
+        """Wait with a timeout.  Raises `DemoFailed`."""
         try:
             return await deferred.addTimeout(seconds, self._reactor)
         except DeferredTimeout:
-            raise DemoFailed(f"did not come about within {seconds:g} s: {what}") from None
+            raise DemoFailed(f"timed out after {seconds:g} s: {what}") from None
 
 
 class BrokerProcess(ProcessProtocol):
-    """The broker's process.  `ready` fires once `port` is known; `died` is called if it ends by itself after that."""
+    """The broker's process.  `ready` fires once `port` is known; `died` is called if it ends unexpectedly later."""
 
     transport: Any
 
@@ -270,7 +270,7 @@ class BrokerProcess(ProcessProtocol):
             self._died(f"the broker has ended {why}")
 
     async def stop(self, reactor: Any) -> None:
-        """Ask the process to end, make it end, wait until it has."""
+        """Stop the process, kill it if it does not stop, and wait for its end."""
         self._stopping = True
         if self._gone.called:
             return
@@ -282,9 +282,9 @@ class BrokerProcess(ProcessProtocol):
 
 
 class Client:
-    """A client of paho-mqtt, on the thread of its own that paho gives it.
+    """A paho-mqtt client, on its own thread.
 
-    `events` gives the packets that come, in order, as pairs of kind and value.
+    `events` has the received packets in order, as pairs of kind and value.
     """
 
     def __init__(self, reactor: Any, name: str, ca_file: Path | None) -> None:
@@ -318,10 +318,10 @@ class Client:
     @property
     def tls_version(self) -> str:
         """The TLS version of the connection."""
-        return str(self.paho.socket().version())  # type: ignore[union-attr]  # asked only of a client with TLS
+        return str(self.paho.socket().version())  # type: ignore[union-attr]  # used with TLS clients only
 
     def start(self, port: int, source: str) -> None:
-        """Connect; blocks until TCP and TLS stand.  Raises `OSError`."""
+        """Connect; blocks until TCP and TLS are established.  Raises `OSError`."""
         self.paho.connect(LOOPBACK, port, bind_address=source)
         self.paho.loop_start()
 
@@ -332,7 +332,7 @@ class Client:
 
 
 class Journal:
-    """A gateway's journal in plain words.  `ended` fires with the record of the first session that ends."""
+    """A gateway's journal as demo output.  `ended` fires with the record of the first session that ends."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.ended: Deferred[SessionRecord] = Deferred()
@@ -358,19 +358,21 @@ class Journal:
 
     def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         """See `gateway.ops.journal.GatewayJournal`."""
-        self._say(f"{device_address} not let in: {reason}{f' ({detail})' if detail else ''}. {reason.remedy}")
+        self._say(
+            f"connection from {device_address} refused: {reason}{f' ({detail})' if detail else ''}. {reason.remedy}"
+        )
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
         """See `gateway.ops.journal.GatewayJournal`."""
-        self._say(f"{upstream} passed over: {failure}")
+        self._say(f"{upstream} failed, another broker was used: {failure}")
 
     def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
         """See `gateway.dial.dialler.DialJournal`."""
-        self._say(f"{upstream} is left alone for {seconds:.1f} s: {failure}")
+        self._say(f"{upstream} failed; next attempt in {seconds:.1f} s: {failure}")
 
     def serves_again(self, upstream: str) -> None:
         """See `gateway.dial.dialler.DialJournal`."""
-        self._say(f"{upstream} serves again")
+        self._say(f"{upstream} is available again")
 
     def sweep(self) -> None:
         """See `gateway.ops.journal.GatewayJournal`."""
@@ -385,12 +387,12 @@ async def awaited(function: Callable[[], Any]) -> None:
 
 
 def port_of(listening: IListeningPort) -> int:
-    """Return the port that was opened."""
+    """Return the number of the open port."""
     address: Any = listening.getHost()
     return int(address.port)
 
 
 def shown(code: ReasonCode) -> str:
-    """Return what the packet said: the number on the wire and its meaning."""
+    """Return the code on the wire and its meaning."""
     name = str(code)
     return f"CONNACK {_RETURN_CODES.index(name)} ({name})" if name in _RETURN_CODES else f"CONNACK ({name})"

@@ -1,10 +1,10 @@
-"""The files of a configuration, looked at one by one.
+"""Checks the files of a configuration.
 
 In: the `[tls]` section.  Out: a `Step` for each file.
 
-A file that others may write is a FAIL: whoever can change it decides whom the gateway trusts, or what it shows.  A
-private key that others may read is a FAIL too: every account of the machine can pass for the gateway.  One that its
-group may read is a WARN, unless root owns it: root:SERVICE 0640 is how a key is usually handed to a service.
+A world-writable file is a FAIL: any local user could change whom the gateway trusts, or its identity.  A world-readable
+private key is a FAIL too: any local user could impersonate the gateway.  A group-readable key is a WARN unless root
+owns it: root:SERVICE 0640 is the usual way to give a service a key.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _T = TypeVar("_T")
 
 
 def _whatever_it_holds(look: Callable[[Path, _T], Step]) -> Callable[[Path, _T], Step]:
-    """Make a function's failure to understand a file the step that says so."""
+    """Turn a parse error of `look` into a failed step."""
 
     def step(path: Path, content: _T) -> Step:
         try:
             return look(path, content)
         except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
-            return _step(Status.FAIL, path, f"holds a malformed certificate ({error})", "Have it issued anew.")
+            return _step(Status.FAIL, path, f"contains a malformed certificate ({error})", "Have it reissued.")
 
     return step
 
 
 def file_steps(tls: TLS) -> Iterator[Step]:
-    """Look at each file that `tls` names."""
+    """Check each file that `tls` names."""
     if tls.ca_file or tls.ca_dir is not None:
         for path in tls.ca_file:
             yield _roots(path)
@@ -65,27 +65,31 @@ def _roots(path: Path) -> Step:
 def _roots_step(path: Path, certificates: Sequence[x509.Certificate]) -> Step:
     expired = [certificate for certificate in certificates if expiry(certificate)[0] is Status.FAIL]
     if len(expired) == len(certificates):
-        return _step(Status.FAIL, path, f"no CA certificate is valid: {_dated(expired)}", "Fetch the CA's current one.")
+        return _step(
+            Status.FAIL, path, f"no CA certificate is valid: {_dated(expired)}", "Get the CA's current certificate."
+        )
     if expired:
         message = f"{len(expired)} of {_count(certificates)} not valid: {_dated(expired)}"
-        return _step(Status.WARN, path, message, "Take out what is not valid any more.")
+        return _step(Status.WARN, path, message, "Remove the certificates that are no longer valid.")
     others = [certificate for certificate in certificates if not is_ca(certificate)]
     if others:
-        message = f"{subject(others[0])} is no CA certificate (basicConstraints)"
-        return _step(Status.WARN, path, message, "Name the CA, unless this is what the broker itself shows.")
+        message = f"{subject(others[0])} is not a CA certificate (basicConstraints)"
+        return _step(Status.WARN, path, message, "Use the CA's certificate, unless the broker's is self-signed.")
     message = f"{_count(certificates)}; {_dated(certificates)}"
     status, _ = expiry(first_to_expire(certificates))
-    return _step(status, path, message, "Fetch the CA's next certificate in time." if status is Status.WARN else "")
+    return _step(
+        status, path, message, "Get the CA's next certificate before this one expires." if status is Status.WARN else ""
+    )
 
 
 def _platform_roots() -> Step:
     try:
         bundle = platform_bundle()
-        # Counted, not parsed: these files hold old certificates that a parser complains of, and that is nobody's here.
+        # Counted, not parsed: platform bundles contain old certificates that parsers warn about.
         count = bundle.read_bytes().count(b"-----BEGIN CERTIFICATE-----")
     except (OSError, ValueError) as error:
-        return Step(_STEP, Status.FAIL, str(error), "Without roots no broker is trusted.")
-    return _step(Status.PASS, bundle, f"{count} certificates: the platform's, since neither ca_file nor ca_dir is set")
+        return Step(_STEP, Status.FAIL, str(error), "Without CA certificates no broker is trusted.")
+    return _step(Status.PASS, bundle, f"{count} certificates (the platform's: neither ca_file nor ca_dir is set)")
 
 
 def _directory(directory: Path) -> Iterator[Step]:
@@ -95,7 +99,7 @@ def _directory(directory: Path) -> Iterator[Step]:
         yield _step(Status.FAIL, directory, f"cannot be read: {error.strerror}", _reader())
         return
     if not files:
-        yield _step(Status.FAIL, directory, "holds no *.pem, *.crt or *.cer", "Put the CA's certificate there.")
+        yield _step(Status.FAIL, directory, "contains no *.pem, *.crt or *.cer", "Put the CA's certificate there.")
     for path in files:
         yield _roots(path)
 
@@ -112,16 +116,16 @@ def _client(certificate_path: Path, key_path: Path) -> Iterator[Step]:
         return
     if key[0].public_key() != chain[0].public_key():
         message = f"is not the key of the first certificate in {certificate_path}, {subject(chain[0])}"
-        remedy = "The gateway's own certificate comes first, then those of its CAs; or name the key that belongs to it."
+        remedy = "Put the gateway's own certificate first, then its CAs'; or set client_key to the matching key."
         yield _step(Status.FAIL, key_path, message, remedy)
         return
     mode = key_path.stat().st_mode
     if mode & stat.S_IROTH:
-        message = f"private key that everybody on this machine may read (mode {stat.S_IMODE(mode):04o})"
-        yield _step(Status.FAIL, key_path, message, f"chmod o= {key_path}; and have a new one issued.")
+        message = f"private key is world-readable (mode {stat.S_IMODE(mode):04o})"
+        yield _step(Status.FAIL, key_path, message, f"chmod o= {key_path}, and replace the key and its certificate.")
     elif mode & stat.S_IRGRP and key_path.stat().st_uid != 0:
-        message = f"private key that its group may read (mode {stat.S_IMODE(mode):04o})"
-        yield _step(Status.WARN, key_path, message, f"chmod g= {key_path}, or let root own it: root:SERVICE 0640.")
+        message = f"private key is group-readable (mode {stat.S_IMODE(mode):04o})"
+        yield _step(Status.WARN, key_path, message, f"chmod g= {key_path}, or make root its owner: root:SERVICE 0640.")
     else:
         message = f"private key of {certificate_path.name}, mode {stat.S_IMODE(mode):04o}"
         yield _step(Status.PASS, key_path, message)
@@ -132,15 +136,15 @@ def _chain(path: Path, chain: Sequence[x509.Certificate]) -> Step:
     leaf = chain[0]
     for lower, upper in pairwise(chain):
         if not _issued(lower, upper):
-            message = f"{subject(lower)} was not issued by what follows it, {subject(upper)}"
-            return _step(Status.FAIL, path, message, "Own certificate first, then each one's issuer; no others.")
+            message = f"{subject(lower)} was not issued by the certificate after it, {subject(upper)}"
+            return _step(Status.FAIL, path, message, "Put the own certificate first, then each issuer, nothing else.")
     status, words = expiry(leaf)
     message = f"client certificate {subject(leaf)}, issuer {issuer(leaf)}, {_count(chain)} in order; {words}"
     if status is not Status.PASS:
-        return _step(status, path, message, "Renew it; brokers refuse one that is not valid.")
+        return _step(status, path, message, "Renew it: brokers reject a certificate that is not valid.")
     if not _is_for_clients(leaf):
-        remedy = "Have it issued with the extended key usage clientAuth; many brokers refuse one without."
-        return _step(Status.WARN, path, f"{message}; not meant for TLS clients (extendedKeyUsage)", remedy)
+        remedy = "Have it reissued with the extended key usage clientAuth: many brokers require it."
+        return _step(Status.WARN, path, f"{message}; not issued for TLS clients (extendedKeyUsage)", remedy)
     return _step(Status.PASS, path, message)
 
 
@@ -152,18 +156,18 @@ def _crls(path: Path) -> Step:
     dated = [(crl.next_update_utc, crl.issuer.rfc4514_string()) for crl in crls]
     late = [name for next_update, name in dated if next_update is not None and next_update < time]
     if late:
-        remedy = "Fetch the current CRL: until then every broker below this CA is refused (tls-crl-unusable)."
+        remedy = "Get the current CRL: until then every broker below this CA is rejected (tls-crl-unusable)."
         return _step(Status.FAIL, path, f"the CRL of {late[0]} has expired", remedy)
     known = [(next_update, name) for next_update, name in dated if next_update is not None]
     if not known:
-        return _step(Status.PASS, path, f"{_count(crls, 'CRL')}, with no date of the next update")
+        return _step(Status.PASS, path, f"{_count(crls, 'CRL')}, without a date for the next update")
     next_update, name = min(known)
-    words = f"the next update of that of {name} is due by {next_update:%Y-%m-%d %H:%M} UTC"
+    words = f"next update, of {name}, due by {next_update:%Y-%m-%d %H:%M} UTC"
     return _step(Status.PASS, path, f"{_count(crls, 'CRL')}; {words}")
 
 
 def _read(path: Path, read: Callable[[Path], list[_T]]) -> list[_T] | Step:
-    """Return what a file holds, or the step that says why it cannot be used."""
+    """Return the content of a file, or a failed step."""
     try:
         found = read(path)
         mode = path.stat().st_mode
@@ -172,8 +176,8 @@ def _read(path: Path, read: Callable[[Path], list[_T]]) -> list[_T] | Step:
     except ValueError as error:
         return _step(Status.FAIL, path, str(error), _reader() if "cannot be read: " in str(error) else "")
     if mode & stat.S_IWOTH:
-        message = f"everybody on this machine may write it (mode {stat.S_IMODE(mode):04o})"
-        return _step(Status.FAIL, path, message, f"chmod o-w {path}; and look at what it holds now.")
+        message = f"world-writable (mode {stat.S_IMODE(mode):04o})"
+        return _step(Status.FAIL, path, message, f"chmod o-w {path}, and check its content.")
     return found
 
 
@@ -182,14 +186,14 @@ def _step(status: Status, path: Path, message: str, remedy: str = "") -> Step:
 
 
 def _reader() -> str:
-    return f"This check runs as {_user()}; run it as the user that the gateway runs as, and let that one read the file."
+    return f"This check runs as {_user()}. Run it as the gateway's user, and give that user read access to the file."
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        return "a user without a name"
+        return "an unnamed user"
 
 
 def _count(things: Sequence[object], kind: str = "certificate") -> str:

@@ -1,6 +1,6 @@
-"""`mqtts-gateway init`: a commented configuration to start from.
+"""`mqtts-gateway init`: write a commented configuration.
 
-In: a path.  Out: the file, and what to do next.
+In: a path.  Out: the file, and the next steps.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", nargs="?", default=_DEFAULT, metavar="FILE", help=f"where to write, - for stdout (default: {_DEFAULT})"
     )
-    parser.add_argument("--force", action="store_true", help="write over a file that is there")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing file")
     parser.add_argument("--upstream", metavar="HOST[:PORT]", help="the broker to fill in")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the configuration; return 0, or 1 if that cannot be done."""
+    """Write the configuration; return 0, or 1 on failure."""
     text = template_text()
     if arguments.upstream is not None:
         try:
@@ -53,17 +53,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def filled_in(text: str, upstream: Upstream) -> str:
-    """Return the template with the broker's address in place of the example."""
-    # A host that has been checked holds nothing that TOML would want escaped.
+    """Return the template with the broker's address instead of the example."""
+    # A validated host needs no escaping in TOML.
     text = text.replace(_HOST, f'host = "{upstream.host}"\n', 1)
     port = f"port = {upstream.port}\n"
     return text if f"#{port}" == _PORT else text.replace(_PORT, port, 1)
 
 
 def _write(path: Path, text: str, *, force: bool) -> None:
-    """Write a file that everybody may read, since it holds no secret and the service has a user of its own."""
+    """Write a file that is readable by all: it contains no secret, and the service has its own user."""
     if force:
-        # In place: whatever the path names, a link or a device, stays what it is, and so do owner and mode.
+        # In place, so that a link, a device, the owner and the mode stay as they are.
         path.write_text(text, encoding="utf-8")
         return
     with path.open("x", encoding="utf-8") as file:
@@ -77,14 +77,14 @@ def _write(path: Path, text: str, *, force: bool) -> None:
 
 
 def _what_is_wrong(path: Path, error: OSError | ValueError) -> str:
-    # With `x`, open() says of a directory too that it is there already.
+    # With `x`, open() reports an existing directory the same way.
     if isinstance(error, FileExistsError | IsADirectoryError) and path.is_dir():
         return "is a directory: name a file in it"
     if isinstance(error, FileExistsError):
-        return "is there already; --force writes over it"
+        return "already exists; use --force to overwrite it"
     cause = error.strerror if isinstance(error, OSError) else error
     if isinstance(error, FileNotFoundError) and not path.parent.exists():
-        return f"cannot be written: {cause}; make the directory first: mkdir -p {shlex.quote(str(path.parent))}"
+        return f"cannot be written: {cause}; create the directory first: mkdir -p {shlex.quote(str(path.parent))}"
     return f"cannot be written: {cause}"
 
 
@@ -93,7 +93,7 @@ def _next_steps(path: Path, *, host_is_set: bool) -> str:
     return "\n".join(
         [
             f"wrote {path}; next:",
-            *([] if host_is_set else [f"  edit {file}: at least host under [[upstream]]"]),
+            *([] if host_is_set else [f"  edit {file}: set at least host under [[upstream]]"]),
             f"  mqtts-gateway check --config {file}",
             f"  twistd --nodaemon --pidfile= mqtts-gateway --config {file}",
         ]

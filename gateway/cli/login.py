@@ -1,6 +1,6 @@
 """The CONNECT that a check sends.
 
-In: what the user chose of it.  Out: `Login`, with the packet; `ValueError` for what no CONNECT can carry.
+In: the fields that the user chose.  Out: `Login`, with the packet; `ValueError` for what CONNECT cannot carry.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from attrs import field, frozen
 from gateway.mqtt.packets import MAX_STRING_BYTES, PacketType, encode_remaining_length, encode_string
 
 _ALPHABET = string.ascii_lowercase + string.digits
-# With the prefix 23, the longest Client Identifier that every broker has to take (MQTT 3.1.1 §3.1.3.1).
+# 23 with the prefix: the longest Client Identifier that every broker must accept (MQTT 3.1.1 §3.1.3.1).
 _RANDOM_CHARACTERS = 3
-_KEEP_ALIVE = 60  # seconds; the session is over long before
+_KEEP_ALIVE = 60  # seconds; the session is shorter than that
 _USERNAME_FLAG, _PASSWORD_FLAG, _CLEAN_SESSION_FLAG = 0x80, 0x40, 0x02
 
 
 @frozen
 class Login:
-    """What CONNECT says; `chose_identifier` tells whether the Client Identifier is the user's choice."""
+    """The fields of CONNECT; `chose_identifier` is set if the user chose the Client Identifier."""
 
     client_identifier: str
     chose_identifier: bool
@@ -45,19 +45,19 @@ class Login:
 
 
 def make_login(client_identifier: str | None, username: str | None, password_file: str | None) -> Login:
-    """Make the login; without a Client Identifier it gets one of its own, which disturbs no device.
+    """Make the login; without a Client Identifier it gets a random one, which disturbs no device.
 
     The password is the file's content without the line end.  Raises `ValueError` that names the option.
     """
     if password_file is not None and username is None:
-        raise ValueError("--password-file: give --username, too; MQTT 3.1.1 knows no password without user name")
+        raise ValueError("--password-file: also give --username; MQTT 3.1.1 has no password without a user name")
     password = None if password_file is None else _read_password(Path(password_file))
     random = "".join(secrets.choice(_ALPHABET) for _ in range(_RANDOM_CHARACTERS))
     for option, text in (("--client-id", client_identifier), ("--username", username)):
         try:
             encode_string(text or "")
         except UnicodeEncodeError:
-            raise ValueError(f"{option}: it is not UTF-8, and MQTT takes nothing else") from None
+            raise ValueError(f"{option}: it is not UTF-8, which MQTT requires") from None
         except ValueError as error:
             raise ValueError(f"{option}: {error}") from None
     return Login(
@@ -77,5 +77,5 @@ def _read_password(path: Path) -> bytes:
         raise ValueError(f"--password-file: {path} cannot be read: {reason}") from None
     password = content.removesuffix(b"\n").removesuffix(b"\r")
     if len(password) > MAX_STRING_BYTES:
-        raise ValueError(f"--password-file: {path} holds more than the {MAX_STRING_BYTES} bytes that MQTT can carry")
+        raise ValueError(f"--password-file: {path} is longer than the {MAX_STRING_BYTES} bytes that MQTT can carry")
     return password

@@ -1,7 +1,7 @@
 """`mqtts-gateway`: check, init, install, uninstall, status, device, demo.
 
-In: the command line.  Out: an exit status: 0; 1 if something failed, a wrong command line included; 130 if the user
-interrupted.  `check --strict` has 2 for warnings; `status` has 2 and 3 for how the gateway is.
+In: the command line.  Out: an exit status: 0; 1 for a failure, including a wrong command line; 130 if interrupted.
+`check --strict` adds 2 for warnings; `status` adds 2 and 3 for problems of the gateway.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Never
 from gateway import __version__
 from gateway.cli.report import complain
 
-# Each is a module here with `add_arguments(parser)` and `run(arguments)`, imported only if it is asked for: `demo`
-# needs packages that others do not, and `init` has no use for Twisted.
+# Each is a module here with `add_arguments(parser)` and `run(arguments)`, imported on use: `demo` needs extra packages,
+# and `init` does not need Twisted.
 _COMMANDS = {
-    "check": "go the way of a session and say what works",
+    "check": "test the configuration: open a session step by step",
     "init": "write a commented configuration",
-    "install": "make this environment's gateway a service of systemd",
-    "uninstall": "take the service away, and keep its configuration",
-    "status": "say how a running gateway is, or why a device is silent",
-    "device": "keep the directory of rules for devices",
-    "demo": "show everything on this machine alone",
+    "install": "install this environment's gateway as a systemd service",
+    "uninstall": "remove the service, keep its configuration",
+    "status": "show the state of a running gateway, or why a device is not connected",
+    "device": "manage the directory of device rules",
+    "demo": "run a demo on this machine alone",
 }
-_INTERRUPTED = 130  # what shells give a program that SIGINT ended
+_INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 
 
 class _Parser(argparse.ArgumentParser):
-    """Ends with status 1 when the command line is wrong; argparse has 2, which here means warnings."""
+    """Exits with 1 on a wrong command line; argparse's own 2 means warnings here."""
 
     def error(self, message: str) -> Never:
         self.print_usage(sys.stderr)
@@ -43,7 +43,7 @@ def console(arguments: Sequence[str] | None = None) -> int:
     if sys.stdout is None:
         complain("standard output is closed")
         return 1
-    # A terminal may lack characters, such as those of a certificate's subject; that is no reason to stop.
+    # A terminal may be unable to show some characters, such as those of a certificate's subject; escape them.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # TextIO does not declare it
     try:
         status = _run(sys.argv[1:] if arguments is None else arguments)
@@ -52,10 +52,10 @@ def console(arguments: Sequence[str] | None = None) -> int:
         complain("interrupted")
         return _INTERRUPTED
     except OSError as error:
-        # Standard output's, most likely: the commands handle the errors of what they read and write themselves.
+        # Most likely of standard output: the commands handle errors of the files they read and write.
         if not isinstance(error, BrokenPipeError):
-            complain(f"cannot go on: {error.strerror or error}")
-        # Python would meet it again when it flushes at the end.
+            complain(f"cannot continue: {error.strerror or error}")
+        # Python would raise it again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
@@ -74,7 +74,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         parsed = parser.parse_args(arguments)
     except SystemExit as end:
-        # argparse's way to say that it has answered already.
+        # argparse has printed its answer already.
         return int(end.code or 0)
     status: int = parsed.run(parsed)
     return status

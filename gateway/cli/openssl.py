@@ -1,4 +1,4 @@
-"""The `openssl s_client` command that tries what a session tries.
+"""The `openssl s_client` command that makes the same connection as a session.
 
 In: the configuration.  Out: a line for a shell.
 """
@@ -15,10 +15,10 @@ from gateway.tls.trust import ca_dir_files, platform_bundle
 
 
 def s_client_command(upstream: Upstream, tls: TLS, *, client_chain: bool) -> str:
-    """Return the command; `client_chain` says whether the file of the client certificate holds its CAs', too.
+    """Return the command; `client_chain` says whether the client certificate's file also has its CA certificates.
 
-    s_client takes one file of roots and CRLs, so that several become one by a substitution that bash and zsh know.
-    Raises `OSError` or `ValueError` if the roots are not to be found.
+    s_client takes one file of roots and CRLs, so several are joined by process substitution (bash, zsh).
+    Raises `OSError` or `ValueError` if the roots cannot be found.
     """
     identity = Identity.of(upstream.verify_name)
     words = ["openssl", "s_client", "-connect", upstream.address]
@@ -43,10 +43,10 @@ def s_client_command(upstream: Upstream, tls: TLS, *, client_chain: bool) -> str
 
 
 def _files(tls: TLS) -> list[Path]:
-    """Return the files that s_client is to read beyond what it would read anyway."""
+    """Return the files of roots and CRLs that s_client needs besides its defaults."""
     files = [*tls.ca_file, *(ca_dir_files(tls.ca_dir) if tls.ca_dir is not None else ())]
     if tls.crl_file and not files:
-        # With a file of its own s_client leaves the platform's roots out.
+        # With -CAfile, s_client ignores the platform's roots.
         files = [platform_bundle()]
     return [*files, *tls.crl_file]
 

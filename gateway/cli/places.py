@@ -1,7 +1,6 @@
-"""Where the service's files are, and how they are put there and taken away.
+"""The paths of the service's files, and the changes that install or remove them.
 
-In: a root directory, which is not `/` when a package is staged; what is to be done.  Out: `Change`s that can be told
-before they are made.
+In: a root directory, other than `/` when staging a package.  Out: `Change`s that can be printed before they are made.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from attrs import frozen
 from gateway.cli.report import complain
 
 UNITS = ("mqtts-gateway.service", "mqtts-gateway.socket", "mqtts-gateway@.service", "mqtts-gateway@.socket")
-# Both forms, for systemctl, which takes a pattern that matches nothing for nothing to do.
+# Both forms for systemctl, which ignores a pattern that matches nothing.
 UNIT_PATTERNS = ("mqtts-gateway.s*", "mqtts-gateway@*.s*")
-# Where the units as they come have their programs.
+# The path of the programs in the units as shipped.
 PACKAGED_PROGRAMS = "/opt/mqtts-gateway/bin/"
 _MARK = "# mqtts-gateway: "  # how each unit file of ours begins
 
 
 class CannotInstallError(Exception):
-    """Something stands in the way; `problems` has a line for each."""
+    """The service cannot be installed or removed; `problems` has one line for each reason."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("\n".join(problems))
@@ -61,20 +60,20 @@ class Places:
 
     @property
     def is_this_machine(self) -> bool:
-        """Whether this is no staging."""
+        """Whether this is the running system, not a staging directory."""
         return self.root == Path("/")
 
 
 @frozen
 class Change:
-    """One thing to do, in words and in deed; or one to leave as it is, in words."""
+    """One change: its description, and the function that makes it; or something that is kept."""
 
     words: str
     make: Callable[[], object] = lambda: None
 
 
 def unit_text(name: str, programs: Path) -> str:
-    """Return a unit file whose commands are those in the directory `programs`."""
+    """Return a unit file that runs the programs in the directory `programs`."""
     packaged = resources.files("gateway").joinpath("units", name)
     if not packaged.is_file():
         # Run from a clone: the wheel is built from the files there.
@@ -83,12 +82,12 @@ def unit_text(name: str, programs: Path) -> str:
 
 
 def is_ours(unit: Path) -> bool:
-    """Say whether a unit file is one that `install` has put there."""
+    """Return whether `install` wrote a unit file."""
     return not unit.is_symlink() and unit.read_text(errors="replace").startswith(_MARK)
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file whole or not at all; its mode is `mode`, whatever the umask."""
+    """Write a file atomically with mode `mode`, whatever the umask."""
     new = path.with_name(f".{path.name}.new")
     try:
         with new.open("w", encoding="utf-8") as file:
@@ -103,12 +102,12 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
 
 
 def systemd_runs() -> bool:
-    """Say whether systemd is this machine's init (sd_booted(3))."""
+    """Return whether systemd is this machine's init (sd_booted(3))."""
     return Path("/run/systemd/system").is_dir()
 
 
 def systemctl(*arguments: str) -> None:
-    """Run systemctl.  Raises `CannotInstallError` with what it said."""
+    """Run systemctl.  Raises `CannotInstallError` with its error output."""
     program = shutil.which("systemctl") or "/usr/bin/systemctl"
     # The arguments are constants of these modules.
     done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
@@ -117,7 +116,7 @@ def systemctl(*arguments: str) -> None:
 
 
 def carry_out(plan: Callable[[], Iterable[Change]], *, dry_run: bool) -> bool:
-    """Tell each change and, unless it is a `dry_run`, make it; return whether all went well, else say why not."""
+    """Print each change and, unless `dry_run`, make it; return whether all succeeded, after printing why not."""
     try:
         for change in plan():
             print(change.words, flush=True)
@@ -129,9 +128,9 @@ def carry_out(plan: Callable[[], Iterable[Change]], *, dry_run: bool) -> bool:
         return False
     except OSError as error:
         if error.filename is None:
-            raise  # standard output's
+            raise  # of standard output
         complain(f"{error.filename}: {error.strerror}")
         return False
     if dry_run:
-        print("nothing was changed (--dry-run)")
+        print("nothing changed (--dry-run)")
     return True

@@ -1,9 +1,9 @@
-"""A session of the check's own: through the gateway's code to a broker and back, with a report of each step.
+"""The test session of a check: a session to a broker through the gateway's code, with a report of each step.
 
-In: a target, a CONNECT.  Out: `Step`s, as they are taken.
+In: a target, a CONNECT.  Out: `Step`s as they happen.
 
-The session, its device's protocol and its upstream's are the real ones, so that what works here works there, and that
-not one MQTT byte leaves before the broker is verified.  Only the device is made up: `_Device` is its transport.
+The session and the protocols on both sides are the real ones, so that the result holds for the gateway, and no MQTT
+byte leaves before the broker is verified.  Only the device is simulated: `_Device` is its transport.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from gateway.tls.channel import TLSChannel
 _DISCONNECT = bytes((PacketType.DISCONNECT << 4, 0))
 _SHOWN_ADDRESSES = 8
 
-# Return codes of CONNACK (MQTT 3.1.1 §3.2.2.3), and what to do about those that refuse.
+# Return codes of CONNACK (MQTT 3.1.1 §3.2.2.3), and remedies for refusals.
 _IDENTIFIER_REJECTED, _BAD_CREDENTIALS, _NOT_AUTHORIZED = 2, 4, 5
 _CONNACK_REMEDIES = {
-    1: "The broker takes no MQTT 3.1.1, so devices must speak another version to it.",
-    2: "Give one that the broker takes: --client-id.",
-    3: "Look at the broker's log: it answers, but does not serve.",
-    4: "Ask the broker's administrator for user name and password that are right.",
+    1: "The broker does not accept MQTT 3.1.1: devices must use another version.",
+    2: "Use a Client Identifier that the broker accepts: --client-id.",
+    3: "Check the broker's log: it answers, but is unavailable.",
+    4: "Ask the broker's administrator for the correct user name and password.",
     5: "Ask the broker's administrator what this user name, Client Identifier and client certificate may do.",
 }
 
 
 def upstream_steps(tls: TLS) -> list[str]:
-    """Return the names of the steps to a broker, in their order."""
+    """Return the names of the steps to a broker, in order."""
     optional = [*(["pin"] if tls.pin else []), *(["strict"] if tls.verification == "strict" else [])]
     before = ["dns", "tcp", "client-hello", "certificate", "chain", "identity", "tls"]
     return [*before, *optional, "connect", "connack"]
@@ -70,7 +70,7 @@ class Probe:
         add: Callable[[Step], None],
         guise: Guise | None = None,
     ) -> None:
-        """Take where to go and what the device sends; `guise` is what its rule makes of that."""
+        """Make a probe; `guise` is what the device's rule changes."""
         self._target = target
         self._config = config
         self._network = network
@@ -86,7 +86,7 @@ class Probe:
         self._session: Session
 
     async def run(self) -> None:
-        """Have the session, from its CONNECT to its end."""
+        """Run the session from CONNECT to its end."""
         self._device.makeConnection(self._transport)
         sweeper = LoopingCall(lambda: self._session.sweep(self._clock.seconds()))
         sweeper.clock = self._clock
@@ -100,7 +100,7 @@ class Probe:
             self._session.abort()
         self._conclude(self._session.record)
 
-    # ---- what a session asks for
+    # ---- for the session
 
     def _open_session(self, device: DeviceProtocol) -> Session:
         self._session = Session(
@@ -116,12 +116,12 @@ class Probe:
         return self._session
 
     def session_started(self, record: SessionRecord) -> None:
-        """See `gateway.session.session.Journal`: the broker accepted, and that is all that is wanted of it."""
+        """See `gateway.session.session.Journal`: the broker accepted; disconnect."""
         del record
         self._clock.callLater(0, self._device.dataReceived, _DISCONNECT)
 
     def session_ended(self, record: SessionRecord) -> None:
-        """See `gateway.session.session.Journal`; the end is reported when nothing of the session is left."""
+        """See `gateway.session.session.Journal`; the end is reported when the session is closed."""
 
     def _dial(self, session: Session) -> Deferred[None]:
         if self._guise is not None and self._guise.treatment is not None:
@@ -138,7 +138,7 @@ class Probe:
         else:
             self._gone.errback(failure)
 
-    # ---- the way of `Dialler`, aloud
+    # ---- the steps of `Dialler`, reported
 
     async def _reach(self, session: Session) -> None:
         try:
@@ -165,7 +165,7 @@ class Probe:
         resolved = clock.seconds()
         hosts = [address.host for address in addresses]
         more = f" and {len(hosts) - _SHOWN_ADDRESSES} more" if len(hosts) > _SHOWN_ADDRESSES else ""
-        message = f"{target.upstream.connect_name} is at {', '.join(hosts[:_SHOWN_ADDRESSES])}{more}"
+        message = f"{target.upstream.connect_name} resolves to {', '.join(hosts[:_SHOWN_ADDRESSES])}{more}"
         self._pass("dns", message, resolved - began, addresses=hosts)
 
         channels: dict[UpstreamProtocol, TLSChannel] = {}
@@ -183,9 +183,9 @@ class Probe:
             raise
         address = shown_address(protocol.transport.getPeer())
         self._pass("tcp", f"connected to {address}", clock.seconds() - resolved, address=address)
-        sni = "no SNI, which IP addresses have not" if target.identity.sni is None else f"SNI {target.identity.name}"
+        sni = "no SNI (IP address)" if target.identity.sni is None else f"SNI {target.identity.name}"
         alpn = f"ALPN {', '.join(target.policy.alpn)}" if target.policy.alpn else "no ALPN"
-        self._pass("client-hello", f"sent with {sni}, {alpn}, TLS {self._config.tls.min_version} or above")
+        self._pass("client-hello", f"sent with {sni}, {alpn}, TLS {self._config.tls.min_version} or later")
         return protocol, channels[protocol]
 
     async def _handshake(self, protocol: UpstreamProtocol, channel: TLSChannel) -> Peer:
@@ -200,10 +200,10 @@ class Probe:
             self._add(step)
         return peer
 
-    # ---- what is said about it
+    # ---- results
 
     def _conclude(self, record: SessionRecord) -> None:
-        """Say what became of CONNECT, and what was not reached."""
+        """Report the answer to CONNECT, and the steps that were not reached."""
         if "connect" not in self._left:
             self._add(self._connack(record))
         elif not self._failed_at:
@@ -220,26 +220,26 @@ class Probe:
             if reason is EndReason.DEVICE_DISCONNECT:
                 message = f"0x00, connection accepted{_in(record.connack_seconds)}"
                 return Step("connack", Status.PASS, message, facts=facts)
-            message = f"0x00, connection accepted; but then {reason}: {detail}"
+            message = f"0x00, connection accepted, then {reason}: {detail}"
             return Step("connack", Status.WARN, message, reason.remedy, facts=facts)
         if reason is not EndReason.UPSTREAM_REFUSED:
             return failed("connack", UpstreamFailure(reason, detail))
-        code = self._transport.received[3]  # the session has seen that this is a CONNACK of four bytes
+        code = self._transport.received[3]  # the session has checked that this is a CONNACK of four bytes
         message = detail.removeprefix("CONNACK ")
         status, remedy = self._refusal(code)
         return Step("connack", status, message, remedy, facts={"reason": reason, "code": code})
 
     def _refusal(self, code: int) -> tuple[Status, str]:
-        """Tell a refusal of what this CONNECT happened to carry from one that every device will meet."""
+        """Distinguish a refusal of this CONNECT's content from one that every device will get."""
         login = self._login
         if self._guise is not None:
             return Status.FAIL, _CONNACK_REMEDIES.get(code, EndReason.UPSTREAM_REFUSED.remedy)
         if code in {_BAD_CREDENTIALS, _NOT_AUTHORIZED} and login.username is None:
-            words = "The way is open; the broker wants credentials: devices bring their own."
-            return Status.WARN, f"{words} --username and --password-file try some."
+            words = "The connection works; the broker requires credentials, which devices send."
+            return Status.WARN, f"{words} Test some with --username and --password-file."
         if code == _IDENTIFIER_REJECTED and not login.chose_identifier:
-            words = "The way is open; the broker wants another Client Identifier: devices bring their own."
-            return Status.WARN, f"{words} --client-id tries one."
+            words = "The connection works; the broker requires another Client Identifier: devices have their own."
+            return Status.WARN, f"{words} Test one with --client-id."
         return Status.FAIL, _CONNACK_REMEDIES.get(code, EndReason.UPSTREAM_REFUSED.remedy)
 
     def _pass(self, name: str, message: str, seconds: float | None = None, **facts: object) -> None:
@@ -256,7 +256,7 @@ class Probe:
 
 
 class _Device:
-    """The transport of a device that exists only here: it keeps what it is sent, and goes when it is told to."""
+    """The transport of the simulated device: keeps what it is sent, and closes when told to."""
 
     def __init__(self, protocol: DeviceProtocol, clock: IReactorTime) -> None:
         self.received = b""
@@ -269,23 +269,23 @@ class _Device:
         self.received += data
 
     def loseWriteConnection(self) -> None:  # noqa: N802  Twisted's name
-        """Close, as a device does when the gateway has."""
+        """Close, as a device does after the gateway has closed."""
         self.abortConnection()
 
     def abortConnection(self) -> None:
-        """Be gone, not before the caller has finished what it does."""
+        """Close, after the caller has finished."""
         if self._present:
             self._present = False
             self._clock.callLater(0, self._protocol.connectionLost, Failure(ConnectionDone()))
 
     def registerProducer(self, producer: object, streaming: bool) -> None:
-        """Nothing written here ever waits, so nobody has to be paused."""
+        """Writes never block here, so there is nothing to pause."""
 
     def unregisterProducer(self) -> None:
         """See `registerProducer`."""
 
     def pauseProducing(self) -> None:
-        """Nothing comes by itself."""
+        """This device sends nothing unasked."""
 
     def resumeProducing(self) -> None:
         """See `pauseProducing`."""

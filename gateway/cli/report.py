@@ -1,6 +1,6 @@
-"""What a check found, step by step, and how it is shown.
+"""The result of a check, step by step, and its output.
 
-In: `Step`s as they are taken.  Out: a line for each, at once; or one JSON document at the end; and the exit status.
+In: `Step`s as they happen.  Out: a line for each at once, or one JSON document at the end; and the exit status.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gateway.text import unprintable_escaped
 
 
 class Status(StrEnum):
-    """How a step went."""
+    """The result of a step."""
 
     PASS = "PASS"  # noqa: S105  a word, not a password
     WARN = "WARN"
@@ -34,10 +34,9 @@ _STEP_WIDTH = len("configuration")
 
 @frozen
 class Step:
-    """One step: which, how it went, what was seen, and what to do about it.
+    """One step: its name, its result, what was found, and what to do about it.
 
-    `upstream` is the broker's `HOST:PORT`, empty for what concerns the gateway itself.  `facts` are particulars for
-    programs, as JSON knows them.
+    `upstream` is the broker's `HOST:PORT`, empty for steps of the gateway itself.  `facts` are JSON values.
     """
 
     name: str
@@ -49,7 +48,7 @@ class Step:
 
 
 class Report:
-    """All steps so far; `show` is called with each as it comes."""
+    """All steps so far; calls `show` with each new one."""
 
     def __init__(self, show: Callable[[Step], None]) -> None:
         self.steps: list[Step] = []
@@ -57,18 +56,18 @@ class Report:
         self._show = show
 
     def add(self, step: Step) -> None:
-        """Take a step."""
+        """Add a step."""
         self.steps.append(step)
         self._show(step)
 
     @property
     def result(self) -> Status:
-        """The worst that was seen; what was skipped does not count."""
+        """The worst result so far; skipped steps do not count."""
         seen = {step.status for step in self.steps}
         return next((status for status in _WORST_FIRST if status in seen), Status.PASS)
 
     def exit_status(self, *, strict: bool) -> int:
-        """Return 0, 1 if anything failed, 2 for warnings if they count."""
+        """Return 0, 1 if a step failed, 2 for warnings if `strict`."""
         if self.result is Status.FAIL:
             return 1
         return 2 if strict and self.result is Status.WARN else 0
@@ -86,7 +85,7 @@ class Report:
 
 
 class TextView:
-    """Shows steps as lines, in colours if the stream is a terminal and NO_COLOR is not set (no-color.org)."""
+    """Prints steps as lines, in colours if the stream is a terminal and NO_COLOR is not set (no-color.org)."""
 
     def __init__(self, stream: TextIO, *, quiet: bool) -> None:
         self._stream = stream
@@ -94,7 +93,7 @@ class TextView:
         self._coloured = stream.isatty() and not os.environ.get("NO_COLOR")
 
     def show(self, step: Step) -> None:
-        """Print a step, and under it what to do about it."""
+        """Print a step, and below it the remedy."""
         if not is_shown(step, quiet=self._quiet):
             return
         status = f"\033[{_COLOURS[step.status]}m{step.status}\033[0m" if self._coloured else step.status
@@ -106,12 +105,12 @@ class TextView:
 
 
 def is_shown(step: Step, *, quiet: bool) -> bool:
-    """Say whether a step is shown."""
+    """Return whether a step is shown."""
     return not quiet or step.status in {Status.WARN, Status.FAIL}
 
 
 def complain(words: str) -> None:
-    """Say on stderr why a command cannot do what it should."""
+    """Print on stderr why a command failed."""
     print(f"mqtts-gateway: {words}", file=sys.stderr)
 
 

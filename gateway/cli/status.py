@@ -1,8 +1,8 @@
-"""`mqtts-gateway status`: how a running gateway is, and why a device is silent.
+"""`mqtts-gateway status`: the state of a running gateway, and why a device is not connected.
 
-In: the address of a status endpoint, or the configuration that names it.  Out: what the status page says, as lines; an
-exit status: 0 if all is well (of a device: if it is connected), 1 if the gateway cannot be asked, 2 if something wants
-attention, 3 if devices cannot be served (of a device: if it is not connected).
+In: the address of a status endpoint, or the configuration that names it.  Out: the content of the status page as lines;
+an exit status: 0 if all is well (with --device: if it is connected), 1 if the gateway does not answer, 2 if something
+needs attention, 3 if devices cannot be served (with --device: if it is not connected).
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ _CLEAR = "\033[H\033[2J\033[3J"
 
 
 class CannotAsk(Exception):
-    """The gateway cannot be asked: why, and what to do."""
+    """The gateway does not answer; the message says why and what to do."""
 
 
 @frozen
 class Endpoint:
-    """Where to ask: a UNIX socket's path, or a URL."""
+    """The status endpoint: a UNIX socket's path, or a URL."""
 
     shown: str
     path: str = ""
@@ -78,27 +78,29 @@ class Endpoint:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of `status`."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--config", metavar="FILE", help="ask the gateway of this configuration, at its status.endpoint")
+    where.add_argument("--config", metavar="FILE", help="use the status.endpoint of this configuration")
     where.add_argument(
-        "--url", metavar="URL", help=f"ask here: http://HOST:PORT or unix:/PATH/OF/SOCKET (default: {_DEFAULT})"
+        "--url",
+        metavar="URL",
+        help=f"use this endpoint: http://HOST:PORT or unix:/PATH/OF/SOCKET (default: {_DEFAULT})",
     )
-    parser.add_argument("--device", metavar="ID", help="say where a device stands, or why it is silent")
+    parser.add_argument("--device", metavar="ID", help="show the state of a device, or why it is not connected")
     parser.add_argument(
         "--devices", metavar="N", type=_count, default=_SHOWN, help=f"how many devices to list (default: {_SHOWN})"
     )
-    parser.add_argument("--json", action="store_true", help="print the document as the gateway gives it")
+    parser.add_argument("--json", action="store_true", help="print the gateway's JSON document")
     parser.add_argument(
         "--watch",
         metavar="SECONDS",
         type=_interval,
         nargs="?",
         const=2.0,
-        help="print it anew every so many seconds (default: 2) until it is interrupted",
+        help="repeat every SECONDS (default: 2) until interrupted",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Ask and print; return the exit status."""
+    """Fetch and print; return the exit status."""
     try:
         endpoint = _endpoint(arguments)
     except ConfigError as error:
@@ -110,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _CANNOT_ASK
     if arguments.watch is None:
         return _once(endpoint, arguments)
-    # Who watches stops by a signal, and has seen what there was to see.
+    # Ends by a signal.
     while True:
         if sys.stdout.isatty():
             print(_CLEAR, end="")
@@ -128,7 +130,7 @@ def _once(endpoint: Endpoint, arguments: argparse.Namespace) -> int:
         complain(str(error))
         return _CANNOT_ASK
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-        complain(f"{endpoint.shown} answers with something else than a gateway of this version does")
+        complain(f"{endpoint.shown} does not answer as a gateway of this version does")
         return _CANNOT_ASK
     if arguments.json:
         print(json.dumps(document, indent=1))
@@ -141,13 +143,13 @@ def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
     """Return the exit status and what is printed."""
     if device is None:
         return _EXIT[verdict(document).level], list(_overview(document))
-    # The gateway puts the one that is called so in full first.
+    # The gateway puts an exact match first.
     items = document["devices"]["items"]
     connected = bool(items) and items[0]["step"] == "relaying"
     return 0 if connected else _NOT_CONNECTED, list(_about(document, device))
 
 
-# ---- asking
+# ---- fetching
 
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
@@ -161,12 +163,12 @@ def _endpoint(arguments: argparse.Namespace) -> Endpoint:
         )
     where = reachable_at(named)
     if where is None:
-        raise CannotAsk(f"where {named} leads, only the running gateway knows: name the place with --url")
+        raise CannotAsk(f"{named} is resolved by the running gateway: give the address with --url")
     return _parsed(where)
 
 
 def _named_in(path: Path) -> str:
-    """Return status.endpoint, also of a configuration that cannot be used: a refused reload is when one asks."""
+    """Return status.endpoint, even of an invalid configuration: after a refused reload is when status is needed."""
     try:
         return load_file(path).status.endpoint
     except ConfigError as error:
@@ -225,8 +227,8 @@ def _fetch(endpoint: Endpoint, arguments: argparse.Namespace) -> dict[str, Any]:
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise CannotAsk(
-            f"{endpoint.shown} cannot be asked: {unprintable_escaped(reason)}; see whether the gateway runs and has "
-            "[status] endpoint in its configuration; --config FILE or --url say where else to ask"
+            f"{endpoint.shown} does not answer: {unprintable_escaped(reason)}; check that the gateway runs and has "
+            "[status] endpoint in its configuration; use --config FILE or --url for another endpoint"
         ) from None
     if response.status != http.client.OK:
         words = body[:200].decode("utf-8", "replace").strip()
@@ -235,11 +237,11 @@ def _fetch(endpoint: Endpoint, arguments: argparse.Namespace) -> dict[str, Any]:
         document: dict[str, Any] = json.loads(body)
         schema = document["schema"]
     except (ValueError, KeyError, TypeError):
-        raise CannotAsk(f"{endpoint.shown} does not answer as a gateway does: another service listens there") from None
+        raise CannotAsk(f"{endpoint.shown} is not a gateway: another service listens there") from None
     if schema != SCHEMA:
         raise CannotAsk(
-            f"{endpoint.shown} is a gateway of another version (its document is of schema {schema!r}, this command "
-            f"knows {SCHEMA}): use the command that was installed with it, or --json on the endpoint itself"
+            f"{endpoint.shown} is a gateway of another version (its document has schema {schema!r}, this command "
+            f"knows {SCHEMA}): use the command that was installed with it, or read the endpoint itself"
         )
     return document
 
@@ -252,7 +254,7 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
     return make(parts.hostname or "", parts.port, timeout=_PATIENCE)
 
 
-# ---- telling
+# ---- printing
 
 
 def _overview(document: Part) -> Iterator[str]:
@@ -306,7 +308,7 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
         yield from _verdict(document)
         yield ""
     if not devices["items"]:
-        yield _coloured(_safe(f"Nothing is known of {wanted}"), "bad")
+        yield _coloured(_safe(f"{wanted} is unknown"), "bad")
         for line in unknown_words(document):
             yield from _wrapped(line, "  ")
         return
@@ -332,7 +334,7 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
             yield from _wrapped(line, "  ")
     left = devices["matching"] - len(shown)
     if left > 0:
-        yield _coloured(f"{number(left)} more {'has' if left == 1 else 'have'} that in their name or address", "faint")
+        yield _coloured(f"{number(left)} more {'matches' if left == 1 else 'match'} by name or address", "faint")
 
 
 def _verdict(document: Part) -> Iterator[str]:
@@ -400,7 +402,7 @@ def _wrapped(words: str, indent: str, mark: str = "") -> list[str]:
 
 
 def _drawn(values: Sequence[float]) -> str:
-    """Return a line of bars, a dozen or two of them, if the terminal has such characters."""
+    """Return a bar chart in one line, if the terminal has such characters."""
     if not values or not (sys.stdout.encoding or "").lower().startswith("utf"):
         return ""
     groups = [values[at : at + 3] for at in range(0, len(values), 3)]
@@ -416,7 +418,7 @@ def _coloured(text: str, kind: str) -> str:
 
 
 def _safe(text: str) -> str:
-    """Escape what does not print, whoever answered."""
+    """Escape unprintable characters, in case the endpoint is not a gateway."""
     return unprintable_escaped(text)
 
 

@@ -1,7 +1,7 @@
-"""A TLS handshake put into steps: what the broker showed, and whether it was believed.
+"""A TLS handshake as steps: what the broker sent, and whether it was accepted.
 
-In: a channel whose handshake is over, well or badly.  Out: the steps certificate, chain, identity, tls, pin, strict, as
-far as the handshake went; the last of them is the one that failed.
+In: a channel whose handshake has succeeded or failed.  Out: the steps certificate, chain, identity, tls, pin, strict,
+as far as the handshake went; if it failed, the last of them is the one that failed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import TLSChannel
 from gateway.tls.trust import TLSPolicy
 
-# What can fail after chain and identity were approved; everything else is a matter of the handshake itself.
+# What can fail after chain and identity were approved; every other failure is the handshake's.
 _LATE_STEPS = {EndReason.TLS_PIN_MISMATCH: "pin", EndReason.TLS_STRICT_REFUSED: "strict"}
 
 
 def failed(name: str, failure: UpstreamFailure, remedy: str = "") -> Step:
-    """Return the step that failed, in the words that a session's record has."""
+    """Return a failed step, in the words of a session record."""
     message = f"{failure.reason}: {failure.detail or failure.reason.meaning}"
     return Step(name, Status.FAIL, message, remedy or failure.reason.remedy, facts={"reason": failure.reason})
 
@@ -32,13 +32,13 @@ def failed(name: str, failure: UpstreamFailure, remedy: str = "") -> Step:
 def tls_steps(
     channel: TLSChannel, identity: Identity, policy: TLSPolicy, failure: UpstreamFailure | None
 ) -> Iterator[Step]:
-    """Tell what happened between ClientHello and CONNECT; `failure` is `None` if the broker was verified."""
+    """Yield what happened between ClientHello and CONNECT; `failure` is `None` if the broker was verified."""
     chain: list[x509.Certificate] = []
     try:
         chain = channel.sent_chain()
         certificate = _certificate(chain) if chain else None
-    except Exception as error:  # noqa: BLE001  whatever a hostile certificate makes the parser raise, it is no PASS
-        certificate = Step("certificate", Status.WARN, f"it cannot be read ({_named(error)})")
+    except Exception as error:  # noqa: BLE001  a hostile certificate may make the parser raise anything; never PASS
+        certificate = Step("certificate", Status.WARN, f"cannot be parsed ({_named(error)})")
     if certificate is None:
         none = UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, "the broker sent no certificate")
         yield failed("certificate", failure or none)
@@ -47,8 +47,8 @@ def tls_steps(
     if failure is not None and not channel.approved:
         yield from _not_approved(chain, identity, failure)
         return
-    yield Step("chain", Status.PASS, f"leads to a trusted root; the broker sent {len(chain)} of it")
-    yield _identity(chain[0], identity) if chain else Step("identity", Status.PASS, f"it is for {identity.name}")
+    yield Step("chain", Status.PASS, f"ends at a trusted root; the broker sent {_count(len(chain))}")
+    yield _identity(chain[0], identity) if chain else Step("identity", Status.PASS, f"valid for {identity.name}")
     failed_at = None if failure is None else _LATE_STEPS.get(failure.reason, "tls")
     for name, message in _agreed(channel, policy):
         if failure is not None and failed_at == name:
@@ -63,8 +63,8 @@ def _certificate(chain: Sequence[x509.Certificate]) -> Step:
     if first is not leaf:
         left = f"its CA {subject(first)}: {left}"
     message = f"{subject(leaf)}; names {shown_names(leaf)}; issuer {issuer(leaf)}; {left}"
-    # One that is not valid now is the failure of the chain, which comes next.
-    remedy = "Have it renewed before it expires, and find out why that has not happened by itself."
+    # A certificate that is not valid now fails the next step, chain.
+    remedy = "Renew it before it expires, and find out why automatic renewal has not done so."
     facts = {**as_facts(leaf), "chain": [as_facts(certificate) for certificate in chain]}
     return Step(
         "certificate",
@@ -77,26 +77,30 @@ def _certificate(chain: Sequence[x509.Certificate]) -> Step:
 
 def _not_approved(chain: Sequence[x509.Certificate], identity: Identity, failure: UpstreamFailure) -> Iterator[Step]:
     if failure.reason is EndReason.TLS_NAME_MISMATCH and chain:
-        yield Step("chain", Status.PASS, f"leads to a trusted root; the broker sent {len(chain)} of it")
+        yield Step("chain", Status.PASS, f"ends at a trusted root; the broker sent {_count(len(chain))}")
         yield _identity(chain[0], identity)
         return
     if failure.reason is EndReason.TLS_UNTRUSTED_CHAIN and chain:
-        last = f"; the last of {len(chain)} that the broker sent is {subject(chain[-1])}, issuer {issuer(chain[-1])}"
+        last = f"; the last of {_count(len(chain))} from the broker is {subject(chain[-1])}, issuer {issuer(chain[-1])}"
         failure = UpstreamFailure(failure.reason, failure.detail + last)
     yield failed("chain", failure)
     if chain:
-        # A session does not get so far, but whoever mends the chain wants to know what comes next.
+        # A session stops before this, but this is the next thing to fix.
         yield _identity(chain[0], identity)
 
 
 def _identity(certificate: x509.Certificate, identity: Identity) -> Step:
     try:
-        return Step("identity", Status.PASS, f"{identity.match(certificate)} is {identity.name}")
+        return Step("identity", Status.PASS, f"{identity.match(certificate)} matches {identity.name}")
     except UpstreamFailure as failure:
         return failed("identity", failure, _identity_remedy(certificate, identity, failure))
-    except Exception as error:  # noqa: BLE001  as in the channel: anything unexpected is no match
+    except Exception as error:  # noqa: BLE001  as in the channel: an unexpected error is no match
         reason = EndReason.TLS_VERIFICATION_ERROR
         return failed("identity", UpstreamFailure(reason, _named(error)))
+
+
+def _count(certificates: int) -> str:
+    return f"{certificates} certificate{'s' if certificates > 1 else ''}"
 
 
 def _named(error: Exception) -> str:
@@ -106,24 +110,24 @@ def _named(error: Exception) -> str:
 def _identity_remedy(certificate: x509.Certificate, identity: Identity, failure: UpstreamFailure) -> str:
     names = subject_alt_names(certificate)
     wanted = f"DNS:{identity.name}" if identity.sni is not None else f"IP:{identity.name}"
-    anew = f"the certificate issued anew with the subjectAltName {wanted}"
+    anew = f"the certificate reissued with the subjectAltName {wanted}"
     if not names:
-        return f"Have {anew}; a common name says nothing about hosts (RFC 9525 §2)."
+        return f"Have {anew}; the common name is not used (RFC 9525 §2)."
     if not any(name.startswith(("DNS:", "IP:")) for name in names):
-        return f"Have {anew}; none of the names that it has is a host name or an IP address."
+        return f"Have {anew}; none of its names is a host name or an IP address."
     if "wildcard" in failure.detail:
-        return f"Have {anew}; a wildcard stands alone to the left of at least two labels, as in *.example.com."
+        return f"Have {anew}; a wildcard must be the whole leftmost label, as in *.example.com."
     return (
-        "If one of its names is the broker's, use it as the upstream's host or as server_name; "
-        f"if the broker has none of them, have {anew}; otherwise another server answers here."
+        "If one of these names is the broker's, set the upstream's host or server_name to it. "
+        f"If this is the right broker, have {anew}. Otherwise another server is answering."
     )
 
 
 def _agreed(channel: TLSChannel, policy: TLSPolicy) -> Iterator[tuple[str, str]]:
-    """Give the steps after the identity, as they read when they are passed."""
+    """Yield the steps after identity with their messages if passed."""
     version, cipher, alpn = channel.agreed()
     yield "tls", f"{version}, {cipher}, {f'ALPN {printable(alpn)}' if alpn else 'no ALPN'}"
     if policy.pins:
-        yield "pin", "a public key of the chain is pinned"
+        yield "pin", "a public key in the chain matches a pin"
     if policy.strict:
-        yield "strict", "the second opinion agrees"
+        yield "strict", "the strict verification accepted the chain"

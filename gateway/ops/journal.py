@@ -1,7 +1,7 @@
-"""Records of sessions as log events, a thousand failures of one cause in a few lines.
+"""Session records as log events; repeated failures of one cause are summarised.
 
 In: `SessionRecord`s.  Out: events of `twisted.logger` that carry every field of the record under its own name (JSON
-observers find them there) and one human line, in which text from strangers is escaped.
+observers find them there) and one line of text, in which untrusted text is escaped.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Journal as SessionJournal
 from gateway.text import printable
 
-# Of each cause, this many records are written in full per window; the rest are counted.  What stood is worth more: a
-# broker that restarts ends all its sessions at once, and a hundred lines show which.
+# Per window, this many records of each cause are written in full; the rest are counted.  Established sessions get more:
+# a broker that restarts ends all its sessions at once, and a hundred lines show which.
 FULL_RECORDS = 5
 FULL_RECORDS_OF_STANDING = 100
 WINDOW = 60.0  # seconds
 
-# Ends that want nobody's attention.
+# Ends that need no attention.
 _ORDINARY = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING})
-# Ends of standing sessions that are everyday life where devices have batteries and brokers have updates.
+# Ends of established sessions that are normal: devices run out of battery, brokers are updated.
 _USUAL = _ORDINARY | {
     EndReason.DEVICE_LOST,
     EndReason.KEEPALIVE_TIMEOUT,
@@ -39,13 +39,13 @@ _USUAL = _ORDINARY | {
 }
 
 
-# Of a record, what its events carry under the same name.
+# The fields of a record that its events carry under the same name.
 _NAMES = tuple(field.name for field in fields(SessionRecord) if field.name not in {"number", "peer"})
 _values = attrgetter(*_NAMES)
 
 
 class GatewayJournal(SessionJournal, DialJournal, Protocol):
-    """Who is told what the gateway does."""
+    """Receives what the gateway does."""
 
     def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         """A connection was closed before it became a session."""
@@ -54,22 +54,22 @@ class GatewayJournal(SessionJournal, DialJournal, Protocol):
         """About a second has passed."""
 
     def flush(self) -> None:
-        """The gateway stops: what was kept for later is to be told now."""
+        """The gateway is stopping: write what is still pending."""
 
 
 class Journal:
-    """Writes a record at the start and one at the end of each session, and one for each connection not let in.
+    """Writes a record at the start and one at the end of each session, and one for each refused connection.
 
-    A session starts when the broker accepts it.  One that fails before has the end record only.  In a storm of one
-    cause, the first records of each minute are written, more of them for sessions that stood; then a line says how many
-    more there were.  A session that its device ended with DISCONNECT always has both its records.
+    A session starts when the broker accepts it; one that fails earlier has only the end record.  If many sessions end
+    for one cause, the first records of each minute are written, more of them for established sessions; then one line
+    counts the rest.  A session that its device ended with DISCONNECT always has both records.
     """
 
     def __init__(self, seconds: Callable[[], float], log: Logger | None = None) -> None:
         self._seconds = seconds
         self._log = log or Logger(namespace="gateway")
         self._window_began = seconds()
-        # By what the records have in common: the reason, and whose it is.
+        # By kind of record and reason.
         self._written: Counter[tuple[str, EndReason]] = Counter()
         self._withheld: Counter[tuple[str, EndReason]] = Counter()
         self._told_left_alone: set[str] = set()
@@ -84,11 +84,11 @@ class Journal:
         assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type
         if record.established:
             due = reason is EndReason.DEVICE_DISCONNECT or self._is_due(
-                "standing sessions ended", reason, FULL_RECORDS_OF_STANDING
+                "established sessions ended", reason, FULL_RECORDS_OF_STANDING
             )
             quiet = reason in _USUAL
         else:
-            due = self._is_due("sessions did not stand", reason)
+            due = self._is_due("sessions failed before CONNACK", reason)
             quiet = reason in _ORDINARY
         if not due:
             return
@@ -99,9 +99,9 @@ class Journal:
 
     def refused(self, reason: EndReason, device_address: str, detail: str = "") -> None:
         """A connection was closed before it became a session."""
-        if self._is_due("connections not let in", reason):
+        if self._is_due("connections refused", reason):
             self._log.warn(
-                "{device_address} not let in: {reason}{shown}. {remedy}",
+                "connection from {device_address} refused: {reason}{shown}. {remedy}",
                 event="connection-refused",
                 device_address=device_address,
                 reason=reason.value,
@@ -111,11 +111,11 @@ class Journal:
             )
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """A session found its broker, but not in the first place: `upstream` (`host:port`) failed."""
+        """A session got its broker, but `upstream` (`host:port`) failed before."""
         reason = failure.reason
-        if self._is_due(f"times {upstream} was passed over", reason):
+        if self._is_due(f"failovers from {upstream}", reason):
             self._log.warn(
-                "upstream {upstream} passed over: {reason}{shown}. {remedy}",
+                "upstream {upstream} failed, another broker was used: {reason}{shown}. {remedy}",
                 event="upstream-passed-over",
                 upstream=upstream,
                 reason=reason.value,
@@ -125,13 +125,12 @@ class Journal:
             )
 
     def left_alone(self, upstream: str, failure: UpstreamFailure, seconds: float) -> None:
-        """`upstream` (`host:port`) failed, and for so many seconds no session dials it."""
+        """`upstream` (`host:port`) failed, and is not dialled again for `seconds`."""
         reason = failure.reason
-        if self._is_due(f"times {upstream} was left alone", reason):
+        if self._is_due(f"back-offs from {upstream}", reason):
             self._told_left_alone.add(upstream)
             self._log.warn(
-                "upstream {upstream} is left alone for {shown_seconds} s, and longer if it fails again: "
-                "{reason}{shown}. {remedy}",
+                "upstream {upstream} failed; next attempt in {shown_seconds} s, backing off: {reason}{shown}. {remedy}",
                 event="upstream-left-alone",
                 upstream=upstream,
                 seconds=seconds,
@@ -143,11 +142,11 @@ class Journal:
             )
 
     def serves_again(self, upstream: str) -> None:
-        """`upstream` (`host:port`) had been left alone, and was verified again."""
-        # One that comes and goes each second is told of in both directions or in neither.
+        """`upstream` (`host:port`) was verified again after a back-off."""
+        # For a broker that comes and goes every second, log both changes or neither.
         if upstream in self._told_left_alone:
             self._told_left_alone.remove(upstream)
-            self._log.info("upstream {upstream} serves again", event="upstream-serves-again", upstream=upstream)
+            self._log.info("upstream {upstream} is available again", event="upstream-serves-again", upstream=upstream)
 
     def sweep(self) -> None:
         """Close the window if it is over."""
@@ -155,7 +154,7 @@ class Journal:
             self.flush()
 
     def flush(self) -> None:
-        """Close the window: say how many records were withheld."""
+        """Close the window: log how many records were not written."""
         now = self._seconds()
         for (what, reason), count in sorted(self._withheld.items()):
             self._log.warn(
@@ -173,7 +172,7 @@ class Journal:
         self._withheld.clear()
 
     def _write(self, level: Any, line: str, event: str, record: SessionRecord) -> None:
-        """Emit what `Logger.emit` would at `level`, a `LogLevel`; it copies all fields three times on their way."""
+        """Emit at `level`, a `LogLevel`, as `Logger.emit` would, without copying all fields three times."""
         log = self._log
         fields = _fields(record)
         fields |= {"line": line, "event": event, "log_format": "{line}", "log_level": level, "log_time": time.time()}
@@ -189,8 +188,8 @@ class Journal:
 
 
 def _fields(record: SessionRecord) -> dict[str, object]:
-    """Return a record's fields flat, the broker's facts beside the others."""
-    # By hand, since attrs' `asdict` takes ten times as long, twice in each session.
+    """Return a record's fields and those of its broker as one mapping."""
+    # Built by hand: attrs' `asdict` takes ten times as long, twice per session.
     fields: dict[str, object] = dict(zip(_NAMES, _values(record), strict=True))
     fields["session"] = record.number
     fields["reason"] = record.reason.value if record.reason is not None else None
@@ -201,7 +200,7 @@ def _fields(record: SessionRecord) -> dict[str, object]:
 
 @lru_cache(maxsize=32)
 def _peer_fields(peer: Peer) -> dict[str, object]:
-    """Return the facts about a broker, which a thousand sessions share."""
+    """Return the fields of a broker, which many sessions share."""
     return asdict(peer) | {"not_after": peer.not_after.isoformat()}
 
 
@@ -216,7 +215,7 @@ def _who(record: SessionRecord) -> str:
     name = f'"{printable(record.client_identifier, 80)}"' if record.client_identifier else "no Client Identifier"
     version = f" MQTT {record.protocol_version}" if record.protocol_version else ""
     via = f" via {record.via}" if record.via else ""
-    # The operator's own word, but a file's name may be anything.
+    # The operator chose it, but a file name may contain anything.
     rule = f" by rule {printable(record.rule, 80)}" if record.rule else ""
     return f"session {record.number} {record.device_address}{via} {name}{version}{rule}"
 

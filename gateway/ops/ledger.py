@@ -1,9 +1,9 @@
-"""What happened, in numbers, and what became of each device.
+"""Counts of what happened, and the last end of each device.
 
-In: what the gateway tells its journal, which is passed on, and the sessions that are open.  Out: counts that only grow,
-durations by step, a ring of samples to draw lines from, and the last end of each device.
+In: what the gateway reports to its journal, which is passed on, and the open sessions.  Out: counters, durations by
+step, a ring of samples for the charts, and the last end of each device.
 
-Nothing here runs per message: what standing sessions have relayed is asked of them when somebody wants to know.
+Nothing here runs per message: the traffic of open sessions is read from them on request.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from gateway.session.session import Session, State
 from gateway.text import printable
 
 SAMPLE_INTERVAL = 10.0  # seconds
-SAMPLES = 90  # intervals that are kept: a quarter of an hour
+SAMPLES = 90  # number of intervals kept: 15 minutes
 LATELY = SAMPLE_INTERVAL * SAMPLES  # seconds
-# The last end of each device is remembered for so many seconds: who looks for it in the morning finds it.
+# How long (seconds) the last end of each device is kept: long enough to find it the next morning.
 REMEMBERED = 24 * 3600.0
-# And so many of them: some 10 MB if every identifier is as long as it may be.
+# And how many: about 10 MB if every identifier has the maximum length.
 _MAX_ENDS = 10_000
-_MAX_TEXT = 256  # characters of a Client Identifier or a detail that are kept of it; MQTT allows 65,535 bytes
+_MAX_TEXT = 256  # characters kept of a Client Identifier or a detail; MQTT allows 65,535 bytes
 
 STEPS = ("connect", "dns", "tcp", "tls", "connack")
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
 
-# Ends that nobody asks about: they are no failures.
+# Ends that are not failures.
 IN_ORDER = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING})
 
 
@@ -42,7 +42,7 @@ _NOTHING = Traffic()
 
 
 class Histogram:
-    """Durations (seconds), counted by the bucket that they fall into."""
+    """Durations (seconds), counted by bucket."""
 
     def __init__(self) -> None:
         self._counts = [0] * (len(BUCKETS) + 1)
@@ -54,7 +54,7 @@ class Histogram:
         self.total += seconds
 
     def cumulative(self) -> list[int]:
-        """Return how many were at most as long as each bucket's bound; the last of them is how many there were."""
+        """Return how many durations are at most each bucket's bound; the last value is the total count."""
         sums, so_far = [], 0
         for count in self._counts:
             so_far += count
@@ -64,10 +64,10 @@ class Histogram:
 
 @define(slots=True)
 class End:
-    """How a device's last session ended, or why it was not let in; `ended` is on the injected clock (seconds).
+    """How a device's last session ended, or why it was refused; `ended` is on the injected clock (seconds).
 
-    Text of strangers is printable here, and cut.  `client_identifier` is empty if none was ever read; `key` tells one
-    device from another.  `times` counts the ends of this device since it was first remembered, `since`.
+    Untrusted text is printable here, and cut.  `client_identifier` is empty if none was read; `key` identifies the
+    device.  `times` counts the ends of this device since `since`.
     """
 
     key: str
@@ -89,7 +89,7 @@ class End:
 
 @frozen(slots=True)
 class Sample:
-    """How things stood at a moment of the injected clock (seconds); all but `open` only grow."""
+    """The counters at a time of the injected clock (seconds); all but `open` only grow."""
 
     at: float
     open: int
@@ -101,7 +101,7 @@ class Sample:
 
 @frozen(slots=True)
 class Interval:
-    """What happened between two samples: sessions that were open at its end, packets both ways, failures."""
+    """What happened between two samples: sessions open at the end, packets in both directions, failures."""
 
     began: float
     ended: float
@@ -113,10 +113,10 @@ class Interval:
 class Ledger:
     """A `GatewayJournal` that counts and passes on.
 
-    Counts are by reason where there is one: `ended` of sessions, `refused` of connections that were not let in.
-    `failures` are all ends but those in good order, and all refusals.  `passes` counts how often a broker (`host:port`)
-    was passed over, and why; `peers` holds whom the sessions found at each.  Whoever reloads counts
-    `reloads` and `refused_reloads`.
+    Counts are by reason where there is one: `ended` for sessions, `refusals` for refused connections.
+    `failures` are all ends that are not in order, and all refusals.  `passes` counts failovers from a broker
+    (`host:port`) by reason; `peers` has the last verified peer of each.  The code that reloads counts `reloads` and
+    `refused_reloads`.
     """
 
     def __init__(self, journal: GatewayJournal, seconds: Callable[[], float]) -> None:
@@ -191,7 +191,7 @@ class Ledger:
         )
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
-        """A session found its broker, but not in the first place."""
+        """A session got its broker, but `upstream` failed before."""
         self._journal.passed_over(upstream, failure)
         self.passes[upstream, failure.reason] += 1
 
@@ -216,40 +216,40 @@ class Ledger:
             self._sample()
 
     def flush(self) -> None:
-        """The gateway stops."""
+        """The gateway is stopping."""
         self._journal.flush()
 
-    # ---- what can be asked
+    # ---- queries
 
     def traffic(self) -> Traffic:
-        """Return what all sessions have relayed, those that are open included."""
+        """Return what all sessions have relayed, open ones included."""
         open_ones = (session.traffic for session in self._open if session.state is not State.ENDED)
         return _sum((self._traffic, *open_ones))
 
     def open_by_step(self) -> Counter[State]:
-        """Return how many sessions stand at each step; those that have ended and are still closing are in ENDED."""
+        """Return how many sessions are at each step; those that have ended and are still closing are in ENDED."""
         return Counter(session.state for session in self._open)
 
     @property
     def open(self) -> Collection[Session]:
-        """The sessions that are open, and those that are closing."""
+        """The sessions that are open or closing."""
         return self._open
 
     def ends(self) -> Iterator[End]:
-        """Yield the last end of each device, the latest first."""
+        """Yield the last end of each device, latest first."""
         return reversed(self._ends.values())
 
     def last_end(self, client_identifier: str) -> End | None:
-        """Return how the last session of a device ended, if that is remembered."""
+        """Return how the last session of a device ended, if it is still kept."""
         return self._ends.get(_device(client_identifier, "")) if client_identifier else None
 
     def ended_lately(self) -> Counter[EndReason]:
-        """Return how many sessions ended for each reason, and how many were not let in, since the oldest sample."""
+        """Return how many sessions ended and connections were refused, by reason, since the oldest sample."""
         now = self.ended + self.refusals
         return now - self._samples[0].ended if self._samples else now
 
     def intervals(self) -> Iterator[Interval]:
-        """Yield what happened between the samples, the oldest first."""
+        """Yield what happened between the samples, oldest first."""
         for before, after in pairwise(self._samples):
             packets = after.traffic.packets_up + after.traffic.packets_down
             packets -= before.traffic.packets_up + before.traffic.packets_down
@@ -262,7 +262,7 @@ class Ledger:
                 self.durations[step].observe(seconds)
 
     def _remember(self, end: End) -> None:
-        """Keep the last end of each device, whatever storm the others are in."""
+        """Keep the last end of each device, however many ends the others have."""
         if end.reason not in IN_ORDER:
             self.failures += 1
         before = self._ends.pop(end.key, None)
@@ -288,9 +288,9 @@ class Ledger:
 
 
 def _device(client_identifier: str, device_address: str) -> str:
-    """Return what tells a device from others: all of its Client Identifier, however long; without one, its address."""
+    """Return the key of a device: its whole Client Identifier, however long; without one, its address."""
     if not client_identifier:
-        # Its port is another one each time.
+        # Without the port, which changes with each connection.
         return f"at {device_address.rpartition(':')[0]}"
     if len(client_identifier) <= _MAX_TEXT:
         return f"id {client_identifier}"

@@ -1,10 +1,10 @@
-"""How the log is written: for people, for systemd's journal, or for programs.
+"""Log output: text, systemd journal or JSON.
 
-In: events of `twisted.logger`, and what twistd was told about its log.  Out: an observer that writes lines to standard
-output or to twistd's log file.
+In: events of `twisted.logger`, and twistd's log options.  Out: an observer that writes lines to standard output or to
+twistd's log file.
 
-Whatever an event holds, nothing but printable characters and the line ends that are made here leaves: text from
-strangers can neither move a cursor nor begin a line that looks like one of the gateway's own.
+Only printable characters and line ends made here are written: untrusted text can neither move a cursor nor start a line
+that looks like one of the gateway's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gateway.text import unprintable_escaped
 Format = Literal["auto", "text", "journal", "json"]
 Writer = Callable[[str], object]
 
-# Priorities of syslog(3), which systemd takes off the beginning of each line (sd-daemon(3)).
+# Priorities of syslog(3), which systemd strips from the start of each line (sd-daemon(3)).
 _PRIORITIES = {
     LogLevel.debug: 7,
     LogLevel.info: 6,
@@ -35,13 +35,13 @@ _PRIORITIES = {
     LogLevel.error: 3,
     LogLevel.critical: 2,
 }
-# Of an event, what is said by other fields already, or is Twisted's own.
+# Event fields that repeat others, or are internal to Twisted.
 _OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line", "shown"})
 
 
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as lines; `write` is given them with their ends, `in_journal` says where they end up."""
+    """Writes each event as lines; `write` gets whole lines, `in_journal` says whether they go to systemd's journal."""
 
     def __init__(self, write: Writer, wanted: Format, *, in_journal: bool = False) -> None:
         self._write = write
@@ -49,7 +49,7 @@ class LineObserver:
         self.use(wanted)
 
     def use(self, wanted: Format) -> None:
-        """Write what follows in this format."""
+        """Use this format from now on."""
         automatic = _journal if self._in_journal else _text
         self._lines = {"auto": automatic, "text": _text, "journal": _journal, "json": _json}[wanted]
 
@@ -66,16 +66,16 @@ def make_observer(
     environment: Mapping[str, str] = os.environ,
     stdout: TextIO | None = None,
 ) -> LineObserver | None:
-    """Return the observer for a format and for what `twistd` was told (its options), or `None` to leave it to twistd.
+    """Return the observer for a format and twistd's options, or `None` if twistd must do the logging.
 
-    That is so for `--syslog`, and for `--logger`, which twistd puts first anyway.
+    That is the case with `--syslog` and `--logger`.
     """
     if twistd.get("syslog") or twistd.get("logger"):
         return None
     name = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
     if name == "-":
         if not twistd.get("nodaemon"):
-            return None  # which twistd has words for
+            return None  # twistd reports this error
         stream = sys.stdout if stdout is None else stdout
         if stream is None:
             return None
@@ -84,7 +84,7 @@ def make_observer(
 
 
 def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
-    """Say whether a stream leads to systemd's journal: JOURNAL_STREAM names its device and inode (systemd.exec(5))."""
+    """Return whether a stream is systemd's journal: JOURNAL_STREAM has its device and inode (systemd.exec(5))."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):
@@ -93,7 +93,7 @@ def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
 
 
 def _to_stream(stream: TextIO) -> Writer:
-    # What a terminal or the journal cannot show is no reason to lose a line.
+    # A character that a terminal or the journal cannot show must not lose the line.
     reconfigure = getattr(stream, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
@@ -106,11 +106,11 @@ def _to_stream(stream: TextIO) -> Writer:
 
 
 def _to_file(name: str) -> Writer:
-    """Open the file that twistd would open, rotated as twistd does: by size, and on SIGUSR1."""
+    """Open the file that twistd would open; rotate it by size and on SIGUSR1, as twistd does."""
     file = LogFile.fromFullPath(name)
 
     def rotate(*_: object) -> None:
-        # Not at the top: twistd chooses the reactor.
+        # Imported late: twistd chooses the reactor.
         from twisted.internet import reactor
 
         reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]  # of IReactorFromThreads, which it provides
@@ -128,7 +128,7 @@ def _text(event: LogEvent) -> Iterator[str]:
 
 
 def _shown_second(time: float | None) -> str:
-    # Seconds are what the format shows, and strftime(3) by way of Python takes a good part of what a line costs.
+    # The format shows whole seconds, and strftime is a large part of the cost of a line.
     return formatTime(None) if time is None else _shown_whole_second(int(time))
 
 
@@ -141,7 +141,7 @@ def _journal(event: LogEvent) -> Iterator[str]:
     level = event.get("log_level")
     prefix = f"<{_PRIORITIES[level] if level is not None else 6}>"
     for index, line in enumerate(_message(event)):
-        # Each line has the priority, since each is an entry of its own; set in, it is told from what begins an event.
+        # Each line is an entry of its own, so each has the priority; continuation lines are indented.
         yield f"{prefix}  {line}" if index else prefix + line
 
 
@@ -162,8 +162,8 @@ def _json(event: LogEvent) -> Iterator[str]:
 
 
 def _message(event: LogEvent) -> list[str]:
-    """Return the lines of an event's text, and those of its traceback; none if it has neither."""
-    # The records of sessions, which are most of all lines, have nothing to be formatted.
+    """Return the lines of an event's text and of its traceback, if any."""
+    # Most lines are session records, which are formatted already.
     text = event["line"] if event.get("log_format") == "{line}" else formatEvent(event)
     lines = text.split("\n") if text else []
     failure = event.get("log_failure")

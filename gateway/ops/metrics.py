@@ -1,8 +1,8 @@
-"""Metrics for Prometheus, gathered when they are asked for.
+"""Prometheus metrics, collected at each scrape.
 
-In: `Sight`.  Out: the text that Prometheus scrapes, or OpenMetrics if it asks for that.  Names and units follow
-https://prometheus.io/docs/practices/naming/.  No label has a value that devices choose, so there are no more series
-than the configuration and `EndReason` allow.  docs/sight.md lists them; a test holds that.
+In: `Sight`.  Out: Prometheus text format, or OpenMetrics on request.  Names and units follow
+https://prometheus.io/docs/practices/naming/.  No label has a value that devices choose, so the number of
+series is bounded by the configuration and `EndReason`.  docs/sight.md lists them; a test checks the list.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _PREFIX = "mqtts_gateway"
 
 
 class Metrics:
-    """All that is exposed: the gateway's own metrics, the process's and Python's."""
+    """Everything exposed: metrics of the gateway, the process and Python."""
 
     def __init__(self, sight: Sight) -> None:
-        # A registry of its own: the global one belongs to whoever else runs in this process.
+        # Not the global registry: other code in this process may use it.
         self._registry = CollectorRegistry()
         self._registry.register(_Gateway(sight))
         ProcessCollector(registry=self._registry)
@@ -56,16 +56,16 @@ class _Gateway(Collector):
         """See `prometheus_client.registry.Collector`."""
         yield InfoMetricFamily(f"{_PREFIX}_build", "The gateway's version.", {"version": __version__})
         yield GaugeMetricFamily(
-            f"{_PREFIX}_ready", "1 if devices may be sent here, as /readyz says.", float(not self._sight.unready())
+            f"{_PREFIX}_ready",
+            "1 if the gateway is ready for new devices, as /readyz says.",
+            float(not self._sight.unready()),
         )
         yield from self._sessions()
         yield from self._traffic()
         yield from self._upstreams()
         yield self._certificates()
         ledger = self._sight.ledger
-        reloads = CounterMetricFamily(
-            f"{_PREFIX}_reloads", "Attempts to change to a new configuration.", labels=["result"]
-        )
+        reloads = CounterMetricFamily(f"{_PREFIX}_reloads", "Attempts to load a new configuration.", labels=["result"])
         reloads.add_metric(["done"], ledger.reloads)
         reloads.add_metric(["refused"], ledger.refused_reloads)
         yield reloads
@@ -73,28 +73,26 @@ class _Gateway(Collector):
     def _sessions(self) -> Iterator[Metric]:
         ledger = self._sight.ledger
         steps = ledger.open_by_step()
-        open_ones = GaugeMetricFamily(
-            f"{_PREFIX}_sessions", "Open sessions by the step they stand at.", labels=["step"]
-        )
+        open_ones = GaugeMetricFamily(f"{_PREFIX}_sessions", "Open sessions by step.", labels=["step"])
         for step, word in STEPS.items():
             open_ones.add_metric([word], steps[step])
         yield open_ones
         yield GaugeMetricFamily(
-            f"{_PREFIX}_sessions_limit", "How many sessions there may be at a time.", self._sight.sources.max_sessions()
+            f"{_PREFIX}_sessions_limit", "Maximum number of sessions.", self._sight.sources.max_sessions()
         )
         yield CounterMetricFamily(f"{_PREFIX}_sessions_started", "Sessions that the broker accepted.", ledger.started)
         ended = CounterMetricFamily(f"{_PREFIX}_sessions_ended", "Sessions that ended.", labels=["reason"])
         refused = CounterMetricFamily(
-            f"{_PREFIX}_connections_refused", "Connections of devices that were not let in.", labels=["reason"]
+            f"{_PREFIX}_connections_refused", "Connections of devices that were refused.", labels=["reason"]
         )
         for reason in EndReason:
-            # All of them from the start, so that the first of a kind is seen as an increase.
+            # All reasons from the start, so that the first one counts as an increase.
             ended.add_metric([reason.value], ledger.ended[reason])
             refused.add_metric([reason.value], ledger.refusals[reason])
         yield ended
         yield refused
         durations = HistogramMetricFamily(
-            f"{_PREFIX}_session_step_seconds", "How long each step of a new session took.", labels=["step"]
+            f"{_PREFIX}_session_step_seconds", "Duration of each step of a new session.", labels=["step"]
         )
         bounds = [f"{bound:g}" for bound in BUCKETS] + ["+Inf"]
         for name, histogram in ledger.durations.items():
@@ -120,11 +118,15 @@ class _Gateway(Collector):
     def _upstreams(self) -> Iterator[Metric]:
         who = ["upstream", "name"]
         up = GaugeMetricFamily(
-            f"{_PREFIX}_upstream_up", "1 if sessions are led to this broker, 0 while it is left alone.", labels=who
+            f"{_PREFIX}_upstream_up", "1 if sessions are connected to this broker, 0 while backing off.", labels=who
         )
-        dials = CounterMetricFamily(f"{_PREFIX}_upstream_dials", "Attempts to reach and verify a broker.", labels=who)
+        dials = CounterMetricFamily(
+            f"{_PREFIX}_upstream_dials", "Attempts to connect to and verify a broker.", labels=who
+        )
         failed = CounterMetricFamily(
-            f"{_PREFIX}_upstream_failed_dials", "Those of them that failed.", labels=[*who, "reason"]
+            f"{_PREFIX}_upstream_failed_dials",
+            "Failed attempts to connect to and verify a broker.",
+            labels=[*who, "reason"],
         )
         for upstream in self._sight.sources.upstreams():
             # One address may be configured twice, with different names.
@@ -135,7 +137,7 @@ class _Gateway(Collector):
                 failed.add_metric([*labels, reason.value], count)
         passed_over = CounterMetricFamily(
             f"{_PREFIX}_upstream_passed_over",
-            "Sessions that found their broker, but not at this one.",
+            "Sessions that failed over from this broker to another one.",
             labels=["upstream", "reason"],
         )
         for (address, reason), count in self._sight.ledger.passes.items():
@@ -145,12 +147,12 @@ class _Gateway(Collector):
     def _certificates(self) -> Metric:
         family = GaugeMetricFamily(
             f"{_PREFIX}_certificate_not_after_timestamp_seconds",
-            "When a certificate ends: the gateway's own, a CA's, or the one that a broker showed last.",
+            "Expiry of a certificate: the gateway's own, a CA's, or the last one a broker sent.",
             labels=["role", "subject", "upstream"],
         )
         first: dict[tuple[str, str, str], Certificate] = {}
         for each in self._sight.certificates():
-            # Of several with one name, a CA's old and new one perhaps, the first to end.
+            # Of several with the same name (such as a CA's old and new one), the first to expire.
             key = (each.role.value, each.subject, each.upstream)
             if key not in first or each.not_after < first[key].not_after:
                 first[key] = each

@@ -1,7 +1,7 @@
-"""How the gateway is, as one document that the page, the metrics and the terminal are made of.
+"""The gateway's status as one document; the page, the metrics and the terminal output are made from it.
 
-In: the ledger, and what can be asked of the gateway at any time.  Out: plain values as JSON knows them, described in
-docs/sight.md.  Text from strangers is printable in it, and cut.
+In: the ledger, and queries to the gateway.  Out: plain JSON values, described in docs/sight.md.  Untrusted text is made
+printable, and cut.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from gateway.dial.health import UpstreamHealth
 from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate, Validity, shown_by
 from gateway.ops.ledger import IN_ORDER, LATELY, REMEMBERED, End, Ledger
-from gateway.ops.status_words import SCHEMA
+from gateway.ops.status_words import SCHEMA, shown_state
 from gateway.session.record import Traffic
 from gateway.session.session import Session, State
 from gateway.text import printable
 
 PER_PAGE = 50
 MOST_PER_PAGE = 1000
-_MAX_TEXT = 256  # characters that are shown of a Client Identifier or a detail
-_MAX_WORDS = 1000  # characters that are shown of what keeps a reload from being done
-_MAX_QUERY = 256  # characters of a search that are heeded
+_MAX_TEXT = 256  # characters shown of a Client Identifier or a detail
+_MAX_WORDS = 1000  # characters shown of why a reload was refused
+_MAX_QUERY = 256  # characters used of a search
 SHOWN = ("all", "connected", "connecting", "silent")
 
-# The steps of a session, as they are called in metrics and documents.
+# The steps of a session as metrics and documents name them.
 STEPS = {
     State.WAIT_CONNECT: "wait-connect",
     State.DIALLING: "dialling",
@@ -42,10 +42,10 @@ _ALIVE_WITHIN = 10.0  # seconds; the sweep comes every second
 
 @frozen(kw_only=True)
 class Sources:
-    """What the gateway is asked.
+    """Queries to the gateway.
 
-    `listeners` are (name, address); `host` is what this machine is called; `refused_reloads` say, in words, what keeps
-    the gateway from being as its configuration wants it now.
+    `listeners` are (name, address); `host` is the name of this machine; `refused_reloads` says why the current
+    configuration files are not in use.
     """
 
     host: str
@@ -61,7 +61,7 @@ class Sources:
 
 @frozen(kw_only=True)
 class Query:
-    """Which devices are wanted: whose identifier, address, listener or upstream has `text` in it, from `page` on.
+    """Which devices to show: those with `text` in the identifier, address, listener or upstream, from `page` on.
 
     `show` is one of `SHOWN`; pages count from 1.
     """
@@ -73,7 +73,7 @@ class Query:
 
     @classmethod
     def of(cls, arguments: Mapping[str, str]) -> Query:
-        """Take the arguments of a request; what makes no sense is as if it were not there."""
+        """Parse the arguments of a request; invalid ones are ignored."""
         show = arguments.get("show", "")
         return cls(
             text=arguments.get("q", "").strip()[:_MAX_QUERY],
@@ -84,33 +84,33 @@ class Query:
 
 
 class Sight:
-    """Looks at the gateway; nothing is kept but what the ledger has."""
+    """Reads the gateway's status; keeps no state but the ledger."""
 
     def __init__(self, ledger: Ledger, sources: Sources) -> None:
         self.ledger = ledger
         self.sources = sources
 
     def is_alive(self) -> bool:
-        """Whether the process does its work: deadlines are kept by its sweep."""
+        """Return whether the event loop runs: its sweep enforces all timeouts."""
         return self.sources.seconds() - self.ledger.swept < _ALIVE_WITHIN
 
     def unready(self) -> str:
-        """Say why no new device should be sent here; empty if one may."""
+        """Return why the gateway is not ready for new devices; empty if it is."""
         if self.sources.is_stopping():
             return "the gateway is stopping"
         if not self.sources.listeners():
             return "no listener is open"
         upstreams = self.sources.upstreams()
         if upstreams and not any(upstream.is_open for upstream in upstreams):
-            return "no upstream can be had: " + ", ".join(
-                f"{each.address} is {each.state.value}"
+            return "no broker is available: " + ", ".join(
+                f"{each.address} is {shown_state(each.state.value)}"
                 + (f" ({each.last_failure.reason})" if each.last_failure is not None else "")
                 for each in upstreams
             )
         return ""
 
     def certificates(self) -> Iterator[Certificate]:
-        """Yield all certificates whose end would end the service: own, the CAs', the brokers'."""
+        """Yield all certificates whose expiry would stop the service: own, CAs' and brokers'."""
         yield from self.sources.certificates()
         for upstream in self.sources.upstreams():
             peer = upstream.last_peer or self.ledger.peers.get(upstream.address)
@@ -118,7 +118,7 @@ class Sight:
                 yield shown_by(upstream.address, peer)
 
     def document(self, query: Query | None = None) -> dict[str, Any]:
-        """Return everything; of devices, those that are wanted."""
+        """Return the whole document, with the devices that `query` selects."""
         query = query or Query()
         seconds, now = self.sources.seconds(), self.sources.now()
         ledger = self.ledger
@@ -191,7 +191,7 @@ class Sight:
         }
 
     def _lately(self, seconds: float, at: Callable[[float], str]) -> list[dict[str, Any]]:
-        """Return the ends of the last quarter of an hour that were none in good order, the most frequent first."""
+        """Return the failures of the last 15 minutes, most frequent first."""
         counts = self.ledger.ended_lately()
         latest: dict[EndReason, End] = {}
         devices: dict[EndReason, int] = {}
@@ -214,8 +214,8 @@ class Sight:
     # ---- devices
 
     def _absent(self) -> list[End]:
-        """Return how those ended that were here once and are not now, the latest first."""
-        # What became of the last session of those that are here is told beside their present one.
+        """Return the last ends of devices that are not connected now, latest first."""
+        # The last end of a connected device is shown with its current session.
         here = {id(self.ledger.last_end(session.record.client_identifier)) for session in self._standing()}
         return [end for end in self.ledger.ends() if id(end) not in here]
 
@@ -225,7 +225,7 @@ class Sight:
     def _devices(
         self, query: Query, absent: Sequence[End], seconds: float, at: Callable[[float], str]
     ) -> dict[str, Any]:
-        """Return a page of devices: first who should be here and is not, then who is about to be, then the others."""
+        """Return a page of devices: first those that failed, then those connecting, then the others."""
         wanted = query.text.casefold()
         sessions = self._standing()
         groups: tuple[tuple[str, Collection[Session | End]], ...] = (
@@ -279,7 +279,7 @@ def _matches(each: Session | End, wanted: str) -> bool:
         or wanted in record.device_address
         or wanted in record.listener.casefold()
         or wanted in record.upstream
-        # Whoever copies what is shown of an identifier that does not print finds it, too.
+        # So that a search for the escaped form of an unprintable identifier finds it.
         or (not isinstance(each, End) and not identifier.isprintable() and wanted in printable(identifier).casefold())
         or (isinstance(each, End) and wanted in each.reason.value)
     )

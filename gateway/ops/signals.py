@@ -1,4 +1,4 @@
-"""Signals as calls in the reactor.
+"""Process signals as calls in the reactor.
 
 In: signals of the process.  Out: calls, in the reactor's thread and turn.
 """
@@ -12,16 +12,16 @@ from typing import Any
 
 
 def call_on_signal(reactor: Any, number: signal.Signals, call: Callable[[], object]) -> None:
-    """Let `call` be called in the reactor (IReactorFromThreads) from now on when the signal comes, until the end.
+    """Call `call` in the reactor (IReactorFromThreads) whenever the signal arrives.
 
-    Python lets only the main thread have handlers.  Elsewhere nothing is done: whoever runs the reactor in a thread
-    uses the process, and its signals, for something else.
+    Python allows handlers in the main thread only.  In another thread this has no effect: the program that runs the
+    reactor there handles the signals itself.
     """
     if threading.current_thread() is not threading.main_thread():
         return
 
     def handler(_number: int, _frame: object) -> None:
-        # It runs between any two steps of the program, so all it may do is to leave word.
+        # It may run between any two bytecodes, so it only schedules the call.
         reactor.callFromThread(call)
 
     signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""What the status document says, in words: the same on the page and on a terminal.
+"""The status document in words, the same on the page and on a terminal.
 
 In: the document of `gateway.ops.sight`, or parts of it.  Out: sentences, durations, a verdict.
 """
@@ -15,22 +15,23 @@ from attrs import frozen
 Part = Mapping[str, Any]
 
 SCHEMA = 1
-"""Of the document: raised when a field changes its meaning or goes; new fields come without."""
+"""Version of the document: raised when a field is removed or changes its meaning, not for new fields."""
 
 _STEPS = {
-    "wait-connect": "connecting: no CONNECT has come yet",
-    "dialling": "connecting: on the way to the broker",
+    "wait-connect": "connecting: waiting for CONNECT",
+    "dialling": "connecting: dialling the broker",
     "wait-connack": "connecting: waiting for the broker's CONNACK",
     "relaying": "connected",
     "ended": "not connected",
-    "refused": "not let in",
+    "refused": "refused",
 }
+_STATES = {"left alone": "backing off"}
 _CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's"}
-_SILENT_FOR_LONG = 300  # seconds after which it is said of a connected device that nothing came of it
+_SILENT_FOR_LONG = 300  # seconds without data after which this is shown for a connected device
 
 
 class Level(IntEnum):
-    """How bad it is."""
+    """Severity."""
 
     WELL = 0
     ATTENTION = 1
@@ -39,7 +40,7 @@ class Level(IntEnum):
 
 @frozen
 class Verdict:
-    """How the gateway is, in a line, and each thing that is not as it should be."""
+    """The gateway's status in one line, and each problem."""
 
     level: Level
     line: str
@@ -47,7 +48,7 @@ class Verdict:
 
 
 def verdict(document: Part) -> Verdict:
-    """Judge the whole: DOWN if no device can be served, ATTENTION if somebody should look."""
+    """Return the overall verdict: DOWN if no device can be served, ATTENTION if there is a problem to look at."""
     reasons = [
         f"Upstream {upstream['address']}: {upstream_words(upstream)}"
         for upstream in document["upstreams"]
@@ -61,12 +62,12 @@ def verdict(document: Part) -> Verdict:
     reasons += [f"The {words}." for words in document["reloads"]["wanting"]]
     absent = _absent(document)
     if not document["alive"]:
-        return Verdict(Level.DOWN, "The gateway is stuck: it keeps no deadlines", reasons)
+        return Verdict(Level.DOWN, "The event loop is stuck; timeouts are not enforced", reasons)
     if not document["ready"]:
         words = document["unready"]
         return Verdict(Level.DOWN, f"Devices cannot be served: {words.partition(':')[0]}", reasons)
     if reasons:
-        return Verdict(Level.ATTENTION, "Devices are served, but something wants attention", reasons + absent)
+        return Verdict(Level.ATTENTION, "Devices are served, but something needs attention", reasons + absent)
     return Verdict(Level.WELL, "The gateway is well", reasons + absent)
 
 
@@ -81,30 +82,35 @@ def _absent(document: Part) -> list[str]:
 
 
 def upstream_words(upstream: Part) -> str:
-    """Say how a broker fares."""
+    """Describe the state of a broker."""
     failure = upstream["last_failure"]
     if upstream["open"]:
         if upstream["verified"] is None:
             return "not tried yet"
         return "serving"
-    words: str = upstream["state"]
+    words = shown_state(upstream["state"])
     if upstream["retry_in_seconds"]:
-        words += f", tried again in {duration(upstream['retry_in_seconds'])}"
+        words += f", next attempt in {duration(upstream['retry_in_seconds'])}"
     if failure is not None:
         detail = f" ({failure['detail']})" if failure["detail"] else ""
         words += f". {failure['meaning'].rstrip('.')}{detail}. {failure['remedy']}"
     return words
 
 
+def shown_state(state: str) -> str:
+    """Return a broker's state in the words that people are shown; the state itself is for programs."""
+    return _STATES.get(state, state)
+
+
 def certificate_name(certificate: Part) -> str:
-    """Say whose certificate it is."""
+    """Return the name of a certificate."""
     name = _CERTIFICATES.get(certificate["role"], certificate["role"])
     where = f" {certificate['upstream']}" if certificate["upstream"] else ""
     return f"Certificate ({name}{where}) {certificate['subject']}"
 
 
 def certificate_words(certificate: Part) -> str:
-    """Say how long a certificate has."""
+    """Describe how long a certificate is valid."""
     date = certificate["not_after"][:10]
     days = certificate["days_left"]
     if certificate["state"] == "expired":
@@ -115,12 +121,12 @@ def certificate_words(certificate: Part) -> str:
 
 
 def device_name(device: Part) -> str:
-    """Return what a device is called: its Client Identifier, or its address without the port."""
+    """Return a device's name: its Client Identifier, or its address without the port."""
     return str(device["client_identifier"]) or f"at {device['device_address'].rpartition(':')[0]}"
 
 
 def device_state(device: Part) -> str:
-    """Say in a few words where a device stands."""
+    """Describe the state of a device in a few words."""
     end = device["end"]
     if device["step"] in {"ended", "refused"} and end is not None:
         return f"{_STEPS[device['step']]}: {end['reason']}"
@@ -128,7 +134,7 @@ def device_state(device: Part) -> str:
 
 
 def device_words(device: Part) -> list[str]:
-    """Say why a device is silent, or that it is not; and what to do."""
+    """Describe why a device is not connected, and what to do."""
     end, lines = device["end"], []
     if device["step"] in {"ended", "refused"}:
         lines.append(f"{end['meaning'].rstrip('.')}{_detail(end)}.")
@@ -137,9 +143,9 @@ def device_words(device: Part) -> list[str]:
         lines += _times(end)
         return lines
     if device["held_back"]:
-        lines.append("It is not read at the moment, since the broker does not take what it sends.")
+        lines.append("The gateway is not reading from it now, because the broker does not keep up.")
     elif device["heard_seconds_ago"] is not None and device["heard_seconds_ago"] >= _SILENT_FOR_LONG:
-        lines.append(f"Nothing came from it for {duration(device['heard_seconds_ago'])}.")
+        lines.append(f"It has sent nothing for {duration(device['heard_seconds_ago'])}.")
     if end is not None and not end["in_order"]:
         lines.append(
             f"Its last session ended {ago(end['seconds_ago'])}: {end['reason']}{_detail(end)}. {end['remedy']}"
@@ -150,23 +156,23 @@ def device_words(device: Part) -> list[str]:
 
 
 def unknown_words(document: Part) -> list[str]:
-    """Say what it means that nothing is known of a device."""
+    """Describe what it means that a device is unknown."""
     remembered = duration(document["devices"]["remembered_seconds"])
     where = ", ".join(listener["address"] for listener in document["listeners"]) or "nowhere"
     lines = [
-        f"No session is open that fits, and none has ended within {remembered}: longer ago is not known.",
-        "So the device does not reach this gateway, or only under another name.",
-        "Look at its power and network, and whether it is set to this gateway's address.",
-        f"Devices are expected at {where}.",
+        f"No matching session is open, and none has ended within the last {remembered}.",
+        "The device does not reach this gateway, or uses another name.",
+        "Check its power, its network, and that it is configured with this gateway's address.",
+        f"Devices must connect to {where}.",
     ]
     without_name = sum(1 for each in document["lately"] if each["reason"] in {"not-mqtt", "connect-timeout"})
     if without_name or document["sessions"]["refused"]:
-        lines.append("Some connections ended before they gave a name: search for the device's IP address.")
+        lines.append("Some connections ended before CONNECT: search for the device's IP address.")
     return lines
 
 
 def duration(seconds: float) -> str:
-    """Return a time span in the two units that matter: `45 s`, `3 min`, `2 h 5 min`, `4 days 3 h`."""
+    """Return a duration in its two largest units: `45 s`, `3 min`, `2 h 5 min`, `4 days 3 h`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -182,12 +188,12 @@ def duration(seconds: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """Return how long ago something was."""
+    """Return how long ago something happened."""
     return "just now" if seconds < 1 else f"{duration(seconds)} ago"
 
 
 def size(count: float) -> str:
-    """Return bytes for people, in powers of 1024."""
+    """Return a size in bytes, in powers of 1024."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
@@ -196,7 +202,7 @@ def size(count: float) -> str:
 
 
 def number(count: float) -> str:
-    """Return a count with its thousands apart."""
+    """Return a count with thousands separators."""
     return f"{count:,.0f}"
 
 
