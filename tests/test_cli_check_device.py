@@ -206,9 +206,9 @@ def test_offline_the_identity_is_checked_and_nobody_is_dialled(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--device", "d1", "--client-id", "x"], "--client-id: --device gives it already"),
-        (["--from", "10.0.0.1"], "--from and --listener go with --device"),
-        (["--device", "d1", "--from", "here"], "--from: here is no IP address"),
+        (["--device", "d1", "--client-id", "x"], "--client-id cannot be used with --device"),
+        (["--from", "10.0.0.1"], "--from and --listener require --device"),
+        (["--device", "d1", "--from", "here"], "--from: here is not an IP address"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path: Path, arguments: list[str], words: str) -> None:

@@ -129,7 +129,7 @@ def test_why_is_device_17_silent(start: StartGateway, start_broker: StartBroker,
     assert "What to do: Set tls.ca_file" in words
     assert "It has ended 2 times in the last " in words
     assert "device-170" not in words
-    assert "1 more has that in their name or address" in words
+    assert "1 more matches by name or address" in words
 
 
 def test_a_device_that_is_connected_is_status_0(
@@ -189,7 +189,7 @@ def test_a_device_that_was_never_here(start: StartGateway, ask: Ask) -> None:
     assert status == 3
     assert out.startswith("device-17 is unknown\n")
     assert f"Devices must connect to 127.0.0.1:{gateway.port}." in out
-    assert "the device does not reach this gateway" in out
+    assert "The device does not reach this gateway" in out
 
 
 def test_who_was_turned_away_is_found_by_address(start: StartGateway, ask: Ask) -> None:
