@@ -108,14 +108,17 @@ def certify(
     purposes: Sequence[x509.ObjectIdentifier] = (SERVER,),
     permitted: Sequence[str] = (),
     excluded: Sequence[str] = (),
+    constraints_critical: bool = True,
+    policy_constraints_critical: bool | None = None,
     authority_key_identifier: bool = True,
     subject_key_identifier: bool = True,
+    digital_signature: bool = True,
     key: PrivateKey | None = None,
 ) -> Certified:
     """Issue a broker's certificate; without `issuer` it is signed by itself.
 
     Times are days: `valid_from` counts from now.  `ca=None` leaves basicConstraints out, no `names` the
-    subjectAltName, no `purposes` the extended key usage.
+    subjectAltName, no `purposes` the extended key usage, `policy_constraints_critical=None` the policy constraints.
     """
     key = key or ec.generate_private_key(ec.SECP256R1())
     signer = issuer.key if issuer else key
@@ -134,13 +137,15 @@ def certify(
     if ca is not None:
         builder = builder.add_extension(x509.BasicConstraints(ca, path_length), ca_critical)
     if key_usage:
-        usage = _key_usage(bool(ca) if signs_certificates is None else signs_certificates)
+        usage = _key_usage(bool(ca) if signs_certificates is None else signs_certificates, digital_signature)
         builder = builder.add_extension(usage, critical=True)
     if purposes:
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
     if permitted or excluded:
         constraints = x509.NameConstraints(_constraints(permitted), _constraints(excluded))
-        builder = builder.add_extension(constraints, critical=True)
+        builder = builder.add_extension(constraints, constraints_critical)
+    if policy_constraints_critical is not None:
+        builder = builder.add_extension(x509.PolicyConstraints(0, None), policy_constraints_critical)
     if subject_key_identifier:
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     if authority_key_identifier:
@@ -161,6 +166,8 @@ def revocation_list(
     valid_from: float = -1,
     valid_for: float = 30,
     signer: Certified | None = None,
+    number: int | None = 1,
+    number_critical: bool = False,
 ) -> bytes:
     """Issue a CRL as PEM; `signer` signs it in the issuer's place.  Times are days, as for `certify`."""
     start = NOW + timedelta(days=valid_from)
@@ -170,6 +177,8 @@ def revocation_list(
         .last_update(start)
         .next_update(start + timedelta(days=valid_for))
     )
+    if number is not None:
+        builder = builder.add_extension(x509.CRLNumber(number), number_critical)
     for each in revoked:
         entry = x509.RevokedCertificateBuilder().serial_number(each.certificate.serial_number).revocation_date(start)
         builder = builder.add_revoked_certificate(entry.build())
@@ -191,6 +200,14 @@ def as_version_1(certified: Certified) -> Certified:
     return _sealed(element(0x30, kept), certified)
 
 
+def with_serial(certified: Certified, serial: int) -> Certified:
+    """Give a certificate another serial number, below 128, and sign it anew."""
+    fields = elements(elements(certified.certificate.tbs_certificate_bytes)[0][1])
+    assert fields[1][0] == 0x02
+    fields[1] = (0x02, bytes([serial]))
+    return _sealed(element(0x30, b"".join(element(tag, content) for tag, content in fields)), certified)
+
+
 def with_bytes_replaced(certified: Certified, before: bytes, after: bytes) -> Certified:
     """Replace bytes in a certificate by as many others and sign it anew: what no builder agrees to write."""
     assert len(before) == len(after)
@@ -199,9 +216,9 @@ def with_bytes_replaced(certified: Certified, before: bytes, after: bytes) -> Ce
     return _sealed(body.replace(before, after), certified)
 
 
-def _key_usage(signs_certificates: bool) -> x509.KeyUsage:
+def _key_usage(signs_certificates: bool, digital_signature: bool) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=True,
+        digital_signature=digital_signature,
         content_commitment=False,
         key_encipherment=not signs_certificates,
         data_encipherment=False,

@@ -366,7 +366,7 @@ def test_alpn_pins_and_strictness_have_steps(offered: Callable[..., tuple[Checke
     assert broker.received == b""
     shown = re.search(r"sha256/\S+", done.step("pin").message)
     assert shown is not None
-    done, _ = offered(verification="strict")
+    done, _ = offered(certify(root, subject="localhost"), verification="strict")
     assert done.statuses("strict", "connack") == [Status.PASS, Status.PASS]
     done, broker = offered(certify(root, names_critical=True), verification="strict")
     done.failed("strict", "tls-strict-refused", remedy='verification = "standard"')
@@ -727,7 +727,7 @@ def test_the_openssl_command_shows_the_same(
     leaf = certify(root, names=(), purposes=[CLIENT])
     leaf.write(tmp_path / "client's.pem").chmod(0o600)
     done, _ = offered(
-        certify(root, names=["IP:127.0.0.1"]),
+        certify(root, subject="127.0.0.1", names=["IP:127.0.0.1"]),
         host="127.0.0.1",
         ca_file=["ca.pem", "second.pem"],
         crl_file="crl.pem",

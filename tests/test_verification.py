@@ -21,22 +21,25 @@ from typing import Any
 
 import pytest
 import trustme
-from attrs import field, frozen
+from attrs import evolve, field, frozen
+from cryptography.x509.oid import ExtendedKeyUsageOID
 from OpenSSL import SSL, crypto
 
+from gateway.config import TLS
 from gateway.dial.dialler import Dialler
-from gateway.errors import EndReason, UpstreamFailure
+from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session
 from gateway.tls import channel as channel_module
 from gateway.tls.broker_identity import Identity
-from gateway.tls.channel import TLSChannel
+from gateway.tls.channel import TLSChannel, make_policy
 from gateway.tls.trust import platform_roots, spki_pin
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.pki import (
     CLIENT,
+    SERVER,
     Certified,
     as_version_1,
     certify,
@@ -45,8 +48,10 @@ from tests.pki import (
     rsa_key,
     signed_with,
     with_bytes_replaced,
+    with_serial,
 )
 
+ANY_PURPOSE = ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE
 ROOT = certify_ca()
 INTERMEDIATE = certify_ca(ROOT)
 EXPIRED_ROOT = certify_ca(subject="Expired Root CA", valid_from=-30, valid_for=29)
@@ -200,7 +205,13 @@ class Case:
 
 
 def leaf(issuer: Callable[[], Certified] = lambda: ROOT, **arguments: Any) -> Callable[[], ServerTLS]:
-    """Return a function that makes a server whose certificate has something wrong, or nothing."""
+    """Return a function that makes a server whose certificate has something wrong, or nothing.
+
+    Its common name is the first of its names, as public CAs have it.
+    """
+    names = arguments.get("names", ["DNS:localhost"])
+    if names:
+        arguments.setdefault("subject", names[0].partition(":")[2])
     return lambda: certify(issuer(), **arguments).server()
 
 
@@ -812,6 +823,7 @@ def test_configured_roots_replace_the_platforms(
 
 # ---- strict
 
+FOR_SERVERS = certify_ca(subject="Root CA for servers", purposes=[SERVER])
 PLAIN_ROOT = certify_ca(subject="Plain Root CA", subject_key_identifier=False, authority_key_identifier=False)
 HAND_MADE: dict[str, tuple[Certified, Callable[[], ServerTLS]]] = {
     "root without subject key identifier": (PLAIN_ROOT, leaf(lambda: PLAIN_ROOT)),
@@ -821,18 +833,86 @@ HAND_MADE: dict[str, tuple[Certified, Callable[[], ServerTLS]]] = {
     "empty subject, SAN not critical": (ROOT, leaf(subject="")),
     "subject, SAN critical": (ROOT, leaf(names_critical=True)),
     "a CA as broker": (ROOT, leaf(ca=True)),
+    "common name that is no SAN": (ROOT, leaf(subject="broker.test")),
+    "common name in other case than the SAN": (ROOT, leaf(subject="LOCALHOST")),
+    "no purposes": (ROOT, leaf(subject="localhost", purposes=())),
+    "any purpose": (ROOT, leaf(subject="localhost", purposes=[SERVER, ANY_PURPOSE])),
+    "root with a purpose": (FOR_SERVERS, leaf(lambda: FOR_SERVERS, subject="localhost")),
+    "serial number zero": (ROOT, lambda: with_serial(certify(ROOT, subject="localhost"), 0).server()),
+    "RSA key of 2052 bits": (ROOT, leaf(subject="localhost", key=rsa_key(2052))),
+    "intermediate with name constraints that are not critical": (
+        ROOT,
+        leaf(below(permitted=["DNS:localhost"], constraints_critical=False), subject="localhost"),
+    ),
+    "intermediate with policy constraints that are not critical": (
+        ROOT,
+        leaf(below(policy_constraints_critical=False), subject="localhost"),
+    ),
+    "key usage without digitalSignature": (ROOT, leaf(subject="localhost", digital_signature=False)),
 }
+RULES = {
+    "common name that is no SAN": "common name",
+    "common name in other case than the SAN": "common name",
+    "no purposes": "no extended key usage serverAuth",
+    "any purpose": "anyExtendedKeyUsage",
+    "root with a purpose": "the root: it has an extended key usage",
+    "serial number zero": "serial number",
+    "RSA key of 2052 bits": "2052 bits",
+    "intermediate with name constraints that are not critical": "1 above the broker's: its name constraints",
+    "intermediate with policy constraints that are not critical": "1 above the broker's: its policy constraints",
+    "key usage without digitalSignature": "digitalSignature",
+}
+"""The words for rules that the gateway applies itself."""
 
 
 @VERSIONS
-@pytest.mark.parametrize(("root", "server"), HAND_MADE.values(), ids=HAND_MADE)
-def test_strict_refuses_what_standard_accepts(
-    begin: Callable[..., Trial], root: Certified, server: Callable[[], ServerTLS], version: int
-) -> None:
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+@pytest.mark.parametrize("case", HAND_MADE)
+def test_strict_refuses_what_standard_accepts(begin: Callable[..., Trial], case: str, version: int) -> None:
     """Certificates that OpenSSL lets pass by default are refused under `strict`, and the record names the rule."""
+    root, server = HAND_MADE[case]
     begin(server(), roots=[root]).trusted(version=version)
     record = begin(server(), roots=[root], verification="strict").refused(EndReason.TLS_STRICT_REFUSED, version=version)
+    assert RULES.get(case, "") in record.detail
     assert record.detail
+
+
+@pytest.mark.parametrize("intermediates", [1, 2])
+def test_strict_counts_no_self_issued_certificate_against_a_path_length(
+    begin: Callable[..., Trial], intermediates: int
+) -> None:
+    """RFC 5280 §4.2.1.9: a CA that renews its key by a certificate of its own name needs no longer path."""
+    issuer = certify_ca(ROOT, path_length=0)
+    for _ in range(intermediates):
+        issuer = certify_ca(issuer, path_length=0)
+        assert issuer.certificate.subject == issuer.certificate.issuer
+    begin(certify(issuer, subject="localhost").server(), verification="strict").trusted()
+
+
+def test_strict_looks_at_all_parts_of_a_path_with_a_self_issued_certificate(begin: Callable[..., Trial]) -> None:
+    """What is wrong above it is found as well as what is wrong below it."""
+    for wrong_above in (True, False):
+        above = certify_ca(ROOT, key=rsa_key(2052) if wrong_above else None)
+        below_it = certify_ca(above, ca_critical=wrong_above)
+        server = certify(below_it, subject="localhost").server()
+        begin(server).trusted()
+        begin(server, verification="strict").refused(EndReason.TLS_STRICT_REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [({"number": None}, "no CRL number"), ({"number_critical": True}, "is critical")]
+)
+def test_strict_refuses_a_crl_without_a_proper_number(tmp_path: Path, arguments: dict[str, Any], words: str) -> None:
+    """RFC 5280 §5.2.3; it is found when the file is read, and `standard` takes it."""
+    root = tmp_path / "root.pem"
+    root.write_bytes(ROOT.pem)
+    crl = tmp_path / "list.crl"
+    crl.write_bytes(revocation_list(ROOT) + revocation_list(ROOT, **arguments))
+    tls = TLS(ca_file=(root,), crl_file=(crl,))
+    make_policy(tls)
+    with pytest.raises(ConfigError) as caught:
+        make_policy(evolve(tls, verification="strict"))
+    assert words in str(caught.value)
 
 
 @frozen
@@ -865,6 +945,22 @@ def test_strict_accepts_what_is_right(begin: Callable[..., Trial], case: str) ->
     """`strict` asks for nothing that a careful private CA does not do."""
     right = TRUSTED[case]
     begin(right.server(), verification="strict", **right.settings).trusted()
+
+
+@pytest.mark.parametrize(
+    ("subject", "names", "host"),
+    [
+        ("", ["DNS:localhost"], "localhost"),
+        ("localhost", ["DNS:other.test", "DNS:localhost"], "localhost"),
+        ("127.0.0.1", ["IP:127.0.0.1"], "127.0.0.1"),
+    ],
+)
+def test_strict_accepts_a_common_name_that_is_a_san(
+    begin: Callable[..., Trial], subject: str, names: list[str], host: str
+) -> None:
+    """Or none at all, with a subjectAltName that is critical then."""
+    certificate = certify(ROOT, subject=subject, names=names, names_critical=not subject)
+    begin(certificate.server(), host=host, verification="strict").trusted()
 
 
 # ---- fail closed

@@ -53,7 +53,7 @@ def file_steps(tls: TLS) -> Iterator[Step]:
     if tls.client_cert is not None:
         yield from _client(tls.client_cert, tls.client_key or tls.client_cert)
     for path in tls.crl_file:
-        yield _crls(path)
+        yield _crls(path, strict=tls.verification == "strict")
 
 
 def _roots(path: Path) -> Step:
@@ -148,8 +148,8 @@ def _chain(path: Path, chain: Sequence[x509.Certificate]) -> Step:
     return _step(Status.PASS, path, message)
 
 
-def _crls(path: Path) -> Step:
-    crls = _read(path, read_crls)
+def _crls(path: Path, *, strict: bool) -> Step:
+    crls = _read(path, lambda path: read_crls(path, strict=strict))
     if isinstance(crls, Step):
         return crls
     time = now()

@@ -20,17 +20,16 @@ from datetime import UTC, datetime
 from enum import Enum, auto
 from functools import lru_cache
 from hmac import compare_digest
-from ipaddress import ip_address
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import verification
 from OpenSSL import SSL, crypto
 
 from gateway.config import TLS
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
 from gateway.session.record import Peer
 from gateway.text import printable
+from gateway.tls import strict
 from gateway.tls.broker_identity import Identity
 from gateway.tls.choice import choose
 from gateway.tls.engine import Engine
@@ -331,8 +330,9 @@ class TLSChannel:
         if self._policy.pins:
             self._check_pins(verified.pins)
         if self._policy.strict and resumed is None:
-            presented = self._connection.get_peer_cert_chain() or []
-            self._second_opinion(leaf, [certificate.to_cryptography() for certificate in presented[1:]])
+            chain = self._connection.get_verified_chain() or []
+            roots = self._policy.roots or platform_roots()
+            strict.judge([each.to_cryptography() for each in chain], roots, self._identity)
         self._approved = True
         self._offered = None
         if tls_version == _RESUMABLE_VERSION:
@@ -390,20 +390,6 @@ class TLSChannel:
         if self._policy.pins.isdisjoint(pins):
             shown = b64encode(pins[0]).decode("ascii") if pins else "none"
             raise UpstreamFailure(EndReason.TLS_PIN_MISMATCH, f"the pin of the broker's key is sha256/{shown}")
-
-    def _second_opinion(self, leaf: x509.Certificate, intermediates: list[x509.Certificate]) -> None:
-        """Require that cryptography's verifier agrees (RFC 5280 as profiled by the CA/Browser Forum)."""
-        subject = (
-            x509.IPAddress(ip_address(self._identity.name))
-            if self._identity.sni is None
-            else x509.DNSName(self._identity.name)
-        )
-        roots = self._policy.roots or platform_roots()
-        try:
-            builder = verification.PolicyBuilder().store(verification.Store(list(roots)))
-            builder.build_server_verifier(subject).verify(leaf, intermediates)
-        except verification.VerificationError as error:
-            raise UpstreamFailure(EndReason.TLS_STRICT_REFUSED, printable(str(error))) from None
 
 
 @lru_cache(maxsize=32)

@@ -24,6 +24,7 @@ from OpenSSL import SSL, crypto
 
 from gateway.config import TLS
 from gateway.errors import ConfigError
+from gateway.tls.strict import crl_problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
 VerifyCallback = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
@@ -83,16 +84,20 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
         raise ValueError(f"holds no readable PEM certificate ({error})") from None
 
 
-def read_crls(path: Path) -> list[x509.CertificateRevocationList]:
-    """Read all PEM CRLs of a file.  Raises `ValueError` that says what is wrong with it."""
+def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevocationList]:
+    """Read all PEM CRLs of a file, which must have CRL numbers if `strict`.  Raises `ValueError` with the problem."""
     begin = b"-----BEGIN X509 CRL-----"
     parts = _read(path).split(begin)[1:]
     if not parts:
         raise ValueError("holds no PEM CRL; DER becomes PEM with `openssl crl -inform der -in FILE -out FILE.pem`")
     try:
-        return [x509.load_pem_x509_crl(begin + part) for part in parts]
+        crls = [x509.load_pem_x509_crl(begin + part) for part in parts]
+        broken = next(filter(None, map(crl_problem, crls)), "") if strict else ""
     except ValueError as error:
         raise ValueError(f"holds a CRL that cannot be read ({error})") from None
+    if broken:
+        raise ValueError(f"holds a CRL with {broken}, which strict verification refuses; have the CA issue another")
+    return crls
 
 
 def read_private_key(path: Path) -> PrivateKey:
@@ -177,12 +182,13 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
     `intermediates` are shown after the certificates of devices, where `tls` has none of the gateway's.
     Raises `ConfigError` with every problem in every file.
     """
+    strict = tls.verification == "strict"
     roots, problems = read_roots(tls)
     client, client_problems = read_client_identity(tls)
     problems += client_problems
     crls: list[x509.CertificateRevocationList] = []
     for path in tls.crl_file:
-        crls += _collect(problems, "tls.crl_file", path, read_crls)
+        crls += _collect(problems, "tls.crl_file", path, lambda path: read_crls(path, strict=strict))
     if problems:
         raise ConfigError(problems)
 
@@ -208,7 +214,7 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
         for crl in crls:
             store.add_crl(crl)
         store.set_flags(crypto.X509StoreFlags.CRL_CHECK | crypto.X509StoreFlags.CRL_CHECK_ALL)
-    if tls.verification == "strict":
+    if strict:
         store.set_flags(crypto.X509StoreFlags.X509_STRICT)
     if tls.alpn:
         context.set_alpn_protos([name.encode("ascii") for name in tls.alpn])
@@ -221,7 +227,7 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
         roots=roots,
         alpn=tls.alpn,
         pins=tls.pin_digests,
-        strict=tls.verification == "strict",
+        strict=strict,
         client=client,
         crls_until=_first_next_update(crls),
         resumption=tls.resumption,
