@@ -202,6 +202,28 @@ class EndReason(StrEnum):
         "Check this machine's network, its default route and the address.",
     )
 
+    # Why there is no upstream: the proxy on the way to it.
+    PROXY_UNREACHABLE = (
+        "proxy-unreachable",
+        "The proxy could not be reached, or did not answer as a proxy.",
+        "Check the address, port and scheme of the upstream's `proxy`, and that the proxy is running.",
+    )
+    PROXY_REFUSED = (
+        "proxy-refused",
+        "The proxy does not allow a connection to the broker.",
+        "Ask the proxy's administrator to allow the broker's host and port; many proxies allow only port 443.",
+    )
+    PROXY_AUTHENTICATION = (
+        "proxy-authentication",
+        "The proxy wants credentials, or refused those that it was given.",
+        "Check proxy_username and proxy_password_file; for NTLM or Kerberos run a local helper: cntlm or alpaca.",
+    )
+    PROXY_INTERCEPTS_TLS = (
+        "proxy-intercepts-tls",
+        "Behind the proxy, a certificate was shown that no trusted root issued: the proxy may be intercepting TLS.",
+        "Have the proxy exempt the broker from inspection; if the broker has a private CA, set tls.ca_file.",
+    )
+
     # Why there is no upstream: the TLS handshake.
     TLS_NOT_TLS = (
         "tls-not-tls",

@@ -8,6 +8,7 @@ sessions keep the generation that they began under.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import random
@@ -22,6 +23,7 @@ from twisted.logger import Logger
 from gateway.config import Config, Listener
 from gateway.dial.dialler import Dialler, Target
 from gateway.dial.health import UpstreamHealth, accounts
+from gateway.dial.proxy import proxy_routes
 from gateway.drain import Spread
 from gateway.errors import EndReason
 from gateway.net.listening import ListenerFactory
@@ -178,8 +180,13 @@ class Gateway:
             judged_alike = (config.tls, files) == (before.config.tls, before.files)
         # If nothing changed, both generations verify with the same policy.
         policy = before.policy if before is not None and judged_alike else make_policy(config.tls)
-        targets = [Target(upstream, Identity.of(upstream.verify_name), policy) for upstream in config.upstream]
-        healths = accounts(config.upstream, config.failover, self._uniform, known, judged_alike=judged_alike)
+        proxies = proxy_routes(config, os.environ, self._uniform, before.dialler.proxies if before is not None else ())
+        targets = [
+            Target(upstream, Identity.of(upstream.verify_name), policy, proxy)
+            for upstream, proxy in zip(config.upstream, proxies, strict=True)
+        ]
+        vias = [proxy.health if proxy is not None else None for proxy in proxies]
+        healths = accounts(config.upstream, config.failover, self._uniform, known, vias, judged_alike=judged_alike)
         dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal)
         reception = Reception(config, dialler, self._presence, self._helpers, self._uniform, self._take_place)
         return Generation(config, files, policy, dialler, reception)
@@ -351,4 +358,10 @@ def watched_files(config: Config) -> list[Path]:
     """Return the files that are read at start and renewed while the gateway runs: certificates, keys, CRLs."""
     keys = ("client_cert", "client_key", "sas_key_file", "jwt_key_file")
     of_devices = [path for device in config.device for key in keys if (path := getattr(device, key)) is not None]
-    return [*policy_files(config.tls), *of_devices]
+    of_proxies = [
+        path
+        for upstream in config.upstream
+        for path in (*upstream.proxy_ca_file, upstream.proxy_password_file)
+        if path is not None
+    ]
+    return [*policy_files(config.tls), *of_proxies, *of_devices]

@@ -275,10 +275,11 @@ class GatewayService(Service):
 
 
 def _fares(upstream: UpstreamHealth) -> str:
-    """Describe the state of an upstream in a few words."""
-    failure = None if upstream.is_open else upstream.last_failure
+    """Say in a few words how an upstream fares."""
+    deciding = upstream.decisive
+    failure = None if upstream.is_open else deciding.last_failure
     why = f" ({failure.reason})" if failure is not None else ""
-    return f"{upstream.address} {upstream.state.value}{why}"
+    return f"{upstream.address} {deciding.state.value}{why}"
 
 
 def _tell_listening(port: IListeningPort) -> None:

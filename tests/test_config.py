@@ -844,6 +844,10 @@ COMPANIONS = {
     "sas_policy": {"sas_key_file": "k", "sas_resource": "r"},
     "jwt_key_file": {"jwt_audience": "a"},
     "jwt_audience": {"jwt_key_file": "k"},
+    "proxy_username": {"proxy": "http://p"},
+    "proxy_password_file": {"proxy": "http://p", "proxy_username": "u"},
+    "proxy_ca_file": {"proxy": "https://p"},
+    "no_proxy": {"proxy": "http://p"},
 }
 
 

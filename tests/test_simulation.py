@@ -15,7 +15,7 @@ import pytest
 from gateway.dial.dialler import Dialler
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.pacing import Pacer
-from gateway.dial.steps import _UpstreamFactory
+from gateway.dial.steps import _ConnectionFactory
 from gateway.errors import SessionEnd
 from gateway.mqtt.framer import Framer
 from gateway.net.race import _Race
@@ -352,7 +352,7 @@ def keeps_the_losers_of_the_race(patch: pytest.MonkeyPatch) -> None:
     """Connections that were not needed stay open."""
     patch.setattr(_Race, "_stop", lambda self: setattr(self, "_over", True))
     patch.setattr(_Race, "_won", _won_without_abort)
-    patch.setattr(_UpstreamFactory, "close", lambda self: None)
+    patch.setattr(_ConnectionFactory, "close", lambda self: None)
 
 
 def _won_without_abort(self: Any, protocol: Any, attempt: Any) -> None:

@@ -9,7 +9,13 @@ import signal
 import pytest
 
 # The Debian package of each program whose package is named otherwise.
-_PACKAGES = {"mosquitto_pub": "mosquitto-clients", "mosquitto_sub": "mosquitto-clients", "systemd-analyze": "systemd"}
+_PACKAGES = {
+    "danted": "dante-server",
+    "squid": "squid-openssl",
+    "mosquitto_pub": "mosquitto-clients",
+    "mosquitto_sub": "mosquitto-clients",
+    "systemd-analyze": "systemd",
+}
 
 
 def require_tool(name: str) -> str:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Coroutine
 from ipaddress import ip_address
+from random import random
 from typing import Any
 
 from attrs import evolve, frozen
@@ -30,6 +32,7 @@ from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.config import TLS, Config, Listener, Upstream
 from gateway.config.flags import CONFIG, FLAGS, config_from
 from gateway.dial.dialler import Target
+from gateway.dial.proxy import proxy_routes
 from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
 from gateway.net.network import ReactorNetwork
@@ -192,15 +195,23 @@ async def examine(
         if guise is not None and guise.device is not None and guise.policy is not None:
             shown = guise.policy
             tls = evolve(tls, client_cert=guise.device.client_cert, client_key=guise.device.client_key)
+        try:
+            proxies = dict(zip(config.upstream, proxy_routes(config, os.environ, random), strict=True))
+        except ConfigError as error:
+            for problem in error.problems:
+                report.add(Step("proxy", Status.FAIL, problem, "Correct the key, or the file that it names."))
+            return
         for upstream in _led_to(config, guise):
             if policy is None or shown is None:
                 _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
                 continue
-            target = Target(upstream, Identity.of(upstream.verify_name), shown)
+            target = Target(upstream, Identity.of(upstream.verify_name), shown, proxies[upstream])
             await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add, guise).run()
             client = shown.own or shown.client
             client_chain = client is not None and len(client.chain) > 1
-            report.commands.append(s_client_command(upstream, tls, client_chain=client_chain))
+            proxy = target.proxy.server if target.proxy is not None else None
+            if proxy is None or proxy.scheme == "http":
+                report.commands.append(s_client_command(upstream, tls, proxy, client_chain=client_chain))
     finally:
         relay.stop()
 

@@ -10,18 +10,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.config import TLS, Upstream
+from gateway.config.proxies import ProxyServer
 from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import ca_dir_files, platform_bundle
 
 
-def s_client_command(upstream: Upstream, tls: TLS, *, client_chain: bool) -> str:
-    """Return the command; `client_chain` says whether the client certificate's file also has its CA certificates.
+def s_client_command(upstream: Upstream, tls: TLS, proxy: ProxyServer | None = None, *, client_chain: bool) -> str:
+    """Return the command, through an `http://` proxy if there is one.
+
+    `client_chain` says whether the client certificate's file also has its CA certificates.
 
     s_client takes one file of roots and CRLs, so several are joined by process substitution (bash, zsh).
     Raises `OSError` or `ValueError` if the roots cannot be found.
     """
     identity = Identity.of(upstream.verify_name)
     words = ["openssl", "s_client", "-connect", upstream.address]
+    if proxy is not None:
+        words += ["-proxy", proxy.address.removeprefix("http://")]
+        if upstream.proxy_username:
+            words += ["-proxy_user", upstream.proxy_username]
+        if upstream.proxy_password_file is not None:
+            words += ["-proxy_pass", f"file:{upstream.proxy_password_file}"]
     if identity.sni is None:
         words += ["-noservername", "-verify_ip", identity.name]
     else:

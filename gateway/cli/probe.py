@@ -9,6 +9,8 @@ byte leaves before the broker is verified.  Only the device is simulated: `_Devi
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from attrs import evolve
 from twisted.internet.defer import CancelledError, Deferred
@@ -23,7 +25,8 @@ from gateway.cli.report import Status, Step
 from gateway.cli.verdict import failed, tls_steps
 from gateway.config import TLS, Config
 from gateway.dial.dialler import Target
-from gateway.dial.steps import connect, handshake, resolve
+from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
+from gateway.dial.steps import connect, handshake, open_tunnel, resolve
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.gateway import SWEEP_INTERVAL
 from gateway.mqtt.connect import Connect
@@ -38,6 +41,7 @@ from gateway.tls.channel import TLSChannel
 
 _DISCONNECT = bytes((PacketType.DISCONNECT << 4, 0))
 _SHOWN_ADDRESSES = 8
+_Connection = TypeVar("_Connection", UpstreamProtocol, ProxyConnection | TLSLayer)
 
 # Return codes of CONNACK (MQTT 3.1.1 §3.2.2.3), and remedies for refusals.
 _IDENTIFIER_REJECTED, _BAD_CREDENTIALS, _NOT_AUTHORIZED = 2, 4, 5
@@ -50,10 +54,10 @@ _CONNACK_REMEDIES = {
 }
 
 
-def upstream_steps(tls: TLS) -> list[str]:
+def upstream_steps(tls: TLS, *, proxied: bool = False) -> list[str]:
     """Return the names of the steps to a broker, in order."""
     optional = [*(["pin"] if tls.pin else []), *(["strict"] if tls.verification == "strict" else [])]
-    before = ["dns", "tcp", "client-hello", "certificate", "chain", "identity", "tls"]
+    before = ["dns", "tcp", *(["proxy"] if proxied else []), "client-hello", "certificate", "chain", "identity", "tls"]
     return [*before, *optional, "connect", "connack"]
 
 
@@ -78,7 +82,7 @@ class Probe:
         self._login = login
         self._add_step = add
         self._guise = guise
-        self._left = upstream_steps(config.tls)
+        self._left = upstream_steps(config.tls, proxied=target.proxy is not None)
         self._failed_at = ""
         self._gone: Deferred[None] = Deferred()
         self._device = DeviceProtocol(self._open_session, config.timeouts.tcp_user)
@@ -155,19 +159,7 @@ class Probe:
             self._pass("connect", f"MQTT 3.1.1, Client Identifier {name}, clean session, {credentials} user name")
 
     async def _connect(self) -> tuple[UpstreamProtocol, TLSChannel]:
-        target, clock, timeouts = self._target, self._clock, self._config.timeouts
-        began = clock.seconds()
-        try:
-            addresses = await resolve(self._network, target.upstream, clock, timeouts)
-        except UpstreamFailure as failure:
-            self._add(failed("dns", failure))
-            raise
-        resolved = clock.seconds()
-        hosts = [address.host for address in addresses]
-        more = f" and {len(hosts) - _SHOWN_ADDRESSES} more" if len(hosts) > _SHOWN_ADDRESSES else ""
-        message = f"{target.upstream.connect_name} resolves to {', '.join(hosts[:_SHOWN_ADDRESSES])}{more}"
-        self._pass("dns", message, resolved - began, addresses=hosts)
-
+        target, timeouts = self._target, self._config.timeouts
         channels: dict[UpstreamProtocol, TLSChannel] = {}
 
         def build() -> UpstreamProtocol:
@@ -176,17 +168,52 @@ class Probe:
             channels[protocol] = channel
             return protocol
 
-        try:
-            protocol = await connect(self._network, addresses, build, clock, timeouts)
-        except UpstreamFailure as failure:
-            self._add(failed("tcp", failure))
-            raise
-        address = shown_address(protocol.transport.getPeer())
-        self._pass("tcp", f"connected to {address}", clock.seconds() - resolved, address=address)
+        if target.proxy is None:
+            upstream = target.upstream
+            protocol = await self._connect_to(upstream.connect_name, upstream.port, build)
+        else:
+            protocol = await self._connect_through(target.proxy, build)
         sni = "no SNI (IP address)" if target.identity.sni is None else f"SNI {target.identity.name}"
         alpn = f"ALPN {', '.join(target.policy.alpn)}" if target.policy.alpn else "no ALPN"
         self._pass("client-hello", f"sent with {sni}, {alpn}, TLS {self._config.tls.min_version} or later")
         return protocol, channels[protocol]
+
+    async def _connect_to(self, host: str, port: int, build: Callable[[], _Connection]) -> _Connection:
+        clock, timeouts, proxy = self._clock, self._config.timeouts, self._target.proxy
+        began = clock.seconds()
+        try:
+            addresses = await resolve(self._network, host, port, clock, timeouts)
+        except UpstreamFailure as failure:
+            self._add(failed("dns", failure if proxy is None else unreachable_proxy(proxy.server, failure)))
+            raise
+        resolved = clock.seconds()
+        hosts = [address.host for address in addresses]
+        more = f" and {len(hosts) - _SHOWN_ADDRESSES} more" if len(hosts) > _SHOWN_ADDRESSES else ""
+        whose = "" if proxy is None else "the proxy "
+        message = f"{whose}{host} resolves to {', '.join(hosts[:_SHOWN_ADDRESSES])}{more}"
+        self._pass("dns", message, resolved - began, addresses=hosts)
+        try:
+            connection = await connect(self._network, addresses, build, clock, timeouts)
+        except UpstreamFailure as failure:
+            self._add(failed("tcp", failure if proxy is None else unreachable_proxy(proxy.server, failure)))
+            raise
+        address = shown_address(connection.transport.getPeer())
+        self._pass("tcp", f"connected to {whose}{address}", clock.seconds() - resolved, address=address)
+        return connection
+
+    async def _connect_through(self, proxy: ProxyRoute, build: Callable[[], UpstreamProtocol]) -> UpstreamProtocol:
+        upstream, clock, timeouts = self._target.upstream, self._clock, self._config.timeouts
+        to_proxy = partial(proxy.connection, upstream, build, timeouts.tcp_user)
+        connection = await self._connect_to(proxy.server.host, proxy.server.port, to_proxy)
+        began = clock.seconds()
+        try:
+            protocol = await open_tunnel(connection, proxy.server, clock, timeouts)
+        except UpstreamFailure as failure:
+            self._add(failed("proxy", failure))
+            raise
+        message = f"{proxy.server.address} opened a tunnel to {upstream.address}"
+        self._pass("proxy", message, clock.seconds() - began)
+        return protocol
 
     async def _handshake(self, protocol: UpstreamProtocol, channel: TLSChannel) -> Peer:
         target = self._target
@@ -194,6 +221,9 @@ class Probe:
             peer = await handshake(protocol, self._clock, self._config.timeouts)
         except UpstreamFailure as failure:
             for step in tls_steps(channel, target.identity, target.policy, failure):
+                if target.proxy is not None and step.facts.get("reason") is EndReason.TLS_UNTRUSTED_CHAIN:
+                    detail = step.message.partition(": ")[2]
+                    step = failed(step.name, intercepted(target.proxy.server, UpstreamFailure(failure.reason, detail)))
                 self._add(step)
             raise
         for step in tls_steps(channel, target.identity, target.policy, None):

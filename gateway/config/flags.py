@@ -51,6 +51,12 @@ FLAGS = (
     Flag("client_key", "FILE", "The key of --client-cert (PEM). Default: it is in the same file.", repeatable=False),
     Flag("server_name", "NAME", "Verify the broker as this name, and send it as SNI. Once for all, or once for each."),
     Flag("crl_file", "FILE", "Refuse certificates that these CRLs (PEM) revoke; every CA in the chain needs one."),
+    Flag(
+        "proxy",
+        "URL",
+        "Connect through this proxy: http://, https:// or socks5://HOST[:PORT]; `environment` reads HTTPS_PROXY.",
+        repeatable=False,
+    ),
     Flag("alpn", "PROTOCOL", "Require this application protocol of the broker."),
     Flag("pin", "sha256/BASE64", "Require this public key in the broker's chain."),
     Flag("allow", "NETWORK", "Admit devices from this network, and no others. Default: loopback and private networks."),

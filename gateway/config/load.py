@@ -20,7 +20,7 @@ from gateway.config.anchor import Anchor
 from gateway.config.devices import DeviceRule, anchored, cross_problems
 from gateway.config.directory import file_label, read_directory
 from gateway.config.profiles import profiled, with_profile
-from gateway.config.schema import TLS, Config
+from gateway.config.schema import TLS, Config, Upstream
 from gateway.config.structure import structure, structure_device
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
@@ -55,6 +55,7 @@ def from_flags(
     alpn: Sequence[str] = (),
     pin: Sequence[str] = (),
     allow: Sequence[str] = (),
+    proxy: str | None = None,
 ) -> Config:
     """Make a Config from command-line flags; flags not given keep their defaults.
 
@@ -70,6 +71,9 @@ def from_flags(
         "pin": list(pin),
     }
     upstreams = [_split_upstream(text) for text in upstream]
+    if proxy is not None:
+        for table in upstreams:
+            table["proxy"] = proxy
     problems = []
     if len(server_name) in (1, len(upstreams)):
         names = list(server_name) * (len(upstreams) if len(server_name) == 1 else 1)
@@ -122,7 +126,16 @@ _FLAGS = frozenset(inspect.signature(from_flags).parameters)
 
 def _made(mapping: Mapping[str, Any], anchor: Anchor) -> Config:
     config = structure(profiled(mapping))
-    return _with_devices(attrs.evolve(config, tls=_anchored(config.tls, anchor)), anchor)
+    upstreams = tuple(_anchored_proxy(upstream, anchor) for upstream in config.upstream)
+    return _with_devices(attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor)), anchor)
+
+
+def _anchored_proxy(upstream: Upstream, anchor: Anchor) -> Upstream:
+    return attrs.evolve(
+        upstream,
+        proxy_password_file=upstream.proxy_password_file and anchor(upstream.proxy_password_file),
+        proxy_ca_file=tuple(anchor(path) for path in upstream.proxy_ca_file),
+    )
 
 
 def _anchored(tls: TLS, anchor: Anchor) -> TLS:

@@ -19,6 +19,7 @@ import attrs
 from gateway.config.devices import DeviceRule, Devices
 from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind, is_local
 from gateway.config.names import connect_name, normalise_name
+from gateway.config.proxies import ENVIRONMENT, check_credential, check_no_proxy, check_proxy_url
 from gateway.config.validators import (
     MisfitError,
     Network,
@@ -123,6 +124,24 @@ class Upstream:
     server_name: str = attrs.field(default="", validator=checked(_check_server_name))
     name: str = attrs.field(default="", validator=checked(check_label))
     default: bool = True
+    proxy: str = attrs.field(default="", validator=checked(check_proxy_url))
+    proxy_username: str = attrs.field(default="", validator=checked(check_credential))
+    proxy_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    proxy_ca_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
+    no_proxy: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_no_proxy))
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse keys that would have no effect."""
+        if not self.proxy and self.no_proxy:
+            raise MisfitError(".no_proxy", "there is no proxy that it could be an exception to")
+        is_url = bool(self.proxy) and self.proxy != ENVIRONMENT
+        for key in ("proxy_username", "proxy_password_file"):
+            if getattr(self, key) and not is_url:
+                raise MisfitError(f".{key}", "there is no proxy = URL that it could be for")
+        if self.proxy_password_file is not None and not self.proxy_username:
+            raise MisfitError(".proxy_password_file", "there is no proxy_username that it could belong to")
+        if self.proxy_ca_file and not (self.proxy == ENVIRONMENT or self.proxy.startswith("https:")):
+            raise MisfitError(".proxy_ca_file", "only an https:// proxy has a certificate to verify")
 
     @property
     def connect_name(self) -> str:
@@ -303,8 +322,9 @@ class Log:
 
 
 def _upstream_identity(upstream: Upstream) -> Hashable:
-    # The same address may be listed with different names: a load balancer may choose the broker by SNI.
-    return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name
+    # The same address may be listed with different names, because a load balancer may choose the broker by SNI, and
+    # with different proxies.
+    return upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name, upstream.proxy
 
 
 @attrs.frozen(kw_only=True)

@@ -6,12 +6,12 @@ In: a session with a complete CONNECT.  Out: `Session.upstream_verified` with a 
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import partial
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 from attrs import Factory as Default
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
@@ -20,7 +20,8 @@ from twisted.python.failure import Failure
 from gateway.config import Config, Upstream
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.pacing import Pacer
-from gateway.dial.steps import connect, handshake, resolve
+from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
+from gateway.dial.steps import connect, handshake, open_tunnel, resolve
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
@@ -35,6 +36,8 @@ from gateway.tls.trust import TLSPolicy
 
 _log = Logger(namespace="gateway")
 
+_Connection = TypeVar("_Connection", UpstreamProtocol, ProxyConnection | TLSLayer)
+
 
 @frozen(slots=True)
 class Target:
@@ -43,6 +46,7 @@ class Target:
     upstream: Upstream
     identity: Identity
     policy: TLSPolicy
+    proxy: ProxyRoute | None = None
     tickets: Tickets | None = field(
         init=False,
         eq=False,
@@ -102,6 +106,11 @@ class Dialler:
         self._closing: dict[UpstreamProtocol, float] = {}
 
     @property
+    def proxies(self) -> list[ProxyRoute | None]:
+        """The proxy of each broker, in the order of preference."""
+        return [target.proxy for target, _ in self._targets]
+
+    @property
     def upstreams(self) -> list[UpstreamHealth]:
         """The health of each broker, in order of preference."""
         return [health for _, health in self._targets]
@@ -118,7 +127,7 @@ class Dialler:
         )
         if policy is None:
             return chosen
-        return [(Target(target.upstream, target.identity, policy), health) for target, health in chosen]
+        return [(evolve(target, policy=policy), health) for target, health in chosen]
 
     def dial(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> Deferred[None]:
         """Find an upstream for `session`, whose device side is `device`.  Cancelling the result releases everything."""
@@ -217,7 +226,7 @@ class Dialler:
         for _, health in route:
             if health is served:
                 return
-            failure = failures.get(health, health.last_failure)
+            failure = failures.get(health, health.decisive.last_failure)
             if failure is not None:
                 self._journal.passed_over(health.address, failure)
 
@@ -232,8 +241,9 @@ class Dialler:
         told: list[tuple[str, UpstreamFailure]] = []
         for _, health in route:
             failure = failures.get(health)
-            if failure is None and health.last_failure is not None:
-                before, standing = health.last_failure, health.standing(now)
+            before = health.decisive.last_failure
+            if failure is None and before is not None:
+                standing = health.standing(now)
                 failure = UpstreamFailure(before.reason, f"{before.detail}; {standing}" if before.detail else standing)
             if failure is not None:
                 told.append((health.address, failure))
@@ -248,6 +258,10 @@ class Dialler:
         try:
             protocol, peer = await self._reach(target, dial)
         except UpstreamFailure as failure:
+            if failure.reason in PROXY_FAILURES:
+                # This says nothing about the broker behind the proxy.
+                health.given_up(attempt)
+                raise
             if failure.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED and self.identities:
                 # This concerns one identity: the broker may serve the others.
                 health.given_up(attempt)
@@ -291,6 +305,14 @@ class Dialler:
         session id context does).  That must not lock devices out or hide why a broker is refused, so a full handshake
         is tried at once.
         """
+        try:
+            return await self._reach_verified(target, dial)
+        except UpstreamFailure as failure:
+            if target.proxy is not None and failure.reason is EndReason.TLS_UNTRUSTED_CHAIN:
+                raise intercepted(target.proxy.server, failure) from None
+            raise
+
+    async def _reach_verified(self, target: Target, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
         protocol = await self._connect(target, dial, target.tickets)
         try:
             return protocol, await self._shake_hands(protocol, dial)
@@ -311,21 +333,56 @@ class Dialler:
         return protocol, await self._shake_hands(protocol, dial)
 
     async def _connect(self, target: Target, dial: Dial, tickets: Tickets | None) -> UpstreamProtocol:
-        seconds = self._clock.seconds
         dial.address = ""
         dial.dns_seconds = dial.tcp_seconds = dial.tls_seconds = None
-
-        began = seconds()
-        addresses = await resolve(self._network, target.upstream, self._clock, self._timeouts)
-        resolved = seconds()
-        dial.dns_seconds = resolved - began
-
         # Not a closure, because the transport keeps it for its lifetime.
         build = partial(_make_upstream, target, tickets, self._timeouts.tcp_user)
-        protocol = await connect(self._network, addresses, build, self._clock, self._timeouts)
+        if target.proxy is None:
+            upstream = target.upstream
+            return await self._connect_to(upstream.connect_name, upstream.port, build, dial)
+        return await self._connect_through(target.proxy, target.upstream, build, dial)
+
+    async def _connect_to(self, host: str, port: int, build: Callable[[], _Connection], dial: Dial) -> _Connection:
+        seconds = self._clock.seconds
+        began = seconds()
+        addresses = await resolve(self._network, host, port, self._clock, self._timeouts)
+        resolved = seconds()
+        dial.dns_seconds = resolved - began
+        connection = await connect(self._network, addresses, build, self._clock, self._timeouts)
         dial.tcp_seconds = seconds() - resolved
-        dial.address = shown_address(protocol.transport.getPeer())
+        dial.address = shown_address(connection.transport.getPeer())
+        return connection
+
+    async def _connect_through(
+        self, proxy: ProxyRoute, upstream: Upstream, build: Callable[[], UpstreamProtocol], dial: Dial
+    ) -> UpstreamProtocol:
+        """Connect to the broker through a proxy, and record how the proxy does."""
+        health = proxy.health
+        attempt = health.begin(self._clock.seconds())
+        try:
+            to_proxy = partial(proxy.connection, upstream, build, self._timeouts.tcp_user)
+            try:
+                connection = await self._connect_to(proxy.server.host, proxy.server.port, to_proxy, dial)
+            except UpstreamFailure as failure:
+                raise unreachable_proxy(proxy.server, failure) from None
+            protocol = await open_tunnel(connection, proxy.server, self._clock, self._timeouts)
+        except UpstreamFailure as failure:
+            now = self._clock.seconds()
+            if failure.reason not in PROXY_FAILURES:
+                # The proxy answered, and could not reach the broker.
+                self._proxy_works(health)
+            elif health.failed(attempt, failure, now) and health.retry_at is not None:
+                self._journal.left_alone(health.address, failure, health.retry_at - now)
+            raise
+        except BaseException:
+            health.given_up(attempt)
+            raise
+        self._proxy_works(health)
         return protocol
+
+    def _proxy_works(self, health: UpstreamHealth) -> None:
+        if health.works(self._clock.seconds()):
+            self._journal.serves_again(health.address)
 
     async def _shake_hands(self, protocol: UpstreamProtocol, dial: Dial) -> Peer:
         began = self._clock.seconds()

@@ -53,7 +53,7 @@ class UpstreamHealth:
     `failures` counts consecutive failures, `dials` all attempts, `failed_dials` the failed ones by reason.
     `last_failure` is kept when the broker serves again.  `failed_at`, `retry_at` and `verified_at` are seconds on the
     injected clock, or `None`.  `last_address` is the address last connected to (`host:port`), `last_peer` the broker
-    verified there.
+    verified there.  `via` is the health of the proxy in front of it, shared by all brokers behind that proxy.
     """
 
     address: str
@@ -70,12 +70,19 @@ class UpstreamHealth:
     last_address: str = ""
     dials: int = 0
     failed_dials: Counter[EndReason] = field(factory=Counter)
+    via: UpstreamHealth | None = None
     _left_alone_for: EndReason | None = None
 
     @classmethod
-    def of(cls, upstream: Upstream, failover: Failover, uniform: Callable[[], float]) -> UpstreamHealth:
+    def of(
+        cls,
+        upstream: Upstream,
+        failover: Failover,
+        uniform: Callable[[], float],
+        via: UpstreamHealth | None = None,
+    ) -> UpstreamHealth:
         """Make the health of `upstream`, untried; `uniform` returns random numbers from 0 to 1."""
-        return cls(upstream.address, upstream.verify_name, failover, uniform)
+        return cls(_shown(upstream, via), upstream.verify_name, failover, uniform, via=via)
 
     def under(self, failover: Failover, *, judged_alike: bool) -> UpstreamHealth:
         """Return the health of the same broker under another configuration; `self` is not changed.
@@ -94,14 +101,30 @@ class UpstreamHealth:
     @property
     def is_open(self) -> bool:
         """Whether every session may try it."""
-        return self.state is UpstreamState.UNTRIED or self.state is UpstreamState.SERVING
+        return self._is_well and (self.via is None or self.via.is_open)
 
     def is_due(self, now: float) -> bool:
-        """Whether the back-off delay is over: the next attempt is the trial."""
+        """Whether the back-off delay, its own and its proxy's, is over: the next attempt is the trial."""
+        if self.via is not None and not self.via.is_open:
+            return self.via.is_due(now) and (self._is_well or self._may_be_tried(now))
+        return self._may_be_tried(now)
+
+    @property
+    def decisive(self) -> UpstreamHealth:
+        """The health that decides about attempts: its own, or its proxy's while that is backing off."""
+        return self if self.via is None or self.via.is_open else self.via
+
+    @property
+    def _is_well(self) -> bool:
+        return self.state is UpstreamState.UNTRIED or self.state is UpstreamState.SERVING
+
+    def _may_be_tried(self, now: float) -> bool:
         return self.state is UpstreamState.LEFT_ALONE and self.retry_at is not None and now >= self.retry_at
 
     def standing(self, now: float) -> str:
         """Return, in words, why it is not tried now."""
+        if self.decisive is not self:
+            return self.decisive.standing(now)
         if self.state is UpstreamState.LEFT_ALONE and self.retry_at is not None:
             return f"next attempt in {max(0.0, self.retry_at - now):.0f} s"
         return f"it is {self.state.value}"
@@ -116,11 +139,15 @@ class UpstreamHealth:
 
     def verified(self, peer: Peer, now: float) -> bool:
         """Record that the broker was verified.  Returns whether the gateway had been backing off."""
-        was_backing_off = not self.is_open
+        self.last_peer = peer
+        return self.works(now)
+
+    def works(self, now: float) -> bool:
+        """Record a success: a proxy opened a tunnel.  Returns whether the gateway had been backing off."""
+        was_backing_off = not self._is_well
         self.state = UpstreamState.SERVING
         self.failures = 0
         self.retry_at = None
-        self.last_peer = peer
         self.verified_at = now
         return was_backing_off
 
@@ -134,7 +161,7 @@ class UpstreamHealth:
         # A copy: a raised exception references its frames, and with them a whole session.
         self.last_failure = UpstreamFailure(failure.reason, failure.detail)
         self.failed_at = now
-        if self.is_open:
+        if self._is_well:
             if self.verified_at is not None and self.verified_at > attempt.began:
                 return False
         elif not attempt.is_trial or self.state is not UpstreamState.BEING_TRIED:
@@ -166,17 +193,25 @@ def accounts(
     failover: Failover,
     uniform: Callable[[], float],
     before: Sequence[UpstreamHealth] = (),
+    vias: Sequence[UpstreamHealth | None] = (),
     *,
     judged_alike: bool = False,
 ) -> list[UpstreamHealth]:
-    """Return the health of each upstream, in order; those in `before` carry over if they are of the same broker."""
+    """Return the health of each upstream, in order; those in `before` carry over if they are of the same broker.
+
+    `vias` has the health of each upstream's proxy, `None` for none; it is empty if no upstream has one.
+    """
     known = {(health.address, health.verify_name): health for health in before}
     found: list[UpstreamHealth] = []
-    for upstream in upstreams:
-        own = known.get((upstream.address, upstream.verify_name))
+    for upstream, via in zip(upstreams, vias or [None] * len(upstreams), strict=True):
+        own = known.get((_shown(upstream, via), upstream.verify_name))
         found.append(
-            UpstreamHealth.of(upstream, failover, uniform)
+            UpstreamHealth.of(upstream, failover, uniform, via)
             if own is None
-            else own.under(failover, judged_alike=judged_alike)
+            else evolve(own.under(failover, judged_alike=judged_alike), via=via)
         )
     return found
+
+
+def _shown(upstream: Upstream, via: UpstreamHealth | None) -> str:
+    return upstream.address if via is None else f"{upstream.address} via {via.address}"

@@ -7,7 +7,7 @@ In: a configured broker, then its addresses, then a connection.  Out: the result
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from twisted.internet import error
 from twisted.internet.defer import CancelledError, Deferred
@@ -15,7 +15,9 @@ from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.internet.protocol import Factory
 from twisted.python.failure import Failure
 
-from gateway.config import Timeouts, Upstream
+from gateway.config import Timeouts
+from gateway.config.proxies import ProxyServer
+from gateway.dial.proxy import ProxyConnection, TLSLayer
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.net.network import Address, Network, shown_address
 from gateway.net.race import AllFailed, interleave, race
@@ -25,29 +27,29 @@ from gateway.session.record import Peer
 _T = TypeVar("_T")
 
 
-async def resolve(network: Network, upstream: Upstream, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
-    """Return the broker's addresses in the order in which to try them.  Raises `UpstreamFailure`."""
+async def resolve(network: Network, host: str, port: int, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
+    """Return the addresses of a broker or a proxy in the order in which to try them.  Raises `UpstreamFailure`."""
     try:
-        addresses = await within(timeouts.dns, network.resolve(upstream.connect_name, upstream.port), clock)
+        addresses = await within(timeouts.dns, network.resolve(host, port), clock)
     except TimeoutError:
-        raise UpstreamFailure(EndReason.DNS_FAILED, f"{upstream.host}: no answer within {timeouts.dns:g} s") from None
+        raise UpstreamFailure(EndReason.DNS_FAILED, f"{host}: no answer within {timeouts.dns:g} s") from None
     if not addresses:
-        raise UpstreamFailure(EndReason.DNS_FAILED, f"{upstream.host}: no address")
+        raise UpstreamFailure(EndReason.DNS_FAILED, f"{host}: no address")
     return interleave(addresses)
 
 
 async def connect(
     network: Network,
     addresses: Sequence[Address],
-    build: Callable[[], UpstreamProtocol],
+    build: Callable[[], _T],
     clock: IReactorTime,
     timeouts: Timeouts,
-) -> UpstreamProtocol:
+) -> _T:
     """Return a connection to the address that answers first.  Raises `UpstreamFailure`."""
     endpoints = [network.endpoint(address) for address in addresses]
-    factory = _UpstreamFactory(build)
+    factory = _ConnectionFactory(build)
     try:
-        protocol = await within(timeouts.tcp, race(endpoints, factory, clock), clock)
+        protocol: Any = await within(timeouts.tcp, race(endpoints, factory, clock), clock)
     except TimeoutError:
         shown = ", ".join(shown_address(address) for address in addresses)
         raise UpstreamFailure(EndReason.TCP_TIMEOUT, f"{shown}: no answer within {timeouts.tcp:g} s") from None
@@ -55,8 +57,22 @@ async def connect(
         raise _tcp_failure(failed.failures) from None
     finally:
         factory.close()
-    assert isinstance(protocol, UpstreamProtocol)  # noqa: S101  the factory builds nothing else; narrows the type
-    return protocol
+    connection: _T = protocol  # the factory builds nothing else
+    return connection
+
+
+async def open_tunnel(
+    connection: ProxyConnection | TLSLayer, proxy: ProxyServer, clock: IReactorTime, timeouts: Timeouts
+) -> UpstreamProtocol:
+    """Wait until the proxy has opened a tunnel to the broker.  Raises `UpstreamFailure`.
+
+    Most of the time a silent proxy waits for the broker, so this counts as the broker's timeout.
+    """
+    try:
+        return await within(timeouts.tcp, connection.opened, clock)
+    except TimeoutError:
+        detail = f"{proxy.address} did not open a tunnel within {timeouts.tcp:g} s"
+        raise UpstreamFailure(EndReason.TCP_TIMEOUT, detail) from None
 
 
 async def handshake(protocol: UpstreamProtocol, clock: IReactorTime, timeouts: Timeouts) -> Peer:
@@ -103,14 +119,14 @@ def _tcp_reason(failure: Failure) -> EndReason:
     return EndReason.TCP_UNREACHABLE
 
 
-class _UpstreamFactory(Factory):
+class _ConnectionFactory(Factory):
     noisy = False
 
-    def __init__(self, build: Callable[[], UpstreamProtocol]) -> None:
-        self._build: Callable[[], UpstreamProtocol] | None = build
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._build: Callable[[], Any] | None = build
 
-    def buildProtocol(self, addr: IAddress | None) -> UpstreamProtocol | None:
-        """Make the protocol for an established connection; `None`, which closes it, when the race is over."""
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """Make the protocol for a connection that stands; `None`, which closes it, when the race is over."""
         del addr
         return self._build() if self._build is not None else None
 

@@ -172,22 +172,24 @@ class Sight:
         }
 
     def _upstream(self, upstream: UpstreamHealth, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
-        failure = upstream.last_failure
+        deciding = upstream.decisive
+        failure = deciding.last_failure
         return {
             "address": upstream.address,
             "verify_name": upstream.verify_name,
-            "state": upstream.state.value,
+            "proxy": upstream.via.address if upstream.via is not None else None,
+            "state": deciding.state.value,
             "open": upstream.is_open,
             "last_address": upstream.last_address,
             "verified": at(upstream.verified_at) if upstream.verified_at is not None else None,
-            "retry_in_seconds": max(0, round(upstream.retry_at - seconds)) if upstream.retry_at is not None else None,
+            "retry_in_seconds": max(0, round(deciding.retry_at - seconds)) if deciding.retry_at is not None else None,
             "failures_in_a_row": upstream.failures,
             "dials": upstream.dials,
             "failed_dials": {reason.value: count for reason, count in upstream.failed_dials.items()},
             "last_failure": None
-            if failure is None or upstream.failed_at is None
+            if failure is None or deciding.failed_at is None
             else _reason(failure.reason, printable(failure.detail, _MAX_TEXT))
-            | {"time": at(upstream.failed_at), "seconds_ago": round(seconds - upstream.failed_at)},
+            | {"time": at(deciding.failed_at), "seconds_ago": round(seconds - deciding.failed_at)},
         }
 
     def _lately(self, seconds: float, at: Callable[[float], str]) -> list[dict[str, Any]]:
