@@ -74,6 +74,7 @@ FIELDS = {
     "bytes_down": 2000,
     "packets_up": 10,
     "packets_down": 20,
+    "withheld": 0,
     "reason": "device-lost",
     "detail": "closed",
 }

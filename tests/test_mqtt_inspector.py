@@ -61,7 +61,8 @@ def test_what_no_rule_changes_passes_as_through_a_framer(data, version, sender):
     """The same bytes, counts and endings, once the packets are whole."""
     packets = data.draw(st.lists(st.sampled_from(valid_packets(sender, version)), max_size=8))
     stream = b"".join(packets) + data.draw(st.sampled_from([b"", disconnect()]))
-    inspector = from_device(WATCHFUL, version) if sender is Sender.DEVICE else from_broker(PREFIXES, version)
+    answering = TopicRules(publish_prefix="up/")
+    inspector = from_device(WATCHFUL, version) if sender is Sender.DEVICE else from_broker(answering, version)
     framer = Framer(sender, ProtocolVersion(version), LIMIT)
     chunks = cut(stream, data.draw(st.lists(st.integers(0, 2**20), max_size=6)))
     assert outcome(inspector, chunks) == outcome(framer, [stream])
@@ -262,11 +263,80 @@ def test_an_answer_that_the_device_could_not_give_is_not_asked_of_it():
     assert from_broker(version=5).feed(dollar) == dollar
 
 
+# ---- withheld: what the broker sends from subscriptions that the rule does not permit (any more)
+
+
+NARROW = TopicRules(subscribe=TopicFilters(("a/#", "$SYS/x")))
+
+
+def withheld(rules: TopicRules, topic: str, version: int = 4, **more) -> bool:
+    """Feed one message; whether nothing of it passes."""
+    inspector = from_broker(rules, version)
+    passed = inspector.feed(publish(topic, version=version, **more))
+    assert inspector.error is None
+    assert inspector.withheld == (not passed)
+    return not passed
+
+
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_topic_outside_the_prefix_keeps_its_name(version):
-    """The broker sent it to this device, whatever the reason; it is not lost."""
-    message = publish("elsewhere", version=version)
-    assert from_broker(version=version).feed(message) == message
+@pytest.mark.parametrize(
+    ("rules", "passing", "kept_back"),
+    [
+        (NARROW, ["a", "a/b", "$SYS/x"], ["b", "ab", "$SYS/y", "$a/b"]),
+        (PREFIXES, ["down/a", "down//", "$SYS/x"], ["down", "down/", "downa", "up/a", "a"]),
+        (
+            TopicRules(subscribe=TopicFilters(("a/#",)), subscribe_prefix="p/q/"),
+            ["p/q/a", "p/q/a/b"],
+            ["p/q", "p/q/", "p/q/b", "a/b", "$SYS/x"],
+        ),
+        (TopicRules(publish_prefix="up/"), ["a", "$SYS/x"], []),
+    ],
+)
+def test_a_device_gets_what_it_may_subscribe_to(version, rules, passing, kept_back):
+    """Also when the broker kept a subscription from before the rule, or `#` matched the parent of the prefix."""
+    assert [topic for topic in passing + kept_back if withheld(rules, topic, version)] == kept_back
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_message_withheld_is_acknowledged(version):
+    """The device cannot, and the broker would send it again; in 5.0 the broker is told why."""
+    code = b"\x87" if version == 5 else b""
+    inspector = from_broker(NARROW, version)
+    for number in (1, 2):
+        assert inspector.feed(publish("b", qos=number, packet_identifier=number, version=version)) == b""
+    assert inspector.take_owed() == packet(0x40, b"\0\1" + code) + packet(0x50, b"\0\2" + code)
+    assert inspector.take_owed() == b""
+    inspector.feed(publish("b", version=version))
+    assert inspector.take_owed() == b""
+    others, released = (acknowledgement(0x62, packet_identifier=number) for number in (7, 2))
+    if version == 5:
+        # The code has ended the exchange: whatever comes is for the device.
+        assert inspector.feed(others + released) == others + released
+    else:
+        assert inspector.feed(others + released) == others
+        assert inspector.take_owed() == packet(0x70, b"\0\2")
+        assert inspector.feed(released) == released
+
+
+def test_what_a_broker_is_owed_is_bounded_by_its_packet_identifiers():
+    """However often it sends without reading."""
+    inspector = from_broker(NARROW)
+    for _ in range(1000):
+        inspector.feed(publish("b", qos=1, packet_identifier=7))
+    assert inspector.take_owed() == packet(0x40, b"\0\7")
+
+
+def test_a_topic_alias_stands_for_a_topic_that_was_judged():
+    """And for another one when it is set anew; one that was never set is not known to the device either."""
+
+    def message(topic: str, alias: int) -> bytes:
+        return publish(topic, version=5, properties=b"\x23" + alias.to_bytes(2, "big"))
+
+    inspector = from_broker(NARROW, 5)
+    steps = [("a", 1, True), ("", 1, True), ("b", 1, False), ("", 1, False), ("b", 2, False), ("", 1, False)]
+    steps += [("a/2", 1, True), ("", 1, True), ("", 2, False), ("", 3, False)]
+    for topic, alias, passes in steps:
+        assert bool(inspector.feed(message(topic, alias))) == passes, (topic, alias)
 
 
 def test_a_prefix_that_makes_too_much_of_a_packet():
@@ -374,6 +444,7 @@ def test_which_rules_need_the_slow_path():
     """Those that ask for nothing leave the session on the fast one."""
     assert not TopicRules().concern_device
     assert not TopicRules().concern_broker
-    assert not WATCHFUL.concern_broker
+    assert WATCHFUL.concern_broker
+    assert not TopicRules(publish=TopicFilters(("#",)), max_qos=1).concern_broker
     for rules in (WATCHFUL, PREFIXES, TopicRules(max_qos=1), TopicRules(strip_retain=True)):
         assert rules.concern_device

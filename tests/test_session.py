@@ -9,7 +9,9 @@ from twisted.internet.task import Clock
 
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.mqtt.inspector import TopicRules
 from gateway.mqtt.packets import ProtocolVersion
+from gateway.mqtt.topics import TopicFilters
 from gateway.session.record import Dial, SessionRecord, Traffic
 from gateway.session.session import TRANSITIONS, Session, State
 from gateway.session.treatment import Treatment
@@ -1020,6 +1022,50 @@ def test_it_tells_when_the_device_was_last_heard_and_whether_it_is_held_back() -
     assert bench.session.held_back
     bench.session.device_gone("closed")
     assert not bench.session.held_back
+
+
+# ---- messages withheld
+
+
+def withholding(**rest: Any) -> Bench:
+    """Return a bench whose device may subscribe to `a` alone."""
+    topics = TopicRules(subscribe=TopicFilters(("a",)))
+    bench = Bench().connect()
+    bench.session.treat(Treatment(mqtt.connect(), ProtocolVersion.MQTT_3_1_1, topics, **rest))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(mqtt.connack())
+    bench.upstream.written.clear()
+    bench.device.written.clear()
+    return bench
+
+
+def test_what_a_rule_withholds_is_acknowledged_between_the_devices_packets() -> None:
+    """Never within one: its bytes would be taken for that packet's."""
+    bench = withholding()
+    bench.session.upstream_received(mqtt.publish("b", qos=1))
+    assert (bench.device.bytes, bench.upstream.bytes) == (b"", mqtt.acknowledgement(0x40))
+    bench.upstream.written.clear()
+    long = mqtt.packet(0x40, b"\0\2")
+    bench.session.device_received(long[:3])
+    bench.session.upstream_received(mqtt.publish("b", qos=1))
+    assert bench.upstream.bytes == long[:3]
+    bench.session.device_received(long[3:])
+    assert bench.upstream.bytes == long + mqtt.acknowledgement(0x40)
+    bench.session.device_received(mqtt.disconnect())
+    assert bench.journal.ended[0].withheld == 2
+
+
+def test_a_broker_that_does_not_read_is_acknowledged_later() -> None:
+    """When it reads again, at the next sweep at the latest; nothing is kept twice."""
+    bench = withholding()
+    bench.device.choked = True
+    for _ in range(1000):
+        bench.session.upstream_received(mqtt.publish("b", qos=1))
+    bench.pass_seconds(10)
+    assert bench.upstream.bytes == b""
+    bench.device.choked = False
+    bench.pass_seconds(1)
+    assert bench.upstream.bytes == mqtt.acknowledgement(0x40)
 
 
 # ---- the gateway's own PINGREQ

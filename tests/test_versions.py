@@ -306,6 +306,59 @@ def test_pings_go_to_the_broker_and_their_answers_come_back(
         device.publish("alive", b"")
 
 
+@all_versions
+def test_a_tighter_rule_reaches_subscriptions_that_the_broker_kept(
+    mosquitto: Mosquitto, reactor: Any, ca_file: Path, version: Any
+) -> None:
+    """What the rule no longer permits is withheld, queued or live, and acknowledged: it does not come again."""
+    open_to_all = RunningGateway(reactor, mosquitto.ports[0], ca_file=ca_file)
+    rule = {"match_client_id": "kept*", "subscribe": ["may/#"]}
+    ruled = RunningGateway(reactor, mosquitto.ports[0], ca_file=ca_file, device=[rule])
+    name = f"kept{version}"
+    try:
+        device = Client(version, name, clean=False).connect(open_to_all.port, expiry=1000)
+        device.subscribe("may/#").subscribe("secret/#").disconnect()
+        other = Client(version).connect(open_to_all.port)
+        for qos in (1, 2):
+            other.publish("secret/queued", b"no", qos)
+        other.publish("may/queued", b"yes", 2)
+        device = Client(version, name, clean=False).connect(ruled.port, expiry=1000)
+        assert device.message().topic == "may/queued"
+        for qos in (0, 1, 2):
+            other.publish("secret/live", b"no", qos)
+        other.publish("may/live", b"yes", 2)
+        assert device.message(2).topic == "may/live"
+        device.disconnect()
+        assert last_record(ruled, name).withheld == 5
+        device = Client(version, name, clean=False).connect(open_to_all.port, expiry=1000)
+        other.publish("secret/after", b"yes", 1)
+        assert device.message().topic == "secret/after"
+        device.disconnect()
+        Client(version, name).connect(open_to_all.port).disconnect()
+        other.disconnect()
+    finally:
+        open_to_all.stop()
+        ruled.stop()
+
+
+@all_versions
+def test_a_wildcard_under_a_prefix_does_not_reach_its_parent(
+    mosquitto: Mosquitto, reactor: Any, ca_file: Path, client: Callable[..., Client], version: Any
+) -> None:
+    """`p/q/#` matches p/q, too (MQTT 5.0 §4.7.1.2)."""
+    ruled = RunningGateway(reactor, mosquitto.ports[0], ca_file=ca_file, device=[{"subscribe_prefix": "p/q/"}])
+    try:
+        device = Client(version).connect(ruled.port).subscribe("#")
+        other = client(version)
+        for topic in ("p/q", "p/q/", "p/q/r"):
+            other.publish(topic, b"", 2)
+        assert device.message().topic == "r"
+        device.disconnect()
+        assert [message.topic for message in device.messages] == ["r"]
+    finally:
+        ruled.stop()
+
+
 # ---- what only 5.0 has
 
 

@@ -6,8 +6,11 @@ In: the bytes of one direction after CONNACK, split anywhere, and the session's 
 An inspector replaces a framer and contains one, so the checks of the fast path apply here too. Packets of other types
 pass as they arrive. A packet that is read whole is held until it is complete, at most `max_packet_size` bytes.
 
-A device that violates its rule is disconnected. The gateway neither writes acknowledgements for the broker nor holds
-any back, so QoS stays end to end; closing the connection is understood in every version of MQTT.
+A device that violates its rule is disconnected: closing the connection is understood in every version of MQTT. No
+acknowledgement between device and broker is written or held back, so QoS stays end to end.
+
+The broker may send what the device's rule no longer permits, from subscriptions that it kept for the device.  Such a
+message is withheld, and the gateway acknowledges it, since the device cannot: otherwise the broker would send it again.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from attrs import frozen
 
 from gateway.errors import EndReason, PacketError
 from gateway.mqtt.framer import Framer, Sender
-from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, decode_remaining_length
+from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, decode_integer, decode_remaining_length
 from gateway.mqtt.relayed import (
     Publish,
     Subscribe,
@@ -26,6 +29,7 @@ from gateway.mqtt.relayed import (
     read_publish,
     read_subscribe,
     read_unsubscribe,
+    write_packet,
     write_publish,
     write_subscribe,
 )
@@ -73,7 +77,7 @@ class TopicRules:
     @property
     def concern_broker(self) -> bool:
         """Whether packets from the broker must be inspected."""
-        return bool(self.publish_prefix or self.subscribe_prefix)
+        return bool(self.subscribe is not None or self.publish_prefix or self.subscribe_prefix)
 
 
 def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") -> PacketError | None:
@@ -100,6 +104,20 @@ def at_broker(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
     topic = add_prefix(message.topic, rules.publish_prefix) if message.topic else ""
     answer = message.response_topic
     return topic, None if answer is None else add_prefix(answer, rules.subscribe_prefix)
+
+
+def may_receive(rules: TopicRules, topic: str) -> bool:
+    """Whether a topic at the broker, not empty, is one that the device may subscribe to.
+
+    What is outside the prefix is not: neither its parent level, which `#` under a prefix matches too (MQTT 5.0
+    §4.7.1.2), nor what the broker sends without being asked. Topics that begin with `$` have no prefix.
+    """
+    if rules.subscribe_prefix:
+        inner = remove_prefix(topic, rules.subscribe_prefix)
+        if inner is None and not topic.startswith("$"):
+            return False
+        topic = inner or topic
+    return rules.subscribe is None or rules.subscribe.permits_name(topic)
 
 
 def at_device(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
@@ -278,20 +296,36 @@ class DeviceInspector(_Cutter):
 
 
 class BrokerInspector(_Cutter):
-    """Removes prefixes from what the broker sends, and the PINGRESPs to the gateway's own PINGREQs.
+    """Removes prefixes from what the broker sends, and withholds what is not for the device.
 
-    `version` is the device's. `pings` counts the gateway's unanswered PINGREQs; their PINGRESPs must not reach the
-    device.
+    That is messages that its rule does not permit, and PINGRESPs to the gateway's own PINGREQs.  `version` is the
+    device's. `pings` counts the gateway's unanswered PINGREQs. `withheld` counts messages that the device did not get;
+    `take_owed` returns the acknowledgements for them.
     """
 
-    __slots__ = ("_rules", "_version", "pings")
+    __slots__ = ("_aliases", "_incomplete", "_owed", "_rules", "_version", "pings", "withheld")
 
     def __init__(self, rules: TopicRules, version: ProtocolVersion, max_packet_size: int) -> None:
-        held = {PacketType.PINGRESP} | ({PacketType.PUBLISH} if rules.concern_broker else set())
+        held = {PacketType.PINGRESP}
+        if rules.concern_broker:
+            held |= {PacketType.PUBLISH, PacketType.PUBREL}
         super().__init__(Framer(Sender.BROKER, version, max_packet_size), frozenset(held))
         self._rules = rules
         self._version = version
+        # Whether the topic that each Topic Alias stands for may be received (MQTT 5.0 §3.3.2.3.4).
+        self._aliases: dict[int, bool] = {}
+        # Withheld messages of QoS 2 whose PUBREL is still to come.
+        self._incomplete: set[int] = set()
+        # By Packet Identifier, so that a broker that does not read cannot make it grow without limit.
+        self._owed: dict[int, bytes] = {}
         self.pings = 0
+        self.withheld = 0
+
+    def take_owed(self) -> bytes:
+        """Return the acknowledgements that the broker is still to get, and forget them."""
+        owed = b"".join(self._owed.values())
+        self._owed.clear()
+        return owed
 
     def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
         if first == _PINGRESP_BYTE:
@@ -300,13 +334,51 @@ class BrokerInspector(_Cutter):
                 return b""
             return packet
         try:
+            if PacketType(first >> 4) is PacketType.PUBREL:
+                return self._release(packet, body)
             message = read_publish(self._version, first, body)
+            if not self._may_receive(message):
+                self._withhold(message)
+                return b""
             topic, answer = at_device(self._rules, message)
             if (topic, answer) == (message.topic, message.response_topic):
                 return packet
             return write_publish(self._version, first, body, topic, answer)
         except PacketError as error:
             raise PacketError(EndReason.UPSTREAM_PROTOCOL_ERROR, error.reason_code, error.detail) from None
+
+    def _may_receive(self, message: Publish) -> bool:
+        if self._rules.subscribe is None and not self._rules.subscribe_prefix:
+            return True
+        if not message.topic:
+            return self._aliases.get(message.alias or 0, False)
+        permitted = may_receive(self._rules, message.topic)
+        if message.alias is not None:
+            self._aliases[message.alias] = permitted
+        return permitted
+
+    def _withhold(self, message: Publish) -> None:
+        self.withheld += 1
+        if not message.qos:
+            return
+        is_5 = self._version is ProtocolVersion.MQTT_5_0
+        first = (PacketType.PUBACK if message.qos == 1 else PacketType.PUBREC) << 4
+        code = bytes((ReasonCode.NOT_AUTHORIZED,)) if is_5 else b""
+        self._owe(first, message.packet_identifier, code)
+        # In 5.0 the reason code ends the exchange (§4.3.3).
+        if message.qos == _MOST and not is_5:
+            self._incomplete.add(message.packet_identifier)
+
+    def _release(self, packet: bytes, body: bytes) -> bytes:
+        identifier, _ = decode_integer(body, 0, 2, "Packet Identifier of PUBREL")
+        if identifier not in self._incomplete:
+            return packet
+        self._incomplete.remove(identifier)
+        self._owe(PacketType.PUBCOMP << 4, identifier)
+        return b""
+
+    def _owe(self, first: int, identifier: int, code: bytes = b"") -> None:
+        self._owed[identifier] = write_packet(first, identifier.to_bytes(2, "big") + code)
 
 
 def _check_permitted(permitted: TopicFilters, wanted: str) -> None:

@@ -57,6 +57,8 @@ class Publish:
     qos: int
     retain: bool
     response_topic: str | None
+    packet_identifier: int = 0
+    alias: int | None = None
 
 
 @frozen(slots=True)
@@ -76,8 +78,9 @@ def read_publish(version: ProtocolVersion, first: int, body: bytes) -> Publish:
     if "+" in topic or "#" in topic:
         raise malformed(f"PUBLISH with a wildcard in its Topic Name (MQTT {version.label} §3.3.2)")
     qos = (first & _QOS_BITS) >> 1
+    packet_identifier = 0
     if qos:
-        _, offset = decode_integer(body, offset, 2, "Packet Identifier of PUBLISH")
+        packet_identifier, offset = decode_integer(body, offset, 2, "Packet Identifier of PUBLISH")
     response_topic = alias = None
     if version is ProtocolVersion.MQTT_5_0:
         properties, _ = parse_properties(body, offset, _PUBLISH_PROPERTIES, "PUBLISH")
@@ -85,7 +88,7 @@ def read_publish(version: ProtocolVersion, first: int, body: bytes) -> Publish:
         alias = properties.integer(PropertyId.TOPIC_ALIAS)
     if not topic and alias is None:
         raise protocol_error(f"PUBLISH without a Topic Name (MQTT {version.label} §3.3.2)")
-    return Publish(topic, qos, bool(first & 1), response_topic)
+    return Publish(topic, qos, bool(first & 1), response_topic, packet_identifier, alias)
 
 
 def write_publish(version: ProtocolVersion, first: int, body: bytes, topic: str, response_topic: str | None) -> bytes:

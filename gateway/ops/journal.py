@@ -235,6 +235,8 @@ def _end_line(record: SessionRecord) -> str:
             f"; {record.duration or 0.0:.1f} s, up {record.packets_up} packets {record.bytes_up} bytes, "
             f"down {record.packets_down} packets {record.bytes_down} bytes"
         )
+        if record.withheld:
+            line += f", {record.withheld} messages withheld by rule"
     elif record.upstream:
         line += f" [{record.upstream}]"
     usual = _USUAL if record.established else _ORDINARY

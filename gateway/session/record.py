@@ -50,7 +50,8 @@ class SessionRecord:
     """One session, from the device's connection to its end.
 
     Durations of steps are in seconds, `None` until the step is done; `started` is on the injected clock.  `*_up` counts
-    from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.  `via` is the
+    from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.  `withheld`
+    counts messages that the rule kept from the device.  `via` is the
     address of the load balancer that sent the PROXY header, if any.
     """
 
@@ -75,6 +76,7 @@ class SessionRecord:
     bytes_down: int = 0
     packets_up: int = 0
     packets_down: int = 0
+    withheld: int = 0
     reason: EndReason | None = None
     detail: str = ""
 

@@ -443,8 +443,10 @@ class Session:
         if now >= self._lives_until:
             # The device should reconnect at once, so its Will must not be published.
             self.stop(EndReason.TOKEN_EXPIRING, discard_will=True)
-        elif self._ping_interval and now - self._last_pinged >= self._ping_interval:
+            return
+        if self._ping_interval and now - self._last_pinged >= self._ping_interval:
             self._ping(now)
+        self._acknowledge()
 
     def _ping(self, now: float) -> None:
         """Keep the Keep Alive that was sent to the broker; the device's own is checked as usual."""
@@ -569,8 +571,11 @@ class Session:
             self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
         elif framer.disconnected:
             self._end(EndReason.DEVICE_DISCONNECT)
-        elif self._pace is not None and self._pace.overdrawn(framer.packets, len(data)):
-            self._device.hold()
+        else:
+            if self._pace is not None and self._pace.overdrawn(framer.packets, len(data)):
+                self._device.hold()
+            if self._treatment is not None:
+                self._acknowledge()
 
     def _relay_down(self, data: bytes) -> None:
         framer = self._from_broker
@@ -584,6 +589,19 @@ class Session:
         elif framer.disconnected:
             code = framer.disconnect_code or 0
             self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
+        elif self._treatment is not None:
+            self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        """Acknowledge messages that the rule keeps from the device, unless the broker does not read."""
+        down, up, upstream = self._from_broker, self._from_device, self._upstream
+        if self._state is not State.RELAYING or up is None or upstream is None or not isinstance(down, BrokerInspector):
+            return
+        if up.at_boundary and self._device.reading:
+            owed = down.take_owed()
+            if owed:
+                self._bytes_up += len(owed)
+                upstream.write(owed)
 
     def _deadline_passed(self) -> None:
         if self._state is State.WAIT_CONNECT:
@@ -675,6 +693,8 @@ class Session:
         if self._from_device is not None and self._from_broker is not None:
             record.packets_up += self._from_device.packets
             record.packets_down += self._from_broker.packets
+        if isinstance(self._from_broker, BrokerInspector):
+            record.withheld = self._from_broker.withheld
 
     def _check_gone(self) -> None:
         if not self._device_present and self._upstream is None and not self._is_gone:
