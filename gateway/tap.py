@@ -102,6 +102,11 @@ class _Service(GatewayService):
     def startService(self) -> None:
         """Start; from now on SIGHUP reloads."""
         super().startService()
+        if self.observer is not None:
+            # Not before: twistd has become a daemon by now, and threads do not survive the fork.
+            self.observer.start()
+            # twistd ends by the signal that stopped it, so exit handlers do not run.
+            self._reactor.addSystemEventTrigger("after", "shutdown", self.observer.finish)
         call_on_signal(self._reactor, signal.SIGHUP, self.reload)
 
     def stopService(self) -> Deferred[Any]:
@@ -126,5 +131,8 @@ def makeService(options: Options) -> IService:
     except ConfigError as error:
         # twistd prints a traceback for any exception here, even a UsageError; nothing runs yet that needs stopping.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None
-    service.observer = make_observer(options.config.log.format, getattr(options, "parent", None) or {})
+    twistd = getattr(options, "parent", None) or {}
+    service.observer = make_observer(options.config.log.format, twistd)
+    if service.observer is not None and twistd.get("nodaemon"):
+        service.observer.start()
     return service

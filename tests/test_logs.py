@@ -20,6 +20,7 @@ from twisted.logger import Logger
 
 from gateway.ops.journal import Journal
 from gateway.ops.logs import LineObserver, is_journal, make_observer
+from gateway.ops.output import BackgroundOutput
 from tests.harness import Broker, Device, eventually
 from tests.mqtt_packets import connect, disconnect
 from tests.test_journal import FIELDS, HOSTILE, RECORD
@@ -33,7 +34,7 @@ class Written:
 
     def __init__(self, written: Any) -> None:
         self.text = ""
-        self.log = Logger(namespace="gateway", observer=LineObserver(self._write, written))
+        self.log = Logger(namespace="gateway", observer=LineObserver(BackgroundOutput(self._write), written))
 
     def _write(self, text: str) -> None:
         self.text += text
@@ -210,7 +211,7 @@ def test_a_log_file_is_written_in_the_format_too(tmp_path: Path) -> None:
         assert observer is not None
         Logger(namespace="gateway", observer=observer).info("hello \u2028")
         assert signal.getsignal(signal.SIGUSR1) not in {signal.SIG_DFL, None}
-        observer._write.__self__.close()
+        observer._output._write.__self__.close()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert json.loads((tmp_path / "log").read_text())["message"] == "hello \u2028"

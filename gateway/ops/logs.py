@@ -13,19 +13,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Literal, TextIO
 
-from twisted.logger import ILogObserver, LogEvent, LogLevel, formatEvent, formatTime
+from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, formatEvent, formatTime
 from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
+from gateway.ops.output import BackgroundOutput, stream_writer
 from gateway.text import unprintable_escaped
 
 Format = Literal["auto", "text", "journal", "json"]
-Writer = Callable[[str], object]
 
 # Priorities of syslog(3), which systemd strips from the start of each line (sd-daemon(3)).
 _PRIORITIES = {
@@ -41,12 +41,22 @@ _OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line
 
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as lines; `write` gets whole lines, `in_journal` says whether they go to systemd's journal."""
+    """Writes each event as lines to `output`; `in_journal` says whether that is systemd's journal."""
 
-    def __init__(self, write: Writer, wanted: Format, *, in_journal: bool = False) -> None:
-        self._write = write
+    def __init__(self, output: BackgroundOutput, wanted: Format, *, in_journal: bool = False) -> None:
+        self._output = output
         self._in_journal = in_journal
+        self._log = Logger(namespace="gateway", observer=self)
+        output.lost = self._report_lost
         self.use(wanted)
+
+    def start(self) -> None:
+        """Write in a background thread from now on; see `BackgroundOutput.start`."""
+        self._output.start()
+
+    def finish(self) -> None:
+        """Write what waits; see `BackgroundOutput.finish`."""
+        self._output.finish()
 
     def use(self, wanted: Format) -> None:
         """Use this format from now on."""
@@ -57,7 +67,12 @@ class LineObserver:
         """See `twisted.logger.ILogObserver`."""
         lines = list(self._lines(event))
         if lines:
-            self._write("".join(f"{unprintable_escaped(line)}\n" for line in lines))
+            self._output.write("".join(f"{unprintable_escaped(line)}\n" for line in lines))
+
+    def _report_lost(self, count: int) -> None:
+        self._log.warn(
+            "{count} log lines were lost: the log output was blocked or failed", event="log-lines-lost", count=count
+        )
 
 
 def make_observer(
@@ -79,7 +94,8 @@ def make_observer(
         stream = sys.stdout if stdout is None else stdout
         if stream is None:
             return None
-        return LineObserver(_to_stream(stream), wanted, in_journal=is_journal(stream, environment))
+        output = BackgroundOutput(stream_writer(stream))
+        return LineObserver(output, wanted, in_journal=is_journal(stream, environment))
     return LineObserver(_to_file(str(name)), wanted)
 
 
@@ -92,32 +108,21 @@ def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
     return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
-def _to_stream(stream: TextIO) -> Writer:
-    # A character that a terminal or the journal cannot show must not lose the line.
-    reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None:
-        reconfigure(errors="backslashreplace")
-
-    def write(text: str) -> None:
-        stream.write(text)
-        stream.flush()
-
-    return write
-
-
-def _to_file(name: str) -> Writer:
+def _to_file(name: str) -> BackgroundOutput:
     """Open the file that twistd would open; rotate it by size and on SIGUSR1, as twistd does."""
     file = LogFile.fromFullPath(name)
+    output = BackgroundOutput(file.write)
 
     def rotate(*_: object) -> None:
         # Imported late: twistd chooses the reactor.
         from twisted.internet import reactor
 
-        reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]  # of IReactorFromThreads, which it provides
+        # Not at once: the signal may have interrupted `output`.
+        reactor.callFromThread(output.call, file.rotate)  # type: ignore[attr-defined]  # IReactorFromThreads
 
     if not signal.getsignal(signal.SIGUSR1):
         signal.signal(signal.SIGUSR1, rotate)
-    return file.write  # type: ignore[no-any-return]  # it has no annotations
+    return output
 
 
 def _text(event: LogEvent) -> Iterator[str]:
