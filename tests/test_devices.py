@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import ssl
 import sys
 import threading
@@ -151,9 +152,20 @@ def test_a_refused_certificate_does_not_take_the_broker_from_the_others(
 
 
 def test_a_certificate_that_is_refused_in_the_handshake_is_one_devices_own_matter(
-    start_gateway: StartGateway, start_broker: StartBroker, server_tls: ServerTLS, ca_file: Path, tmp_path: Path
+    start_gateway: StartGateway, start_broker: StartBroker, demanding: tuple[ssl.SSLContext, list[dict[str, Any]]]
 ) -> None:
     """TLS 1.2 says so before the channel stands; the broker is not left alone for it."""
+    context, rules = demanding
+    gateway = start_gateway(upstream=start_broker(tls=context).port, device=rules)
+    for index in range(3):
+        assert told(gateway, mqtt.connect("stranger")) == b"\x20\x02\x00\x03"
+        assert gateway.wait_ended(index + 1).reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED
+    established(gateway, client_identifier="d2").close()
+
+
+@pytest.fixture
+def demanding(server_tls: ServerTLS, tmp_path: Path) -> tuple[ssl.SSLContext, list[dict[str, Any]]]:
+    """Return the context of a TLS 1.2 broker that wants a certificate, and rules: `stranger` has a wrong one."""
     root = certify_ca()
     (tmp_path / "root.pem").write_bytes(root.pem)
     context = server_tls.context()
@@ -164,11 +176,105 @@ def test_a_certificate_that_is_refused_in_the_handshake_is_one_devices_own_matte
     for name, issuer in (("stranger", certify_ca(subject="Other CA")), ("d2", root)):
         path = certify(issuer, subject=name, names=(), purposes=(CLIENT,)).write(tmp_path / f"{name}.pem")
         rules.append({"match_client_id": name, "client_cert": str(path)})
-    gateway = start_gateway(upstream=start_broker(tls=context).port, device=rules)
+    return context, rules
+
+
+def without_alerts(context: ssl.SSLContext) -> Callable[[BrokerConnection], None]:
+    """Serve TLS, but close without a word when a handshake fails, as some brokers do."""
+
+    def serve(connection: BrokerConnection) -> None:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = context.wrap_bio(incoming, outgoing, server_side=True)
+
+        def step(function: Callable[..., Any], *arguments: Any) -> Any:
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    return function(*arguments)
+                connection.socket.sendall(outgoing.read())
+                data = connection.socket.recv(65536)
+                if not data:
+                    raise EOFError
+                incoming.write(data)
+
+        step(tls.do_handshake)
+        step(tls.read, 65536)
+        tls.write(mqtt.connack())
+        connection.socket.sendall(outgoing.read())
+        connection.read_to_end()
+
+    return serve
+
+
+def test_a_broker_that_closes_on_one_certificate_is_there_for_the_others(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    demanding: tuple[ssl.SSLContext, list[dict[str, Any]]],
+) -> None:
+    """A TLS 1.2 broker that sends no alert: the connection just ends, behind an approved chain and name."""
+    context, rules = demanding
+    gateway = start_gateway(upstream=start_broker(tls=None, serve=without_alerts(context)).port, device=rules)
     for index in range(3):
         assert told(gateway, mqtt.connect("stranger")) == b"\x20\x02\x00\x03"
-        assert gateway.wait_ended(index + 1).reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED
+        assert gateway.wait_ended(index + 1).reason is EndReason.TLS_CLOSED
+        (health,) = gateway.service.gateway.upstreams
+        assert (health.is_open, health.failures) == (True, 0)
     established(gateway, client_identifier="d2").close()
+
+
+@pytest.mark.parametrize("alerts", [True, False], ids=["with alerts", "without alerts"])
+def test_the_gateways_own_trial_finds_a_broker_that_wants_a_certificate(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    demanding: tuple[ssl.SSLContext, list[dict[str, Any]]],
+    alerts: bool,
+) -> None:
+    """It shows none and is refused behind an approved chain and name: the broker is back, and `/readyz` says so."""
+    context, rules = demanding
+    before = start_broker(tls=None)
+    port = before.port
+    before.stop()
+    gateway = start_gateway(
+        upstream=port,
+        device=rules,
+        failover={"retry_first": 0.001, "retry_max": 0.001},
+        status={"endpoint": "127.0.0.1:0"},
+    )
+    assert told(gateway, mqtt.connect("d2")) == b"\x20\x02\x00\x03"
+    assert ask(gateway, "/readyz").status == 503
+    start_broker(tls=context if alerts else None, serve=None if alerts else without_alerts(context), port=port)
+    eventually(lambda: ask(gateway, "/readyz").status == 200, "the gateway is ready, without a device")
+    established(gateway, client_identifier="d2").close()
+
+
+def test_without_identities_of_devices_a_refused_certificate_counts_against_the_broker(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    demanding: tuple[ssl.SSLContext, list[dict[str, Any]]],
+) -> None:
+    """All sessions show the same, so the broker serves none of them: the next one is for all."""
+    context, _ = demanding
+    gateway = start_gateway(upstream=start_broker(tls=context).port)
+    assert told(gateway, mqtt.connect("d2")) == b"\x20\x02\x00\x03"
+    gateway.wait_ended()
+    (health,) = gateway.service.gateway.upstreams
+    assert not health.is_open
+
+
+@pytest.mark.parametrize("wrong", [{"tls": {"pin": "sha256/" + "A" * 43 + "="}}, {"tls": {"alpn": "mqtt"}}], ids=str)
+def test_a_broker_that_the_gateway_refuses_after_its_name_counts_as_failed(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    server_tls: ServerTLS,
+    demanding: tuple[ssl.SSLContext, list[dict[str, Any]]],
+    wrong: dict[str, Any],
+) -> None:
+    """Pins and ALPN are judged behind chain and name, and are no identity's own matter."""
+    _, rules = demanding
+    gateway = start_gateway(upstream=start_broker(tls=server_tls).port, device=rules, **wrong)
+    assert told(gateway, mqtt.connect("d2")) == b"\x20\x02\x00\x03"
+    gateway.wait_ended()
+    (health,) = gateway.service.gateway.upstreams
+    assert not health.is_open
 
 
 @pytest.mark.parametrize(

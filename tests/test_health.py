@@ -133,6 +133,23 @@ def test_a_trial_that_succeeds_opens_the_upstream() -> None:
     assert (health.state, health.failures, health.retry_at) == (UpstreamState.SERVING, 0, None)
 
 
+def test_a_broker_that_refuses_an_identity_is_there() -> None:
+    """It proved its name; that counts as the end of a trial, and not as a verification."""
+    health = health_of()
+    early = health.begin(0.0)
+    failed_at(health, 0.0)
+    health.begin(5.0)
+    refused = UpstreamFailure(EndReason.TLS_CLIENT_CERTIFICATE_REFUSED)
+    assert health.refused_identity(refused, 5.5)
+    assert (health.state, health.failures, health.retry_at) == (UpstreamState.SERVING, 0, None)
+    assert (health.verified_at, health.last_peer) == (None, None)
+    assert health.failed_dials == {EndReason.TCP_REFUSED: 1, EndReason.TLS_CLIENT_CERTIFICATE_REFUSED: 1}
+    # Another identity's refusal is no news, and a dial that began before fails without effect.
+    assert not health.refused_identity(refused, 6.0)
+    assert not health.failed(early, REFUSED, 7.0)
+    assert health.is_open
+
+
 def test_a_trial_that_is_given_up_says_nothing_and_keeps_nobodys_place() -> None:
     """The next dial may be the trial at once."""
     health = health_of()

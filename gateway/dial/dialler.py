@@ -39,6 +39,22 @@ _log = Logger(namespace="gateway")
 _Connection = TypeVar("_Connection", UpstreamProtocol, ProxyConnection | TLSLayer)
 
 
+# How a TLS 1.2 broker ends the handshake if it does not accept the client certificate, or the lack of one; not all send
+# an alert.  With TLS 1.3 the client's handshake is done by then.
+_AFTER_APPROVAL = frozenset(
+    {
+        EndReason.TLS_CLIENT_CERTIFICATE_REFUSED,
+        EndReason.TLS_HANDSHAKE_FAILED,
+        EndReason.TLS_CLOSED,
+        EndReason.TLS_TIMEOUT,
+    }
+)
+
+
+class _IdentityRefused(UpstreamFailure):
+    """The broker proved its name, and then ended the handshake: it refused the identity that it was shown."""
+
+
 @frozen(slots=True)
 class Target:
     """One configured broker: its address, the identity that it must prove, and the TLS policy that applies."""
@@ -262,11 +278,12 @@ class Dialler:
                 # This says nothing about the broker behind the proxy.
                 health.given_up(attempt)
                 raise
-            if failure.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED and self.identities:
-                # This concerns one identity: the broker may serve the others.
-                health.given_up(attempt)
-                raise
             now = self._clock.seconds()
+            if self.identities and isinstance(failure, _IdentityRefused):
+                # This concerns one identity, which in a trial is the gateway's own: the broker may serve the others.
+                if health.refused_identity(failure, now):
+                    self._journal.serves_again(health.address)
+                raise
             if health.failed(attempt, failure, now) and health.retry_at is not None:
                 self._journal.left_alone(health.address, failure, health.retry_at - now)
             raise
@@ -386,7 +403,12 @@ class Dialler:
 
     async def _shake_hands(self, protocol: UpstreamProtocol, dial: Dial) -> Peer:
         began = self._clock.seconds()
-        peer = await handshake(protocol, self._clock, self._timeouts)
+        try:
+            peer = await handshake(protocol, self._clock, self._timeouts)
+        except UpstreamFailure as failure:
+            if protocol.approved and failure.reason in _AFTER_APPROVAL:
+                raise _IdentityRefused(failure.reason, failure.detail) from None
+            raise
         dial.tls_seconds = self._clock.seconds() - began
         return peer
 

@@ -51,9 +51,11 @@ class UpstreamHealth:
     """What is known of one configured broker.
 
     `failures` counts consecutive failures, `dials` all attempts, `failed_dials` the failed ones by reason.
-    `last_failure` is kept when the broker serves again.  `failed_at`, `retry_at` and `verified_at` are seconds on the
-    injected clock, or `None`.  `last_address` is the address last connected to (`host:port`), `last_peer` the broker
-    verified there.  `via` is the health of the proxy in front of it, shared by all brokers behind that proxy.
+    `last_failure` is kept when the broker serves again.  `failed_at`, `retry_at`, `verified_at` and `reached_at` are
+    seconds on the injected clock, or `None`; `reached_at` is when the broker last proved its name, whether or not the
+    handshake succeeded, or when a proxy last opened a tunnel.  `last_address` is the address last connected to
+    (`host:port`), `last_peer` the broker verified there.  `via` is the health of the proxy in front of it, shared by
+    all brokers behind that proxy.
     """
 
     address: str
@@ -67,6 +69,7 @@ class UpstreamHealth:
     retry_at: float | None = None
     last_peer: Peer | None = None
     verified_at: float | None = None
+    reached_at: float | None = None
     last_address: str = ""
     dials: int = 0
     failed_dials: Counter[EndReason] = field(factory=Counter)
@@ -130,7 +133,7 @@ class UpstreamHealth:
         return f"it is {self.state.value}"
 
     def begin(self, now: float) -> Attempt:
-        """Count an attempt.  Each ends with one of `verified`, `failed` and `given_up`."""
+        """Count an attempt.  Each ends with one of `verified`, `refused_identity`, `failed` and `given_up`."""
         self.dials += 1
         is_trial = self.state is UpstreamState.LEFT_ALONE
         if is_trial:
@@ -140,29 +143,38 @@ class UpstreamHealth:
     def verified(self, peer: Peer, now: float) -> bool:
         """Record that the broker was verified.  Returns whether the gateway had been backing off."""
         self.last_peer = peer
+        self.verified_at = now
+        return self.works(now)
+
+    def refused_identity(self, failure: UpstreamFailure, now: float) -> bool:
+        """Record that the broker proved its name and then refused one client identity.
+
+        That is no failure of the broker, and shows that it is there.  Returns whether the gateway had been backing off.
+        """
+        self.failed_dials[failure.reason] += 1
         return self.works(now)
 
     def works(self, now: float) -> bool:
-        """Record a success: a proxy opened a tunnel.  Returns whether the gateway had been backing off."""
+        """Record that it is there: a proxy opened a tunnel, say.  Returns whether the gateway had been backing off."""
         was_backing_off = not self._is_well
         self.state = UpstreamState.SERVING
         self.failures = 0
         self.retry_at = None
-        self.verified_at = now
+        self.reached_at = now
         return was_backing_off
 
     def failed(self, attempt: Attempt, failure: UpstreamFailure, now: float) -> bool:
         """Record a failed attempt.  Returns whether backing off, or the reason for it, is news.
 
-        There is no effect if another attempt was verified since this one began, because then the broker works.  The
-        delay is not extended if an attempt that ended earlier has already caused it.
+        There is no effect if another attempt reached the broker since this one began, because then the broker works.
+        The delay is not extended if an attempt that ended earlier has already caused it.
         """
         self.failed_dials[failure.reason] += 1
         # A copy: a raised exception references its frames, and with them a whole session.
         self.last_failure = UpstreamFailure(failure.reason, failure.detail)
         self.failed_at = now
         if self._is_well:
-            if self.verified_at is not None and self.verified_at > attempt.began:
+            if self.reached_at is not None and self.reached_at > attempt.began:
                 return False
         elif not attempt.is_trial or self.state is not UpstreamState.BEING_TRIED:
             return False

@@ -85,7 +85,7 @@ def upstream_words(upstream: Part) -> str:
     """Describe the state of a broker."""
     failure = upstream["last_failure"]
     if upstream["open"]:
-        if upstream["verified"] is None:
+        if upstream["state"] == "untried":
             return "not tried yet"
         return "serving"
     words = shown_state(upstream["state"])

@@ -50,6 +50,11 @@ class UpstreamProtocol(RelaySide):
         """Whether the handshake, not yet done, offers to resume a TLS session."""
         return self._channel.resuming
 
+    @property
+    def approved(self) -> bool:
+        """Whether the broker's chain and name have been approved, also after the handshake has failed."""
+        return self._channel.approved
+
     def connectionMade(self) -> None:
         """Send the ClientHello."""
         tune(self.transport, self._user_timeout)
