@@ -74,7 +74,8 @@ class GatewayService(Service):
         self._relay = RelayReactor(reactor)
         self._notifier = notifier or Notifier()
         self._reread = reread or (lambda: config)
-        self.ledger = Ledger(journal or Journal(reactor.seconds), reactor.seconds)
+        journal = journal or Journal(reactor.seconds, sessions=lambda: self.gateway.config.log.sessions)
+        self.ledger = Ledger(journal, reactor.seconds)
         self.gateway = Gateway(
             config,
             reactor,

@@ -471,3 +471,32 @@ def test_a_broker_that_comes_and_goes_does_not_fill_the_disk(journal: Journal, e
     journal.flush()
     assert events[-1]["count"] == 1000 - FULL_RECORDS
     assert "back-offs from first.example:8883" in events[-1]["what"]
+
+
+def test_starts_and_orderly_ends_can_be_limited_or_switched_off(clock: Clock, events: list[dict[str, Any]]) -> None:
+    """A fleet that connects, publishes and leaves; failures are told as before, and a reload may change it."""
+    wanted = "limited"
+    journal = Journal(clock.seconds, sessions=lambda: wanted)
+
+    def fleet() -> None:
+        for number in range(300):
+            journal.session_started(attrs.evolve(RECORD, number=number))
+            journal.session_ended(attrs.evolve(RECORD, number=number, reason=EndReason.DEVICE_DISCONNECT))
+        journal.session_ended(RECORD)
+
+    fleet()
+    assert len(events) == 2 * FULL_RECORDS_OF_STANDING + 1
+    journal.flush()
+    counted = [(event["what"], event["count"], event["reason"]) for event in events[-2:]]
+    assert counted == [("established sessions ended", 200, "device-disconnect"), ("sessions started", 200, None)]
+    assert {event["log_level"].name for event in events[-2:]} == {"info"}
+    assert "200 more sessions started in the last 0 s" in lines(events)
+    events.clear()
+    wanted = "failures"
+    fleet()
+    journal.flush()
+    assert [event["reason"] for event in events] == ["device-lost"]
+    events.clear()
+    wanted = "all"
+    fleet()
+    assert len(events) == 601

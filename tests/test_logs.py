@@ -18,6 +18,7 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import Logger
 
+from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import Journal
 from gateway.ops.logs import LineObserver, is_journal, make_observer
 from gateway.ops.output import BackgroundOutput
@@ -128,6 +129,28 @@ def test_what_is_hostile_forges_no_line_and_moves_no_cursor(written_as: str) -> 
             json.loads(line)
         # What stood on a line of its own is set in, so that it cannot pass for an event.
         assert not re.match(r"(<\d>)?session 8", line)
+
+
+@pytest.mark.parametrize("written_as", FORMATS)
+def test_no_text_of_a_device_makes_a_long_line(written_as: str) -> None:
+    """A Client Identifier of 64 KiB, and what else may hold one: a few hundred bytes a record, in every format."""
+    written = Written(written_as)
+    journal, name = Journal(Clock().seconds, written.log), "\U000e0001" * 16_000
+    record = attrs.evolve(RECORD, client_identifier=name, detail=name)
+    failure = UpstreamFailure(EndReason.TLS_EXPIRED, name)
+    journal.session_started(record)
+    journal.session_ended(record)
+    journal.session_ended(attrs.evolve(record, peer=None))
+    journal.refused(EndReason.NOT_MQTT, "192.0.2.1:1", name)
+    journal.passed_over("a.example:8883", failure)
+    journal.left_alone("a.example:8883", failure, 1.0)
+    assert len(written.lines) == 6
+    # Twelve bytes for each character that JSON escapes.
+    assert max(map(len, written.lines)) < 15_000
+    written.text = ""
+    written.log.info("unexpected: {what}", what=name)
+    boom(written.log, name)
+    assert max(map(len, written.lines)) < 150_000
 
 
 def test_an_event_without_words_is_no_line() -> None:

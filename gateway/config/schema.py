@@ -316,9 +316,10 @@ class Status:
 
 @attrs.frozen
 class Log:
-    """The log's format."""
+    """The log's format, and which sessions are recorded."""
 
     format: Literal["auto", "text", "journal", "json"] = "auto"
+    sessions: Literal["all", "limited", "failures"] = "all"
 
 
 def _upstream_identity(upstream: Upstream) -> Hashable:

@@ -39,6 +39,8 @@ _USUAL = _ORDINARY | {
 }
 
 
+_MAX_TEXT = 256  # characters of a Client Identifier or a detail in an event; MQTT allows 65,535 bytes
+
 # The fields of a record that its events carry under the same name.
 _NAMES = tuple(field.name for field in fields(SessionRecord) if field.name not in {"number", "peer"})
 _values = attrgetter(*_NAMES)
@@ -62,29 +64,39 @@ class Journal:
 
     A session starts when the broker accepts it; one that fails earlier has only the end record.  If many sessions end
     for one cause, the first records of each minute are written, more of them for established sessions; then one line
-    counts the rest.  A session that its device ended with DISCONNECT always has both records.
+    counts the rest.
+
+    `sessions` says which sessions without a failure are recorded: "all", each with both its records; "limited", as if
+    starts and orderly ends were failures; "failures", none.
     """
 
-    def __init__(self, seconds: Callable[[], float], log: Logger | None = None) -> None:
+    def __init__(
+        self, seconds: Callable[[], float], log: Logger | None = None, sessions: Callable[[], str] = lambda: "all"
+    ) -> None:
         self._seconds = seconds
+        self._sessions = sessions
         self._log = log or Logger(namespace="gateway")
         self._window_began = seconds()
         # By kind of record and reason.
-        self._written: Counter[tuple[str, EndReason]] = Counter()
-        self._withheld: Counter[tuple[str, EndReason]] = Counter()
+        self._written: Counter[tuple[str, EndReason | None]] = Counter()
+        self._withheld: Counter[tuple[str, EndReason | None]] = Counter()
         self._told_left_alone: set[str] = set()
 
     def session_started(self, record: SessionRecord) -> None:
         """See `gateway.session.session.Journal`."""
-        self._write(LogLevel.info, _start_line(record), "session-start", record)
+        if self._is_wanted("sessions started", None):
+            self._write(LogLevel.info, _start_line(record), "session-start", record)
 
     def session_ended(self, record: SessionRecord) -> None:
         """See `gateway.session.session.Journal`."""
         reason = record.reason
         assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type
         if record.established:
-            due = reason is EndReason.DEVICE_DISCONNECT or self._is_due(
-                "established sessions ended", reason, FULL_RECORDS_OF_STANDING
+            what = "established sessions ended"
+            due = (
+                self._is_wanted(what, reason)
+                if reason is EndReason.DEVICE_DISCONNECT
+                else self._is_due(what, reason, FULL_RECORDS_OF_STANDING)
             )
             quiet = reason in _USUAL
         else:
@@ -105,8 +117,8 @@ class Journal:
                 event="connection-refused",
                 device_address=device_address,
                 reason=reason.value,
-                detail=detail,
-                shown=f" ({detail})" if detail else "",
+                detail=_cut(detail),
+                shown=f" ({printable(detail, 400)})" if detail else "",
                 remedy=reason.remedy,
             )
 
@@ -119,7 +131,7 @@ class Journal:
                 event="upstream-passed-over",
                 upstream=upstream,
                 reason=reason.value,
-                detail=failure.detail,
+                detail=_cut(failure.detail),
                 shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
                 remedy=reason.remedy,
             )
@@ -136,7 +148,7 @@ class Journal:
                 seconds=seconds,
                 shown_seconds=f"{seconds:.1f}",
                 reason=reason.value,
-                detail=failure.detail,
+                detail=_cut(failure.detail),
                 shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
                 remedy=reason.remedy,
             )
@@ -156,7 +168,18 @@ class Journal:
     def flush(self) -> None:
         """Close the window: log how many records were not written."""
         now = self._seconds()
-        for (what, reason), count in sorted(self._withheld.items()):
+        for (what, reason), count in sorted(self._withheld.items(), key=str):
+            if reason is None or reason is EndReason.DEVICE_DISCONNECT:
+                self._log.info(
+                    "{count} more {what} in the last {window} s{shown}",
+                    event="records-withheld",
+                    count=count,
+                    what=what,
+                    window=round(now - self._window_began),
+                    reason=reason.value if reason is not None else None,
+                    shown=f": {reason}" if reason is not None else "",
+                )
+                continue
             self._log.warn(
                 "{count} more {what} in the last {window} s: {reason}. {meaning} {remedy}",
                 event="records-withheld",
@@ -179,7 +202,12 @@ class Journal:
         fields |= {"log_namespace": log.namespace, "log_source": log.source, "log_logger": log}
         log.observer(fields)
 
-    def _is_due(self, what: str, reason: EndReason, full: int = FULL_RECORDS) -> bool:
+    def _is_wanted(self, what: str, reason: EndReason | None) -> bool:
+        """Return whether to record a start or an orderly end."""
+        wanted = self._sessions()
+        return wanted == "all" or (wanted == "limited" and self._is_due(what, reason, FULL_RECORDS_OF_STANDING))
+
+    def _is_due(self, what: str, reason: EndReason | None, full: int = FULL_RECORDS) -> bool:
         if self._written[what, reason] < full:
             self._written[what, reason] += 1
             return True
@@ -192,10 +220,16 @@ def _fields(record: SessionRecord) -> dict[str, object]:
     # Built by hand: attrs' `asdict` takes ten times as long, twice per session.
     fields: dict[str, object] = dict(zip(_NAMES, _values(record), strict=True))
     fields["session"] = record.number
+    fields["client_identifier"] = _cut(record.client_identifier)
+    fields["detail"] = _cut(record.detail)
     fields["reason"] = record.reason.value if record.reason is not None else None
     if record.peer is not None:
         fields |= _peer_fields(record.peer)
     return fields
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}…"
 
 
 @lru_cache(maxsize=32)

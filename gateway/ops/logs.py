@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any, Literal, TextIO
 
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, formatEvent, formatTime
+from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
@@ -35,6 +36,7 @@ _PRIORITIES = {
     LogLevel.error: 3,
     LogLevel.critical: 2,
 }
+_MAX_LINE = 4096  # characters of a line and of a JSON field; a session record has a few hundred
 # Event fields that repeat others, or are internal to Twisted.
 _OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line", "shown"})
 
@@ -159,19 +161,29 @@ def _json(event: LogEvent) -> Iterator[str]:
         "namespace": event.get("log_namespace"),
         "message": formatEvent(event),
     }
-    if failure is not None:
-        own["traceback"] = failure.getTraceback()
     others = {name: value for name, value in event.items() if name not in own and name not in _OF_TWISTED}
     fields = own | {name: value for name, value in others.items() if not name.startswith("log_")}
-    yield json.dumps(fields, default=str, skipkeys=True)
+    fields = {name: _cut(value) if isinstance(value, str) else value for name, value in fields.items()}
+    if failure is not None:
+        fields["traceback"] = "\n".join(_traceback(failure))
+    yield json.dumps(fields, default=lambda value: _cut(str(value)), skipkeys=True)
 
 
 def _message(event: LogEvent) -> list[str]:
     """Return the lines of an event's text and of its traceback, if any."""
     # Most lines are session records, which are formatted already.
     text = event["line"] if event.get("log_format") == "{line}" else formatEvent(event)
-    lines = text.split("\n") if text else []
+    lines = _cut(text).split("\n") if text else []
     failure = event.get("log_failure")
     if failure is not None:
-        lines += failure.getTraceback().rstrip("\n").split("\n")
+        lines += _traceback(failure)
     return lines
+
+
+def _traceback(failure: Failure) -> list[str]:
+    """Return the lines of a traceback, of which the last may hold text from a device."""
+    return [_cut(line) for line in failure.getTraceback().rstrip("\n").split("\n")]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}…"
