@@ -323,6 +323,13 @@ class EndReason(StrEnum):
         "Report the detail as a bug in the gateway.",
     )
 
+    # Why there is no upstream: WebSocket.
+    WEBSOCKET_REFUSED = (
+        "websocket-refused",
+        "The broker's port did not open a WebSocket.",
+        "Check the upstream's `path` and port, and the output of request_file or request_command.",
+    )
+
     # Why there is no upstream: MQTT.
     UPSTREAM_SILENT = (
         "upstream-silent",

@@ -24,6 +24,7 @@ from gateway.config import Config, Listener
 from gateway.dial.dialler import Dialler, Target
 from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import proxy_routes
+from gateway.dial.websocket import websocket_routes
 from gateway.drain import Spread
 from gateway.errors import EndReason
 from gateway.net.listening import ListenerFactory
@@ -181,9 +182,10 @@ class Gateway:
         # If nothing changed, both generations verify with the same policy.
         policy = before.policy if before is not None and judged_alike else make_policy(config.tls)
         proxies = proxy_routes(config, os.environ, self._uniform, before.dialler.proxies if before is not None else ())
+        websockets = websocket_routes(config, self._helpers.programs)
         targets = [
-            Target(upstream, Identity.of(upstream.verify_name), policy, proxy)
-            for upstream, proxy in zip(config.upstream, proxies, strict=True)
+            Target(upstream, Identity.of(upstream.verify_name), policy, proxy, websocket)
+            for upstream, proxy, websocket in zip(config.upstream, proxies, websockets, strict=True)
         ]
         vias = [proxy.health if proxy is not None else None for proxy in proxies]
         healths = accounts(config.upstream, config.failover, self._uniform, known, vias, judged_alike=judged_alike)
@@ -358,10 +360,10 @@ def watched_files(config: Config) -> list[Path]:
     """Return the files that are read at start and renewed while the gateway runs: certificates, keys, CRLs."""
     keys = ("client_cert", "client_key", "sas_key_file", "jwt_key_file")
     of_devices = [path for device in config.device for key in keys if (path := getattr(device, key)) is not None]
-    of_proxies = [
+    of_upstreams = [
         path
         for upstream in config.upstream
-        for path in (*upstream.proxy_ca_file, upstream.proxy_password_file)
+        for path in (*upstream.proxy_ca_file, upstream.proxy_password_file, upstream.request_file)
         if path is not None
     ]
-    return [*policy_files(config.tls), *of_proxies, *of_devices]
+    return [*policy_files(config.tls), *of_upstreams, *of_devices]

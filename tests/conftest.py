@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import trustme
 from hypothesis import HealthCheck, settings
+from twisted.internet.process import reapAllProcesses
+from twisted.internet.task import LoopingCall
 from twisted.logger import LogLevel, globalLogPublisher
 
 from tests.harness import Broker, RunningGateway, ServerTLS, start_reactor
@@ -90,3 +92,12 @@ def start_gateway(reactor: Any, ca_file: Path) -> Iterator[Callable[..., Running
     yield start
     for gateway in gateways:
         gateway.stop()
+
+
+@pytest.fixture
+def reaping(reactor: Any) -> Iterator[None]:
+    """Have ended programs noticed: the reactor runs in a thread, where it hears of no signals."""
+    reaper = LoopingCall(reapAllProcesses)
+    reactor.callFromThread(reaper.start, 0.01)
+    yield
+    reactor.callFromThread(reaper.stop)

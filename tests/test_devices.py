@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from twisted.internet.process import reapAllProcesses
-from twisted.internet.task import LoopingCall
 
 from gateway.config.passwords import hash_password
 from gateway.errors import ConfigError, EndReason
@@ -438,15 +436,6 @@ def test_a_session_ends_in_good_order_before_its_token_does(
     assert connection.finished.wait(20)
     assert bytes(connection.received).endswith(mqtt.disconnect())
     assert connection.ended_cleanly
-
-
-@pytest.fixture
-def reaping(reactor: Any) -> Iterator[None]:
-    """Have ended programs noticed: the reactor runs in a thread, where it hears of no signals."""
-    reaper = LoopingCall(reapAllProcesses)
-    reactor.callFromThread(reaper.start, 0.01)
-    yield
-    reactor.callFromThread(reaper.stop)
 
 
 @pytest.mark.parametrize("source", ["file", "command"])

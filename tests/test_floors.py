@@ -35,6 +35,7 @@ WITHOUT_TWISTED = {
     "gateway.errors",
     "gateway.mqtt",
     "gateway.net.proxy_header",
+    "gateway.net.websocket",
     "gateway.session",
     "gateway.text",
 }

@@ -134,3 +134,20 @@ def test_a_host_with_braces_is_no_template() -> None:
 def test_every_profile_is_made_of_keys_that_exist(name: str) -> None:
     """A rule with nothing of its own is a rule."""
     assert isinstance(configured(name, device=[{}]).device[0], DeviceRule)
+
+
+@pytest.mark.parametrize(
+    ("name", "port", "path"),
+    [
+        ("aws-iot", 443, "/mqtt"),
+        ("azure-iot-hub", 443, "/$iothub/websocket?iothub-no-client-cert=true"),
+        ("azure-event-grid", 443, "/mqtt"),
+        ("hivemq-cloud", 8884, "/mqtt"),
+        ("emqx-cloud", 8084, "/mqtt"),
+    ],
+)
+def test_profiles_know_where_the_websocket_is(name: str, port: int, path: str) -> None:
+    """Port and path; a WebSocket on 443 needs no ALPN."""
+    config = configured(name, upstream=[{"host": HOST, "transport": "websocket"}])
+    assert (config.upstream[0].port, config.upstream[0].path) == (port, path)
+    assert config.tls.alpn == ()

@@ -33,10 +33,12 @@ from gateway.config import TLS, Config, Listener, Upstream
 from gateway.config.flags import CONFIG, FLAGS, config_from
 from gateway.dial.dialler import Target
 from gateway.dial.proxy import proxy_routes
+from gateway.dial.websocket import websocket_routes
 from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
 from gateway.net.network import ReactorNetwork
 from gateway.net.transport import RelayReactor
+from gateway.rules.secrets import Programs
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import make_policy
 from gateway.tls.trust import TLSPolicy
@@ -197,15 +199,16 @@ async def examine(
             tls = evolve(tls, client_cert=guise.device.client_cert, client_key=guise.device.client_key)
         try:
             proxies = dict(zip(config.upstream, proxy_routes(config, os.environ, random), strict=True))
+            websockets = dict(zip(config.upstream, websocket_routes(config, Programs(reactor, reactor)), strict=True))
         except ConfigError as error:
             for problem in error.problems:
-                report.add(Step("proxy", Status.FAIL, problem, "Correct the key, or the file that it names."))
+                report.add(Step("upstream", Status.FAIL, problem, "Correct the key, or the file that it names."))
             return
         for upstream in _led_to(config, guise):
             if policy is None or shown is None:
                 _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
                 continue
-            target = Target(upstream, Identity.of(upstream.verify_name), shown, proxies[upstream])
+            target = Target(upstream, Identity.of(upstream.verify_name), shown, proxies[upstream], websockets[upstream])
             await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add, guise).run()
             client = shown.own or shown.client
             client_chain = client is not None and len(client.chain) > 1

@@ -24,16 +24,18 @@ from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
 from gateway.cli.verdict import failed, tls_steps
 from gateway.config import TLS, Config
-from gateway.dial.dialler import Target
+from gateway.dial.dialler import Target, make_upstream
 from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
-from gateway.dial.steps import connect, handshake, open_tunnel, resolve
+from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.gateway import SWEEP_INTERVAL
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.packets import PacketType
 from gateway.net.network import Network, shown_address
+from gateway.net.websocket import Request
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.upstream import UpstreamProtocol
+from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Session
 from gateway.text import printable
@@ -54,11 +56,11 @@ _CONNACK_REMEDIES = {
 }
 
 
-def upstream_steps(tls: TLS, *, proxied: bool = False) -> list[str]:
+def upstream_steps(tls: TLS, *, proxied: bool = False, websocket: bool = False) -> list[str]:
     """Return the names of the steps to a broker, in order."""
     optional = [*(["pin"] if tls.pin else []), *(["strict"] if tls.verification == "strict" else [])]
     before = ["dns", "tcp", *(["proxy"] if proxied else []), "client-hello", "certificate", "chain", "identity", "tls"]
-    return [*before, *optional, "connect", "connack"]
+    return [*before, *optional, *(["websocket"] if websocket else []), "connect", "connack"]
 
 
 class Probe:
@@ -82,7 +84,9 @@ class Probe:
         self._login = login
         self._add_step = add
         self._guise = guise
-        self._left = upstream_steps(config.tls, proxied=target.proxy is not None)
+        self._left = upstream_steps(
+            config.tls, proxied=target.proxy is not None, websocket=target.websocket is not None
+        )
         self._failed_at = ""
         self._gone: Deferred[None] = Deferred()
         self._device = DeviceProtocol(self._open_session, config.timeouts.tcp_user)
@@ -146,8 +150,10 @@ class Probe:
 
     async def _reach(self, session: Session) -> None:
         try:
+            # Made first, because the WebSocket has to be asked for in the turn in which the broker is verified.
+            request = await self._request()
             protocol, channel = await self._connect()
-            peer = await self._handshake(protocol, channel)
+            peer = await self._handshake(protocol, channel, request)
         except UpstreamFailure as failure:
             session.upstream_failed(failure)
             return
@@ -158,13 +164,22 @@ class Probe:
             credentials = "a" if sent.username is not None else "no"
             self._pass("connect", f"MQTT 3.1.1, Client Identifier {name}, clean session, {credentials} user name")
 
+    async def _request(self) -> Request | None:
+        if self._target.websocket is None:
+            return None
+        try:
+            return await self._target.websocket.request()
+        except UpstreamFailure as failure:
+            self._add(failed("websocket", failure))
+            raise
+
     async def _connect(self) -> tuple[UpstreamProtocol, TLSChannel]:
         target, timeouts = self._target, self._config.timeouts
         channels: dict[UpstreamProtocol, TLSChannel] = {}
 
         def build() -> UpstreamProtocol:
             channel = TLSChannel(target.policy, target.identity)
-            protocol = UpstreamProtocol(channel, timeouts.tcp_user)
+            protocol = make_upstream(target, channel, timeouts.tcp_user, self._clock)
             channels[protocol] = channel
             return protocol
 
@@ -215,7 +230,7 @@ class Probe:
         self._pass("proxy", message, clock.seconds() - began)
         return protocol
 
-    async def _handshake(self, protocol: UpstreamProtocol, channel: TLSChannel) -> Peer:
+    async def _handshake(self, protocol: UpstreamProtocol, channel: TLSChannel, request: Request | None) -> Peer:
         target = self._target
         try:
             peer = await handshake(protocol, self._clock, self._config.timeouts)
@@ -228,6 +243,15 @@ class Probe:
             raise
         for step in tls_steps(channel, target.identity, target.policy, None):
             self._add(step)
+        if request is not None and isinstance(protocol, WebSocketUpstream):
+            began = self._clock.seconds()
+            try:
+                await open_websocket(protocol, request, self._clock, self._config.timeouts)
+            except UpstreamFailure as failure:
+                self._add(failed("websocket", failure))
+                raise
+            message = f"opened at {request.authority}, subprotocol mqtt"
+            self._pass("websocket", message, self._clock.seconds() - began)
         return peer
 
     # ---- results

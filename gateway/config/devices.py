@@ -18,6 +18,7 @@ from gateway.config.validators import (
     MisfitError,
     Network,
     between,
+    check_command,
     check_label,
     check_optional_path,
     checked,
@@ -48,16 +49,6 @@ def _check_hash(text: str) -> None:
 def _check_credential(text: str) -> None:
     if text and not _CREDENTIAL.fullmatch(text):
         raise ValueError(f"{quoted(text)} is not a credential name: give the name used in LoadCredential=")
-
-
-def _check_command(words: tuple[str, ...]) -> None:
-    if words and not words[0].startswith("/"):
-        raise ValueError(
-            f"{quoted(words[0])} is not an absolute path: give the program's full path, such as /usr/bin/x"
-        )
-    for word in words:
-        if "\0" in word:
-            raise ValueError(f"{quoted(word)} contains a NUL character")
 
 
 def _check_filters(filters: tuple[str, ...] | None) -> None:
@@ -125,7 +116,7 @@ class DeviceRule:
     credentials: Literal["pass", "drop"] = "pass"
     password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     password_credential: str = attrs.field(default="", validator=checked(_check_credential))
-    password_command: tuple[str, ...] = attrs.field(default=(), validator=checked(_check_command), repr=False)
+    password_command: tuple[str, ...] = attrs.field(default=(), validator=checked(check_command), repr=False)
     password_timeout: float = _seconds(5.0, 0.001, 60)
     sas_key_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     sas_resource: str = ""

@@ -126,13 +126,14 @@ _FLAGS = frozenset(inspect.signature(from_flags).parameters)
 
 def _made(mapping: Mapping[str, Any], anchor: Anchor) -> Config:
     config = structure(profiled(mapping))
-    upstreams = tuple(_anchored_proxy(upstream, anchor) for upstream in config.upstream)
+    upstreams = tuple(_anchored_upstream(upstream, anchor) for upstream in config.upstream)
     return _with_devices(attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor)), anchor)
 
 
-def _anchored_proxy(upstream: Upstream, anchor: Anchor) -> Upstream:
+def _anchored_upstream(upstream: Upstream, anchor: Anchor) -> Upstream:
     return attrs.evolve(
         upstream,
+        request_file=upstream.request_file and anchor(upstream.request_file),
         proxy_password_file=upstream.proxy_password_file and anchor(upstream.proxy_password_file),
         proxy_ca_file=tuple(anchor(path) for path in upstream.proxy_ca_file),
     )

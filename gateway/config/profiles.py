@@ -22,12 +22,13 @@ _TLS_PORT, _HTTPS_PORT = 8883, 443
 
 @frozen
 class _Profile:
-    """Values for keys: of each `[[upstream]]`, of `[tls]` when the port is 443, of each rule, of rules with a SAS key.
+    """Values for `[[upstream]]` (over TLS, over WebSocket), `[tls]` on port 443, rules, and rules with a SAS key.
 
     `{host}` in a template is the first broker's host.
     """
 
     upstream: Mapping[str, Any] = field(factory=lambda: {"port": _TLS_PORT})
+    websocket: Mapping[str, Any] = field(factory=lambda: {"port": _HTTPS_PORT, "path": "/mqtt"})
     tls_on_443: Mapping[str, Any] = field(factory=dict)
     device: Mapping[str, Any] = field(factory=dict)
     with_sas_key: Mapping[str, Any] = field(factory=dict)
@@ -47,6 +48,7 @@ _PROFILES: Mapping[str, _Profile] = {
         },
     ),
     "azure-iot-hub": _Profile(
+        websocket={"port": _HTTPS_PORT, "path": "/$iothub/websocket?iothub-no-client-cert=true"},
         device={
             "username": "{host}/{client_id}/?api-version=2021-04-12",
             "upgrade_3_1": True,
@@ -59,8 +61,10 @@ _PROFILES: Mapping[str, _Profile] = {
     "azure-event-grid": _Profile(
         device={"upgrade_3_1": True, "keep_alive_max": 1160, "max_qos": 1, "max_packet_size": 524_288}
     ),
-    "hivemq-cloud": _Profile(),
-    "emqx-cloud": _Profile(device={"max_packet_size": 1_048_576, "packets_per_second": 10}),
+    "hivemq-cloud": _Profile(websocket={"port": 8884, "path": "/mqtt"}),
+    "emqx-cloud": _Profile(
+        websocket={"port": 8084, "path": "/mqtt"}, device={"max_packet_size": 1_048_576, "packets_per_second": 10}
+    ),
 }
 
 
@@ -75,9 +79,14 @@ def profiled(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     filled = dict(mapping)
     upstreams = _tables(mapping, "upstream")
     if upstreams:
-        filled["upstream"] = [{**profile.upstream, **table} for table in upstreams]
+        filled["upstream"] = [
+            {**(profile.websocket if table.get("transport") == "websocket" else profile.upstream), **table}
+            for table in upstreams
+        ]
         tls = mapping.get("tls", {})
-        on_443 = all(table["port"] == _HTTPS_PORT for table in filled["upstream"])
+        on_443 = all(
+            table["port"] == _HTTPS_PORT and table.get("transport") != "websocket" for table in filled["upstream"]
+        )
         if on_443 and profile.tls_on_443 and isinstance(tls, Mapping):
             filled["tls"] = {**profile.tls_on_443, **tls}
     if rules := _tables(mapping, "device"):

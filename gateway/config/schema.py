@@ -25,6 +25,7 @@ from gateway.config.validators import (
     Network,
     Validator,
     between,
+    check_command,
     check_label,
     check_optional_path,
     check_path,
@@ -115,6 +116,12 @@ class Listener:
         return describe_endpoint(self.endpoint)
 
 
+def _check_request_target(text: str) -> None:
+    """Check the path of a WebSocket, with its query if it has one (RFC 9112 §3.2.1)."""
+    if text and not (text.startswith("/") and text.isascii() and text.isprintable() and not set(" #") & set(text)):
+        raise ValueError(f"{quoted(text)} is not a path: begin with /, and percent-encode other characters")
+
+
 @attrs.frozen
 class Upstream:
     """A broker's TLS port."""
@@ -124,6 +131,10 @@ class Upstream:
     server_name: str = attrs.field(default="", validator=checked(_check_server_name))
     name: str = attrs.field(default="", validator=checked(check_label))
     default: bool = True
+    transport: Literal["tls", "websocket"] = "tls"
+    path: str = attrs.field(default="", validator=checked(_check_request_target))
+    request_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    request_command: tuple[str, ...] = attrs.field(default=(), validator=checked(check_command), repr=False)
     proxy: str = attrs.field(default="", validator=checked(check_proxy_url))
     proxy_username: str = attrs.field(default="", validator=checked(check_credential))
     proxy_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
@@ -132,6 +143,9 @@ class Upstream:
 
     def __attrs_post_init__(self) -> None:
         """Refuse keys that would have no effect."""
+        for key in ("path", "request_file", "request_command"):
+            if getattr(self, key) and self.transport != "websocket":
+                raise MisfitError(f".{key}", 'it is for transport = "websocket"')
         if not self.proxy and self.no_proxy:
             raise MisfitError(".no_proxy", "there is no proxy that it could be an exception to")
         is_url = bool(self.proxy) and self.proxy != ENVIRONMENT

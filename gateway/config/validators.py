@@ -78,3 +78,14 @@ def check_optional_path(path: Path | None) -> None:
     """As `check_path`, if there is a path."""
     if path is not None:
         check_path(path)
+
+
+def check_command(words: tuple[str, ...]) -> None:
+    """Refuse a command that could not be started; an empty one is none."""
+    if words and not words[0].startswith("/"):
+        raise ValueError(
+            f"{quoted(words[0])} is not an absolute path: give the program's full path, such as /usr/bin/x"
+        )
+    for word in words:
+        if "\0" in word:
+            raise ValueError(f"{quoted(word)} contains a NUL character")

@@ -21,11 +21,13 @@ from gateway.config import Config, Upstream
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.pacing import Pacer
 from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
-from gateway.dial.steps import connect, handshake, open_tunnel, resolve
+from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
+from gateway.dial.websocket import WebSocketRoute
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.upstream import UpstreamProtocol
+from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Dial, Peer
 from gateway.session.session import Session
 from gateway.text import printable
@@ -63,6 +65,7 @@ class Target:
     identity: Identity
     policy: TLSPolicy
     proxy: ProxyRoute | None = None
+    websocket: WebSocketRoute | None = None
     tickets: Tickets | None = field(
         init=False,
         eq=False,
@@ -322,12 +325,18 @@ class Dialler:
         session id context does).  That must not lock devices out or hide why a broker is refused, so a full handshake
         is tried at once.
         """
+        # Made first, because the WebSocket has to be asked for in the turn in which the broker is verified.
+        request = await target.websocket.request() if target.websocket is not None else None
         try:
-            return await self._reach_verified(target, dial)
+            protocol, peer = await self._reach_verified(target, dial)
         except UpstreamFailure as failure:
             if target.proxy is not None and failure.reason is EndReason.TLS_UNTRUSTED_CHAIN:
                 raise intercepted(target.proxy.server, failure) from None
             raise
+        if request is not None:
+            assert isinstance(protocol, WebSocketUpstream)  # noqa: S101  made for this target; narrows the type
+            await open_websocket(protocol, request, self._clock, self._timeouts)
+        return protocol, peer
 
     async def _reach_verified(self, target: Target, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
         protocol = await self._connect(target, dial, target.tickets)
@@ -353,7 +362,7 @@ class Dialler:
         dial.address = ""
         dial.dns_seconds = dial.tcp_seconds = dial.tls_seconds = None
         # Not a closure, because the transport keeps it for its lifetime.
-        build = partial(_make_upstream, target, tickets, self._timeouts.tcp_user)
+        build = partial(_make_upstream, target, tickets, self._timeouts.tcp_user, self._clock)
         if target.proxy is None:
             upstream = target.upstream
             return await self._connect_to(upstream.connect_name, upstream.port, build, dial)
@@ -413,5 +422,14 @@ class Dialler:
         return peer
 
 
-def _make_upstream(target: Target, tickets: Tickets | None, user_timeout: float) -> UpstreamProtocol:
-    return UpstreamProtocol(TLSChannel(target.policy, target.identity, tickets), user_timeout)
+def _make_upstream(
+    target: Target, tickets: Tickets | None, user_timeout: float, clock: IReactorTime
+) -> UpstreamProtocol:
+    return make_upstream(target, TLSChannel(target.policy, target.identity, tickets), user_timeout, clock)
+
+
+def make_upstream(target: Target, channel: TLSChannel, user_timeout: float, clock: IReactorTime) -> UpstreamProtocol:
+    """Return the protocol for a connection to `target`, with `user_timeout` in seconds."""
+    if target.websocket is None:
+        return UpstreamProtocol(channel, user_timeout)
+    return WebSocketUpstream(channel, user_timeout, clock)

@@ -21,7 +21,9 @@ from gateway.dial.proxy import ProxyConnection, TLSLayer
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.net.network import Address, Network, shown_address
 from gateway.net.race import AllFailed, interleave, race
+from gateway.net.websocket import Request
 from gateway.relay.upstream import UpstreamProtocol
+from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Peer
 
 _T = TypeVar("_T")
@@ -83,6 +85,17 @@ async def handshake(protocol: UpstreamProtocol, clock: IReactorTime, timeouts: T
         raise UpstreamFailure(
             EndReason.TLS_TIMEOUT, f"the handshake did not finish within {timeouts.tls:g} s"
         ) from None
+
+
+async def open_websocket(
+    protocol: WebSocketUpstream, request: Request, clock: IReactorTime, timeouts: Timeouts
+) -> None:
+    """Wait until the verified broker has opened a WebSocket.  Raises `UpstreamFailure`."""
+    try:
+        await within(timeouts.tls, protocol.upgrade(request), clock)
+    except TimeoutError:
+        detail = f"no answer to the opening handshake within {timeouts.tls:g} s"
+        raise UpstreamFailure(EndReason.WEBSOCKET_REFUSED, detail) from None
 
 
 async def within(seconds: float, awaited: Deferred[_T], clock: IReactorTime) -> _T:

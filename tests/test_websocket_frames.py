@@ -1,0 +1,253 @@
+"""WebSocket without I/O, held against wsproto as the server, and against RFC 6455 byte by byte."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    BytesMessage,
+    CloseConnection,
+    Ping,
+    Pong,
+    RejectConnection,
+)
+from wsproto.events import (
+    Request as ServerRequest,
+)
+
+from gateway.net.websocket import (
+    FrameReader,
+    OpeningHandshake,
+    Request,
+    WebSocketError,
+    WebSocketRefused,
+    binary_frame,
+    close_frame,
+    parse_request_lines,
+    ping_frame,
+    pong_frame,
+)
+
+REQUEST = Request("broker.example", "/mqtt?a=b", (("X-Token", "t"),))
+CUTS = pytest.mark.parametrize("at_a_time", [1, 2, 7, 1_000_000])
+GOOD = {
+    "Upgrade": "websocket",
+    "Connection": "keep-alive, Upgrade",
+    "Sec-WebSocket-Accept": "ICX+Yqv66kxgM0FcWaLWlFLwTAI=",  # to sixteen zero bytes
+    "Sec-WebSocket-Protocol": "mqtt",
+}
+
+
+def opened() -> WSConnection:
+    """Return a server with which a handshake has been done."""
+    handshake = OpeningHandshake(REQUEST)
+    server = WSConnection(ConnectionType.SERVER)
+    server.receive_data(handshake.start())
+    (request,) = server.events()
+    assert isinstance(request, ServerRequest)
+    assert (request.target, request.host, request.subprotocols) == ("/mqtt?a=b", "broker.example", ["mqtt"])
+    assert (b"x-token", b"t") in request.extra_headers
+    assert not request.extensions
+    answer = server.send(AcceptConnection(subprotocol="mqtt"))
+    assert handshake.receive(answer[:20]) is None
+    assert handshake.receive(answer[20:] + b"\x82\x01x") == b"\x82\x01x"
+    return server
+
+
+def answer(status: str = "101 Switching Protocols", **changed: str | None) -> bytes:
+    """Return a server's answer in which some fields are others; `_` stands for `-`."""
+    fields = dict(GOOD) | {name.replace("_", "-"): value for name, value in changed.items()}
+    lines = [f"{name}: {value}" for name, value in fields.items() if value is not None]
+    return "\r\n".join([f"HTTP/1.1 {status}", *lines, "", ""]).encode()
+
+
+def answered(data: bytes) -> bytes | None:
+    """Return what becomes of an answer to a handshake whose key is known."""
+    handshake = OpeningHandshake(REQUEST, bytes)
+    handshake.start()
+    return handshake.receive(data)
+
+
+def test_the_opening_handshake_is_the_standards() -> None:
+    """Wsproto's server accepts it, and frames go both ways."""
+    server = opened()
+    server.receive_data(binary_frame(b"from the gateway") + ping_frame() + close_frame())
+    events = list(server.events())
+    assert isinstance(events[0], BytesMessage)
+    assert bytes(events[0].data) == b"from the gateway"
+    assert isinstance(events[1], Ping)
+    assert isinstance(events[2], CloseConnection)
+    assert events[2].code == 1000
+
+
+def test_a_good_answer_opens_it() -> None:
+    """What the refusals below change one thing of."""
+    assert answered(answer()) == b""
+    assert answered(b"HTTP/1.1 100 Continue\r\n\r\n" + answer()) == b""
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (answer("404 Not Found"), "404 Not Found"),
+        (answer("200 OK"), "200"),
+        (answer("403 \x1b[2J"), "403"),
+        (answer(Upgrade="h2c"), "not for WebSocket"),
+        (answer(Upgrade=None), "not for WebSocket"),
+        (answer(Connection="close"), "not for WebSocket"),
+        (answer(Sec_WebSocket_Accept="AAAA"), "Accept"),
+        (answer(Sec_WebSocket_Accept=None), "Accept"),
+        (answer(Sec_WebSocket_Protocol=None), "mqtt"),
+        (answer(Sec_WebSocket_Protocol="mqttv3.1"), "mqtt"),
+        (answer(Sec_WebSocket_Extensions="permessage-deflate"), "extension"),
+        (b"\x20\x02\x00\x00" + b"\r\n\r\n", "HTTP"),
+        (b"HTTP/1.1 101 x\r\nX: " + b"a" * 100_000, "HTTP"),
+    ],
+)
+def test_other_answers_are_refused(data: bytes, named: str) -> None:
+    """With what was wrong, in characters that print."""
+    with pytest.raises(WebSocketRefused, match=named) as caught:
+        answered(data)
+    assert str(caught.value).isprintable()
+
+
+def test_wsprotos_refusal_is_one() -> None:
+    """With the status."""
+    handshake = OpeningHandshake(REQUEST)
+    server = WSConnection(ConnectionType.SERVER)
+    server.receive_data(handshake.start())
+    with pytest.raises(WebSocketRefused, match="401"):
+        handshake.receive(server.send(RejectConnection(status_code=401)))
+
+
+def test_a_secret_target_is_not_shown() -> None:
+    """Nor are headers."""
+    assert "a=b" not in repr(REQUEST)
+    assert "X-Token" not in repr(REQUEST)
+
+
+@given(st.lists(st.binary(max_size=70_000), max_size=4), st.integers(1, 5000))
+def test_what_the_server_sends_arrives_whatever_the_cuts(payloads: list[bytes], at_a_time: int) -> None:
+    """Whole messages and fragments of wsproto's."""
+    server = opened()
+    wire = b""
+    for index, payload in enumerate(payloads):
+        wire += server.send(BytesMessage(payload, message_finished=index % 2 == 1))
+    reader = FrameReader()
+    found = b"".join(reader.feed(wire[start : start + at_a_time]) for start in range(0, len(wire), at_a_time))
+    assert found == b"".join(payloads)
+
+
+@given(st.binary(max_size=70_000))
+def test_what_is_sent_arrives(payload: bytes) -> None:
+    """Masked, with a length of each size."""
+    server = opened()
+    server.receive_data(binary_frame(payload))
+    assert b"".join(bytes(event.data) for event in server.events()) == payload  # type: ignore[attr-defined]
+
+
+def test_the_mask_is_random() -> None:
+    """RFC 6455 §5.3: unpredictable, and new for each frame."""
+    assert binary_frame(bytes(16)) != binary_frame(bytes(16))
+    assert binary_frame(b"\x01\x02\x03\x04\x05", lambda _: b"\xff\x00\xff\x00")[2:] == (
+        b"\xff\x00\xff\x00" + b"\xfe\x02\xfc\x04\xfa"
+    )
+
+
+@CUTS
+def test_control_frames_come_between_fragments(at_a_time: int) -> None:
+    """RFC 6455 §5.4; a Ping is answered with its payload, a Pong needs nothing."""
+    wire = b"\x02\x02ab" + b"\x89\x03png" + b"\x80\x01c" + b"\x8a\x00" + b"\x89\x00" + b"\x82\x00" + b"\x82\x01d"
+    reader = FrameReader()
+    found = b"".join(reader.feed(wire[start : start + at_a_time]) for start in range(0, len(wire), at_a_time))
+    assert found == b"abcd"
+    assert reader.pinged == b""
+    server = opened()
+    server.receive_data(pong_frame(b"png"))
+    (event,) = server.events()
+    assert isinstance(event, Pong)
+    assert bytes(event.payload) == b"png"
+
+
+@CUTS
+@pytest.mark.parametrize(
+    ("wire", "code"), [(b"\x88\x02\x03\xe8", 1000), (b"\x88\x00", 1005), (b"\x88\x06\x03\xe9away", 1001)]
+)
+def test_a_close_is_the_end(wire: bytes, code: int, at_a_time: int) -> None:
+    """What follows is dropped."""
+    reader = FrameReader()
+    wire = b"\x82\x01a" + wire + b"\x82\x01b\xff\xff"
+    found = b"".join(reader.feed(wire[start : start + at_a_time]) for start in range(0, len(wire), at_a_time))
+    assert (found, reader.closed) == (b"a", code)
+
+
+@CUTS
+@pytest.mark.parametrize(
+    ("wire", "code"),
+    [
+        (b"\x81\x01a", 1003),  # text
+        (b"\xc2\x01a", 1002),  # a reserved bit: compressed
+        (b"\x82\x81\x00\x00\x00\x00a", 1002),  # masked
+        (b"\x83\x01a", 1002),  # opcode 3
+        (b"\x8b\x01a", 1002),  # opcode 11
+        (b"\x09\x01a", 1002),  # a Ping in fragments
+        (b"\x89\x7e\x00\x7e" + bytes(126), 1002),  # a long Ping
+        (b"\x80\x01a", 1002),  # continues nothing
+        (b"\x02\x01a\x82\x01b", 1002),  # begins within another
+        (b"\x88\x01a", 1002),  # half a status code
+        (b"\x82\x7f\x80\x00\x00\x00\x00\x00\x00\x01a", 1002),  # 2**63 bytes and more
+    ],
+)
+def test_broken_frames_are_refused(wire: bytes, code: int, at_a_time: int) -> None:
+    """With the status code to close with."""
+    reader = FrameReader()
+    parts = [wire[start : start + at_a_time] for start in range(0, len(wire), at_a_time)]
+    with pytest.raises(WebSocketError) as caught:
+        list(map(reader.feed, parts))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("wire", [b"\x82\x00", b"\x89\x00", b"\x8a\x01a", b"\x02\x01a\x80\x01b"])
+def test_a_flood_of_frames_that_carry_nothing_is_refused(wire: bytes) -> None:
+    """Each costs as much as a message; some of them are fine."""
+    FrameReader().feed(wire * 100)
+    with pytest.raises(WebSocketError) as caught:
+        FrameReader().feed(wire * 1000)
+    assert caught.value.code == 1008
+
+
+def test_small_messages_are_no_flood() -> None:
+    """Thousands of acknowledgements, each in a frame of its own."""
+    assert FrameReader().feed(b"\x82\x04\x40\x02\x00\x01" * 20_000) == b"\x40\x02\x00\x01" * 20_000
+
+
+def test_a_payload_is_not_collected() -> None:
+    """What is there of a frame of a gibibyte passes at once."""
+    reader = FrameReader()
+    assert reader.feed(b"\x82\x7f" + (1 << 30).to_bytes(8, "big") + b"beginning") == b"beginning"
+    assert reader.feed(b"more") == b"more"
+
+
+def test_lines_of_a_request() -> None:
+    """Fields and queries, for what is secret."""
+    text = "\nX-Amz-CustomAuthorizer-Name: mine\r\n?a=1\n? \nAuthorization:  Bearer x\n?b=%2F\n"
+    with pytest.raises(ValueError, match="neither"):
+        parse_request_lines("nonsense")
+    assert parse_request_lines(text.replace("? \n", "")) == (
+        "a=1&b=%2F",
+        [("X-Amz-CustomAuthorizer-Name", "mine"), ("Authorization", "Bearer x")],
+    )
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["Host: hunter2", "Upgrade: y", "A B: hunter2", "A: b\x00hunter2", "?a hunter2", "?a#b", "?ü", ": x", "nonsense"],
+)
+def test_lines_that_would_break_a_request(line: str) -> None:
+    """Nothing of the text is shown, since it may be secret."""
+    with pytest.raises(ValueError, match="line 1") as caught:
+        parse_request_lines(f"{line}\n")
+    assert "hunter2" not in str(caught.value)
