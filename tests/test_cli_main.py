@@ -42,6 +42,8 @@ def test_it_tells_its_version(capfd: pytest.CaptureFixture[str]) -> None:
         (["check", "--upstraem", "x"], "unrecognized arguments: --upstraem"),
         (["check", "--conf", "x"], "unrecognized arguments: --conf"),
         (["init", "a", "b"], "unrecognized arguments: b"),
+        (["--upstream", "a b"], "such as: mqtts-gateway run --upstream 'a b'"),
+        (["--config=x"], "such as: mqtts-gateway run --config=x"),
     ],
 )
 def test_a_wrong_command_line_is_status_1(capfd: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:

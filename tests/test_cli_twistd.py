@@ -100,7 +100,7 @@ def test_no_flags_at_all_say_what_is_needed() -> None:
     ("endpoint", "cause", "remedy"),
     [
         ("tcp:port=0:interface=192.0.2.1", "Cannot assign requested address", "no interface of this machine"),
-        ("unix:/nonexistent/mqtt.sock", "No such file or directory", "make the directory"),
+        ("unix:/nonexistent/mqtt.sock", "No such file or directory", "create the directory"),
         ("systemd:domain=INET:name=mqtt", "no socket named 'mqtt'", "FileDescriptorName="),
         ("teleport:to=mars", "Unknown endpoint type", ""),
     ],

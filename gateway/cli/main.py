@@ -1,4 +1,4 @@
-"""`mqtts-gateway`: check, init, install, uninstall, status, device, demo.
+"""`mqtts-gateway`: run, check, init, install, uninstall, status, device, demo.
 
 In: the command line.  Out: an exit status: 0; 1 for a failure, including a wrong command line; 130 if interrupted.
 `check --strict` adds 2 for warnings; `status` adds 2 and 3 for problems of the gateway.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,10 +16,12 @@ from typing import Never
 
 from gateway import __version__
 from gateway.cli.report import complain
+from gateway.config.flags import FLAGS
 
 # Each is a module here with `add_arguments(parser)` and `run(arguments)`, imported on use: `demo` needs extra packages,
 # and `init` does not need Twisted.
 _COMMANDS = {
+    "run": "run the gateway in the foreground",
     "check": "test the configuration: open a session step by step",
     "init": "write a commented configuration",
     "install": "install this environment's gateway as a systemd service",
@@ -72,6 +75,8 @@ def _run(arguments: Sequence[str]) -> int:
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     try:
+        if arguments and arguments[0].partition("=")[0] in {flag.option for flag in FLAGS}:
+            parser.error(f"name a command first, such as: mqtts-gateway run {shlex.join(arguments)}")
         parsed = parser.parse_args(arguments)
     except SystemExit as end:
         # argparse has printed its answer already.

@@ -59,6 +59,12 @@ FLAGS = (
     ),
     Flag("alpn", "PROTOCOL", "Require this application protocol of the broker."),
     Flag("pin", "sha256/BASE64", "Require this public key in the broker's chain."),
+    Flag(
+        "status",
+        "[HOST:]PORT",
+        "Serve the status page and metrics here: a port of loopback, or a UNIX socket. Default: nowhere.",
+        repeatable=False,
+    ),
     Flag("allow", "NETWORK", "Admit devices from this network, and no others. Default: loopback and private networks."),
 )
 

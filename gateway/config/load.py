@@ -56,6 +56,7 @@ def from_flags(
     pin: Sequence[str] = (),
     allow: Sequence[str] = (),
     proxy: str | None = None,
+    status: str | None = None,
 ) -> Config:
     """Make a Config from command-line flags; flags not given keep their defaults.
 
@@ -89,6 +90,8 @@ def from_flags(
     }
     if listen:
         mapping["listen"] = [{"endpoint": text} for text in listen]
+    if status is not None:
+        mapping["status"] = {"endpoint": f"127.0.0.1:{status}" if status.isdecimal() else status}
     if allow:
         mapping["admission"] = {"allow": list(allow)}
     try:

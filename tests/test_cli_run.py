@@ -1,0 +1,57 @@
+"""`mqtts-gateway run`: the gateway in the foreground, without knowing twistd."""
+
+from __future__ import annotations
+
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.cli.main import console
+from tests import mqtt_packets as packets
+from tests.balancers import Program
+from tests.harness import Broker, Device
+from tests.mosquitto import free_port
+
+
+def test_it_serves_devices_until_it_is_told_to_stop(
+    start_broker: Callable[..., Broker], ca_file: Path, tmp_path: Path
+) -> None:
+    """With flags alone, the status page included; SIGTERM ends it in order, and no PID file is left."""
+    broker = start_broker()
+    port, status = free_port(), free_port()
+    command = [sys.executable, "-m", "gateway.cli.main", "run", "--upstream", f"localhost:{broker.port}"]
+    command += ["--ca-file", str(ca_file), "--listen", f"127.0.0.1:{port}", "--status", str(status)]
+    program = Program(command, tmp_path / "log")
+    try:
+        program.wait_for("listening for plain MQTT")
+        with Device(port) as device:
+            device.send(packets.connect())
+            assert device.read(4) == packets.connack()
+        with urllib.request.urlopen(f"http://127.0.0.1:{status}/healthz", timeout=20) as answer:
+            assert answer.status == 200
+        program.terminate()
+        program.wait_ended()
+    finally:
+        program.stop()
+    assert "stopping" in program.log
+    assert not Path("twistd.pid").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--upstream"),
+        (["--upstream", "a", "--config", "b"], "--config"),
+        (["--upstream", "a:x"], "port"),
+        (["--upstream", "a", "--status", "0.0.0.0:1"], "public"),
+    ],
+)
+def test_what_cannot_run_is_said_at_once(flags: list[str], words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """All problems, status 1, and no traceback."""
+    assert console(["run", *flags]) == 1
+    error = capfd.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
