@@ -149,6 +149,11 @@ class EndReason(StrEnum):
         "This Client Identifier already has a session from another address.",
         'Give each device its own Client Identifier, or set devices.same_client_id = "take-over".',
     )
+    CLIENT_ID_RESERVED = (
+        "client-id-reserved",
+        "The Client Identifier that this device would have at the broker belongs to another rule.",
+        "If this device is one of yours, give it another Client Identifier, or add or correct its rule.",
+    )
     CLIENT_ID_PACED = (
         "client-id-paced",
         "This Client Identifier connects more often than the configured rate.",

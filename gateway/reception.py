@@ -2,7 +2,8 @@
 
 In: sessions with a complete CONNECT.  Out: `Session.refuse`, or `Session.treat` and a dial.
 
-Checks run in order of trust: the rule, the address, other sessions with the same name, the password.  Only after these
+Checks run in order of trust: the rule, the address, whose name it is at the broker, other sessions with that name,
+the password.  Only after these
 is an established session ended, or a file, program or key used.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -22,7 +23,8 @@ from gateway.errors import Refusal
 from gateway.mqtt.connect import Connect
 from gateway.relay.device import DeviceProtocol
 from gateway.rules.credentials import Credentials
-from gateway.rules.presence import Presence
+from gateway.rules.names import Names, brokers, name_at_broker
+from gateway.rules.presence import Holder, Presence
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.session.session import Session, State
@@ -71,6 +73,8 @@ class Reception:
         self._helpers = helpers
         self._end = end
         self._rules = Rules(config)
+        self._names = Names(config, self._rules)
+        self._everyone = brokers(config, ())
         self.credentials = Credentials(config.device, helpers.programs, uniform)
         self._routes = self._make_routes()
         self._is_plain = not config.device and config.devices.unknown == "pass"
@@ -80,7 +84,7 @@ class Reception:
         if self._is_plain:
             _, connect = session.connect
             try:
-                self._enter(session, connect, caller)
+                self._enter(session, Holder(connect.client_identifier, caller.address, self._everyone))
             except Refusal as refusal:
                 session.refuse(refusal)
                 return succeed(None)
@@ -100,13 +104,16 @@ class Reception:
         route = None
         try:
             matched = self._rules.match(connect, caller)
-            if matched is None:
-                self._enter(session, connect, caller)
-            else:
+            if matched is not None:
                 session.record.rule = matched.rule.device.name
                 route = self._routes.get(matched.rule.device)
-                await self._check_password(matched, connect, caller)
-                self._enter(session, connect, caller)
+            holder = self._holder(matched, connect, caller)
+            self._names.check(holder.client_identifier, matched, caller, holder.brokers)
+            if matched is None:
+                self._enter(session, holder)
+            else:
+                await self._check_password(matched, connect, caller, holder)
+                self._enter(session, holder)
                 password, lives = await self.credentials.password(matched)
                 limit = self._config.limits.max_connect_size
                 session.treat(treat(matched, packet, connect, password, lives, limit))
@@ -115,19 +122,26 @@ class Reception:
             return
         await self._dialler.lead(session, device, route)
 
-    def _enter(self, session: Session, connect: Connect, caller: Caller) -> None:
-        """Add the session to `presence` and end those it takes over.  Raises Refusal."""
-        devices = self._config.devices
-        for other in self._presence.enter(session, connect.client_identifier, caller.address, devices):
-            self._end(other)
+    def _holder(self, matched: Matched | None, connect: Connect, caller: Caller) -> Holder:
+        """Return a device as the broker will know it.  Raises Refusal."""
+        named = () if matched is None else matched.rule.device.upstream
+        at = brokers(self._config, named) if named else self._everyone
+        return Holder(name_at_broker(matched, connect.client_identifier), caller.address, at)
 
-    async def _check_password(self, matched: Matched, connect: Connect, caller: Caller) -> None:
+    def _enter(self, session: Session, holder: Holder) -> None:
+        """Add the session to `presence` and end those it takes over.  Raises Refusal."""
+        for other in self._presence.enter(session, holder, self._config.devices):
+            self._end(other)
+        if not holder.client_identifier:
+            session.when_assigned(lambda name: self._presence.assign(session, evolve(holder, client_identifier=name)))
+
+    async def _check_password(self, matched: Matched, connect: Connect, caller: Caller, holder: Holder) -> None:
         """Raise Refusal if the rule asks for a password and the device did not send the right one."""
         wanted, given = matched.rule.password, connect.password
         if wanted is None:
             return
         # A check takes about 30 ms of CPU, so cheaper checks come first.
-        self._presence.judge(connect.client_identifier, caller.address, self._config.devices)
+        self._presence.judge(holder, self._config.devices)
         if given is None:
             raise wrong_password(matched.rule)
         self._presence.attempt(connect.client_identifier, caller.address, self._config.devices)

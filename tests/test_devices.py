@@ -643,6 +643,58 @@ def test_a_second_session_takes_over_where_that_is_set(
         device.close()
 
 
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_a_stranger_does_not_get_a_devices_name_at_the_broker(
+    start_gateway: StartGateway, start_broker: StartBroker, version: int
+) -> None:
+    """Neither while the device is there nor while it is away, when its messages wait for it."""
+    broker = start_broker()
+    rule = {"match_client_id": "pump-3", "client_id": "plant7-{client_id}", "bound_to": "127.0.0.1"}
+    gateway = start_gateway(upstream=broker.port, device=[rule])
+    stranger = mqtt.connect("plant7-pump-3", version=version, clean_start=False)
+    assert refusal(version, 2, 0x85, told(gateway, stranger, source="127.0.0.2"))
+    pump = established(gateway, version=version, client_identifier="pump-3")
+    assert refusal(version, 2, 0x85, told(gateway, stranger, source="127.0.0.2"))
+    gateway.wait_ended(2)
+    assert [record.reason for record in gateway.ended] == [EndReason.CLIENT_ID_RESERVED] * 2
+    pump.close()
+    gateway.wait_ended(3)
+    assert broker.accepted == 1
+
+
+def test_sessions_are_counted_by_the_name_at_the_broker(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """Two devices that a rule makes one throw each other out there, whatever they are called here."""
+    rule = {"client_id": "hall-{username}"}
+    gateway = start_gateway(upstream=start_broker().port, device=[rule])
+    first = established(gateway, client_identifier="a", username="u")
+    assert refusal(4, 2, 0x85, told(gateway, mqtt.connect("b", username="u"), source="127.0.0.2"))
+    assert gateway.wait_ended().reason is EndReason.CLIENT_ID_IN_USE
+    second = established(gateway, client_identifier="a", username="v", source="127.0.0.2")
+    for device in (first, second):
+        device.close()
+    gateway.wait_ended(3)
+
+
+def test_a_name_that_the_broker_assigned_is_its_devices(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """As one that the device brought: nobody else takes it while the session stands."""
+    assigned = mqtt.connack(version=5, properties=mqtt.text(0x12, "auto-1"))
+
+    def serve(connection: BrokerConnection) -> None:
+        connection.read_packet()
+        connection.send(assigned)
+        connection.read_to_end()
+
+    gateway = start_gateway(upstream=start_broker(serve=serve).port)
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect("", version=5))
+        assert device.read(len(assigned)) == assigned
+        assert refusal(5, 2, 0x85, told(gateway, mqtt.connect("auto-1", version=5), source="127.0.0.2"))
+        assert gateway.wait_ended().reason is EndReason.CLIENT_ID_IN_USE
+    gateway.wait_ended(2)
+    gateway.wait_empty()
+    assert not gateway.service.gateway._presence._standing
+
+
 def test_devices_without_a_name_are_nobodys(start_gateway: StartGateway, start_broker: StartBroker) -> None:
     """The broker gives each one of its own."""
     gateway = start_gateway(upstream=start_broker().port)

@@ -16,13 +16,15 @@ from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import ProtocolVersion
 from gateway.mqtt.rewrite import KEPT
 from gateway.rules import presence as presence_module
-from gateway.rules.presence import Presence
+from gateway.rules.names import Brokers
+from gateway.rules.presence import Holder, Presence
 from gateway.rules.rules import Caller, Rules, treat
 from gateway.session.treatment import LARGEST_HELD, Treatment
 from tests.mqtt_packets import connect as connect_bytes
 from tests.test_mqtt_rewrite import read
 
 HERE = Caller("192.168.7.17", "hall")
+AT: Brokers = frozenset({("b", 8883, "b")})
 
 
 def rules_of(*rules: dict[str, Any], unknown: str = "pass") -> Rules:
@@ -287,9 +289,11 @@ class World:
         self.presence: Presence[int] = Presence(lambda: self.now, self.over.__contains__)
         self.devices = Devices(**devices)
 
-    def enter(self, session: int, name: str = "a", address: str = "10.0.0.1") -> list[int] | EndReason:
+    def enter(
+        self, session: int, name: str = "a", address: str = "10.0.0.1", at: Brokers = AT
+    ) -> list[int] | EndReason:
         try:
-            return self.presence.enter(session, name, address, self.devices)
+            return self.presence.enter(session, Holder(name, address, at), self.devices)
         except Refusal as refusal:
             return refusal.reason
 
@@ -307,6 +311,17 @@ def test_a_name_is_its_first_holders_until_that_is_gone() -> None:
         world.presence.leave(session)
     assert not world.presence._standing
     assert not world.presence._names
+
+
+def test_names_at_different_brokers_are_different_names() -> None:
+    """A broker that both could be led to counts."""
+    world = World(connects_per_minute=1)
+    here, there = (frozenset({("b", port, "b")}) for port in (1, 2))
+    assert world.enter(1, at=here) == []
+    assert world.enter(2, address="10.0.0.2", at=there) == []
+    assert world.enter(3, address="10.0.0.3", at=here | there) is EndReason.CLIENT_ID_IN_USE
+    world.over |= {1, 2}
+    assert world.enter(4, at=here) is EndReason.CLIENT_ID_PACED
 
 
 def test_the_newcomer_takes_over_where_that_is_set() -> None:
@@ -372,7 +387,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         world.enter(number, name=f"{number}" + "x" * 50_000)
         world.presence.leave(number)
         assert len(world.presence._buckets) <= 100
-    assert max(len(name) for name in world.presence._buckets) <= 64
+    assert max(len(name) for name, _ in world.presence._buckets) <= 64
     world.now += 1.5
     world.presence.sweep(world.devices)
     assert not world.presence._buckets
@@ -383,12 +398,12 @@ def test_judging_counts_nothing() -> None:
     """It is asked before a password is looked at, and again when that was right."""
     world = World(connects_per_minute=1)
     for _ in range(5):
-        world.presence.judge("a", "10.0.0.1", world.devices)
+        world.presence.judge(Holder("a", "10.0.0.1", AT), world.devices)
     assert world.enter(1) == []
     world.presence.leave(1)
     with pytest.raises(Refusal):
-        world.presence.judge("a", "10.0.0.1", world.devices)
-    world.presence.judge("", "10.0.0.1", world.devices)
+        world.presence.judge(Holder("a", "10.0.0.1", AT), world.devices)
+    world.presence.judge(Holder("", "10.0.0.1", AT), world.devices)
 
 
 def test_attempts_at_a_password_are_counted_where_they_come_from() -> None:
@@ -419,4 +434,4 @@ def test_a_name_that_comes_often_is_not_the_first_to_be_forgotten(monkeypatch: p
     world = World()
     for number, name in enumerate("abcad"):
         world.enter(number, name=name)
-    assert set(world.presence._buckets) == {"c", "a", "d"}
+    assert {name for name, _ in world.presence._buckets} == {"c", "a", "d"}

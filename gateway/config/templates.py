@@ -18,7 +18,7 @@ from gateway.config.value_words import quoted
 FROM_DEVICE = ("client_id", "username", "address")
 """The placeholders that every rule knows, besides the named groups of its pattern."""
 
-_SAFE = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
+SAFE = re.compile(r"[A-Za-z0-9._:@-]{1,128}")
 
 
 class UnusableValueError(ValueError):
@@ -60,7 +60,7 @@ def expand(template: str, values: Mapping[str, str | None]) -> str:
         value = values.get(name)
         if value is None:
             raise UnusableValueError(f"{{{name}}} is not known for this device")
-        if not _SAFE.fullmatch(value):
+        if not SAFE.fullmatch(value):
             raise UnusableValueError(
                 f"{{{name}}} is empty, too long, or contains characters that templates do not accept"
             )

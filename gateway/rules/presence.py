@@ -1,4 +1,4 @@
-"""Presence: which Client Identifiers have sessions, from which address, and how often each connects.
+"""Presence: which Client Identifiers at the broker have sessions, from which address, and how often each connects.
 
 In: CONNECTs and ends of sessions.  Out: nothing, sessions to end, or `Refusal`.  Memory is bounded by the number of
 sessions, and by a fixed number of names for the rates.
@@ -13,8 +13,11 @@ from collections.abc import Callable, Hashable
 from hashlib import sha256
 from typing import Generic, TypeAlias, TypeVar
 
+from attrs import frozen
+
 from gateway.config import Devices
 from gateway.errors import EndReason, Refusal
+from gateway.rules.names import Brokers
 
 # Names whose rate is kept; the least recently used are forgotten first.
 _MAX_NAMES = 100_000
@@ -24,25 +27,43 @@ _SECONDS = 60.0
 _TAKEOVER_COST = 10.0
 
 _S = TypeVar("_S", bound=Hashable)
-# A name; or, for password attempts, the address and the name.
-_Key: TypeAlias = str | bytes | tuple[str, str | bytes]
+_Name: TypeAlias = str | bytes
+# A name and where it counts: at brokers; or, for password attempts, from an address.
+_Key: TypeAlias = tuple[_Name, Brokers | str]
+
+
+@frozen
+class Holder:
+    """A device as the broker knows it: its Client Identifier there, its address, the brokers it may be led to."""
+
+    client_identifier: str
+    address: str
+    brokers: Brokers
+
+    @property
+    def name(self) -> _Name:
+        """The Client Identifier, or its digest if it is long."""
+        return _name(self.client_identifier)
 
 
 class Presence(Generic[_S]):
-    """Counts sessions by Client Identifier and admits or refuses new ones; `ended` says whether a session has ended."""
+    """Counts sessions by Client Identifier at the broker and admits or refuses new ones.
+
+    `ended` says whether a session has ended.  Names at different brokers are different names.
+    """
 
     def __init__(self, seconds: Callable[[], float], ended: Callable[[_S], bool]) -> None:
         self._seconds = seconds
         self._ended = ended
-        self._standing: dict[str | bytes, dict[_S, str]] = {}
-        self._names: dict[_S, str | bytes] = {}
+        self._standing: dict[_Name, dict[_S, Holder]] = {}
+        self._names: dict[_S, _Name] = {}
         # Token buckets (tokens left, time of that count); a full bucket is the same as none.
         self._buckets: dict[_Key, tuple[float, float]] = {}
 
-    def judge(self, client_identifier: str, address: str, devices: Devices) -> None:
-        """Raise Refusal if `enter` would refuse a session with this name now; nothing is counted."""
-        if client_identifier:
-            self._judge(_name(client_identifier), address, devices)
+    def judge(self, holder: Holder, devices: Devices) -> None:
+        """Raise Refusal if `enter` would refuse a session of this holder now; nothing is counted."""
+        if holder.client_identifier:
+            self._judge(holder, devices)
 
     def attempt(self, client_identifier: str, address: str, devices: Devices) -> None:
         """Count an attempt at a device's password.  Raises Refusal when there were too many.
@@ -50,23 +71,27 @@ class Presence(Generic[_S]):
         Attempts are counted per address, so that a stranger who guesses does not lock out the device.
         """
         if devices.connects_per_minute:
-            key = (address, _name(client_identifier))
+            key = (_name(client_identifier), address)
             self._fill(key, self._taken(key, 1.0, devices))
 
-    def enter(self, session: _S, client_identifier: str, address: str, devices: Devices) -> list[_S]:
+    def enter(self, session: _S, holder: Holder, devices: Devices) -> list[_S]:
         """Add a session; return the sessions that it takes over.
 
-        A session without a Client Identifier is not counted. Raises Refusal; the session is then not counted.
+        A session without a Client Identifier is not counted until `assign`. Raises Refusal; the session is then not
+        counted.
         """
-        if not client_identifier:
+        if not holder.client_identifier:
             return []
-        name = _name(client_identifier)
-        others, tokens = self._judge(name, address, devices)
+        others, tokens = self._judge(holder, devices)
         if tokens is not None:
-            self._fill(name, tokens)
-        self._standing.setdefault(name, {})[session] = address
-        self._names[session] = name
+            self._fill((holder.name, holder.brokers), tokens)
+        self.assign(session, holder)
         return others if devices.same_client_id == "take-over" else []
+
+    def assign(self, session: _S, holder: Holder) -> None:
+        """Add a session whose Client Identifier the broker has accepted or assigned."""
+        self._standing.setdefault(holder.name, {})[session] = holder
+        self._names[session] = holder.name
 
     def leave(self, session: _S) -> None:
         """Remove a session if it was counted."""
@@ -85,17 +110,21 @@ class Presence(Generic[_S]):
         for name in full:
             del self._buckets[name]
 
-    def _judge(self, name: str | bytes, address: str, devices: Devices) -> tuple[list[_S], float | None]:
+    def _judge(self, holder: Holder, devices: Devices) -> tuple[list[_S], float | None]:
         """Return the sessions with this name from other addresses, and the tokens left for it.  Raises Refusal."""
-        standing = {each: host for each, host in self._standing.get(name, {}).items() if not self._ended(each)}
-        others = [each for each, host in standing.items() if host != address]
+        standing = {
+            session: each
+            for session, each in self._standing.get(holder.name, {}).items()
+            if not self._ended(session) and not each.brokers.isdisjoint(holder.brokers)
+        }
+        others = [session for session, each in standing.items() if each.address != holder.address]
         if others and devices.same_client_id == "refuse":
-            where = ", ".join(sorted({standing[each] or "a local socket" for each in others}))
+            where = ", ".join(sorted({standing[each].address or "a local socket" for each in others}))
             raise Refusal(EndReason.CLIENT_ID_IN_USE, f"it has a session from {where}", 2, 0x85)
         if not devices.connects_per_minute:
             return others, None
         cost = min(_TAKEOVER_COST, _burst(devices)) if standing else 1.0
-        return others, self._taken(name, cost, devices)
+        return others, self._taken((holder.name, holder.brokers), cost, devices)
 
     def _taken(self, key: _Key, cost: float, devices: Devices) -> float:
         """Return the tokens left after taking `cost` from a bucket.  Raises Refusal when there are not enough."""

@@ -30,7 +30,7 @@ from gateway.session.treatment import Treatment
 
 _WILDCARDS = frozenset("*?[")
 # Limits the time that a pattern can take on a name chosen by a stranger.
-_LONGEST_MATCHED = 256
+LONGEST_MATCHED = 256
 _MAX_KEEP_ALIVE = 65_535
 _CODE_3_NOT_AUTHORIZED = 5
 
@@ -80,15 +80,22 @@ class Rule:
             return None
         if device.match_username and connect.username not in device.match_username:
             return None
-        if device.match_network and not _is_in(caller.address, device.match_network):
+        if device.match_network and not is_in(caller.address, device.match_network):
             return None
-        if self.globs and not (name in device.match_client_id or self._matches_glob(name)):
+        if not self._matches_client_id(name):
             return None
         if self.pattern is None:
             return {}
         self._check_length(name)
         found = self.pattern.fullmatch(name)
         return None if found is None else found.groupdict()
+
+    def matches_name(self, name: str) -> bool:
+        """Whether a Client Identifier, of at most `LONGEST_MATCHED` characters, is one that the rule is for."""
+        return self._matches_client_id(name) and (self.pattern is None or self.pattern.fullmatch(name) is not None)
+
+    def _matches_client_id(self, name: str) -> bool:
+        return not self.globs or name in self.device.match_client_id or self._matches_glob(name)
 
     def _matches_glob(self, name: str) -> bool:
         if self.is_exact:
@@ -98,10 +105,8 @@ class Rule:
 
     def _check_length(self, name: str) -> None:
         """Refuse a name that the rule may be meant for, but whose match would take too long to find out."""
-        if len(name) > _LONGEST_MATCHED:
-            detail = (
-                f"rule {self.device.name}: patterns match Client Identifiers of up to {_LONGEST_MATCHED} characters"
-            )
+        if len(name) > LONGEST_MATCHED:
+            detail = f"rule {self.device.name}: patterns match Client Identifiers of up to {LONGEST_MATCHED} characters"
             raise Refusal(EndReason.DEVICE_NAME_UNUSABLE, f"{detail}, this one has {len(name)}", 2, 0x85)
 
 
@@ -155,7 +160,7 @@ class Rules:
                 return None
             raise Refusal(EndReason.DEVICE_UNKNOWN, "", _CODE_3_NOT_AUTHORIZED, 0x87)
         device = matched.rule.device
-        if device.bound_to and not _is_in(caller.address, device.bound_to):
+        if device.bound_to and not is_in(caller.address, device.bound_to):
             bound = ", ".join(str(network) for network in device.bound_to)
             raise Refusal(EndReason.SPOOFED, f"rule {device.name}: bound to {bound}", _CODE_3_NOT_AUTHORIZED, 0x87)
         return matched
@@ -270,7 +275,8 @@ def _with_will(changes: ConnectChanges, topics: TopicRules, connect: Connect) ->
     )
 
 
-def _is_in(address: str, networks: Iterable[Network]) -> bool:
+def is_in(address: str, networks: Iterable[Network]) -> bool:
+    """Whether an address, "" for a local socket, is in one of the networks."""
     try:
         parsed = ip_address(address)
     except ValueError:

@@ -134,6 +134,7 @@ class Session:
 
     __slots__ = (
         "__weakref__",
+        "_assigned",
         "_bytes_down",
         "_bytes_up",
         "_connect",
@@ -200,6 +201,7 @@ class Session:
         self._connect: Connect | None = None
         self._connect_packet: Packet | None = None
         self._treatment: Treatment | None = None
+        self._assigned: Callable[[str], None] | None = None
         self._from_device: Framer | DeviceInspector | None = None
         self._from_broker: Framer | BrokerInspector | None = None
         self._pace: Pace | None = None
@@ -327,6 +329,10 @@ class Session:
         self._treatment = treatment
         if treatment.lives is not None:
             self._lives_until = self._seconds() + treatment.lives
+
+    def when_assigned(self, call: Callable[[str], None]) -> None:
+        """Call this with the Client Identifier that the broker assigns, if it assigns one (MQTT 5.0 §3.2.2.3.7)."""
+        self._assigned = call
 
     def refuse(self, refusal: Refusal) -> None:
         """The gateway refuses this device."""
@@ -521,6 +527,9 @@ class Session:
             self.record.connack_seconds = now - self._sent_at
             if connack.assigned_client_identifier is not None:
                 self.record.client_identifier = connack.assigned_client_identifier
+                if self._assigned is not None:
+                    self._assigned(connack.assigned_client_identifier)
+                    self._assigned = None
             keep_alive = connack.server_keep_alive
             if keep_alive is None:
                 keep_alive = self._connect.keep_alive

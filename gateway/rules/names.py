@@ -1,0 +1,203 @@
+"""Client Identifiers at the broker: which rule each belongs to.
+
+In: the rules; the Client Identifier that a device would have at the broker, and how it got it.  Out: nothing, or
+`Refusal` for a name that belongs to another rule.
+
+The rules match the names that devices use on the LAN.  With `client_id`, a device has another name at the broker, and a
+stranger that used that name on the LAN would not match the rule that protects it, but would have its session and its
+queued messages at the broker.  So each name at the broker belongs to the first rule that can give it to a device.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import TypeAlias
+
+from attrs import field, frozen
+
+from gateway.config import Config, DeviceRule
+from gateway.config.templates import FROM_DEVICE, SAFE, expand
+from gateway.errors import EndReason, Refusal
+from gateway.rules.rules import LONGEST_MATCHED, Caller, Matched, Rule, Rules, is_in
+
+Broker: TypeAlias = tuple[str, int, str]
+"""What makes two `[[upstream]]` one broker: host and port, and the name that the certificate must have."""
+Brokers: TypeAlias = frozenset[Broker]
+
+# Criteria that this name meets are met by any name.
+_NOBODY = "\x7f" * 31
+_SAFE_CHARACTERS = frozenset(string.ascii_letters + string.digits + "._:@-")
+
+
+def brokers(config: Config, names: tuple[str, ...]) -> Brokers:
+    """Return the brokers that a rule with these `upstream` names uses; without names, those of every device."""
+    return frozenset(
+        (upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name)
+        for upstream in config.upstream
+        if (upstream.name in names if names else upstream.default)
+    )
+
+
+def name_at_broker(matched: Matched | None, client_identifier: str) -> str:
+    """Return the Client Identifier that a device has at the broker.  Raises Refusal."""
+    template = "" if matched is None else matched.rule.device.client_id
+    return matched.expand("client_id", template) if matched is not None and template else client_identifier
+
+
+@frozen(eq=False)
+class _Template:
+    """A template for Client Identifiers; an empty one stands for the device's own.
+
+    `literals` are the texts before, between and after the placeholders.
+    """
+
+    text: str
+    literals: tuple[str, ...]
+    placeholders: tuple[str, ...]
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def of(cls, text: str) -> _Template:
+        """Read a template that has been checked."""
+        literals, names = [""], []
+        # A doubled brace ends a piece without a placeholder.
+        for literal, name, _, _ in string.Formatter().parse(text or "{client_id}"):
+            literals[-1] += literal
+            if name is not None:
+                names.append(name)
+                literals.append("")
+        return cls(text, tuple(literals), tuple(names))
+
+    @property
+    def only(self) -> str | None:
+        """The placeholder, if there is exactly one."""
+        return self.placeholders[0] if len(self.placeholders) == 1 else None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether it is filled with what the rules themselves judge: two rules with it cannot be played off."""
+        return bool(self.placeholders) and set(self.placeholders) <= set(FROM_DEVICE)
+
+    def value(self, name: str) -> str | None:
+        """Return None if the template cannot give this name; otherwise the value of `only`, or "" if that is None."""
+        first, *middle, last = self.literals if self.placeholders else (*self.literals, "")
+        if not self.placeholders:
+            return "" if name == first else None
+        end = len(name) - len(last)
+        if end <= len(first) or not name.startswith(first) or not name.endswith(last):
+            return None
+        if not middle:
+            value = name[len(first) : end]
+            return value if not self.text or SAFE.fullmatch(value) else None
+        # In one pass, since the name is a stranger's.  A name that only nearly fits may be taken for one that does.
+        position = len(first)
+        for literal in middle:
+            position = name.find(literal, position + 1)
+            if position < 0:
+                return None
+            position += len(literal)
+        allowed = _SAFE_CHARACTERS.union(*self.literals)
+        return "" if position < end and allowed.issuperset(name) else None
+
+
+@frozen(eq=False)
+class _Claim:
+    """The names that a rule can give."""
+
+    rule: Rule
+    template: _Template
+    brokers: Brokers = field(repr=False)
+
+    @property
+    def device(self) -> DeviceRule:
+        return self.rule.device
+
+    @property
+    def is_specific(self) -> bool:
+        """Whether these are not all names there are: a rule for all of them protects none."""
+        if any(self.template.literals) or self.template.only == "address":
+            return True
+        if self.template.only == "username" and self.device.match_username:
+            return True
+        return self.template.only == "client_id" and not self.rule.matches_name(_NOBODY)
+
+    @property
+    def listed(self) -> list[str] | None:
+        """All its names if they are few and known, otherwise None."""
+        if not self.template.placeholders:
+            return [expand(self.device.client_id, {})]
+        if self.rule.is_exact and set(self.template.placeholders) == {"client_id"}:
+            texts = self.device.match_client_id
+            return [self._filled(text) for text in texts if not self.device.client_id or SAFE.fullmatch(text)]
+        return None
+
+    def _filled(self, client_identifier: str) -> str:
+        template = self.device.client_id
+        return expand(template, {"client_id": client_identifier}) if template else client_identifier
+
+    def can_give(self, name: str) -> bool:
+        """Whether the rule can give this name to a device; yes where it would take too long to find out."""
+        value = self.template.value(name)
+        if value is None:
+            return False
+        if self.template.only == "client_id":
+            return len(value) > LONGEST_MATCHED or self.rule.matches_name(value)
+        if self.template.only == "username" and self.device.match_username:
+            return value in self.device.match_username
+        return True
+
+
+class Names:
+    """The Client Identifiers at the broker, and the rules that they belong to."""
+
+    def __init__(self, config: Config, rules: Rules) -> None:
+        everyone = brokers(config, ())
+        self._claims: dict[Rule, _Claim] = {}
+        self._listed: dict[str, list[_Claim]] = {}
+        self._others: list[_Claim] = []
+        for rule in rules:
+            named = rule.device.upstream
+            claim = _Claim(rule, _Template.of(rule.device.client_id), brokers(config, named) if named else everyone)
+            if not claim.is_specific:
+                continue
+            self._claims[rule] = claim
+            listed = claim.listed
+            if listed is None:
+                self._others.append(claim)
+            else:
+                for name in listed:
+                    self._listed.setdefault(name, []).append(claim)
+
+    def check(self, name: str, matched: Matched | None, caller: Caller, at: Brokers) -> None:
+        """Raise Refusal if `name`, which a device has at the brokers `at`, belongs to another rule than its own."""
+        if not name:
+            return
+        rule = None if matched is None else matched.rule
+        template = "" if rule is None else rule.device.client_id
+        own = None if rule is None else self._claims.get(rule)
+        for claim in self._claims_to(name):
+            if claim.rule is rule or claim.brokers.isdisjoint(at):
+                continue
+            if claim.template.text == template and claim.template.is_direct:
+                # The rules have judged what the name is made of; but a rule for everyone protects nobody's.
+                belongs = own is None and not _meets(claim.device, rule, caller)
+            else:
+                belongs = own is None or claim.rule.order < own.rule.order
+            if belongs:
+                detail = f"its Client Identifier at the broker belongs to rule {claim.device.name}"
+                raise Refusal(EndReason.CLIENT_ID_RESERVED, detail, 2, 0x85)
+
+    def _claims_to(self, name: str) -> Iterator[_Claim]:
+        yield from self._listed.get(name, ())
+        for claim in self._others:
+            if claim.can_give(name):
+                yield claim
+
+
+def _meets(device: DeviceRule, rule: Rule | None, caller: Caller) -> bool:
+    """Whether a device that another rule matched, or none, meets what this one demands of the name's holder."""
+    if device.bound_to and not is_in(caller.address, device.bound_to):
+        return False
+    return not device.lan_password or (rule is not None and rule.device.lan_password == device.lan_password)

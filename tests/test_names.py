@@ -1,0 +1,162 @@
+"""Client Identifiers at the broker: each belongs to one rule, however a device comes by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.config import Config, from_mapping
+from gateway.errors import EndReason, Refusal
+from gateway.rules import names as names_module
+from gateway.rules.names import Names, brokers, name_at_broker
+from gateway.rules.rules import Caller, Rules
+from tests.mqtt_packets import connect
+from tests.test_mqtt_rewrite import read
+
+HASHES = [f"scrypt$16384$8$1${salt}$AAAAAAAAAAAAAAAAAAAAAA==" for salt in ("AAAAAAAAAAAAAAAA", "BBBBBBBBBBBBBBBB")]
+
+
+def configured(*rules: dict[str, Any]) -> Config:
+    """Two brokers, of which the second serves only devices whose rules name it."""
+    upstream = [{"host": "b"}, {"host": "c", "name": "other", "default": False}]
+    listen = [{"endpoint": "1883", "name": "hall"}, {"endpoint": "1884", "name": "yard"}]
+    return from_mapping({"upstream": upstream, "listen": listen, "device": list(rules)})
+
+
+def reserved_by(config: Config, name: str, address: str = "10.0.0.66", listener: str = "hall", **more: Any) -> str:
+    """Say which rule a device's name at the broker belongs to, if not to its own; "" if the device may have it."""
+    rules = Rules(config)
+    caller = Caller(address, listener)
+    matched = rules.match(read(connect(name, **more))[1], caller)
+    at = brokers(config, () if matched is None else matched.rule.device.upstream)
+    refusal: Refusal | None = None
+    try:
+        Names(config, rules).check(name_at_broker(matched, name), matched, caller, at)
+    except Refusal as raised:
+        refusal = raised
+    if refusal is None:
+        return ""
+    assert (refusal.reason, refusal.code_3, refusal.code_5) == (EndReason.CLIENT_ID_RESERVED, 2, 0x85)
+    return refusal.detail.rpartition(" ")[2]
+
+
+PUMP: dict[str, Any] = {"name": "pump", "match_client_id": "pump-3", "client_id": "plant7-{client_id}"}
+PUMPS: dict[str, Any] = {"name": "pumps", "match_client_id": "pump-*", "client_id": "plant7-{client_id}"}
+BY_NUMBER: dict[str, Any] = {"name": "number", "match_pattern": "p(?P<n>[0-9]+)", "client_id": "plant7-pump-{n}"}
+BY_USER: dict[str, Any] = {"name": "user", "match_username": ["anna"], "client_id": "plant7-{username}"}
+FIXED: dict[str, Any] = {"name": "fixed", "match_client_id": "x", "client_id": "plant7-pump-3"}
+BY_TWO: dict[str, Any] = {
+    "name": "two",
+    "match_client_id": "p*",
+    "client_id": "{address}/{client_id}".replace("/", "-"),
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "taken", "free"),
+    [
+        (PUMP, ["plant7-pump-3"], ["plant7-pump-4", "plant7-", "xplant7-pump-3", "plant7-pump-3x", "x"]),
+        (PUMPS, ["plant7-pump-3", "plant7-pump-"], ["plant7-valve", "plant7-pump", "plant7-pump-a b", "plant7"]),
+        (BY_NUMBER, ["plant7-pump-3", "plant7-pump-x"], ["plant7-pump-", "plant7-pump-" + "3" * 129]),
+        (BY_USER, ["plant7-anna"], ["plant7-otto", "anna"]),
+        (FIXED, ["plant7-pump-3"], ["plant7-pump-4"]),
+        (BY_TWO, ["10.0.0.1-p1", "a-b-c"], ["10.0.0.1", "-p1", "p1-", "a -b", "-"]),
+        ({**PUMP, "match_client_id": ["a*", "b"], "client_id": "{{{client_id}}}"}, ["{ab}", "{b}"], ["{c}", "{}"]),
+    ],
+)
+def test_a_name_that_a_rule_can_give_is_nobody_elses(rule: dict[str, Any], taken: list[str], free: list[str]) -> None:
+    """Neither a device's without a rule, nor one's under a rule for everyone, wherever that stands."""
+    guests = {"name": "guests", "match_network": "10.0.0.0/8"}
+    anyone = {"name": "anyone", "match_client_id": "*"}
+    for others in ([rule], [rule, guests], [guests, rule], [rule, anyone], [rule, {"match_pattern": ".*"}]):
+        config = configured(*others)
+        assert [name for name in taken if reserved_by(config, name) != rule["name"]] == []
+        assert [name for name in free if reserved_by(config, name)] == []
+
+
+def test_a_rules_own_devices_have_its_names() -> None:
+    """Also beside rules that match the name that they get, or all names."""
+    for others in ([PUMPS], [PUMPS, {"match_client_id": "*"}], [{"match_network": "192.168.0.0/16"}, PUMPS]):
+        assert reserved_by(configured(*others), "pump-3") == ""
+    assert reserved_by(configured(BY_USER), "whatever", username="anna") == ""
+
+
+def test_of_two_rules_that_can_give_a_name_it_belongs_to_the_first() -> None:
+    """They come by it in different ways, so a device of the one could be taken for one of the other."""
+    as_named = {"name": "as-named", "match_client_id": "plant7-*"}
+    for first, second in ((PUMPS, as_named), (as_named, PUMPS), (PUMPS, BY_NUMBER), (BY_NUMBER, PUMPS)):
+        config = configured(first, second)
+        devices = {"pumps": "pump-3", "as-named": "plant7-pump-3", "number": "p3"}
+        assert reserved_by(config, devices[first["name"]]) == ""
+        assert reserved_by(config, devices[second["name"]]) == first["name"]
+    pair = [{**BY_NUMBER, "name": name, "match_pattern": f"{name}(?P<n>[0-9]+)"} for name in ("a", "b")]
+    assert (reserved_by(configured(*pair), "a1"), reserved_by(configured(*pair), "b1")) == ("", "a")
+
+
+def test_rules_that_make_the_name_of_the_same_share_it() -> None:
+    """Such as one for each network: which of them is for a device, they have decided between them."""
+    rules = [{**PUMPS, "name": name, "match_listener": name} for name in ("hall", "yard")]
+    users = [{"client_id": "u-{username}", "match_listener": name} for name in ("hall", "yard")]
+    plain = [{"match_client_id": "pump-*", "match_listener": name} for name in ("hall", "yard")]
+    for config in (configured(*rules), configured(*users), configured(*plain)):
+        for listener in ("hall", "yard"):
+            assert reserved_by(config, "pump-3", listener=listener, username="anna") == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "address"),
+    [("bound_to", "10.0.0.1", "10.0.0.1"), ("lan_password", HASHES[0], None)],
+)
+def test_a_bound_name_is_bound_for_those_whom_its_rule_does_not_match(key: str, value: str, address: str) -> None:
+    """A device on another listener, or under a rule for everyone, is no way around `bound_to` and `lan_password`."""
+    rule = {"name": "pump", "match_client_id": "pump-3", "match_listener": "hall", key: value}
+    guests = {"match_listener": "yard"}
+    for config in (configured(rule), configured(rule, guests), configured(guests, rule)):
+        assert reserved_by(config, "pump-3", listener="yard") == "pump"
+        assert reserved_by(config, "pump-4", listener="yard") == ""
+        if address is not None:
+            assert reserved_by(config, "pump-3", address, "yard") == ""
+    for index in (0, 1):
+        also = {"match_listener": "yard", "lan_password": HASHES[index]}
+        config = configured({**rule, "lan_password": HASHES[0], "bound_to": "10.0.0.0/8"}, also)
+        assert reserved_by(config, "pump-3", listener="yard") == ("pump" if index else "")
+
+
+def test_a_name_taken_from_a_user_name_is_no_way_around_a_rule() -> None:
+    """A template without any text of its own can give every name, so it owns none."""
+    config = configured({"match_network": "10.0.0.66", "client_id": "{username}"}, {**PUMP}, {"match_client_id": "d1"})
+    assert reserved_by(config, "x", username="otto") == ""
+    assert reserved_by(config, "x", username="plant7-pump-3") == "pump"
+    assert reserved_by(config, "x", username="d1") == "device[2]"
+    assert reserved_by(config, "otto", address="10.0.0.5") == ""
+
+
+def test_names_at_different_brokers_have_nothing_to_do_with_each_other() -> None:
+    """A name belongs to a rule at the brokers that the rule uses."""
+    elsewhere = {**PUMP, "upstream": "other"}
+    assert reserved_by(configured(elsewhere), "plant7-pump-3") == ""
+    there = {"name": "there", "match_listener": "yard", "upstream": "other"}
+    assert reserved_by(configured(elsewhere, there), "plant7-pump-3", listener="yard") == "pump"
+    assert reserved_by(configured(PUMP, there), "plant7-pump-3", listener="yard") == ""
+
+
+def test_a_long_name_is_judged_too() -> None:
+    """Where a pattern would have to, it counts as that rule's; a device without a name has none."""
+    bound = {**PUMPS, "client_id": "", "match_network": "192.168.0.0/16", "bound_to": "192.168.0.1"}
+    assert reserved_by(configured(bound), "pump-" + "3" * 300) == "pumps"
+    away = {**PUMPS, "match_listener": "yard", "client_id": "x{client_id}"}
+    assert reserved_by(configured(away), "y" * 60_000) == ""
+    assert reserved_by(configured({**away, "client_id": "{address}x{client_id}"}), "ax" * 30_000) == "pumps"
+    assert reserved_by(configured(bound), "") == ""
+
+
+def test_rules_that_name_their_devices_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten thousand, those for other names are not even looked at."""
+    config = configured(*({"match_client_id": f"d{number}", "client_id": "p-{client_id}"} for number in range(10_000)))
+    rules = Rules(config)
+    names = Names(config, rules)
+    monkeypatch.setattr(names_module._Claim, "can_give", None)
+    names.check("p-d10000", None, Caller("10.0.0.1", ""), brokers(config, ()))
+    with pytest.raises(Refusal):
+        names.check("p-d9999", None, Caller("10.0.0.1", ""), brokers(config, ()))
