@@ -34,6 +34,7 @@ from gateway.ops.sight import Sight, Sources
 from gateway.ops.watch import Watch, differing, states
 from gateway.ops.web.port import StatusPort
 from gateway.reception import Helpers
+from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
 
 _log = Logger(namespace="gateway")
@@ -71,7 +72,8 @@ class GatewayService(Service):
         `now` gives the time of day, for certificates and for display; nothing is measured with it.
         """
         self._reactor = reactor
-        self._relay = RelayReactor(reactor)
+        self.engine = engine(wanted=config.relay.engine == "auto")
+        self._relay = RelayReactor(reactor, self.engine.core)
         self._notifier = notifier or Notifier()
         self._reread = reread or (lambda: config)
         journal = journal or Journal(reactor.seconds, sessions=lambda: self.gateway.config.log.sessions)
@@ -105,6 +107,7 @@ class GatewayService(Service):
             is_stopping=lambda: gateway.stopping,
             refused_reloads=lambda: [words for words in self._refused.values() if words],
             max_sessions=lambda: gateway.max_sessions,
+            engine=self.engine,
             seconds=self._reactor.seconds,
             now=now,
         )
@@ -133,6 +136,8 @@ class GatewayService(Service):
         spare_the_collector()
         self.gateway.start()
         self._tell_limits()
+        tell = _log.warn if self.engine.remedy else _log.info
+        tell("{words}", words=" ".join(filter(None, (self.engine.words, self.engine.remedy))))
         for port in self.ports:
             _tell_listening(port)
         for upstream in self.gateway.config.upstream:

@@ -176,7 +176,7 @@ def test_a_good_broker_passes_every_step(offered: Callable[..., tuple[Checked, B
     done, broker = offered()
     assert {step.status for step in done.report.steps} == {Status.PASS}
     names = [step.name for step in done.report.steps]
-    assert names == ["configuration", "file", "listen", "clock", *TO_THE_BROKER]
+    assert names == ["configuration", "file", "listen", "clock", "engine", *TO_THE_BROKER]
     assert f"connected to 127.0.0.1:{broker.port}" in done.step("tcp").message
     assert "SNI localhost, no ALPN, TLS 1.2 or later" in done.step("client-hello").message
     assert "CN=broker; names DNS:localhost; issuer CN=Root CA; 28 days left" in done.step("certificate").message

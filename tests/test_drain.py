@@ -163,12 +163,14 @@ def test_the_wills_are_published_or_not(reactor: Any, ca_file: Path, mosquitto: 
         devices.append(device)
     eventually(lambda: len(gateway.journal.started) == 3, "three sessions stand")
     half = Device(gateway.port)
-    half.send(mqtt.connect(f"will-{wills}-half", will_topic=f"wills/{wills}/half"))
+    connect = mqtt.connect(f"will-{wills}-half", will_topic=f"wills/{wills}/half")
+    half.send(connect)
     assert half.read(4) == mqtt.connack()
     half.send(mqtt.publish(payload=bytes(100))[:50])
-    half.send(b"")
     eventually(
-        lambda: any(not s._from_device.at_boundary for s in list(gateway.service.gateway.sessions) if s._from_device),
+        lambda: (
+            len(connect) + 50 in gateway.call(lambda: [s.traffic.bytes_up for s in gateway.service.gateway.sessions])
+        ),
         "half a packet has passed",
     )
     devices.append(half)

@@ -442,7 +442,7 @@ def test_a_mistake_in_one_session_ends_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The traceback is logged, both sides are cut off, the other session goes on."""
-    gateway = start_gateway(upstream=start_broker().port)
+    gateway = start_gateway(upstream=start_broker().port, relay={"engine": "python"})
     relay_up = Session._relay_up
 
     def mistaken(session: Session, data: bytes) -> None:

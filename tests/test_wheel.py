@@ -18,6 +18,7 @@ from tests.harness import Broker, Device, eventually
 from tests.mqtt_packets import connect, publish
 
 ROOT = Path(__file__).resolve().parent.parent
+CORE = "gateway/relay/_core.abi3.so"
 PLUGIN = "twisted/plugins/mqtts_gateway_plugin.py"
 
 pytestmark = pytest.mark.slow
@@ -79,12 +80,29 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(wheel: Path
     sources = {
         str(path.relative_to(ROOT))
         for path in (ROOT / "gateway").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix not in {".c", ".so"}
     }
     units = {f"gateway/units/{path.name}" for path in (ROOT / "systemd").iterdir()}
-    assert {name for name in names if ".dist-info/" not in name} == sources | units | {PLUGIN}
+    core = {CORE} if "-abi3-" in wheel.name else set()
+    assert {name for name in names if ".dist-info/" not in name} == sources | units | {PLUGIN} | core
     assert "gateway/config/template.toml" in names
     assert len(units) == 4
+
+
+def test_the_compiled_core_is_there_and_works(wheel: Path, installed: Path) -> None:
+    """Where there is a compiler, as there must be for these tests."""
+    assert "-cp311-abi3-" in wheel.name
+    program = "from gateway.relay.core import engine; print(engine(), engine().name)"
+    assert run(installed / "python", "-c", program).endswith(" compiled\n")
+
+
+def test_without_a_compiler_the_wheel_is_for_all(tmp_path: Path) -> None:
+    """It has all but the core; and it is said what is missing."""
+    command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
+    said = run("env", "CC=/nonexistent/cc", *command)
+    (built,) = tmp_path.glob("*.whl")
+    assert built.name.endswith("-py3-none-any.whl"), said
+    assert CORE not in zipfile.ZipFile(built).namelist()
 
 
 def test_pip_is_content(installed: Path) -> None:

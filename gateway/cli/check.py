@@ -38,6 +38,7 @@ from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
 from gateway.net.network import ReactorNetwork
 from gateway.net.transport import RelayReactor
+from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import make_policy
@@ -173,6 +174,7 @@ async def examine(
     if config is None:
         _skip(["listen"], "the configuration cannot be used", report)
         report.add(_clock())
+        report.add(_engine(wanted=True))
         if login is not None:
             _skip(upstream_steps(TLS()), "the configuration cannot be used", report)
         return
@@ -184,6 +186,7 @@ async def examine(
         if config.status.endpoint:
             report.add(await _listen(relay, Listener(config.status.endpoint), "status", Status.WARN))
         report.add(_clock())
+        report.add(_engine(wanted=config.relay.engine == "auto"))
         guise = None
         if worn is not None:
             guise = await put_on(config, worn.login, worn.address, worn.listener, reactor, report.add)
@@ -268,6 +271,11 @@ def _clock() -> Step:
         return Step("clock", Status.PASS, message)
     remedy = "Set the clock, for example by NTP: certificate dates are checked against it."
     return Step("clock", Status.FAIL, f"{message} is earlier than this version's release date", remedy)
+
+
+def _engine(*, wanted: bool) -> Step:
+    choice = engine(wanted=wanted)
+    return Step("engine", Status.WARN if choice.remedy else Status.PASS, choice.words, choice.remedy)
 
 
 def _skip(names: list[str], why: str, report: Report, upstream: str = "") -> None:

@@ -347,6 +347,8 @@ def _verdict(document: Part) -> Iterator[str]:
         _safe(f"{document['host']}, version {document['version']}, up {up}, as of {clock(document['time'])} UTC"),
         "faint",
     )
+    if "engine" in document:
+        yield _coloured(_safe(document["engine"]["words"]), "faint")
 
 
 def _device(device: Part, width: int) -> str:

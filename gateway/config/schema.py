@@ -209,6 +209,8 @@ class Limits:
     )
     # Held in memory for each session that the broker has not accepted yet: hence the low maximum.
     max_connect_size: int = attrs.field(default=65_536, validator=between(256, 1_048_576), metadata={"unit": "bytes"})
+    # Whether topics, Packet Identifiers, properties and subscriptions are checked, too, or only fixed headers.
+    check_bodies: bool = True
 
 
 def _seconds(default: float) -> Any:
@@ -329,6 +331,13 @@ class Status:
 
 
 @attrs.frozen
+class Relay:
+    """What relays the messages of established sessions."""
+
+    engine: Literal["auto", "python"] = "auto"
+
+
+@attrs.frozen
 class Log:
     """The log's format, and which sessions are recorded."""
 
@@ -371,4 +380,5 @@ class Config:
     devices: Devices = Devices()  # noqa: RUF009  frozen, as the others
     device: tuple[DeviceRule, ...] = ()
     status: Status = Status()
+    relay: Relay = Relay()
     log: Log = Log()

@@ -11,6 +11,7 @@ broker's DISCONNECT, which is read whole and loses its Server Reference.
 from __future__ import annotations
 
 from enum import Enum
+from functools import cache
 from itertools import product
 
 from attrs import frozen
@@ -72,6 +73,8 @@ _LONGEST_DISCONNECT = 65_536
 _ONE_BYTE_MAX = 127
 # As a lower bound in the tables below, no one-byte Remaining Length reaches this, so the packet takes the slow path.
 _CLOSER_LOOK = 256
+# The same in a byte, for the compiled core: no Remaining Length of one byte is as large.
+_NEVER = 255
 
 
 # Where each version defines the fixed header. Lengths are defined with each packet, in §3.
@@ -186,7 +189,15 @@ def _build_rules(sender: Sender, version: ProtocolVersion) -> _Rules:
 
 _RULES = {(sender, version): _build_rules(sender, version) for sender, version in product(Sender, ProtocolVersion)}
 
-_END_REASONS = {
+
+@cache
+def _tables(sender: Sender, version: ProtocolVersion) -> bytes:
+    """Give the shortest and the longest Remaining Length for each first byte; nothing is known of bodies."""
+    rules = _RULES[sender, version]
+    return bytes(min(low, _NEVER) for low in rules.low) + bytes(rules.high) + bytes(512)
+
+
+_END_REASONS: dict[int, EndReason] = {
     ReasonCode.MALFORMED_PACKET: EndReason.MALFORMED_PACKET,
     ReasonCode.PROTOCOL_ERROR: EndReason.PROTOCOL_ERROR,
     ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
@@ -211,7 +222,6 @@ class Framer:
         "_high",
         "_limits",
         "_low",
-        "_max_packet_size",
         "_sender",
         "_skip",
         "_special",
@@ -219,6 +229,7 @@ class Framer:
         "disconnect_code",
         "disconnected",
         "error",
+        "max_packet_size",
         "packets",
     )
 
@@ -227,7 +238,7 @@ class Framer:
             raise ValueError(f"max_packet_size is {max_packet_size}; it must be at least {_SMALLEST_LIMIT} bytes")
         self._sender = sender
         self._version = version
-        self._max_packet_size = max_packet_size
+        self.max_packet_size = max_packet_size
         rules = _RULES[sender, version]
         self._limits = rules.limits
         self._low = rules.low
@@ -251,6 +262,23 @@ class Framer:
     def at_boundary(self) -> bool:
         """Whether the bytes passed on end with a whole packet and nothing is held back."""
         return not self._skip and not self._held
+
+    @property
+    def tables(self) -> bytes:
+        """What the compiled core needs to know (`struct rules` in gateway/relay/_core.c): four tables of 256 bytes."""
+        return _tables(self._sender, self._version)
+
+    def lend(self) -> tuple[int, bytes] | None:
+        """Give where the stream stands: body bytes still to come, and bytes held.  None if only Python can go on."""
+        if self.error is not None or self._disconnecting:
+            return None
+        return self._skip, self._held
+
+    def take_back(self, skip: int, held: bytes) -> None:
+        """Go on from where `lend` began and others have ended."""
+        self._skip = skip
+        self._held = held
+        self._special = bool(held)
 
     def feed(self, data: bytes) -> bytes:
         """Return the bytes that may pass: usually `data` itself, not a copy.
@@ -279,7 +307,7 @@ class Framer:
             return data
         low = self._low
         high = self._high
-        limit = self._max_packet_size
+        limit = self.max_packet_size
         last = size - 1
         packets = 0
         while position < last:
@@ -337,7 +365,7 @@ class Framer:
         shortest, longest = limits
         if (
             not shortest <= length <= longest
-            or end - position > self._max_packet_size
+            or end - position > self.max_packet_size
             # Only 5.0 forbids padded lengths, and old firmware sends them.
             or (self._version is ProtocolVersion.MQTT_5_0 and not is_minimal(length, length_size))
         ):
@@ -373,15 +401,18 @@ class Framer:
 
     def _fail(self, first: int, length: int | None = None, length_size: int = 0) -> int:
         """Set `error` for a fixed header that cannot pass; `length` is None if the Remaining Length is unreadable."""
-        code, detail = self._explain(first, length, length_size)
-        if self._sender is Sender.DEVICE or code is ReasonCode.PACKET_TOO_LARGE:
+        self._set_error(*self._explain(first, length, length_size))
+        return -1
+
+    def _set_error(self, code: int, detail: str) -> None:
+        """End the stream for its sender's fault."""
+        if self._sender is Sender.DEVICE or code == ReasonCode.PACKET_TOO_LARGE:
             reason = _END_REASONS[code]
         else:
             # A broker's faults share one reason, except the one that the gateway's configuration can fix.
             reason = EndReason.UPSTREAM_PROTOCOL_ERROR
         self.error = PacketError(reason, code, detail)
         self._special = True
-        return -1
 
     def _explain(self, first: int, length: int | None, length_size: int) -> tuple[ReasonCode, str]:
         version = self._version
@@ -402,5 +433,5 @@ class Framer:
             detail = f"{name} with Remaining Length {length} {wanted} (MQTT {version.label} §3.{packet_type.value})"
             return ReasonCode.MALFORMED_PACKET, detail
         size = 1 + length_size + length
-        detail = f"{name} of {size} bytes from the {self._sender.value}, above the limit of {self._max_packet_size}"
+        detail = f"{name} of {size} bytes from the {self._sender.value}, above the limit of {self.max_packet_size}"
         return ReasonCode.PACKET_TOO_LARGE, detail

@@ -106,6 +106,17 @@ _NEVER_ZERO = frozenset(
 )
 
 
+_LETTERS = {_Kind.BIT: "1", _Kind.FOUR_BYTES: "4", _Kind.STRING: "s", _Kind.BINARY: "b", _Kind.VARIABLE: "v"}
+
+
+def written_as(identifier: int) -> str:
+    """Give how a property of a PUBLISH is written, as `value_size` in gateway/relay/_core.c has it."""
+    if identifier == PropertyId.USER_PROPERTY:
+        return "p"
+    # The only one of two bytes is Topic Alias, which is never 0.
+    return _LETTERS.get(_KINDS[PropertyId(identifier)], "2")
+
+
 def _name(identifier: int) -> str:
     return PropertyId(identifier).name.replace("_", " ").title().replace("Qos", "QoS")
 

@@ -30,7 +30,7 @@ _OPTIONS_RESERVED_5 = 0b1100_0000
 _RETAIN_HANDLING = 0b0011_0000
 _MAX_QOS = 2
 
-_PUBLISH_PROPERTIES: frozenset[int] = frozenset(
+PUBLISH_PROPERTIES: frozenset[int] = frozenset(
     {
         PropertyId.PAYLOAD_FORMAT_INDICATOR,
         PropertyId.MESSAGE_EXPIRY_INTERVAL,
@@ -83,7 +83,7 @@ def read_publish(version: ProtocolVersion, first: int, body: bytes) -> Publish:
         packet_identifier, offset = decode_integer(body, offset, 2, "Packet Identifier of PUBLISH")
     response_topic = alias = None
     if version is ProtocolVersion.MQTT_5_0:
-        properties, _ = parse_properties(body, offset, _PUBLISH_PROPERTIES, "PUBLISH")
+        properties, _ = parse_properties(body, offset, PUBLISH_PROPERTIES, "PUBLISH")
         response_topic = properties.text(PropertyId.RESPONSE_TOPIC)
         alias = properties.integer(PropertyId.TOPIC_ALIAS)
     if not topic and alias is None:

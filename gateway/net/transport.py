@@ -16,12 +16,14 @@ Differences to the reactor's own transports (measured in `docs/performance.md`):
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import socket
 from collections.abc import Callable
 from time import monotonic
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
 
 from twisted.internet import tcp, unix
 from twisted.internet.address import IPv4Address, IPv6Address
@@ -64,7 +66,27 @@ _SENT_AT_ONCE = tcp.Connection.SEND_LIMIT
 _ORDERLY = Failure(CONNECTION_DONE)
 
 
-class _SendsAtOnce(tcp.Connection):
+class Lent(Protocol):
+    """A session whose two connections are lent to the compiled core (`gateway/relay/carrier.py`)."""
+
+    def recall(self) -> None:
+        """Take everything back; the core touches neither connection any more."""
+
+    def hand_over(self) -> None:
+        """Take everything back, and do what the core could not."""
+
+
+class Core(Protocol):
+    """The compiled core (`gateway/relay/_core.c`)."""
+
+    HELD: int
+    Pair: Any
+
+    def poll(self, epoll: int, milliseconds: int, most: int, /) -> tuple[int, list[Lent], list[tuple[int, int]]]:
+        """Give how many events there were, who has something handed over, and the events that are not the core's."""
+
+
+class SendsAtOnce(tcp.Connection):
     """Mixin for Twisted's transports: `write` sends what the kernel accepts and leaves the rest to Twisted.
 
     Twisted asks for writability while it still has to send, half-close or close; nothing may overtake its buffer then.
@@ -73,6 +95,7 @@ class _SendsAtOnce(tcp.Connection):
     _writing = False
     _send_failed = False
     _wanted = _SMALL_READ
+    reactor: RelayReactor  # type: ignore[assignment]  # it has what transports ask for
 
     def __init_subclass__(cls) -> None:
         """Give each class its own copy of the code that runs for each message.
@@ -81,30 +104,34 @@ class _SendsAtOnce(tcp.Connection):
         devices and brokers, is specialised for neither.
         """
         super().__init_subclass__()
-        for method in (_SendsAtOnce.doRead, _SendsAtOnce.write):
+        for method in (SendsAtOnce.doRead, SendsAtOnce.write):
             own = FunctionType(method.__code__.replace(), method.__globals__, closure=method.__closure__)
             setattr(cls, method.__name__, own)
 
+    @property
+    def is_ordinary(self) -> bool:
+        """Whether nothing waits to be sent, and nothing has failed or is ending."""
+        return bool(self.connected) and not self._writing and not self._send_failed
+
     def startWriting(self) -> None:
+        """See FileDescriptor."""
         self._writing = True
         super().startWriting()
 
     def stopWriting(self) -> None:
+        """See FileDescriptor."""
         self._writing = False
         super().stopWriting()
 
     def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's base classes disagree about it
-        # As in Twisted, without two intermediate calls.
+        """See IReadDescriptor: as in Twisted, without two intermediate calls."""
         wanted = self._wanted
         try:
             data = self.socket.recv(wanted)
         except BlockingIOError:
             return None
-        except ConnectionResetError:
-            return CONNECTION_LOST
         except OSError as error:
-            # The peer no longer acknowledges, or the network is down: report the kernel's error.
-            return ConnectionLost(error.strerror)
+            return _lost_by(error.errno or 0)
         size = len(data)
         if size == wanted:
             self._wanted = _LARGE_READ
@@ -116,6 +143,7 @@ class _SendsAtOnce(tcp.Connection):
         return None
 
     def write(self, data: bytes) -> None:
+        """See ITransport."""
         # A pull producer is asked for more when Twisted's buffer is empty, so all its data must go through the buffer.
         pushed = self.producer is None or self.streamingProducer
         if not self._writing and pushed and self.connected and len(data) <= _SENT_AT_ONCE:
@@ -135,6 +163,7 @@ class _SendsAtOnce(tcp.Connection):
         super().write(data)
 
     def loseWriteConnection(self) -> None:
+        """See ITCPTransport."""
         if self._writing or self.producer is not None or not self.connected:
             super().loseWriteConnection()
             return
@@ -145,20 +174,22 @@ class _SendsAtOnce(tcp.Connection):
         self._shouldShutdown = False  # As Twisted does before the close: FIN has been sent.
 
     def abortConnection(self) -> None:
+        """See ITCPTransport."""
         super().abortConnection()
         self._writing = True  # Until it closes in the next reactor turn, writes go to Twisted, which drops them.
 
     def connectionLost(self, reason: Failure) -> None:
+        """See IReadDescriptor."""
         if self._send_failed and reason.check(ConnectionDone):
             reason = Failure(ConnectionLost())
         super().connectionLost(reason)
 
 
-class _TCPServer(_SendsAtOnce, tcp.Server):
+class _TCPServer(SendsAtOnce, tcp.Server):
     pass
 
 
-class TCPClient(_SendsAtOnce):
+class TCPClient(SendsAtOnce):
     """An outgoing connection (`gateway/net/connecting.py`)."""
 
     logstr = "gateway"
@@ -179,7 +210,7 @@ class TCPClient(_SendsAtOnce):
         return self._peer
 
 
-class _UNIXServer(_SendsAtOnce, unix.Server):
+class _UNIXServer(SendsAtOnce, unix.Server):
     pass
 
 
@@ -199,14 +230,18 @@ class RelayReactor:
     name resolution are the real reactor's.
     """
 
-    def __init__(self, reactor: Any) -> None:
-        """Take a reactor that provides IReactorFDSet, IReactorTime and IReactorPluggableNameResolver."""
+    def __init__(self, reactor: Any, core: Core | None = None) -> None:
+        """Take a reactor that provides IReactorFDSet, IReactorTime and IReactorPluggableNameResolver, and the core."""
         self._reactor = reactor
+        self.core = core
+        # Who has lent a descriptor to the core.  It is watched for reading, and for nothing else.
+        self._lent: dict[int, Lent] = {}
         self._epoll = select.epoll()
         self._epoll.close()
         self._selectables: dict[int, IReadWriteDescriptor] = {}
         self._events: dict[int, int] = {}
-        # Descriptors registered while a batch is processed: events in the batch belong to their predecessors.
+        # Descriptors registered while a batch is processed: events in the batch belong to their predecessors.  And
+        # those lent meanwhile: their events are for the core, and will be reported again.
         self._fresh: set[int] = set()
 
     @property
@@ -224,6 +259,8 @@ class RelayReactor:
         if self._epoll.closed:
             return
         self._reactor.removeReader(self)
+        for lent in list(self._lent.values()):
+            lent.recall()
         left = list(self._selectables.values())
         self._selectables.clear()
         self._events.clear()
@@ -310,6 +347,8 @@ class RelayReactor:
         descriptor = selectable.fileno()
         if descriptor < 0 or self._epoll.closed:
             return  # The kernel has removed it.
+        if descriptor in self._lent:
+            self._lent[descriptor].recall()
         before = self._events[descriptor] if self._selectables.get(descriptor) is selectable else 0
         after = (before | added) & ~removed
         if after == before:
@@ -326,6 +365,32 @@ class RelayReactor:
             self._fresh.add(descriptor)
         self._events[descriptor] = after
 
+    # ---- for carriers
+
+    def lend(self, lent: Lent, *connections: SendsAtOnce) -> bool:
+        """Leave the events of these connections to the core, if all that they wait for is to be read."""
+        for each in connections:
+            descriptor = each.fileno()
+            watched: object = self._selectables.get(descriptor)
+            if watched is not each or self._events[descriptor] != _READ:
+                return False
+            if not each.is_ordinary or self._epoll.closed:
+                return False
+        for each in connections:
+            self._lent[each.fileno()] = lent
+            self._fresh.add(each.fileno())
+        return True
+
+    def reclaim(self, *descriptors: int) -> None:
+        """Report the events of these descriptors again."""
+        for descriptor in descriptors:
+            del self._lent[descriptor]
+
+    def end(self, connection: SendsAtOnce, number: int) -> None:
+        """End a connection as if reading from it had failed with this errno, or had found its end, 0."""
+        if connection.connected:
+            self._disconnect(connection, _lost_by(number) if number else CONNECTION_DONE, reading=True)
+
     # ---- for the real reactor (IReadDescriptor)
 
     def fileno(self) -> int:
@@ -334,11 +399,20 @@ class RelayReactor:
 
     def doRead(self) -> None:
         """Process the pending events, and those that follow soon."""
-        epoll, selectables, fresh = self._epoll, self._selectables, self._fresh
+        epoll, selectables, fresh, core = self._epoll, self._selectables, self._fresh, self.core
         wait, until = 0.0, monotonic() + _TURN
         while True:
             fresh.clear()
-            batch = epoll.poll(wait, _BATCH)
+            if core is None:
+                batch = epoll.poll(wait, _BATCH)
+                count = len(batch)
+            else:
+                count, handed_over, batch = core.poll(epoll.fileno(), int(wait * 1000), _BATCH)
+                for lent in handed_over:
+                    try:
+                        lent.hand_over()
+                    except Exception as error:  # noqa: BLE001  an error in one session must not affect the others
+                        _internal_error(error)
             for descriptor, events in batch:
                 selectable = selectables.get(descriptor)
                 if selectable is None or (fresh and descriptor in fresh):
@@ -354,7 +428,7 @@ class RelayReactor:
                     why = _internal_error(error)
                 if why is not None:
                     self._disconnect(selectable, why, reading=True)
-            if not 0 < len(batch) <= _SMALL_BATCH or epoll.closed or monotonic() >= until:
+            if not 0 < count <= _SMALL_BATCH or epoll.closed or monotonic() >= until:
                 return
             wait = _LINGER
 
@@ -394,6 +468,14 @@ class RelayReactor:
         else:
             self.removeWriter(selectable)
             _lose(selectable.connectionLost, why)
+
+
+def _lost_by(number: int) -> BaseException:
+    """Return how a connection was lost, by the errno of `recv`."""
+    if number == errno.ECONNRESET:
+        return CONNECTION_LOST
+    # The peer no longer acknowledges, or the network is down: report the kernel's error.
+    return ConnectionLost(os.strerror(number))
 
 
 def _internal_error(error: Exception) -> Exception:

@@ -55,6 +55,9 @@ class _Gateway(Collector):
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client.registry.Collector`."""
         yield InfoMetricFamily(f"{_PREFIX}_build", "The gateway's version.", {"version": __version__})
+        yield InfoMetricFamily(
+            f"{_PREFIX}_engine", "What relays messages: compiled or python.", {"name": self._sight.sources.engine.name}
+        )
         yield GaugeMetricFamily(
             f"{_PREFIX}_ready",
             "1 if the gateway is ready for new devices, as /readyz says.",

@@ -19,6 +19,7 @@ from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate, Validity, shown_by
 from gateway.ops.ledger import IN_ORDER, LATELY, REMEMBERED, End, Ledger
 from gateway.ops.status_words import SCHEMA, shown_state
+from gateway.relay.core import Choice
 from gateway.session.record import Traffic
 from gateway.session.session import Session, State
 from gateway.text import printable
@@ -55,6 +56,7 @@ class Sources:
     is_stopping: Callable[[], bool]
     refused_reloads: Callable[[], Sequence[str]]
     max_sessions: Callable[[], int]
+    engine: Choice
     seconds: Callable[[], float]
     now: Callable[[], datetime]
 
@@ -140,6 +142,7 @@ class Sight:
             "ready": not unready,
             "unready": unready,
             "listeners": [{"name": name, "address": address} for name, address in self.sources.listeners()],
+            "engine": {"name": self.sources.engine.name, "words": self.sources.engine.words},
             "upstreams": [self._upstream(each, seconds, at) for each in self.sources.upstreams()],
             "certificates": [_certificate(each, now) for each in self.certificates()],
             "sessions": {

@@ -14,6 +14,7 @@ from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.relay.carrier import Carrier
 from gateway.relay.side import RelaySide, how_lost, tune
 from gateway.session.session import Session
 
@@ -28,6 +29,8 @@ class DeviceProtocol(RelaySide):
         self._open_session = open_session
         self._user_timeout = user_timeout
         self._session: Session
+        # Set when there is an upstream, and a core that the session can be lent to.
+        self.carrier: Carrier | None = None
 
     def connectionMade(self) -> None:
         """Open a session."""
@@ -44,6 +47,8 @@ class DeviceProtocol(RelaySide):
         except Exception as error:  # noqa: BLE001  an error in one session must not affect the others, nor leak its reason
             _log.failure("session {number}: internal error", number=self._session.record.number)
             self._session.fail(type(error).__name__)
+        if self.carrier is not None:
+            self.carrier.lend()
 
     def has_left(self) -> bool:
         """Return whether the device has closed or reset its connection, and nothing that it sent is unread.
@@ -78,4 +83,5 @@ class DeviceProtocol(RelaySide):
         session = self._session
         # Break the reference cycle, which would keep the session's generation alive until the next garbage collection.
         del self._session
+        self.carrier = None
         session.device_gone(how_lost(reason))

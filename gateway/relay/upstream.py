@@ -12,6 +12,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.relay.carrier import Carrier, carrier_for
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import RelaySide, how_lost, tune
 from gateway.session.record import Peer
@@ -37,6 +38,7 @@ class UpstreamProtocol(RelaySide):
         self._user_timeout = user_timeout
         self._session: Session | None = None
         self._device: DeviceProtocol | None = None
+        self._carrier: Carrier | None = None
         self._unread_answers = 0
         # Ciphertext to send with `close`.
         self._last = b""
@@ -70,6 +72,7 @@ class UpstreamProtocol(RelaySide):
         self._session = session
         self._device = device
         self.link(device)
+        self._carrier = device.carrier = carrier_for(session, device, self, self._channel)
         session.upstream_verified(self, peer)
 
     def dataReceived(self, data: bytes) -> None:
@@ -79,23 +82,59 @@ class UpstreamProtocol(RelaySide):
         try:
             self._receive(data)
         except Exception as problem:  # noqa: BLE001  an error in one session must not affect the others
-            _log.failure("internal error in an upstream connection")
-            if self._session is not None:
-                self._session.fail(type(problem).__name__)
-            else:
-                self._refuse(UpstreamFailure(EndReason.INTERNAL_ERROR, type(problem).__name__))
+            self._internal_error(problem)
+        if self._carrier is not None:
+            self._carrier.lend()
+
+    def decrypted(self, plaintext: bytes, result: int | None = None) -> None:
+        """See `gateway.relay.carrier.Upstream`."""
+        if self._closing:
+            return
+        try:
+            if result is not None:
+                try:
+                    plaintext = self._channel.ended(plaintext, result)
+                except UpstreamFailure as failure:
+                    self._broken(failure)
+                    return
+            self._deliver(plaintext)
+        except Exception as problem:  # noqa: BLE001  an error in one session must not affect the others
+            self._internal_error(problem)
+        if self._carrier is not None:
+            self._carrier.lend()
+
+    def send_rest(self, ciphertext: bytes) -> None:
+        """See `gateway.relay.carrier.Upstream`."""
+        self.transport.write(ciphertext)
+        self._channel.waiting = True
+        self._flush()
+
+    def _internal_error(self, problem: Exception) -> None:
+        _log.failure("internal error in an upstream connection")
+        if self._session is not None:
+            self._session.fail(type(problem).__name__)
+        else:
+            self._refuse(UpstreamFailure(EndReason.INTERNAL_ERROR, type(problem).__name__))
 
     def _receive(self, data: bytes) -> None:
-        channel = self._channel
         try:
-            plaintext = channel.receive(data)
+            plaintext = self._channel.receive(data)
         except UpstreamFailure as failure:
-            self._flush()
-            if self._session is None:
-                self._refuse(failure)
-            else:
-                self._session.upstream_broken(failure)
-            return
+            self._broken(failure)
+        else:
+            self._deliver(plaintext)
+
+    def _broken(self, failure: UpstreamFailure) -> None:
+        """End what a channel that has just failed was for."""
+        self._flush()
+        if self._session is None:
+            self._refuse(failure)
+        else:
+            self._session.upstream_broken(failure)
+
+    def _deliver(self, plaintext: bytes) -> None:
+        """Do what is due when the channel has taken something."""
+        channel = self._channel
         if self._session is None:
             if channel.broken is not None:
                 self._refuse(channel.broken)
@@ -157,6 +196,7 @@ class UpstreamProtocol(RelaySide):
         self._channel.dispose()
         session, self._session = self._session, None
         self._device = None
+        self._carrier = None
         if session is not None:
             if not closing:
                 detail = f"{how_lost(reason)} by the broker, without close_notify"

@@ -29,6 +29,7 @@ import attrs
 
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, PacketError, Refusal, SessionEnd
+from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.connack import connack_for_device, connack_refusal, disconnect, parse_connack
 from gateway.mqtt.connect import Connect, UnsupportedVersion, parse_connect
 from gateway.mqtt.framer import Framer, Sender
@@ -118,6 +119,16 @@ class Journal(Protocol):
         """The session ended; `record.reason` says why."""
 
 
+class Loan(Protocol):
+    """Who has lent the session's relaying to the compiled core (`gateway/relay/carrier.py`)."""
+
+    def settle(self) -> None:
+        """Call `settled` with what has passed."""
+
+    def recall(self) -> None:
+        """Take everything back; the framers are the session's again."""
+
+
 class Cancellable(Protocol):
     """A connection attempt to the upstream."""
 
@@ -158,6 +169,7 @@ class Session:
         "_last_pinged",
         "_limits",
         "_lives_until",
+        "_loan",
         "_pace",
         "_ping_interval",
         "_seconds",
@@ -215,6 +227,8 @@ class Session:
         self._heard = False
         self._last_heard = 0.0
         self._keep_alive_limit = 0.0
+        # Set while somebody else relays, who has both framers meanwhile.
+        self._loan: Loan | None = None
 
     @property
     def state(self) -> State:
@@ -224,6 +238,8 @@ class Session:
     @property
     def traffic(self) -> Traffic:
         """What has been relayed so far."""
+        if self._loan is not None:
+            self._loan.settle()
         record, up, down = self.record, self._from_device, self._from_broker
         # Once the session has ended, the record includes the framers' packets.
         counted = self._state is not State.RELAYING or up is None or down is None
@@ -239,6 +255,8 @@ class Session:
         """When the device last sent something, on the injected clock, to the sweep's precision; None before CONNACK."""
         if self._state is not State.RELAYING:
             return None
+        if self._loan is not None:
+            self._loan.settle()
         return self._seconds() if self._heard else self._last_heard
 
     @property
@@ -257,6 +275,37 @@ class Session:
         assert self._connect_packet is not None  # noqa: S101  `dial` is called with a CONNECT; narrows the type
         assert self._connect is not None  # noqa: S101  the same
         return self._connect_packet, self._connect
+
+    # ---- to and from the compiled core
+
+    @property
+    def framers(self) -> tuple[Framer, Framer]:
+        """What comes from the device passes through the first one, what comes from the broker through the other."""
+        up, down = self._from_device, self._from_broker
+        assert isinstance(up, Framer)  # noqa: S101  they have been lent; narrows the type
+        assert isinstance(down, Framer)  # noqa: S101  the same
+        return up, down
+
+    def lend(self) -> tuple[Framer, Framer] | None:
+        """Give `framers` if there is nothing to be done but to pass on what they let through."""
+        if self._state is not _RELAYING or self._pace is not None:
+            return None
+        if isinstance(self._from_device, Framer) and isinstance(self._from_broker, Framer):
+            return self._from_device, self._from_broker
+        return None
+
+    def lent(self, loan: Loan | None) -> None:
+        """From here on `loan` relays; None if it no longer does."""
+        self._loan = loan
+
+    def settled(self, bytes_up: int, bytes_down: int, packets_up: int, packets_down: int, heard: bool) -> None:
+        """So much has passed since it was told before; `heard` if the device has sent anything."""
+        up, down = self.framers
+        self._bytes_up += bytes_up
+        self._bytes_down += bytes_down
+        up.packets += packets_up
+        down.packets += packets_down
+        self._heard = self._heard or heard
 
     # ---- from the device
 
@@ -373,6 +422,8 @@ class Session:
     def sweep(self, now: float) -> None:
         """Check the deadlines; called about once a second, with `now` in seconds on the injected clock."""
         if self._state is _RELAYING:
+            if self._loan is not None:
+                self._loan.settle()
             # A device that is not read, because the broker does not keep up, must not count as silent.
             if self._heard or not self._device.reading:
                 self._heard = False
@@ -390,6 +441,8 @@ class Session:
         With `discard_will` the broker gets a DISCONNECT on the device's behalf, so that it does not publish the Will
         (MQTT 3.1.1 and 5.0 §3.14.4), unless an incomplete packet was passed on, whose body it would become.
         """
+        if self._loan is not None:
+            self._loan.recall()
         if discard_will and self._state is State.RELAYING and self._upstream is not None:
             assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
             if self._from_device.at_boundary:
@@ -544,11 +597,13 @@ class Session:
         version, limit = self._connect.version, self._limits.max_packet_size
         treatment = self._treatment
         if treatment is None:
-            self._from_device = Framer(Sender.DEVICE, version, limit)
-            self._from_broker = Framer(Sender.BROKER, version, limit)
+            make = CheckingFramer if self._limits.check_bodies else Framer
+            self._from_device = make(Sender.DEVICE, version, limit)
+            self._from_broker = make(Sender.BROKER, version, limit)
         else:
-            self._from_device = treatment.from_device(version, limit)
-            self._from_broker = treatment.from_broker(version, limit)
+            checked = self._limits.check_bodies
+            self._from_device = treatment.from_device(version, limit, check_bodies=checked)
+            self._from_broker = treatment.from_broker(version, limit, check_bodies=checked)
             self._pace = treatment.pace(self._seconds)
             self._ping_interval = treatment.ping_interval
             self._last_pinged = now
@@ -640,6 +695,8 @@ class Session:
         """
         if self._state is State.ENDED:
             return
+        if self._loan is not None:
+            self._loan.recall()
         told = answer if answer is not None else b"" if answered else self._farewell(reason, code, connack_codes)
         self._enter(State.ENDED)
         self._record_dial()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from attrs import field, frozen
 
+from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
 from gateway.mqtt.packets import ProtocolVersion
@@ -36,17 +37,23 @@ class Treatment:
     ping_interval: float = 0.0
     lives: float | None = None
 
-    def from_device(self, version: ProtocolVersion, max_packet_size: int) -> Framer | DeviceInspector:
+    def from_device(
+        self, version: ProtocolVersion, max_packet_size: int, *, check_bodies: bool = False
+    ) -> Framer | DeviceInspector:
         """Return the checker for packets of a device of `version`; the rule's limit overrides `max_packet_size`."""
         upgraded = version is not self.version
         if not (self.topics.concern_device or upgraded):
-            return Framer(Sender.DEVICE, version, self.max_packet_size or max_packet_size)
+            make = CheckingFramer if check_bodies else Framer
+            return make(Sender.DEVICE, version, self.max_packet_size or max_packet_size)
         return DeviceInspector(self.topics, version, self._largest(max_packet_size), upgraded=upgraded)
 
-    def from_broker(self, version: ProtocolVersion, max_packet_size: int) -> Framer | BrokerInspector:
+    def from_broker(
+        self, version: ProtocolVersion, max_packet_size: int, *, check_bodies: bool = False
+    ) -> Framer | BrokerInspector:
         """Return the checker for packets of the broker, for a device of `version`."""
         if not (self.topics.concern_broker or self.ping_interval):
-            return Framer(Sender.BROKER, version, self.max_packet_size or max_packet_size)
+            make = CheckingFramer if check_bodies else Framer
+            return make(Sender.BROKER, version, self.max_packet_size or max_packet_size)
         limit = self._largest(max_packet_size) if self.topics.concern_broker else self.max_packet_size
         return BrokerInspector(self.topics, version, limit or max_packet_size)
 

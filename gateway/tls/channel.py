@@ -32,7 +32,7 @@ from gateway.text import printable
 from gateway.tls import strict
 from gateway.tls.broker_identity import Identity
 from gateway.tls.choice import choose
-from gateway.tls.engine import Engine
+from gateway.tls.engine import Addresses, Engine
 from gateway.tls.failures import handshake_failure, verification_failure
 from gateway.tls.tickets import Ticket, Tickets, Verified, good_until
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
@@ -195,6 +195,28 @@ class TLSChannel:
         except SSL.Error as error:
             self.waiting = True
             raise self._fail(UpstreamFailure(EndReason.UPSTREAM_LOST, _words(error))) from None
+
+    def lend(self) -> tuple[int, bytes] | None:
+        """Give where the records stand, for the compiled core: bytes missing of one, or the beginning of a header.
+
+        `None` unless the channel is VERIFIED and all that remains to be done is to encrypt and to decrypt.
+        """
+        if self.state is not _VERIFIED or self.waiting or self.broken is not None or self.received_close:
+            return None
+        return self._missing, self._partial_header
+
+    def take_back(self, missing: int, partial_header: bytes) -> None:
+        """Go on from where `lend` began and the core has ended."""
+        self._missing = missing
+        self._partial_header = partial_header
+
+    def addresses(self) -> Addresses | None:
+        """Return where OpenSSL's objects are; `None` if the compiled core must not use them."""
+        return self._engine.addresses()
+
+    def ended(self, plaintext: bytes, result: int) -> bytes:
+        """As `receive`, when the core has had `plaintext` of OpenSSL, and then `result` in place of a record."""
+        return self._ended(plaintext, self._engine.why(result))
 
     def outgoing(self) -> bytes:
         """Return and clear what else must be sent: handshake messages, alerts, answers."""

@@ -16,7 +16,7 @@ from typing import Any
 from OpenSSL import SSL
 from OpenSSL._util import ffi, lib
 
-from gateway.tls.engine import RECORD_SIZE
+from gateway.tls.engine import RECORD_SIZE, Addresses
 
 # Looked up once, because the lookup is a large part of a call's cost.
 _ssl_write = lib.SSL_write
@@ -63,7 +63,7 @@ class DirectCalls:
         _clear_errors()
         written = _ssl_write(self._ssl, plaintext, size)
         if written != size:
-            raise self._why(written)
+            raise self.why(written)
         taken = _bio_read(self._from_ssl, self._buffer, _BUFFER_SIZE)
         ciphertext: bytes = _unpack(self._buffer, taken)
         return ciphertext if taken < _BUFFER_SIZE else ciphertext + self.waiting()
@@ -84,7 +84,7 @@ class DirectCalls:
         if records == 1:
             _clear_errors()
             got = _ssl_read(self._ssl, buffer, RECORD_SIZE)
-            return (_unpack(buffer, got), None) if got > 0 else (b"", self._why(got))
+            return (_unpack(buffer, got), None) if got > 0 else (b"", self.why(got))
         plaintext, filled = b"", 0
         ended: SSL.Error | None = None
         for _ in range(records):
@@ -94,15 +94,36 @@ class DirectCalls:
             _clear_errors()
             got = _ssl_read(self._ssl, buffer + filled, RECORD_SIZE)
             if got <= 0:
-                ended = self._why(got)
+                ended = self.why(got)
                 break
             filled += got
         return plaintext + _unpack(buffer, filled), ended
 
-    def _why(self, result: int) -> SSL.Error:
-        """Return what pyOpenSSL would have raised for the call that just returned `result`."""
+    def addresses(self) -> Addresses:
+        """See `Engine`."""
+        return Addresses(self._ssl, *(_address(each) for each in (self._ssl, self._into_ssl, self._from_ssl)))
+
+    def why(self, result: int) -> SSL.Error:
+        """See `Engine`: what pyOpenSSL would have raised for the call that has just returned `result`."""
         try:
             self._connection._raise_ssl_error(self._ssl, result)  # noqa: SLF001  see above
         except SSL.Error as error:
             return error.with_traceback(None)  # Its frames reference it: a cycle.
         return SSL.Error([("", "", f"OpenSSL returned {result} without an error")])
+
+
+def functions() -> tuple[int, int, int, int, int]:
+    """Return the addresses of SSL_write, SSL_read, BIO_write, BIO_read and ERR_clear_error, for the compiled core.
+
+    Raises `AttributeError` or `TypeError` if cryptography is not made as it is known here.
+    """
+    write, read, into, out, clear = (
+        # pyOpenSSL's `lib` is a module around cffi's, which alone gives addresses.
+        _address(ffi.addressof(getattr(lib, name).__self__, name))
+        for name in ("SSL_write", "SSL_read", "BIO_write", "BIO_read", "ERR_clear_error")
+    )
+    return write, read, into, out, clear
+
+
+def _address(pointer: Any) -> int:
+    return int(ffi.cast("uintptr_t", pointer))

@@ -11,7 +11,7 @@ wrap.  `gateway/tls/direct.py` makes the same calls directly, using private name
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from OpenSSL import SSL
 from twisted.logger import Logger
@@ -20,6 +20,15 @@ _log = Logger(namespace="gateway")
 
 # A TLS record carries at most 2**14 bytes (RFC 8446 §5.1); OpenSSL returns one at a time.
 RECORD_SIZE = 0x4000
+
+
+class Addresses(NamedTuple):
+    """Where OpenSSL's objects of one connection are, for the compiled core, and what keeps them there."""
+
+    keep: object
+    ssl: int
+    into_ssl: int
+    from_ssl: int
 
 
 class Engine(Protocol):
@@ -39,6 +48,12 @@ class Engine(Protocol):
 
         The error is `None` if there was none, and `SSL.WantReadError` if some were not application data.
         """
+
+    def addresses(self) -> Addresses | None:
+        """Return where OpenSSL's objects are; `None` if the compiled core must not use them."""
+
+    def why(self, result: int) -> SSL.Error:
+        """Return why OpenSSL has just failed with `result`, in the core."""
 
 
 MakeEngine = Callable[[SSL.Connection], Engine]
@@ -84,3 +99,10 @@ class PublicCalls:
         except SSL.Error as error:
             ended = error.with_traceback(None)  # Its frames reference it: a cycle.
         return parts[0] if len(parts) == 1 else b"".join(parts), ended
+
+    def addresses(self) -> None:
+        """See `Engine`."""
+
+    def why(self, result: int) -> SSL.Error:
+        """See `Engine`; there is no core that could ask."""
+        raise NotImplementedError(result)

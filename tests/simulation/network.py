@@ -34,7 +34,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.net.network import Address
-from gateway.net.transport import _SendsAtOnce
+from gateway.net.transport import SendsAtOnce
 
 # How long a kernel waits for a peer that no longer answers, or that answers but takes nothing: what the gateway asks
 # for with TCP_USER_TIMEOUT.
@@ -482,7 +482,7 @@ class Connection(tcp.Connection):
             self.connectionLost(Failure(error.ConnectionAborted()))
 
 
-class GatewayConnection(_SendsAtOnce, Connection):
+class GatewayConnection(SendsAtOnce, Connection):
     """The gateway's transport."""
 
 

@@ -342,7 +342,7 @@ def _footer(document: Part) -> Markup:
         element(
             "p",
             f"Version {document['version']}, running since {began} UTC ({duration(document['uptime_seconds'])}), "
-            f"{reloads['done']} configuration reloads{refused}.",
+            f"{reloads['done']} configuration reloads{refused}; {document['engine']['words']}.",
         ),
         element(
             "p",
