@@ -36,6 +36,7 @@ class Site:
         self.directory.mkdir()
         self.config = directory / "gateway.toml"
         self.config.write_text(
+            '[[listen]]\nendpoint = "1883"\nname = "hall"\n'
             f'[[upstream]]\nhost = "b.example"\n[devices]\ndirectory = "devices"\nprofile = "{profile}"\n'
         )
         self.ca = certify_ca()
@@ -124,6 +125,71 @@ def test_a_certificate_for_another_key_is_refused(
     assert site.do("add", "sensor-1", "--cert", str(issued)) == 1
     assert str(site.directory / "sensor-1-key.pem") in capfd.readouterr().err
     assert site.files() == ["sensor-1-key.pem", "sensor-1.csr.pem"]
+
+
+CONDITIONS = ["match_network=10.0.0.0/8", "match_username=u", "match_listener=hall", "match_pattern=(?P<x>.*)"]
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_a_rule_is_for_its_device_whatever_else_it_asks_for(site: Site, condition: str) -> None:
+    """And it can be shown, listed and removed; without the name it would give everybody the device's certificate."""
+    assert site.do("add", "sensor-1", *site.issuing, "--set", condition) == 0
+    assert site.rule("sensor-1").match_client_id == ("sensor-1",)
+    assert site.do("show", "sensor-1") == 0
+    assert site.do("add", "sensor-2", *site.issuing, "--set", condition) == 0
+    assert site.do("list") == 0
+    assert site.do("remove", "sensor-1", "--keys") == 0
+    assert site.files() == ["sensor-2-key.pem", "sensor-2.pem", "sensor-2.toml"]
+
+
+@pytest.mark.parametrize("way", [["--csr"], []])
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("d1", "match_client_id=sensor-*", "match_client_id"),
+        ("d1", "match_pattern=sensor-.*", "match_pattern"),
+        ("*" * 257, "max_qos=1", "257"),
+    ],
+)
+def test_a_rule_that_would_not_be_for_its_device_is_not_written(
+    site: Site, capfd: pytest.CaptureFixture[str], way: list[str], name: str, value: str, word: str
+) -> None:
+    """Neither one for others, nor one for nobody."""
+    assert site.do("add", name, *way, "--set", value) == 1
+    assert word in capfd.readouterr().err
+    assert site.files() == []
+
+
+@pytest.mark.parametrize("value", ["upstream=nowhere", "match_listener=nowhere", "client_key=k.pem"])
+def test_a_rule_that_the_gateway_would_refuse_is_not_written(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str], value: str
+) -> None:
+    """The configuration can be loaded after each command."""
+    assert site.do("add", "d1", "--set", value) == 1
+    assert value.partition("=")[0] in capfd.readouterr().err
+    key, _, text = value.partition("=")
+    table = tmp_path / "devices.csv"
+    table.write_text(f"id,{key}\nd1,\nd2,{text}\n")
+    assert site.do("import", str(table)) == 1
+    assert site.files() == []
+    assert site.do("list") == 0
+
+
+def test_a_rule_that_was_edited_is_found_by_its_file(site: Site) -> None:
+    """So that what is there can be shown and removed."""
+    (site.directory / "d1.toml").write_text('match_network = "10.0.0.0/8"\n')
+    assert site.do("show", "d1") == 0
+    assert site.do("remove", "d1") == 0
+    assert site.files() == []
+
+
+def test_conditions_can_be_imported(site: Site, tmp_path: Path) -> None:
+    """Each rule is for its device, however alike the conditions are."""
+    table = tmp_path / "devices.csv"
+    table.write_text("id,match_network\nd1,10.0.0.0/8\nd2,10.0.0.0/8\n")
+    assert site.do("import", str(table)) == 0
+    assert [site.rule(name).match_client_id for name in ("d1", "d2")] == [("d1",), ("d2",)]
+    assert site.do("remove", "d2") == 0
 
 
 def test_nothing_is_written_over(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

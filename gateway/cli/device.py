@@ -41,7 +41,8 @@ from gateway.config.directory import read_directory
 from gateway.config.passwords import hash_password
 from gateway.config.profiles import with_profile
 from gateway.config.structure import structure_device
-from gateway.errors import ConfigError
+from gateway.errors import ConfigError, Refusal
+from gateway.rules.rules import Rule
 from gateway.text import printable
 from gateway.tls.trust import read_certificates, read_private_key
 
@@ -157,11 +158,20 @@ class _Rules:
             raise _Problems(problems)
         return rules
 
+    def check_all(self) -> None:
+        """Load the configuration anew, with what was written.  Raises `ConfigError` if the gateway would refuse it."""
+        load_file(self.file)
+
     def find(self, client_identifier: str) -> tuple[Path, DeviceRule]:
         """Return a device's rule and its file.  Raises `DeviceProblem`."""
         pattern = exact_pattern(client_identifier)
         for path, device in self.devices():
             if device.match_client_id == (pattern,):
+                return path, device
+        # A rule for everyone in the device's file: somebody edited it.
+        own = Files.of(self.directory, client_identifier).rule
+        for path, device in self.devices():
+            if path == own and not device.match_client_id:
                 return path, device
         raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" only')
 
@@ -187,6 +197,7 @@ def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
             _with_certificate(rules, new, Path(arguments.cert), writer)
         else:
             _with_identity(rules, new, issuer, arguments, writer)
+        rules.check_all()
     _tell_next(rules, arguments)
     return 0
 
@@ -205,6 +216,7 @@ def _import(rules: _Rules, arguments: argparse.Namespace) -> int:
                 problems += [f"{arguments.file}: line {line}: {problem}" for problem in lines]
         if problems:
             raise _Problems(problems)
+        rules.check_all()
     print(f"{len(devices)} devices added")
     _tell_next(rules, arguments)
     return 0
@@ -224,7 +236,7 @@ def _with_identity(
     if issuer is None:
         writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
         # No rule yet: without its certificate, the device would use the gateway's.
-        _check_rule(rules, new.table)
+        _check_rule(rules, new, new.table)
         return
     certificate = issuer.issue(key, new.common_name, arguments.days, now())
     writer.write(files.certificate, certificate_pem(certificate), _PUBLIC)
@@ -251,12 +263,20 @@ def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) ->
 
 def _write_rule(rules: _Rules, new: _New, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
     table = {**identity, **new.table}
-    _check_rule(rules, table)
-    writer.write(files.rule, rule_text(new.client_identifier, table).encode(), _PUBLIC)
+    writer.write(files.rule, _check_rule(rules, new, table).encode(), _PUBLIC)
 
 
-def _check_rule(rules: _Rules, table: Mapping[str, Any]) -> None:
-    structure_device(rules.filled(table))
+def _check_rule(rules: _Rules, new: _New, table: Mapping[str, Any]) -> str:
+    """Return the text of a device's rule, which can be read and matches the device.  Raises what is wrong with it."""
+    text = rule_text(new.client_identifier, table)
+    rule = Rule.of(structure_device(rules.filled(tomllib.loads(text))), 0)
+    try:
+        matches = rule.matches_name(new.client_identifier)
+    except Refusal as refusal:
+        raise DeviceProblem(refusal.detail) from None
+    if not matches:
+        raise DeviceProblem(f'match_pattern does not match "{printable(new.client_identifier)}"')
+    return text
 
 
 def _refuse_a_second(rules: _Rules, client_identifier: str, files: Files) -> None:

@@ -73,11 +73,12 @@ def exact_pattern(client_identifier: str) -> str:
 
 
 def rule_text(client_identifier: str, table: Mapping[str, Any], remark: str = "") -> str:
-    """Write a rule as TOML."""
+    """Write a device's rule as TOML.  Raises `DeviceProblem` if the table says which device it is for."""
+    if "match_client_id" in table:
+        raise DeviceProblem("match_client_id cannot be set: a device's own rule is for its Client Identifier")
     lines = [f"# {remark}"] if remark else []
-    if not any(key.startswith("match_") for key in table):
-        # Always written, so that the file can be renamed.
-        lines.append(f"match_client_id = {toml(exact_pattern(client_identifier))}")
+    # Written even where the file name would do, so that the file can be renamed and other conditions added.
+    lines.append(f"match_client_id = {toml(exact_pattern(client_identifier))}")
     lines += [f"{key} = {toml(value)}" for key, value in table.items()]
     return "\n".join(lines) + "\n"
 
