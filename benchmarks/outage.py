@@ -28,11 +28,11 @@ import trustme
 
 from benchmarks.blackhole import drop_packets, keep_packets
 from benchmarks.load import CannotMeasure, start_on
-from benchmarks.relays import BROKER_NAME, Relay, Setting, descriptor_limit, free_ports, running
+from benchmarks.relays import BROKER_NAME, Relay, RunningRelay, Setting, descriptor_limit, free_ports, running
 
 _CONNACK = b"\x20\x02\x00\x00"
 _CORES = sorted(os.sched_getaffinity(0))
-_GATEWAY_CORE, _OTHER_CORE = _CORES[0], _CORES[-1]
+_GATEWAY_CORE, OTHER_CORE = _CORES[0], _CORES[-1]
 _SLOW = 3.0  # seconds that a slow broker takes for CONNACK
 
 
@@ -135,7 +135,7 @@ async def _until(condition: Callable[[], bool], seconds: float, what: str) -> fl
 # ---- the bench
 
 
-class _Bench:
+class Bench:
     """A gateway before a broker that can be hurt."""
 
     def __init__(self, directory: Path) -> None:
@@ -152,7 +152,7 @@ class _Bench:
         """Start the broker, and wait until it listens."""
         chain, key = self._directory / "chain.pem", self._directory / "key.pem"
         command = [sys.executable, "-m", "benchmarks.outage", "--broker", str(self.broker_port), chain, key, str(slow)]
-        self._broker = subprocess.Popen(command, preexec_fn=lambda: start_on(_OTHER_CORE))
+        self._broker = subprocess.Popen(command, preexec_fn=lambda: start_on(OTHER_CORE))
         deadline = time.monotonic() + 10
         while True:
             with socket.socket() as probe:
@@ -176,7 +176,7 @@ class _Bench:
             self._broker.wait()
 
     @contextlib.contextmanager
-    def gateway(self, sections: str) -> Iterator[None]:
+    def gateway(self, sections: str) -> Iterator[RunningRelay]:
         """Run a gateway with further sections of configuration."""
 
         def command(setting: Setting) -> list[str]:
@@ -189,11 +189,11 @@ class _Bench:
             return [twistd, "--nodaemon", "--pidfile=", "mqtts-gateway", "--config", str(path)]
 
         setting = Setting(self._directory, self.port, self.broker_port, self._directory / "ca.pem")
-        with running(Relay("gateway", "this", command), setting, _GATEWAY_CORE):
-            yield
+        with running(Relay("gateway", "this", command), setting, _GATEWAY_CORE) as gateway:
+            yield gateway
 
 
-class _Fleet:
+class Fleet:
     """Devices that run until they are dismissed."""
 
     def __init__(self, count: int, port: int, period: float = 0.0) -> None:
@@ -221,14 +221,14 @@ class _Fleet:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
-async def _storm(bench: _Bench, storm: int, pacing: str) -> str:
+async def _storm(bench: Bench, storm: int, pacing: str) -> str:
     with bench.gateway(pacing):
-        standing = _Fleet(20, bench.port, 0.02)
+        standing = Fleet(20, bench.port, 0.02)
         await standing.all_served(30)
         await asyncio.sleep(2)
         for device in standing.devices:
             device.round_trips.clear()
-        fleet = _Fleet(storm, bench.port)
+        fleet = Fleet(storm, bench.port)
         seconds = await fleet.all_served(300)
         trips = sorted(trip for device in standing.devices for trip in device.round_trips)
         refused = len(fleet.told)
@@ -241,17 +241,17 @@ async def _storm(bench: _Bench, storm: int, pacing: str) -> str:
     )
 
 
-async def _outage(bench: _Bench, how: str, seconds: float) -> str:
+async def _outage(bench: Bench, how: str, seconds: float) -> str:
     """Hurt the broker for a while; return who was told when, and when all were served again."""
     with bench.gateway(""):
-        fleet = _Fleet(100, bench.port, 1.0)
+        fleet = Fleet(100, bench.port, 1.0)
         await fleet.all_served(60)
-        newcomers: _Fleet | None = None
+        newcomers: Fleet | None = None
         began = time.monotonic()
         bench.hurt(signal.SIGKILL if how == "killed" else signal.SIGUSR1)
         if how == "blackholed":
             # Those that stand learn of it late; devices that come meanwhile are told earlier.
-            newcomers = _Fleet(100, bench.port)
+            newcomers = Fleet(100, bench.port)
         await asyncio.sleep(seconds)
         standing = [at - began for device in fleet.devices for at, _ in device.told[:1]]
         waited = [
@@ -276,11 +276,11 @@ async def _outage(bench: _Bench, how: str, seconds: float) -> str:
     )
 
 
-async def _slow(bench: _Bench) -> str:
+async def _slow(bench: Bench) -> str:
     bench.stop()
     bench.start_broker(slow=_SLOW)
     with bench.gateway(""):
-        fleet = _Fleet(100, bench.port)
+        fleet = Fleet(100, bench.port)
         seconds = await fleet.all_served(60)
         told = len(fleet.told)
         await fleet.dismiss()
@@ -292,7 +292,7 @@ async def _slow(bench: _Bench) -> str:
 async def _run(options: argparse.Namespace) -> None:
     descriptor_limit()
     with TemporaryDirectory() as directory:
-        bench = _Bench(Path(directory))
+        bench = Bench(Path(directory))
         bench.start_broker()
         try:
             if "storm" in options.only:
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asyncio.run(_Broker(float(slow)).serve(int(port), chain, key))
         return 0
     options.pacing = [float(each) for each in options.pacing.split(",")]
-    os.sched_setaffinity(0, {_OTHER_CORE})
+    os.sched_setaffinity(0, {OTHER_CORE})
     try:
         asyncio.run(_run(options))
     except CannotMeasure as error:

@@ -44,6 +44,13 @@ def reactor() -> Any:
     return start_reactor()
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests ask for the status far more often than people and programs do."""
+    monkeypatch.setattr("gateway.ops.web.site._BURST", 1e6)
+    monkeypatch.setattr("gateway.ops.web.site._AT_ONCE", 3600.0)
+
+
 @pytest.fixture(scope="session")
 def ca() -> trustme.CA:
     """Return the CA that the gateway trusts in most tests."""

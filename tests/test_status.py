@@ -18,12 +18,15 @@ from typing import Any
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
 from twisted.logger import globalLogPublisher
 
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
 from gateway.ops.status_words import SCHEMA
 from gateway.ops.web import site as site_module
+from gateway.ops.web.site import StatusSite
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers
@@ -530,7 +533,7 @@ def test_two_hosts_are_none_of_them(start: StartGateway) -> None:
     """And who sends none is no browser."""
     port = status_port(start(upstream=1))
     assert (
-        b" 421 "
+        b" 400 "
         in raw(port, b"GET /status HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n").split(b"\r\n")[0]
     )
     assert b" 200 " in raw(port, b"GET /healthz HTTP/1.0\r\n\r\n").split(b"\r\n")[0]
@@ -554,7 +557,6 @@ def test_a_unix_socket_answers_to_any_name(start: StartGateway, tmp_path: Path) 
 
 def test_an_answer_ends_the_connection(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the client would like, and though more requests stand behind."""
-    monkeypatch.setattr(site_module, "_IDLE", 3600)
     monkeypatch.setattr(site_module, "_LIFETIME", 3600)
     request = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n"
     answer = raw(status_port(start(upstream=1)), request * 5)
@@ -586,7 +588,6 @@ def test_garbage_is_answered_in_short(start: StartGateway, devices: list[Device]
 
 def test_who_says_nothing_is_cut_off(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also who says it slowly; and there are not many of them at a time."""
-    monkeypatch.setattr(site_module, "_IDLE", 3600)
     monkeypatch.setattr(site_module, "_LIFETIME", 0.5)
     monkeypatch.setattr(site_module, "_MOST_CONNECTIONS", 3)
     gateway = start(upstream=1)
@@ -604,14 +605,151 @@ def test_who_says_nothing_is_cut_off(start: StartGateway, monkeypatch: pytest.Mo
     leftovers.check()
 
 
-def test_who_asks_too_often_has_to_wait(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_asks_too_often_gets_the_same_answer_or_has_to_wait(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The relay's time is not spent on those who look; health is answered all the same."""
+    monkeypatch.setattr(site_module, "_AT_ONCE", 1e-9)
+    monkeypatch.setattr(site_module, "_SHARE", 0.0)
+    gateway = start(upstream=1)
+    first = ask(gateway)
+    assert first.status == 200
+    again = ask(gateway)
+    assert (again.status, again.json["time"]) == (200, first.json["time"])
+    for path in ("/", "/metrics", "/status?q=a"):
+        assert ask(gateway, path).status == 429
+    assert ask(gateway, "/").headers["Retry-After"] == "5"
+    assert [ask(gateway, path).status for path in ("/healthz", "/readyz")] == [200, 200]
+    monkeypatch.setattr(site_module, "_REPEATABLE_FOR", -1.0)
+    assert ask(gateway).status == 429
+
+
+def test_the_time_that_answers_take_comes_back_as_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A document that took long is not made again before; few are kept to be repeated."""
+    monkeypatch.setattr(site_module, "_AT_ONCE", 0.02)
+    spent = iter([0.0, 0.05, *[1.0] * 100])
+    monkeypatch.setattr(site_module.time, "thread_time", lambda: next(spent))
+    clock = Clock()
+    budget = site_module._Budget(clock.seconds)
+    made: list[object] = []
+
+    def answer(key: object) -> Any:
+        return budget.answer(key, lambda: made.append(key) or (200, "", repr(key).encode()))
+
+    assert answer("a") == (200, "", b"'a'")
+    assert [answer("b"), answer("a")] == [None, (200, "", b"'a'")]
+    clock.advance(5.9)
+    assert (answer("b"), made) == (None, ["a"])
+    clock.advance(0.2)
+    assert answer("b") == (200, "", b"'b'")
+    clock.advance(1000)
+    for key in range(20):
+        answer(key)
+    assert len(budget._kept) <= 8
+
+
+@pytest.mark.parametrize("header", ["Accept", "Host", "X-Other", "Content-Length", "Transfer-Encoding", "Connection"])
+@pytest.mark.parametrize(
+    "value",
+    [b"application/openmetrics-text; version=x", b"\xff", b"\xc3\xa4", b"\x80" * 200, b"", b"a;q=\xff", b"1_0", b"-1"],
+)
+def test_no_header_escapes_the_handler(start: StartGateway, header: str, value: bytes) -> None:
+    """There is an answer, and no line in the log, which the fixture sees to."""
+    host = b"" if header == "Host" else b"Host: localhost\r\n"
+    request = b"GET /metrics HTTP/1.1\r\n" + host + header.encode() + b": " + value + b"\r\n\r\n"
+    answer = raw(status_port(start(upstream=1)), request)
+    assert answer[:12] in {b"HTTP/1.1 200", b"HTTP/1.1 400", b"HTTP/1.1 421", b"HTTP/1.1 501"}
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET /\xff HTTP/1.1",
+        b"\xff / HTTP/1.1",
+        b"GET / HTTP/9.9",
+        b"GET / HTTP/0.9",
+        b"GET /",
+        b"GET  / HTTP/1.1",
+        b"/",
+    ],
+)
+def test_no_request_line_escapes_the_handler(start: StartGateway, line: bytes) -> None:
+    """The same for what stands first."""
+    answer = raw(status_port(start(upstream=1)), line + b"\r\nHost: localhost\r\n\r\n")
+    assert answer[:12] in {b"HTTP/1.1 200", b"HTTP/1.1 400", b"HTTP/1.1 404", b"HTTP/1.1 405"}
+
+
+class Wire(StringTransport):
+    """A transport that knows a half close and an abort."""
+
+    aborted = False
+
+    def loseWriteConnection(self) -> None:  # noqa: N802  the interface's name
+        """Nothing more is written."""
+
+    def abortConnection(self) -> None:
+        self.aborted = True
+
+
+def on_the_wire(site: Any) -> tuple[Any, Wire]:
+    """A connection to the site, without sockets."""
+    connection, wire = site.buildProtocol(None), Wire()
+    connection.makeConnection(wire)
+    return connection, wire
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX: ",
+    ],
+    ids=["body", "head"],
+)
+def test_who_sends_byte_by_byte_is_cut_off(start: StartGateway, head: bytes) -> None:
+    """A request comes in a few reads; each read costs the relay a turn, and a body is not parsed at all."""
+    gateway = start(upstream=1)
+    site = StatusSite(gateway.service.sight, Clock())
+    connection, wire = on_the_wire(site)
+    connection.dataReceived(head)
+    fed = 0
+    while not wire.aborted:
+        fed += 1
+        connection.dataReceived(b"1")
+    assert fed == site_module._MOST_READS
+    assert wire.value().count(b"HTTP/1.1 200 OK") == (1 if head.endswith(b"\r\n\r\n") else 0)
+    connection.connectionLost()
+    assert not site.protocols
+
+
+def test_connections_that_come_too_fast_wait_in_the_kernel(
+    start: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The port is paused, and taken up again as the rate allows; nobody is turned away for it."""
     monkeypatch.setattr(site_module, "_BURST", 3.0)
+    monkeypatch.setattr(site_module, "_RATE", 100.0)
+    gateway = start(upstream=1)
+    site = gateway.service.status_port._open.site
+    paused: list[bool] = []
+    monkeypatch.setattr(site.port, "stopReading", lambda stop=site.port.stopReading: (paused.append(True), stop()))
+    assert [ask(gateway, "/healthz").status for _ in range(12)] == [200] * 12
+    assert paused
+    Leftovers(gateway).check()
+
+
+def test_a_paused_port_can_be_closed(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No timer takes it up again."""
+    monkeypatch.setattr(site_module, "_BURST", 1.0)
     monkeypatch.setattr(site_module, "_RATE", 0.001)
     gateway = start(upstream=1)
-    assert [ask(gateway).status for _ in range(4)] == [200, 200, 200, 429]
-    assert ask(gateway).headers["Retry-After"] == "1"
+    leftovers = Leftovers(gateway)
     assert ask(gateway, "/healthz").status == 200
+    site = gateway.service.status_port._open.site
+    assert site._resume is not None
+    gateway.call(gateway.service.change, changed(gateway))
+    assert site._resume is None
+    leftovers.check()
 
 
 def test_a_mistake_in_an_answer_stays_there(

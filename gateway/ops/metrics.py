@@ -27,6 +27,7 @@ from gateway.ops.ledger import BUCKETS
 from gateway.ops.sight import STEPS, Sight
 
 _PREFIX = "mqtts_gateway"
+_OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 class Metrics:
@@ -41,8 +42,9 @@ class Metrics:
         GCCollector(registry=self._registry)
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics and their content type, in the format that a request's Accept header prefers."""
-        encode, content_type = choose_encoder(accept)
+        """Return the metrics and their content type: OpenMetrics if a request's Accept header has it, else text."""
+        # Not the header as it came: the library raises for versions that it cannot compare.
+        encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS.partition(";")[0] in accept else "")
         return encode(self._registry), content_type
 
 

@@ -90,6 +90,7 @@ class StatusPort:
             port = listen(self._reactor, Listener(status.endpoint), factory)
         except ListenFailed as error:
             raise ConfigError([f"status.endpoint: cannot listen on {status.endpoint}: {error}"]) from None
+        site.port = port
         return Prepared(status, _Open(status, site, port))
 
     def adopt(self, prepared: Prepared) -> None:
