@@ -370,6 +370,18 @@ def test_to_end_a_session_costs_more() -> None:
     assert world.enter(4) == [2]
 
 
+def test_a_sensor_that_wakes_every_five_seconds_without_a_word_is_served() -> None:
+    """From its own address: twelve a minute are not sixty.  Two devices with one name behind one address are slowed."""
+    world = World(connects_per_minute=60)
+    for number in range(120):
+        assert world.enter(number) == []
+        world.now += 5
+    outcomes = [world.enter(number) for number in range(1000, 1050)]
+    assert outcomes.count(EndReason.CLIENT_ID_PACED) == 20
+    with pytest.raises(Refusal, match="counts as 2"):
+        world.presence.enter(2000, Holder("a", "10.0.0.1", AT), world.devices)
+
+
 @pytest.mark.parametrize("rate", [0.5, 1, 5, 9.9])
 def test_however_slow_the_rate_a_session_can_be_replaced_at_some_time(rate: float) -> None:
     """A device that lost its power comes back while its old session stands."""

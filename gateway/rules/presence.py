@@ -24,7 +24,11 @@ _MAX_NAMES = 100_000
 # A longer name, up to 64 KiB, is stored as its digest.
 _LONGEST_NAME = 64
 _SECONDS = 60.0
+# What a CONNECT costs while a session with its name is established.  From another address it may be a stranger, or two
+# devices with one name; from the same address it is most likely the device itself, which wakes without having said
+# that it went to sleep.
 _TAKEOVER_COST = 10.0
+_RETURN_COST = 2.0
 
 _S = TypeVar("_S", bound=Hashable)
 _Name: TypeAlias = str | bytes
@@ -123,16 +127,18 @@ class Presence(Generic[_S]):
             raise Refusal(EndReason.CLIENT_ID_IN_USE, f"it has a session from {where}", 2, 0x85)
         if not devices.connects_per_minute:
             return others, None
-        cost = min(_TAKEOVER_COST, _burst(devices)) if standing else 1.0
+        cost = _TAKEOVER_COST if others else _RETURN_COST if standing else 1.0
         return others, self._taken((holder.name, holder.brokers), cost, devices)
 
     def _taken(self, key: _Key, cost: float, devices: Devices) -> float:
         """Return the tokens left after taking `cost` from a bucket.  Raises Refusal when there are not enough."""
         burst, now = _burst(devices), self._seconds()
+        counted = "" if cost == 1.0 else f"; one that ends an established session counts as {cost:g}"
+        cost = min(cost, burst)
         tokens, since = self._buckets.get(key, (burst, now))
         tokens = min(burst, tokens + max(0.0, now - since) * devices.connects_per_minute / _SECONDS)
         if tokens < cost:
-            detail = f"more often than {devices.connects_per_minute:g} times a minute"
+            detail = f"more often than {devices.connects_per_minute:g} times a minute{counted}"
             raise Refusal(EndReason.CLIENT_ID_PACED, detail, 3, 0x9F)
         return tokens - cost
 
