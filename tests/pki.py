@@ -99,7 +99,7 @@ def certify(
     names: Sequence[str] = ("DNS:localhost",),
     names_critical: bool = False,
     valid_from: float = -1,
-    valid_for: float = 30,
+    valid_for: float = 90,
     ca: bool | None = False,
     ca_critical: bool = True,
     path_length: int | None = None,

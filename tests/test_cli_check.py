@@ -179,7 +179,7 @@ def test_a_good_broker_passes_every_step(offered: Callable[..., tuple[Checked, B
     assert names == ["configuration", "file", "listen", "clock", "engine", *TO_THE_BROKER]
     assert f"connected to 127.0.0.1:{broker.port}" in done.step("tcp").message
     assert "SNI localhost, no ALPN, TLS 1.2 or later" in done.step("client-hello").message
-    assert "CN=broker; names DNS:localhost; issuer CN=Root CA; 28 days left" in done.step("certificate").message
+    assert "CN=broker; names DNS:localhost; issuer CN=Root CA; 88 days left" in done.step("certificate").message
     assert done.step("identity").message == "DNS:localhost matches localhost"
     assert done.step("tls").message == "TLSv1.3, TLS_AES_256_GCM_SHA384, no ALPN"
     assert done.step("connack").message.startswith("0x00, connection accepted (")
@@ -298,7 +298,7 @@ def test_an_identity_that_does_not_match(
 def test_a_certificate_out_of_its_time(offered: Callable[..., tuple[Checked, Broker]], root: Certified) -> None:
     """The clock of this machine is shown beside, since it is the other suspect."""
     year = f"clock says {datetime.now(UTC):%Y-}"
-    done, _ = offered(certify(root, valid_from=-40))
+    done, _ = offered(certify(root, valid_from=-140))
     done.failed("chain", "tls-expired", year, remedy="Renew")
     assert "expired on" in done.step("certificate").message
     done, _ = offered(certify(root, valid_from=2))
@@ -308,8 +308,8 @@ def test_a_certificate_out_of_its_time(offered: Callable[..., tuple[Checked, Bro
 def test_a_certificate_that_expires_soon_is_a_warning(
     offered: Callable[..., tuple[Checked, Broker]], root: Certified
 ) -> None:
-    """Soon is less than 30 days and less than a third of its life, its issuer's included; warnings count if asked."""
-    done, _ = offered(certify(root, valid_from=-80, valid_for=90))
+    """Soon is less than 30 days, as for `status`, its issuer's included; warnings count if asked."""
+    done, _ = offered(certify(root, valid_for=29))
     assert done.step("certificate").status is Status.WARN
     assert "Renew" in done.step("certificate").remedy
     assert done.step("connack").status is Status.PASS
@@ -487,7 +487,7 @@ def test_files_are_looked_at_one_by_one(
     assert [step.message.partition(": ")[0] for step in steps] == [
         str(tmp_path / name) for name in ("ca.pem", "cas/one.crt", "client.pem", "key.pem", "crl.pem")
     ]
-    assert "2 certificates in order; 28 days left" in steps[2].message
+    assert "2 certificates in order; 88 days left" in steps[2].message
     assert "due by" in steps[4].message
     assert [step.name for step in done.report.steps if step.upstream] == []
 
@@ -507,10 +507,10 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
             ca.write_text("hello")
             return cas, (Status.FAIL, "holds no PEM", "")
         case "expired CA":
-            ca.write_bytes(certify_ca(valid_from=-40).pem)
+            ca.write_bytes(certify_ca(valid_from=-140).pem)
             return cas, (Status.FAIL, "no CA certificate is valid: CN=Root CA: expired on", "current certificate")
         case "one of two expired":
-            ca.write_bytes(certify_ca(valid_from=-40).pem + root.pem)
+            ca.write_bytes(certify_ca(valid_from=-140).pem + root.pem)
             return cas, (Status.WARN, "1 of 2 certificates not valid", "Remove")
         case "no CA":
             ca.write_bytes(leaf.pem)
@@ -548,7 +548,7 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
                 "each issuer",
             )
         case "expired client":
-            client.write_bytes((leaf := certify(root, **usual, valid_from=-40)).pem + leaf.key_pem)
+            client.write_bytes((leaf := certify(root, **usual, valid_from=-140)).pem + leaf.key_pem)
             return clients, (Status.FAIL, "expired on", "Renew it")
         case "client that is a server":
             client.write_bytes((leaf := certify(root, names=())).pem + leaf.key_pem)
@@ -557,7 +557,7 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
             client.write_bytes((leaf := certify(root, **usual, key=rsa_key(1024))).pem + leaf.key_pem)
             return clients, (Status.FAIL, "refused by OpenSSL (ee key too small); use at least", "")
         case "expired CRL":
-            crl.write_bytes(revocation_list(root, valid_from=-40))
+            crl.write_bytes(revocation_list(root, valid_from=-140))
             return crls, (Status.FAIL, "the CRL of CN=Root CA has expired", "tls-crl-unusable")
     raise AssertionError(name)
 
@@ -659,7 +659,7 @@ def test_the_status_endpoint_is_listened_on_too(
     assert step("127.0.0.1:0").status is Status.PASS
     missing = step("unix:/nonexistent/status.sock")
     assert missing.status is Status.WARN
-    assert "make the directory of the socket first" in missing.remedy
+    assert "create the directory of the socket first" in missing.remedy
 
 
 def test_a_clock_before_the_release_is_wrong(

@@ -233,7 +233,7 @@ def test_the_ca_must_be_one_and_outlive_the_device(site: Site, capfd: pytest.Cap
     ca: Certified = certify_ca()
     site.ca_cert.write_bytes(ca.pem)
     site.ca_key.write_bytes(ca.key_pem)
-    assert site.do("add", "a", *site.issuing[:4], "--days", "31") == 1
+    assert site.do("add", "a", *site.issuing[:4], "--days", "91") == 1
     errors = capfd.readouterr().err.splitlines()
     assert [words in line for words, line in zip(("not the key of", "is no CA's", "--days"), errors, strict=True)]
     assert site.files() == []

@@ -109,12 +109,12 @@ def test_an_environment_that_the_service_cannot_see_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """In a home directory or in /tmp, be it the environment, its Python or the package; the remedy is named."""
-    monkeypatch.setattr(install, "_HIDDEN", (str(Path(sys.prefix).parent),))
+    monkeypatch.setattr(install, "HIDDEN", (str(Path(sys.prefix).parent),))
     assert console(["install", "--root", str(tmp_path / "root")]) == 1
     err = capfd.readouterr().err
     assert f"this environment is {sys.prefix}, which the service cannot see" in err
     assert "python3 -m venv /opt/mqtts-gateway" in err
-    monkeypatch.setattr(install, "_HIDDEN", (str(Path(gateway.__file__).parent),))
+    monkeypatch.setattr(install, "HIDDEN", (str(Path(gateway.__file__).parent),))
     assert console(["install", "--root", str(tmp_path / "root")]) == 1
     assert f"the package is {Path(gateway.__file__).parent}" in capfd.readouterr().err
     assert not (tmp_path / "root").exists()

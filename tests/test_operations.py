@@ -115,7 +115,6 @@ def test_the_operations_from_install_to_decommission(plant: Plant) -> None:
     reader.do("backup")
     assert "credentials" in box.do("tar", "--list", "--file", "/root/mqtts-gateway.tar.gz")
     assert box.do("stat", "--format=%a", "/root/mqtts-gateway.tar.gz").strip() == "600"
-    box.do("rm", "-r", "/etc/systemd/system/mqtts-gateway.service.d")
     reader.do("decommission")
     left = box.do(
         "find", "/etc", "/usr/local", "/var/lib", "/run", "-name", "*mqtts-gateway*", "-not", "-path", "*/cgroup/*"

@@ -377,8 +377,6 @@ def test_a_key_changed_in_credentials_is_used_after_a_restart(plant: Plant) -> N
 
 def test_a_key_that_a_group_may_read_is_renewed_without_a_restart(plant: Plant, box: Box) -> None:
     """The way of docs/operations.md for certificates that are renewed often: no signal, no restart, no open key."""
-    box.do("groupadd", "--system", "mqtts-gateway-keys")
-    plant.drop_in("SupplementaryGroups=mqtts-gateway-keys")
 
     def renew(name: str) -> None:
         plant.issue(name)
@@ -399,6 +397,33 @@ def test_a_key_that_a_group_may_read_is_renewed_without_a_restart(plant: Plant, 
             return plant.shown_name() == "gateway-2"
 
     eventually(renewed, "the renewed certificate is shown")
+
+
+def test_a_device_added_as_documented_is_served_after_a_reload(plant: Plant, box: Box) -> None:
+    """Add, check, reload: the service can read the key that root made, and `check` refuses one that it cannot."""
+    plant.configure(more='[devices]\ndirectory = "devices"\n')
+    box.do("mkdir", "-p", SETTINGS / "devices")
+    plant.start()
+    box.write("/root/ca.pem", plant.ca.cert_pem.bytes().decode())
+    box.write("/root/ca-key.pem", plant.ca.private_key_pem.bytes().decode(), 0o600)
+    box.do(PROGRAM, "device", "add", "d1", "--ca-cert", "/root/ca.pem", "--ca-key", "/root/ca-key.pem", "--days", "60")
+    box.do(PROGRAM, "check", "--files", "--config", CONFIG)
+    box.do("systemctl", "reload", UNIT)
+
+    def served_as_itself() -> bool:
+        with plant.device() as device:
+            device.send(connect("d1"))
+            return device.read(len(ACCEPTED)) == ACCEPTED and plant.shown_name() == "d1"
+
+    eventually(served_as_itself, "the device is served under its own certificate")
+    for path in ("devices/d1-key.pem", "ca.pem"):
+        box.do("chmod", "600", SETTINGS / path)
+        checked = box.run(PROGRAM, "check", "--files", "--config", CONFIG)
+        assert checked.returncode == 1
+        assert f"{SETTINGS / path}: mqtts-gateway.service cannot read it" in checked.stdout
+        assert box.run("systemctl", "reload", UNIT).returncode != 0
+        box.do("chmod", "640" if "key" in path else "644", SETTINGS / path)
+    box.do("rm", "-r", SETTINGS / "devices")
 
 
 def test_a_missing_directory_of_credentials_is_named(plant: Plant, box: Box) -> None:

@@ -149,7 +149,7 @@ def test_it_installs_its_service(installed: Path, tmp_path: Path) -> None:
     assert f"this environment is {installed.parent}, and the service does not see /tmp" in result.stderr
     assert not stage.exists()
     code = (
-        "import sys; from gateway.cli import install; install._HIDDEN = (); "
+        "import sys; from gateway.cli import install; install.HIDDEN = (); "
         "install._closed = lambda *_: (); from gateway.cli.main import console; sys.exit(console(sys.argv[1:]))"
     )
     run(installed / "python", "-c", code, "install", "--root", stage)

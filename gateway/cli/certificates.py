@@ -6,19 +6,15 @@ In: parsed certificates, the time.  Out: names that are safe to show, and remain
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from cryptography import x509
 
 from gateway.cli.report import Status
+from gateway.ops.expiry import SOON
 from gateway.text import printable
 from gateway.tls.alt_names import subject_alt_names
-
-# Renewal is due: less than 30 days are left, and less than a third of the lifetime (certificates that are valid for a
-# week are renewed every few days).
-_SOON = timedelta(days=30)
-_LATE_PART = 3
 
 
 def subject(certificate: x509.Certificate) -> str:
@@ -44,8 +40,7 @@ def expiry(certificate: x509.Certificate) -> tuple[Status, str]:
     if time < start:
         return Status.FAIL, f"not valid before {start:%Y-%m-%d %H:%M} UTC"
     left = end - time
-    soon = left < _SOON and left < (end - start) / _LATE_PART
-    return Status.WARN if soon else Status.PASS, f"{left.days} days left (until {end:%Y-%m-%d})"
+    return Status.WARN if left <= SOON else Status.PASS, f"{left.days} days left (until {end:%Y-%m-%d})"
 
 
 def first_to_expire(certificates: Sequence[x509.Certificate]) -> x509.Certificate:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Coroutine
 from ipaddress import ip_address
+from pathlib import Path
 from random import random
 from typing import Any
 
@@ -29,6 +30,7 @@ from gateway.cli.login import Login, make_login
 from gateway.cli.openssl import s_client_command
 from gateway.cli.probe import Probe, upstream_steps
 from gateway.cli.report import Report, Status, Step, TextView, complain
+from gateway.cli.service_view import ServiceView
 from gateway.config import TLS, Config, Listener, Upstream
 from gateway.config.flags import CONFIG, FLAGS, config_from
 from gateway.dial.dialler import Target
@@ -163,7 +165,14 @@ def examine_files(given: dict[str, list[str]], report: Report) -> tuple[Config |
     source = given[CONFIG.name][0] if given[CONFIG.name] else "the flags"
     counts = f"{_count(config.listen, 'listener')}, {_count(config.upstream, 'upstream')}"
     report.add(Step("configuration", Status.PASS, f"{source}: {counts}"))
-    return config, _files(config, report)
+    view = None
+    if given[CONFIG.name] and os.geteuid() == 0:
+        view = ServiceView.of(Path(source).absolute())
+        obstacle = view.obstacle(Path(source)) if view is not None else ""
+        if view is not None and obstacle:
+            message = f"{source}: {view.unit} cannot read it: {obstacle}"
+            report.add(Step("file", Status.FAIL, message, f"chmod o+r {source}; directories above it need o+x."))
+    return config, _files(config, view, report)
 
 
 async def examine(
@@ -232,10 +241,10 @@ def _led_to(config: Config, guise: Guise | None) -> list[Upstream]:
     return [upstream for name in names for upstream in config.upstream if upstream.name == name]
 
 
-def _files(config: Config, report: Report) -> TLSPolicy | None:
+def _files(config: Config, view: ServiceView | None, report: Report) -> TLSPolicy | None:
     """Check the files, and load what sessions use; `None` if that fails."""
     failed = False
-    for step in file_steps(config.tls):
+    for step in file_steps(config, view):
         report.add(step)
         failed = failed or step.status is Status.FAIL
     try:

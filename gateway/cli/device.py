@@ -35,6 +35,7 @@ from gateway.cli.device_files import (
     rule_text,
 )
 from gateway.cli.report import complain
+from gateway.cli.service_view import ServiceView
 from gateway.config import Config, DeviceRule, load_file
 from gateway.config.anchor import Anchor
 from gateway.config.directory import read_directory
@@ -48,6 +49,7 @@ from gateway.tls.trust import read_certificates, read_private_key
 
 _CONFIG = "/etc/mqtts-gateway/gateway.toml"
 _SECRET = 0o600
+_SECRET_OF_GROUP = 0o640
 _PUBLIC = 0o644
 _SALT_SIZE = 16
 _LONGEST_ROW = 65_536
@@ -232,7 +234,8 @@ def _with_identity(
         _write_rule(rules, new, files, {}, writer)
         return
     key = make_key(arguments.key_type)
-    writer.write(files.key, key_pem(key), _SECRET)
+    group = _key_group(rules)
+    writer.write(files.key, key_pem(key), _SECRET if group is None else _SECRET_OF_GROUP, group)
     if issuer is None:
         writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
         # No rule yet: without its certificate, the device would use the gateway's.
@@ -241,6 +244,12 @@ def _with_identity(
     certificate = issuer.issue(key, new.common_name, arguments.days, now())
     writer.write(files.certificate, certificate_pem(certificate), _PUBLIC)
     _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
+
+
+def _key_group(rules: _Rules) -> int | None:
+    """Return the group that gives the installed service read access to a key of root's; `None` if there is none."""
+    view = ServiceView.of(rules.file.absolute()) if os.geteuid() == 0 else None
+    return None if view is None else view.key_group
 
 
 def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) -> None:

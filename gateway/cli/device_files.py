@@ -118,7 +118,7 @@ class Writer:
                 path.unlink(missing_ok=True)
             raise
 
-    def write(self, path: Path, data: bytes, mode: int) -> None:
+    def write(self, path: Path, data: bytes, mode: int, group: int | None = None) -> None:
         """Create a file atomically, with its final mode from the start.  Raises `DeviceProblem`."""
         part = path.with_name(f".{path.name}.part")
         try:
@@ -126,6 +126,8 @@ class Writer:
             descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
             try:
                 with os.fdopen(descriptor, "wb") as file:
+                    if group is not None:
+                        os.fchown(file.fileno(), -1, group)
                     os.fchmod(file.fileno(), mode)  # independent of the umask
                     file.write(data)
                     file.flush()

@@ -1,6 +1,7 @@
 """Checks the files of a configuration.
 
-In: the `[tls]` section.  Out: a `Step` for each file.
+In: a configuration.  Out: a `Step` for each file of `[tls]`; of the rules' files, a `Step` for each that has a problem,
+and one for the rest, which may be thousands.
 
 A world-writable file is a FAIL: any local user could change whom the gateway trusts, or its identity.  A world-readable
 private key is a FAIL too: any local user could impersonate the gateway.  A group-readable key is a WARN unless root
@@ -10,20 +11,33 @@ owns it: root:SERVICE 0640 is the usual way to give a service a key.
 from __future__ import annotations
 
 import getpass
+import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+from attrs import evolve
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from gateway.cli.certificates import expiry, first_to_expire, is_ca, issuer, now, subject
 from gateway.cli.report import Status, Step
-from gateway.config import TLS
-from gateway.tls.trust import ca_dir_files, platform_bundle, read_certificates, read_crls, read_private_key
+from gateway.cli.service_view import KEY_GROUP, ServiceView
+from gateway.config import TLS, Config, DeviceRule
+from gateway.rules.secrets import SecretUnavailable, read_secret
+from gateway.rules.tokens import check_signing_key, sas_key
+from gateway.text import printable
+from gateway.tls.trust import (
+    ca_dir_files,
+    platform_bundle,
+    read_certificates,
+    read_crls,
+    read_private_key,
+    spki_pin,
+)
 
 _STEP = "file"
 _T = TypeVar("_T")
@@ -41,8 +55,35 @@ def _whatever_it_holds(look: Callable[[Path, _T], Step]) -> Callable[[Path, _T],
     return step
 
 
-def file_steps(tls: TLS) -> Iterator[Step]:
-    """Check each file that `tls` names."""
+def file_steps(config: Config, view: ServiceView | None = None) -> Iterator[Step]:
+    """Check each file that `config` names; with `view`, also whether the service can read it."""
+    for step in _tls_steps(config.tls):
+        yield _as_seen(step, view)
+    yield from _rule_steps(config, view)
+
+
+def _as_seen(step: Step, view: ServiceView | None) -> Step:
+    """Return a step, failed if the service cannot read its file."""
+    if view is None or step.status is Status.FAIL or "path" not in step.facts:
+        return step
+    path = Path(step.facts["path"])
+    obstacle = view.obstacle(path)
+    if not obstacle:
+        return step
+    remedy = _readable_remedy(path, secret=step.facts["secret"])
+    return Step(_STEP, Status.FAIL, f"{path}: {view.unit} cannot read it: {obstacle}", remedy, facts=step.facts)
+
+
+def _readable_remedy(path: Path, *, secret: bool) -> str:
+    if not secret:
+        return f"chmod o+r {path}; directories above it need o+x."
+    return (
+        f"chgrp {KEY_GROUP} {path} && chmod 640 {path}; or move it to the directory credentials beside the "
+        "configuration, and restart the service."
+    )
+
+
+def _tls_steps(tls: TLS) -> Iterator[Step]:
     if tls.ca_file or tls.ca_dir is not None:
         for path in tls.ca_file:
             yield _roots(path)
@@ -50,10 +91,119 @@ def file_steps(tls: TLS) -> Iterator[Step]:
         yield _platform_roots()
     if tls.ca_dir is not None:
         yield from _directory(tls.ca_dir)
+    yield from _same_names(tls)
     if tls.client_cert is not None:
         yield from _client(tls.client_cert, tls.client_key or tls.client_cert)
     for path in tls.crl_file:
         yield _crls(path, strict=tls.verification == "strict")
+
+
+def _same_names(tls: TLS) -> Iterator[Step]:
+    """Warn of CA certificates that OpenSSL cannot tell apart: it chooses an issuer by name, then by key identifier."""
+    by_name: dict[bytes, dict[bytes, x509.Certificate]] = {}
+    for path in (*tls.ca_file, *(_listed(tls.ca_dir) if tls.ca_dir is not None else ())):
+        try:
+            for certificate in read_certificates(path):
+                by_name.setdefault(certificate.subject.public_bytes(), {})[spki_pin(certificate)] = certificate
+        except (ValueError, OSError):
+            continue  # said where the file is looked at
+    for alike in by_name.values():
+        certificates = list(alike.values())
+        if len(certificates) > 1 and not all(_has_key_identifier(each) for each in certificates):
+            message = f"{len(certificates)} CAs with different keys are named {subject(certificates[0])}"
+            remedy = "Without key identifiers the wrong one may be tried. Keep only the one that issued the broker's."
+            yield Step(_STEP, Status.WARN, message, remedy)
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return ca_dir_files(directory)
+    except OSError:
+        return []
+
+
+def _has_key_identifier(certificate: x509.Certificate) -> bool:
+    try:
+        certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier)
+    except (ValueError, x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        return False
+    return True
+
+
+def _rule_steps(config: Config, view: ServiceView | None) -> Iterator[Step]:
+    """Check the rules for devices and their files."""
+    checked = 0
+    if config.devices.directory is not None and view is not None:
+        yield from _unseen_rules(config.devices.directory, view)
+    for device in config.device:
+        for step in _device_steps(device):
+            seen = _as_seen(step, view)
+            checked += 1
+            if seen.status is not Status.PASS:
+                yield evolve(seen, message=f"rule {printable(device.name)}: {seen.message}")
+    if checked:
+        rules = _count(config.device, "rule")
+        yield Step(_STEP, Status.PASS, f"{rules}: {checked} keys, certificates and passwords checked")
+
+
+def _unseen_rules(directory: Path, view: ServiceView) -> Iterator[Step]:
+    """Yield what keeps the service from reading the directory of rules."""
+    for path in (directory, *sorted(directory.glob("*.toml"))):
+        obstacle = view.obstacle(path)
+        if obstacle:
+            remedy = f"chmod o+r{'x' if path.is_dir() else ''} {path}; directories above it need o+x."
+            yield _step(Status.FAIL, path, f"{view.unit} cannot read it: {obstacle}", remedy)
+
+
+def _device_steps(device: DeviceRule) -> Iterator[Step]:
+    if device.client_cert is not None:
+        yield from _client(device.client_cert, device.client_key or device.client_cert)
+    if device.sas_key_file is not None:
+        yield _secret(device.sas_key_file, "SAS key", lambda path: sas_key(read_secret(path)))
+    if device.jwt_key_file is not None:
+        yield _secret(device.jwt_key_file, "signing key", lambda path: check_signing_key(read_private_key(path)))
+    if device.password_file is not None:
+        yield _secret(device.password_file, "password", read_secret)
+    if device.password_command:
+        yield _program(Path(device.password_command[0]))
+    for key in ("publish", "subscribe"):
+        if getattr(device, f"{key}_prefix") and getattr(device, key) is None:
+            message = f"{key}_prefix leaves topics that begin with $ as they are, and {key} permits them all"
+            remedy = f"Set {key} to the Topic Filters that the device needs; # matches none that begin with $."
+            yield Step(_STEP, Status.WARN, message, remedy)
+
+
+def _secret(path: Path, what: str, read: Callable[[Path], object]) -> Step:
+    """Check a file with a secret."""
+    try:
+        read(path)
+        mode = path.stat().st_mode
+    except SecretUnavailable as error:
+        words = str(error).removeprefix(f"{path} ")
+        return _step(Status.FAIL, path, words, _reader() if "cannot be read" in words else "", secret=True)
+    except (OSError, ValueError) as error:
+        return _step(Status.FAIL, path, str(error), secret=True)
+    return _mode_step(path, mode, what) or _step(Status.PASS, path, what, secret=True)
+
+
+def _mode_step(path: Path, mode: int, what: str) -> Step | None:
+    """Return what is wrong with the mode of a file with a secret, if anything."""
+    shown = f"mode {stat.S_IMODE(mode):04o}"
+    if mode & stat.S_IWOTH:
+        return _step(Status.FAIL, path, f"world-writable ({shown})", f"chmod o-w {path}, and check its content.")
+    if mode & stat.S_IROTH:
+        return _step(Status.FAIL, path, f"{what} is world-readable ({shown})", f"chmod o= {path}, and replace it.")
+    if mode & stat.S_IRGRP and path.stat().st_uid != 0:
+        remedy = f"chmod g= {path}, or make root its owner: root:{KEY_GROUP} 0640."
+        return _step(Status.WARN, path, f"{what} is group-readable ({shown})", remedy, secret=True)
+    return None
+
+
+def _program(path: Path) -> Step:
+    if path.is_absolute() and not os.access(path, os.X_OK):
+        why = "is not executable" if path.exists() else "does not exist"
+        return _step(Status.FAIL, path, f"password_command: {why}", "Correct its path, or install the program.")
+    return Step(_STEP, Status.PASS, f"{path}: password_command")
 
 
 def _roots(path: Path) -> Step:
@@ -120,15 +270,8 @@ def _client(certificate_path: Path, key_path: Path) -> Iterator[Step]:
         yield _step(Status.FAIL, key_path, message, remedy)
         return
     mode = key_path.stat().st_mode
-    if mode & stat.S_IROTH:
-        message = f"private key is world-readable (mode {stat.S_IMODE(mode):04o})"
-        yield _step(Status.FAIL, key_path, message, f"chmod o= {key_path}, and replace the key and its certificate.")
-    elif mode & stat.S_IRGRP and key_path.stat().st_uid != 0:
-        message = f"private key is group-readable (mode {stat.S_IMODE(mode):04o})"
-        yield _step(Status.WARN, key_path, message, f"chmod g= {key_path}, or make root its owner: root:SERVICE 0640.")
-    else:
-        message = f"private key of {certificate_path.name}, mode {stat.S_IMODE(mode):04o}"
-        yield _step(Status.PASS, key_path, message)
+    message = f"private key of {certificate_path.name}, mode {stat.S_IMODE(mode):04o}"
+    yield _mode_step(key_path, mode, "private key") or _step(Status.PASS, key_path, message, secret=True)
 
 
 @_whatever_it_holds
@@ -181,8 +324,8 @@ def _read(path: Path, read: Callable[[Path], list[_T]]) -> list[_T] | Step:
     return found
 
 
-def _step(status: Status, path: Path, message: str, remedy: str = "") -> Step:
-    return Step(_STEP, status, f"{path}: {message}", remedy)
+def _step(status: Status, path: Path, message: str, remedy: str = "", *, secret: bool = False) -> Step:
+    return Step(_STEP, status, f"{path}: {message}", remedy, facts={"path": str(path), "secret": secret})
 
 
 def _reader() -> str:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -29,11 +31,10 @@ from gateway.cli.places import (
     unit_text,
     write,
 )
+from gateway.cli.service_view import HIDDEN, KEY_GROUP
 from gateway.config import Upstream, from_flags, template_text
 from gateway.errors import ConfigError
 
-# What the unit's ProtectHome=, PrivateTmp= and PrivateDevices= hide from the service.
-_HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp", "/dev")  # noqa: S108  named, not used
 _REMEDY = "create the environment in /opt: python3 -m venv /opt/mqtts-gateway, and pip install there"
 
 
@@ -81,6 +82,10 @@ def _changes(places: Places, arguments: argparse.Namespace) -> Iterator[Change]:
 def _plan(places: Places, programs: Path, upstream: Upstream | None) -> Iterator[Change]:
     if not places.is_this_machine:
         yield _directory(places.units, 0o755)
+        yield _directory(places.groups.parent, 0o755)
+        yield Change(f"write {places.groups}", lambda: write(places.groups, f"g {KEY_GROUP} -\n"))
+    else:
+        yield Change(f"create the group {KEY_GROUP}, which may read keys of devices, if it does not exist", _make_group)
     yield _directory(places.settings, 0o755)
     yield _directory(places.credentials, 0o700)
     if places.config.exists():
@@ -111,6 +116,14 @@ def _directory(path: Path, mode: int) -> Change:
     return Change(f"create {path}/, mode {mode:04o}", make)
 
 
+def _make_group() -> None:
+    program = shutil.which("groupadd", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "groupadd"
+    # --force: it is no error that the group exists.
+    done = subprocess.run([program, "--system", "--force", KEY_GROUP], capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode != 0:
+        raise CannotInstallError([f"the group {KEY_GROUP} cannot be created: {done.stderr.strip()}"])
+
+
 def _unit(path: Path, text: str) -> Change:
     if not path.exists():
         return Change(f"write {path}", lambda: write(path, text))
@@ -139,7 +152,7 @@ def _obstacles(programs: Path) -> Iterator[str]:
     package = Path(gateway.__file__).resolve().parent
     places = {programs.parent: "this environment", interpreter: "its Python", package: "the package"}
     for path, what in places.items():
-        hidden = next((top for top in _HIDDEN if path.is_relative_to(top)), None)
+        hidden = next((top for top in HIDDEN if path.is_relative_to(top)), None)
         if hidden is not None:
             yield f"{what} is {path}, which the service cannot see (it has no access to {hidden}): {_REMEDY}"
     if not (programs / "twistd").is_file():

@@ -59,6 +59,11 @@ class Places:
         return self.settings / "credentials"
 
     @property
+    def groups(self) -> Path:
+        """The file from which a package has its group made (sysusers.d(5))."""
+        return self.root / "usr/lib/sysusers.d/mqtts-gateway.conf"
+
+    @property
     def is_this_machine(self) -> bool:
         """Whether this is the running system, not a staging directory."""
         return self.root == Path("/")
