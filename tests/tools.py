@@ -12,6 +12,7 @@ import pytest
 _PACKAGES = {
     "danted": "dante-server",
     "squid": "squid-openssl",
+    "promtool": "prometheus",
     "mosquitto_pub": "mosquitto-clients",
     "mosquitto_sub": "mosquitto-clients",
     "systemd-analyze": "systemd",
