@@ -129,6 +129,11 @@ class EndReason(StrEnum):
         "No rule matches this device, and unknown devices are refused.",
         "If the device is yours, add a [[device]] rule for its Client Identifier.",
     )
+    DEVICE_RULE_BROKEN = (
+        "device-rule-broken",
+        "The device's rule, or a key or certificate that it names, cannot be used.",
+        "The detail names the problem: repair the file. Reload the gateway if it is the rule's own file.",
+    )
     DEVICE_PASSWORD_WRONG = (
         "device-password-wrong",
         "The user name or password in CONNECT does not match the device's rule.",

@@ -2,15 +2,13 @@
 
 In: a `Config`, connections.  Out: sessions, from beginning to end.
 
-Everything built from one configuration is a `Generation`.  A new one is built completely before any of it is used;
-sessions keep the generation that they began under.
+Everything built from one configuration is a `Generation`.  A new one is built completely before any of it is used; a
+session takes the generation of the moment when its dial begins.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from random import random
 
 from attrs import frozen
@@ -23,14 +21,14 @@ from twisted.logger import Logger
 from gateway.config import Config, Listener
 from gateway.dial.dialler import Dialler, Target
 from gateway.dial.health import UpstreamHealth, accounts
-from gateway.dial.proxy import proxy_routes
-from gateway.dial.websocket import websocket_routes
+from gateway.dial.proxy import carried_on
 from gateway.drain import Spread
 from gateway.errors import EndReason
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.ops.journal import GatewayJournal
-from gateway.ops.watch import FileState, states
+from gateway.pieces import Pause, no_pause
+from gateway.prepared import Prepared, prepare
 from gateway.reception import Helpers, Reception, is_over
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.proxied import Doorstep
@@ -40,8 +38,6 @@ from gateway.rules.rules import Caller
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
 from gateway.tls.broker_identity import Identity
-from gateway.tls.channel import make_policy
-from gateway.tls.trust import TLSPolicy, policy_files
 
 _log = Logger(namespace="gateway")
 
@@ -53,14 +49,9 @@ DRAIN_INTERVAL = 0.1  # seconds between two groups of sessions that a drain ends
 
 @frozen(slots=True, eq=False)
 class Generation:
-    """A configuration and everything built from it, which the sessions that begin under it share.
+    """A configuration and everything built from it, which the sessions that are dialled under it share."""
 
-    `files` has the states of the certificates, keys and CRLs from just before they were read.
-    """
-
-    config: Config
-    files: Mapping[Path, FileState]
-    policy: TLSPolicy
+    prepared: Prepared
     dialler: Dialler
     reception: Reception
 
@@ -68,12 +59,11 @@ class Generation:
 class _Opening:
     """An admitted connection, and what its session needs of the gateway; cheaper than closures."""
 
-    __slots__ = ("_device", "_gateway", "accepted", "address", "generation", "listener", "via")
+    __slots__ = ("_device", "_gateway", "accepted", "address", "listener", "via")
 
     def __init__(
         self,
         gateway: Gateway,
-        generation: Generation,
         address: IAddress | None,
         listener: str,
         accepted: float,
@@ -81,7 +71,6 @@ class _Opening:
     ) -> None:
         self._gateway = gateway
         self._device: DeviceProtocol
-        self.generation = generation
         self.address = address
         self.listener = listener
         self.accepted = accepted
@@ -95,7 +84,7 @@ class _Opening:
     def dial(self, session: Session) -> Deferred[None]:
         """Dial the broker for the session."""
         caller = Caller(host_of(self.address) or "", self.listener)
-        return self.generation.reception.dial(session, self._device, caller)
+        return self._gateway.generation.reception.dial(session, self._device, caller)
 
     def gone(self, session: Session) -> None:
         """Forget the session."""
@@ -107,7 +96,7 @@ class Gateway:
 
     Everything that touches the outside world is a parameter, so that a whole gateway can run in memory on a virtual
     clock.  `carried` is how many sessions this process can carry; `swept` is called after each sweep; `uniform` returns
-    random numbers from 0 to 1.  Raises `ConfigError` if certificates or keys cannot be used.
+    random numbers from 0 to 1.  Raises `ConfigError` if the certificates or keys of `[tls]` cannot be used.
     """
 
     def __init__(
@@ -134,8 +123,7 @@ class Gateway:
         self._all_gone: list[Deferred[None]] = []
         self._stopping = False
         self._drain: Spread[Session] | None = None
-        self._generation: Generation | None = None
-        self._generation = self.prepare(config)
+        self._generation = self._made(prepare(config, uniform, helpers.programs))
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
         self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         self._sweeping: IDelayedCall | None = None
@@ -146,12 +134,11 @@ class Gateway:
     @property
     def config(self) -> Config:
         """The current configuration."""
-        return self.generation.config
+        return self._generation.prepared.config
 
     @property
     def generation(self) -> Generation:
         """The generation that new sessions begin under."""
-        assert self._generation is not None  # noqa: S101  None only while the first one is made; narrows the type
         return self._generation
 
     @property
@@ -170,34 +157,38 @@ class Gateway:
         """Whether `stop` was called."""
         return self._stopping
 
-    def prepare(self, config: Config) -> Generation:
-        """Build all that sessions need under `config`, without using it yet.  Raises `ConfigError`."""
-        files = states(watched_files(config))
+    def prepare(self, config: Config, pause: Pause = no_pause) -> Prepared:
+        """Read and build all that sessions need under `config`, without using it yet.  Raises `ConfigError`.
+
+        May be called in another thread, as long as nothing is adopted meanwhile; `pause` then lets this one run.
+        """
+        return prepare(config, self._uniform, self._helpers.programs, self._generation.prepared, pause)
+
+    def adopt(self, prepared: Prepared) -> None:
+        """Begin new sessions under another configuration; established sessions keep their own."""
         before = self._generation
-        known: Sequence[UpstreamHealth] = ()
-        judged_alike = False
-        if before is not None:
-            known = before.dialler.upstreams
-            judged_alike = (config.tls, files) == (before.config.tls, before.files)
-        # If nothing changed, both generations verify with the same policy.
-        policy = before.policy if before is not None and judged_alike else make_policy(config.tls)
-        proxies = proxy_routes(config, os.environ, self._uniform, before.dialler.proxies if before is not None else ())
-        websockets = websocket_routes(config, self._helpers.programs)
+        self._generation = self._made(prepared, before)
+        before.dialler.stop()
+        self.doorkeeper.rule(prepared.config.admission, self.max_sessions)
+
+    def _made(self, prepared: Prepared, before: Generation | None = None) -> Generation:
+        config, policy, websockets = prepared.config, prepared.policy, prepared.websockets
+        proxies = carried_on(prepared.proxies, () if before is None else before.dialler.proxies, config.failover)
         targets = [
             Target(upstream, Identity.of(upstream.verify_name), policy, proxy, websocket)
             for upstream, proxy, websocket in zip(config.upstream, proxies, websockets, strict=True)
         ]
-        vias = [proxy.health if proxy is not None else None for proxy in proxies]
-        healths = accounts(config.upstream, config.failover, self._uniform, known, vias, judged_alike=judged_alike)
+        healths = accounts(
+            config.upstream,
+            config.failover,
+            self._uniform,
+            () if before is None else before.dialler.upstreams,
+            [proxy.health if proxy is not None else None for proxy in proxies],
+            judged_alike=before is not None and before.prepared.policy is policy,
+        )
         dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal)
-        reception = Reception(config, dialler, self._presence, self._helpers, self._uniform, self._take_place)
-        return Generation(config, files, policy, dialler, reception)
-
-    def adopt(self, generation: Generation) -> None:
-        """Begin new sessions under `generation`; established sessions keep their own."""
-        self.generation.dialler.stop()
-        self._generation = generation
-        self.doorkeeper.rule(generation.config.admission, self.max_sessions)
+        reception = Reception(prepared, dialler, self._presence, self._helpers, self._uniform, self._take_place)
+        return Generation(prepared, dialler, reception)
 
     def start(self) -> None:
         """Start to admit devices and to enforce timeouts."""
@@ -245,14 +236,13 @@ class Gateway:
 
     def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
         """Return the protocol for a connection that the doorkeeper admitted; see `gateway.relay.proxied.Enter`."""
-        generation = self.generation
-        opening = _Opening(self, generation, address, listener, accepted, via)
-        return DeviceProtocol(opening.open, generation.config.timeouts.tcp_user)
+        opening = _Opening(self, address, listener, accepted, via)
+        return DeviceProtocol(opening.open, self.config.timeouts.tcp_user)
 
     def open(self, opening: _Opening, device: DeviceProtocol) -> Session:
         """Begin the session of an accepted connection."""
         self._numbered += 1
-        config = opening.generation.config
+        config = self.config
         session = Session(
             SessionRecord(
                 self._numbered,
@@ -354,16 +344,3 @@ class _DeviceFactory(ListenerFactory):
     def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
         """Admit a connection; `None` makes Twisted close it at once."""
         return self._gateway.admit(addr, self.listener)
-
-
-def watched_files(config: Config) -> list[Path]:
-    """Return the files that are read at start and renewed while the gateway runs: certificates, keys, CRLs."""
-    keys = ("client_cert", "client_key", "sas_key_file", "jwt_key_file")
-    of_devices = [path for device in config.device for key in keys if (path := getattr(device, key)) is not None]
-    of_upstreams = [
-        path
-        for upstream in config.upstream
-        for path in (*upstream.proxy_ca_file, upstream.proxy_password_file, upstream.request_file)
-        if path is not None
-    ]
-    return [*policy_files(config.tls), *of_upstreams, *of_devices]

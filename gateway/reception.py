@@ -17,18 +17,18 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, 
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.config import Config, DeviceRule
+from gateway.config import DeviceRule
 from gateway.dial.dialler import Dialler, Route
-from gateway.errors import Refusal
+from gateway.errors import EndReason, Refusal
 from gateway.mqtt.connect import Connect
+from gateway.prepared import Prepared
 from gateway.relay.device import DeviceProtocol
 from gateway.rules.credentials import Credentials
-from gateway.rules.names import Names, brokers, name_at_broker
+from gateway.rules.names import brokers, name_at_broker
 from gateway.rules.presence import Holder, Presence
-from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
+from gateway.rules.rules import Caller, Matched, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.session.session import Session, State
-from gateway.tls.devices import device_policies
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
@@ -53,30 +53,32 @@ class Helpers:
 
 
 class Reception:
-    """Handles CONNECTs under one configuration.  Raises `ConfigError` with every problem in the rules' files.
+    """Handles CONNECTs under one configuration.
 
     `presence` is shared across configurations. `end` ends a session that another one takes over.
     """
 
     def __init__(
         self,
-        config: Config,
+        prepared: Prepared,
         dialler: Dialler,
         presence: Presence[Session],
         helpers: Helpers,
         uniform: Callable[[], float],
         end: Callable[[Session], None],
     ) -> None:
-        self._config = config
+        self._prepared = prepared
+        self._config = config = prepared.config
         self._dialler = dialler
         self._presence = presence
         self._helpers = helpers
         self._end = end
-        self._rules = Rules(config)
-        self._names = Names(config, self._rules)
+        self._rules = prepared.rules
+        self._names = prepared.names
         self._everyone = brokers(config, ())
-        self.credentials = Credentials(config.device, helpers.programs, uniform)
-        self._routes = self._make_routes()
+        self.credentials = Credentials(config.device, helpers.programs, uniform, keys=prepared.keys)
+        # Made when the first device of a rule comes: there may be thousands of rules.
+        self._routes: dict[DeviceRule, Route | None] = {}
         self._is_plain = not config.device and config.devices.unknown == "pass"
 
     def dial(self, session: Session, device: DeviceProtocol, caller: Caller) -> Deferred[None]:
@@ -106,7 +108,8 @@ class Reception:
             matched = self._rules.match(connect, caller)
             if matched is not None:
                 session.record.rule = matched.rule.device.name
-                route = self._routes.get(matched.rule.device)
+                self._check_rule(matched.rule.device)
+                route = self._route(matched.rule.device)
             holder = self._holder(matched, connect, caller)
             self._names.check(holder.client_identifier, matched, caller, holder.brokers)
             if matched is None:
@@ -153,19 +156,19 @@ class Reception:
         if not is_right:
             raise wrong_password(matched.rule)
 
-    def _make_routes(self) -> dict[DeviceRule, Route]:
-        devices = self._config.device
-        identities = {
-            device: (f"rule {device.name}", client)
-            for device in devices
-            if (client := self.credentials.client_identity(device)) is not None
-        }
-        policies = device_policies(self._config.tls, identities)
-        return {
-            device: self._dialler.route(device.upstream, policies.get(device))
-            for device in devices
-            if device.upstream or device in policies
-        }
+    def _check_rule(self, device: DeviceRule) -> None:
+        """Raise Refusal for a rule that cannot be used."""
+        problem = self._prepared.refused.get(device)
+        if problem is not None:
+            raise Refusal(EndReason.DEVICE_RULE_BROKEN, f"rule {device.name}: {problem}", 3, 0x88)
+
+    def _route(self, device: DeviceRule) -> Route | None:
+        """Return the rule's own route to its broker; None for the common one."""
+        if device not in self._routes:
+            policy = self._prepared.policies.get(device)
+            has_own = bool(device.upstream) or policy is not None
+            self._routes[device] = self._dialler.route(device.upstream, policy) if has_own else None
+        return self._routes[device]
 
 
 def is_over(session: Session) -> bool:

@@ -7,37 +7,44 @@ from __future__ import annotations
 
 import gc
 import resource
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from socket import gethostname
-from typing import Any
+from typing import Any, TypeVar
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList, DeferredLock
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
-from gateway.config import Config, changed_keys
+from gateway.config import Config
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import ConfigError
-from gateway.gateway import SWEEP_INTERVAL, Gateway, watched_files
+from gateway.gateway import SWEEP_INTERVAL, Gateway
 from gateway.net.listening import Listeners
 from gateway.net.network import ReactorNetwork, shown_address
 from gateway.net.transport import RelayReactor
-from gateway.ops.expiry import Certificate, ExpiryWatch, configured, of_devices
+from gateway.ops.expiry import Certificate, ExpiryWatch, configured
 from gateway.ops.journal import GatewayJournal, Journal
 from gateway.ops.ledger import Ledger
 from gateway.ops.notify import Notifier
 from gateway.ops.sight import Sight, Sources
-from gateway.ops.watch import Watch, differing, states
+from gateway.ops.watch import Watch
 from gateway.ops.web.port import StatusPort
+from gateway.pieces import Pauses
+from gateway.prepared import Prepared, free, look
 from gateway.reception import Helpers
 from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
+from gateway.text import printable
 
 _log = Logger(namespace="gateway")
+_T = TypeVar("_T")
 
 # Sweeps between two looks at the files.  A change counts when two looks agree, so it takes up to twice as long.
 _SWEEPS_PER_LOOK = 2
@@ -48,6 +55,10 @@ _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
 # Allocations between two collections of the youngest generation: a few dozen sessions' worth.
 _COLLECTOR_THRESHOLD = 20_000
+_CHANGES_SHOWN = 20
+_MAX_PROBLEM = 1000  # characters
+# Seconds after which a thread that computes must let the event loop run, when that is due.
+_SWITCH_INTERVAL = 0.0005
 
 
 class GatewayService(Service):
@@ -88,12 +99,17 @@ class GatewayService(Service):
             helpers=Helpers(Programs(reactor, reactor), partial(deferToThreadPool, reactor, reactor.getThreadPool())),
         )
         self._listeners = Listeners(self._relay, self.gateway.factory)
-        self._watch = Watch(self.gateway.generation.files)
+        self._watch = Watch(self.gateway.generation.prepared.files)
         self._sweeps = 0
+        # One thread at a time has to do with files: a reload, or a look at them.
+        self._files = DeferredLock()
+        # Requests for a reload that has not begun.
+        self._requests: list[Deferred[Sequence[str]]] = []
         # Why the last reload was refused, until one succeeds: of another configuration, or of this one's files.
         self._refused = {"configuration": "", "files": ""}
         self.ledger.watch(self.gateway.sessions)
         self.sight = Sight(self.ledger, self._sources(now))
+        self._now = now
         self._expiry = ExpiryWatch(now, reactor.seconds)
         self.status_port = StatusPort(reactor, self.sight)
 
@@ -102,9 +118,13 @@ class GatewayService(Service):
         return Sources(
             host=gethostname(),
             upstreams=lambda: gateway.upstreams,
-            certificates=lambda: configured(gateway.generation.policy),
+            certificates=lambda: configured(gateway.generation.prepared.policy),
             listeners=lambda: [(name, shown_address(port.getHost())) for name, port in self._listeners.named],
             is_stopping=lambda: gateway.stopping,
+            device_certificates=lambda: gateway.generation.prepared.certificates,
+            refused_rules=lambda: [
+                (device.name, problem) for device, problem in gateway.generation.prepared.refused.items()
+            ],
             refused_reloads=lambda: [words for words in self._refused.values() if words],
             max_sessions=lambda: gateway.max_sessions,
             engine=self.engine,
@@ -134,14 +154,18 @@ class GatewayService(Service):
             self.privilegedStartService()
         super().startService()
         spare_the_collector()
+        sys.setswitchinterval(_SWITCH_INTERVAL)
         self.gateway.start()
         self._tell_limits()
+        self._tell_refused_rules()
         tell = _log.warn if self.engine.remedy else _log.info
         tell("{words}", words=" ".join(filter(None, (self.engine.words, self.engine.remedy))))
         for port in self.ports:
             _tell_listening(port)
         for upstream in self.gateway.config.upstream:
-            _log.info("upstream {upstream}, verified as {name}", upstream=upstream.address, name=upstream.verify_name)
+            _log.info(
+                "upstream {upstream}, certificate name {name}", upstream=upstream.address, name=upstream.verify_name
+            )
         # Everything is open and loaded, but the process may still end before the reactor's first turn.
         self._reactor.callWhenRunning(self._tell_ready)
 
@@ -176,50 +200,97 @@ class GatewayService(Service):
         # One turn later, so that connections closed in this turn are closed in order.
         self._relay.callLater(0, self._relay.stop)
 
-    def reload(self) -> None:
-        """Read the configuration and its files again, and change to them.
+    def reload(self) -> Deferred[Sequence[str]]:
+        """Read the configuration and its files again, and change to them; what takes long is done in a thread.
 
-        If they cannot be used, every problem is logged and the previous configuration stays active.
+        Fires with the problems, none if it was done.  If the new configuration cannot be used, every problem is logged
+        and the previous one stays active.  Requests that come while one waits are answered together with that one.
         """
-        self._reload(self._reread)
+        answer: Deferred[Sequence[str]] = Deferred()
+        self._requests.append(answer)
+        if len(self._requests) == 1:
+            self._files.run(lambda: Deferred.fromCoroutine(self._serve_requests()))
+        return answer
 
-    def _reload(self, read: Callable[[], Config]) -> None:
+    async def _serve_requests(self) -> None:
+        requests, self._requests = self._requests, []
+        problems = await self._reload(self._reread)
+        for request in requests:
+            request.callback(problems)
+
+    async def _reload(self, read: Callable[[], Config]) -> Sequence[str]:
         if self.gateway.stopping:
-            return
+            return ["the gateway is stopping"]
         self._notifier.reloading()
-        refused = "configuration"
-        try:
+        now = self.gateway.config
+        refused = ["configuration"]
+        problems: Sequence[str] = ()
+
+        def prepare() -> Prepared:
             config = read()
-            if config == self.gateway.config:
-                refused = "files"
-            changed = self.change(config)
+            if config == now:
+                refused[:] = ["files"]
+            return self.gateway.prepare(config, Pauses())
+
+        try:
+            prepared = await self._prepared(prepare)
+            if not self.gateway.stopping:
+                self.adopt(prepared)
         except ConfigError as error:
             self.ledger.refused_reloads += 1
             problems = error.problems
             for problem in problems:
                 _log.error("reload refused: {problem}", event="reload-refused", problem=problem)
             more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
-            self._refused[refused] = f"reload refused, previous configuration still active: {problems[0]}{more}"
+            self._refused[refused[0]] = f"reload refused, previous configuration still active: {problems[0]}{more}"
         except Exception:  # noqa: BLE001  systemd must not wait for the end of this reload, whatever happens
             self.ledger.refused_reloads += 1
+            problems = ["internal error, see the log"]
             _log.failure("reload refused: internal error; previous configuration still active")
-            self._refused[refused] = "reload refused, previous configuration still active: internal error, see the log"
+            self._refused[refused[0]] = f"reload refused, previous configuration still active: {problems[0]}"
         else:
-            what = ", ".join(changed) if changed else "no changes"
+            what = _listed(prepared.changed) or "no changes"
             _log.info("reloaded: {what}", event="reloaded", what=what)
             self._refused["files"] = ""
             self.ledger.reloads += 1
             if read is self._reread:
                 self._refused["configuration"] = ""
         self._notifier.ready(self.status)
+        return problems
 
-    def change(self, config: Config) -> list[str]:
+    def change(self, config: Config) -> Deferred[Sequence[str]]:
+        """Change to another configuration; fires with the changed keys and files.
+
+        Fails with `ConfigError` and every problem; the previous configuration then stays active.
+        """
+        return self._files.run(lambda: Deferred.fromCoroutine(self._change(config)))
+
+    async def _change(self, config: Config) -> Sequence[str]:
+        prepared = await self._prepared(lambda: self.gateway.prepare(config, Pauses()))
+        self.adopt(prepared)
+        return prepared.changed
+
+    async def _prepared(self, prepare: Callable[[], Prepared]) -> Prepared:
+        """Return what `prepare` returns in a thread.
+
+        The collector would hold up the event loop to look at thousands of new objects, which are no garbage.
+        """
+        is_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return await self._in_thread(prepare)
+        finally:
+            if gc.get_count()[0] > _COLLECTOR_THRESHOLD:
+                gc.freeze()
+            if is_collecting:
+                gc.enable()
+
+    def adopt(self, prepared: Prepared) -> None:
         """Begin new sessions under another configuration; established sessions keep their own.
 
-        Returns the changed keys and files.  Raises `ConfigError` with every problem; the previous configuration then
-        stays active.
+        Raises `ConfigError` with every problem; the previous configuration then stays active.
         """
-        before, generation = self.gateway.generation, self.gateway.prepare(config)
+        config = prepared.config
         status = self.status_port.prepare(config.status)
         # The reactor does not run during what follows, so no connection can come in between.
         try:
@@ -227,10 +298,11 @@ class GatewayService(Service):
         except ConfigError:
             self.status_port.discard(status)
             raise
-        self.gateway.adopt(generation)
+        self.gateway.adopt(prepared)
         self.status_port.adopt(status)
-        self._watch.know(generation.files)
+        self._watch.know(prepared.files)
         self._tell_limits()
+        self._tell_refused_rules()
         for port in opened:
             _tell_listening(port)
         for listener in closed:
@@ -240,19 +312,34 @@ class GatewayService(Service):
                     "systemd keeps {endpoint} open: devices that connect there will hang; stop its .socket unit",
                     endpoint=listener.endpoint,
                 )
-        files = [str(path) for path in differing(before.files, generation.files)]
-        return changed_keys(before.config, config) + files
+        self._in_thread(partial(free, prepared.leftovers, Pauses()))
+
+    def _in_thread(self, work: Callable[[], _T]) -> Deferred[_T]:
+        return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
 
     def _swept(self) -> None:
         self._notifier.alive(self.status, SWEEP_INTERVAL)
         self._sweeps += 1
-        if self._sweeps % _SWEEPS_PER_LOOK == 0 and not self.gateway.stopping:
-            config = self.gateway.config
-            if self._watch.look(states(watched_files(config))):
-                # The configuration itself is read only on request: somebody may still be editing it.
-                self._reload(lambda: config)
+        if self._sweeps % _SWEEPS_PER_LOOK == 0 and not self.gateway.stopping and not self._files.locked:
+            self._files.run(lambda: Deferred.fromCoroutine(self._look()))
         self.status_port.sweep()
         self._expiry.sweep(self._certificates)
+
+    def _looked(self, prepared: Prepared) -> list[Path]:
+        pause = Pauses()
+        return self._watch.look(look(prepared, pause), pause)
+
+    async def _look(self) -> None:
+        """Look whether files have changed; if so, reload them."""
+        prepared = self.gateway.generation.prepared
+        try:
+            changed = await self._in_thread(lambda: self._looked(prepared))
+        except Exception:  # noqa: BLE001  the next look may do better
+            _log.failure("internal error while looking for changed files")
+            return
+        if changed:
+            # The configuration itself is read only on request: somebody may still be editing it.
+            await self._reload(lambda: prepared.config)
 
     def _stopped(self) -> Deferred[Any]:
         self._relay.stop()
@@ -267,7 +354,19 @@ class GatewayService(Service):
     def _certificates(self) -> Iterator[Certificate]:
         """Yield all certificates whose expiry would interrupt service."""
         yield from self.sight.certificates()
-        yield from of_devices(self.gateway.generation.reception.credentials.client_identities)
+        yield from self.gateway.generation.prepared.certificates.due(self._now())
+
+    def _tell_refused_rules(self) -> None:
+        refused = self.gateway.generation.prepared.refused
+        for device, problem in islice(refused.items(), _CHANGES_SHOWN):
+            _log.error(
+                "rule {rule} cannot be used, its devices are refused: {problem}",
+                event="rule-refused",
+                rule=printable(device.name),
+                problem=printable(problem, _MAX_PROBLEM),
+            )
+        if len(refused) > _CHANGES_SHOWN:
+            _log.error("{count} more rules cannot be used", count=len(refused) - _CHANGES_SHOWN)
 
     def _tell_limits(self) -> None:
         carried, wanted = self.gateway.max_sessions, self.gateway.config.admission.max_sessions
@@ -278,6 +377,12 @@ class GatewayService(Service):
                 carried=carried,
             )
         _log.info("limit: {carried} concurrent sessions", carried=carried)
+
+
+def _listed(changed: Sequence[str]) -> str:
+    """List what changed, cut: it may be thousands of files."""
+    more = f" and {len(changed) - _CHANGES_SHOWN} more" if len(changed) > _CHANGES_SHOWN else ""
+    return ", ".join(changed[:_CHANGES_SHOWN]) + more
 
 
 def _fares(upstream: UpstreamHealth) -> str:

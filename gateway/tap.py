@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,12 +20,15 @@ from twisted.logger import ILogObserver
 from twisted.python import usage
 
 from gateway.config import Config
+from gateway.config.directory import RuleFiles
 from gateway.config.flags import FLAGS, Flag, config_from, explained
 from gateway.errors import ConfigError
 from gateway.net.network import PatientlessThread
 from gateway.ops.logs import LineObserver, make_observer
 from gateway.ops.notify import Notifier
 from gateway.ops.signals import call_on_signal
+from gateway.pieces import Pauses
+from gateway.prepared import Prepared
 from gateway.service import GatewayService
 
 
@@ -42,11 +46,12 @@ class Options(usage.Options):
         super().__init__()
         self.given: dict[str, list[str]] = {}
         self.config: Config
+        self.known = RuleFiles()
 
     def postOptions(self) -> None:
         """Make the `Config`.  Raises `UsageError` with all problems."""
         try:
-            self.config = config_from(self.given)
+            self.config = config_from(self.given, self.known)
         except ConfigError as error:
             raise usage.UsageError(explained(error)) from None
         # A reload reads the same files, and a daemon changes its working directory.
@@ -92,12 +97,11 @@ class _Service(GatewayService):
             sys.excepthook = lambda *_: sys.stderr.write(f"{words}\n")
             raise
 
-    def change(self, config: Config) -> list[str]:
+    def adopt(self, prepared: Prepared) -> None:
         """Change to another configuration and its log format.  Raises `ConfigError`."""
-        changed = super().change(config)
+        super().adopt(prepared)
         if self.observer is not None:
-            self.observer.use(config.log.format)
-        return changed
+            self.observer.use(prepared.config.log.format)
 
     def startService(self) -> None:
         """Start; from now on SIGHUP reloads."""
@@ -127,7 +131,9 @@ def makeService(options: Options) -> IService:
     reactor.getThreadPool().threadFactory = PatientlessThread  # type: ignore[attr-defined]  # every reactor has one
     notifier = Notifier.from_environment(os.environ, os.getpid())
     try:
-        service = _Service(options.config, reactor, notifier=notifier, reread=lambda: config_from(options.given))
+        options.known.pause = Pauses()
+        reread = partial(config_from, options.given, options.known)
+        service = _Service(options.config, reactor, notifier=notifier, reread=reread)
     except ConfigError as error:
         # twistd prints a traceback for any exception here, even a UsageError; nothing runs yet that needs stopping.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None

@@ -72,7 +72,7 @@ def test_it_says_what_the_page_says(
     for words in (
         "The gateway is well\n  - 1 device was here in the last 15 minutes and is not connected now",
         "1 connected, 0 connecting, 1 not connected",
-        f"ok localhost:{broker.port}, verified as localhost: serving",
+        f"ok localhost:{broker.port}, certificate name localhost: serving",
         "ok Certificate (CA) ",
         "days left",
         "device-lost, once: The device closed",
@@ -107,7 +107,7 @@ def test_devices_that_cannot_be_served_are_status_3(start: StartGateway, ask: As
     status, out, _ = ask(gateway=gateway)
     assert status == 3
     assert out.startswith("Devices cannot be served: no broker is available\n")
-    assert "XX localhost:1, verified as localhost: backing off, next attempt in " in out
+    assert "XX localhost:1, certificate name localhost: backing off, next attempt in " in out
     assert EndReason.TCP_REFUSED.remedy in " ".join(out.split())
 
 

@@ -14,13 +14,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from twisted.internet.defer import ensureDeferred
 
 from gateway.config import TLS, from_mapping
-from gateway.errors import ConfigError, EndReason, Refusal
+from gateway.errors import EndReason, Refusal
 from gateway.mqtt.rewrite import KEPT
 from gateway.rules.credentials import Credentials
 from gateway.rules.rules import Caller, Rules
 from gateway.rules.secrets import Programs
 from gateway.rules.tokens import sas_token
-from gateway.tls.devices import device_policies
+from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import ClientIdentity
 from tests.mqtt_packets import connect
 from tests.pki import CLIENT, certify, certify_ca
@@ -143,14 +143,33 @@ def test_contexts_are_shared_by_devices_with_the_same_intermediates(tmp_path: Pa
         ca_file=(root.write(tmp_path / "ca.pem"),),
         client_cert=certify(root, subject="gateway", names=(), purposes=(CLIENT,)).write(tmp_path / "own.pem"),
     )
-    identities = {
-        number: (f"rule {number}", identity(root) if number % 2 else identity(middle, middle)) for number in range(20)
-    }
-    policies = device_policies(tls, identities)
-    assert len({id(policy.context) for policy in policies.values()}) == 2
-    for number, policy in policies.items():
-        assert policy.own is identities[number][1]
+    identities = [identity(root) if number % 2 else identity(middle, middle) for number in range(20)]
+    policies: DevicePolicies[int] = DevicePolicies(tls)
+    for number, client in enumerate(identities):
+        policies.add(number, client)
+    assert len({id(policy.context) for policy in policies.all}) == 2
+    for number, client in enumerate(identities):
+        policy = policies.get(number)
+        assert policy is not None
+        assert policy.own is client
         assert policy.client is None
+
+
+def test_what_did_not_change_is_used_again(tmp_path: Path) -> None:
+    """Context and policy; a renewed certificate gets a new policy with the same Context."""
+    root = certify_ca()
+    tls = TLS(ca_file=(root.write(tmp_path / "ca.pem"),))
+    before: DevicePolicies[str] = DevicePolicies(tls)
+    kept = identity(root)
+    before.add("kept", kept)
+    before.add("renewed", identity(root))
+    after = DevicePolicies(tls, before)
+    after.add("kept", kept)
+    after.add("renewed", identity(root))
+    after.done()
+    assert after.get("kept") is before.get("kept")
+    assert after.get("renewed") is not before.get("renewed")
+    assert len({id(policy.context) for policy in after.all}) == 1
 
 
 def test_contexts_are_bounded(tmp_path: Path) -> None:
@@ -158,13 +177,15 @@ def test_contexts_are_bounded(tmp_path: Path) -> None:
     root = certify_ca()
     tls = TLS(ca_file=(root.write(tmp_path / "ca.pem"),))
     middles = [certify_ca(root, subject=f"middle {number}") for number in range(65)]
-    identities = {number: (f"rule {number}", identity(middle, middle)) for number, middle in enumerate(middles)}
-    with pytest.raises(ConfigError, match="rule 64: client_cert: more than 64 sets of intermediates"):
-        device_policies(tls, identities)
+    policies: DevicePolicies[int] = DevicePolicies(tls)
+    for number, middle in enumerate(middles[:64]):
+        policies.add(number, identity(middle, middle))
+    with pytest.raises(ValueError, match="client_cert: more than 64 sets of intermediates"):
+        policies.add(64, identity(middles[64], middles[64]))
 
 
-def test_certificates_that_openssl_refuses_are_all_told(tmp_path: Path) -> None:
-    """Before anything listens."""
+def test_a_certificate_that_openssl_refuses(tmp_path: Path) -> None:
+    """It is found before a device connects."""
     from cryptography.hazmat.primitives.asymmetric import rsa
 
     root = certify_ca()
@@ -172,10 +193,8 @@ def test_certificates_that_openssl_refuses_are_all_told(tmp_path: Path) -> None:
     weak = rsa.generate_private_key(65537, 1024)  # noqa: S505  to be refused
     certified = certify(root, subject="d", names=(), purposes=(CLIENT,), key=weak)
     refused = ClientIdentity((certified.certificate,), weak)
-    identities = {"a": ("rule a", refused), "b": ("rule b", identity(root)), "c": ("rule c", refused)}
-    with pytest.raises(ConfigError) as caught:
-        device_policies(tls, identities)
-    assert [problem.partition(" is refused")[0] for problem in caught.value.problems] == [
-        "rule a: client_cert: it",
-        "rule c: client_cert: it",
-    ]
+    policies: DevicePolicies[str] = DevicePolicies(tls)
+    with pytest.raises(ValueError, match="client_cert: refused by OpenSSL"):
+        policies.add("a", refused)
+    policies.add("b", identity(root))
+    assert policies.get("a") is None

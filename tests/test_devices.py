@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from gateway.config.passwords import hash_password
-from gateway.errors import ConfigError, EndReason
+from gateway.errors import EndReason
+from gateway.ops.status_words import Level, verdict
 from tests import mqtt_packets as mqtt
 from tests.cloud import SERVER_NAME, Cloud
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, connect_version, eventually
@@ -343,8 +344,10 @@ def test_qos_2_ends_the_session_before_such_a_broker_or_at_it(
         assert bool(cloud.told("ended")) is not is_ruled
 
 
-def test_mistakes_in_the_files_of_rules_are_all_told(tmp_path: Path, reactor: Any, ca_file: Path) -> None:
-    """Before anything listens, each with its rule and its key."""
+def test_a_rule_with_broken_files_is_refused_and_the_others_are_served(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, logged_errors: list[Any]
+) -> None:
+    """Each with its rule, its key and the problem; repaired, it is served without a word from anybody."""
     garbage, other = tmp_path / "garbage.pem", tmp_path / "other.pem"
     garbage.write_text("garbage")
     ca = certify_ca()
@@ -354,19 +357,29 @@ def test_mistakes_in_the_files_of_rules_are_all_told(tmp_path: Path, reactor: An
     rules = [
         {"match_client_id": "a", "client_cert": str(tmp_path / "none.pem")},
         {"match_client_id": "b", "client_cert": str(certificate), "client_key": str(other)},
-        {"match_client_id": "c", "sas_key_file": str(garbage), "sas_resource": "r", "name": "boiler"},
+        {"match_client_id": "c", "sas_key_file": str(garbage), "sas_resource": "r", "username": "u"},
         {"match_client_id": "d", "jwt_key_file": str(garbage), "jwt_audience": "r"},
     ]
-    with pytest.raises(ConfigError) as caught:
-        RunningGateway(reactor, 1, ca_file=ca_file, device=rules)
-    heads = [problem.partition(str(tmp_path))[0] for problem in caught.value.problems]
-    assert heads == [
-        "rule device[0]: client_cert: ",
-        "rule device[0]: client_key: ",
-        "rule device[1]: client_key: ",
-        "rule boiler: sas_key_file: ",
-        "rule device[3]: jwt_key_file: ",
-    ]
+    gateway = start_gateway(upstream=start_broker().port, device=rules)
+    with established(gateway, client_identifier="e"):
+        for index, (name, key) in enumerate(
+            (("a", "client_cert"), ("b", "client_key"), ("c", "sas_key_file"), ("d", "jwt_key_file"))
+        ):
+            assert told(gateway, mqtt.connect(name)) == mqtt.connack(code=3)
+            ended = gateway.wait_ended(index + 1)
+            assert ended.reason is EndReason.DEVICE_RULE_BROKEN
+            assert f": {key}: {tmp_path}" in ended.detail
+        document = gateway.call(gateway.service.sight.document)
+        assert document["refused_rules"]["count"] == 4
+        assert document["unserved"] == 4
+        judged = verdict(document)
+        assert judged.level is Level.ATTENTION
+        assert len([line for line in judged.reasons if line.startswith("Rule device[")]) == 4
+        assert len(logged_errors) == 4
+        garbage.write_text(KEY)
+        eventually(lambda: gateway.service.ledger.reloads, "the repaired file is taken")
+        established(gateway, client_identifier="c").close()
+        logged_errors.clear()
 
 
 # ---- tokens and passwords
@@ -1046,7 +1059,7 @@ def test_the_end_of_a_devices_certificate_is_told_before(
     """Brokers would refuse the device from then on."""
     path = certify(certify_ca(), subject="d1", names=(), purposes=(CLIENT,), valid_for=10).write(tmp_path / "d1.pem")
     start_gateway(upstream=start_broker().port, device=[{"match_client_id": "d1", "client_cert": str(path)}])
-    eventually(lambda: [line for line in logged if line.startswith("a device's certificate (CN=d1) ")], "a warning")
+    eventually(lambda: [line for line in logged if "(CN=d1) expires in" in line], "a warning")
 
 
 def test_the_log_says_which_rule_a_session_goes_by(
@@ -1062,3 +1075,27 @@ def test_the_log_says_which_rule_a_session_goes_by(
     eventually(
         lambda: [line for line in logged if "ended: spoofed (rule bound: bound to 10.0.0.1" in line], "a refusal"
     )
+
+
+def test_a_broker_that_refuses_all_is_no_gateway_that_is_well(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """It answers and it is verified, and yet no device is served; one that is served makes it a warning."""
+    codes = [5, 5, 5, 0]
+
+    def serve(connection: BrokerConnection) -> None:
+        connection.read_packet()
+        connection.send(mqtt.connack(code=codes.pop(0)))
+        connection.read_to_end()
+
+    gateway = start_gateway(upstream=start_broker(serve=serve).port)
+    judge = lambda: verdict(gateway.call(gateway.service.sight.document))  # noqa: E731
+    assert judge().level is Level.WELL
+    assert "no broker has been tried" in judge().line
+    for index in range(3):
+        told(gateway, mqtt.connect(f"d{index}"))
+        gateway.wait_ended(index + 1)
+    assert judge().level is Level.DOWN
+    assert judge().line == "No device is served"
+    with established(gateway, client_identifier="served"):
+        eventually(lambda: judge().level is Level.ATTENTION, "some are not served")

@@ -17,7 +17,7 @@ FLOORS = (
     {"gateway.cli", "gateway.tap"},
     {"gateway.service"},
     {"gateway.gateway"},
-    {"gateway.ops", "gateway.reception"},
+    {"gateway.ops", "gateway.prepared", "gateway.reception"},
     {"gateway.dial"},
     {"gateway.relay"},
     {"gateway.rules"},
@@ -25,7 +25,7 @@ FLOORS = (
     {"gateway.session", "gateway.net"},
     {"gateway.config"},
     {"gateway.mqtt"},
-    {"gateway", "gateway.errors", "gateway.text", "gateway.drain"},
+    {"gateway", "gateway.errors", "gateway.text", "gateway.drain", "gateway.pieces"},
 )
 FLOOR_OF = {name: -level for level, names in enumerate(FLOORS) for name in names}
 # These never import Twisted: they are rules, and can be read and tested as such.
@@ -36,6 +36,7 @@ WITHOUT_TWISTED = {
     "gateway.mqtt",
     "gateway.net.proxy_header",
     "gateway.net.websocket",
+    "gateway.pieces",
     "gateway.session",
     "gateway.text",
 }

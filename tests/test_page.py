@@ -107,7 +107,7 @@ def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width
         text = tab.text
         for essential in (
             "Devices are served, but something needs attention",
-            "verified as localhost",
+            "certificate name localhost",
             "backing off, next attempt in",
             "tls-untrusted-chain",
             "Set tls.ca_file to the CA that issued it",

@@ -157,7 +157,7 @@ def test_listeners_come_and_go_and_take_new_names(start_gateway: StartGateway, s
 def test_a_listener_is_not_moved(start_gateway: StartGateway, start_broker: StartBroker) -> None:
     """The same port with another backlog cannot be opened beside itself: the words say what to do."""
     gateway = start_gateway(upstream=start_broker().port, listen=[{"endpoint": f"127.0.0.1:{free_port()}"}])
-    with pytest.raises(ConfigError, match=r"listen\[0\]\.endpoint: .*own listener that is to change, restart it"):
+    with pytest.raises(ConfigError, match=r"listen\[0\]\.endpoint: .*restart the gateway"):
         gateway.change(listen=[{"endpoint": f"tcp:{gateway.port}:interface=127.0.0.1:backlog=7"}])
     established(gateway.port).close()
     gateway.wait_ended()
@@ -437,7 +437,7 @@ def test_an_old_configuration_goes_with_its_last_session(
         upstream=upstream, ca_file=tmp_path / "ca.pem", limits={"max_packet_size": 1000}, timeouts={"connack": 1}
     )
     first = gateway.service.gateway.generation
-    old = [weakref.ref(each) for each in (first, first.policy, first.policy.context)]
+    old = [weakref.ref(each) for each in (first, first.prepared.policy, first.prepared.policy.context)]
     del first
     gc.collect()
     gc.disable()
@@ -538,7 +538,7 @@ def test_two_hundred_reloads_under_load_lose_no_session(
         def count(kind: str) -> int:
             return len(list((proc / kind).iterdir()))
 
-        before = [count(kind) for kind in ("fd", "task")]
+        before = count("fd")
 
         def after_reloads(first: int, last: int) -> int:
             """Reload so often under load; return the resident bytes when all else is as before."""
@@ -551,7 +551,9 @@ def test_two_hundred_reloads_under_load_lose_no_session(
                 load.until(lambda: load.turns > turns, "the load goes on")  # noqa: B023
             load.stop()
             eventually(lambda: gateway.text.count("ended: device-disconnect") == load.turns, "who came has gone")
-            eventually(lambda: [count(kind) for kind in ("fd", "task")] == before, f"descriptors and threads: {before}")
+            eventually(lambda: count("fd") == before, f"descriptors: {before}")
+            # The reactor's own, one for a reload, one for a look, one for what a reload leaves behind.
+            assert count("task") <= 4
             return int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
         growth = -after_reloads(1, 101) + after_reloads(101, 201)

@@ -38,7 +38,7 @@ from gateway.cli.report import complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import Config, DeviceRule, load_file
 from gateway.config.anchor import Anchor
-from gateway.config.directory import read_directory
+from gateway.config.directory import RuleFiles, read_directory
 from gateway.config.passwords import hash_password
 from gateway.config.profiles import with_profile
 from gateway.config.structure import structure_device
@@ -149,13 +149,20 @@ class _Rules:
             )
         return cls(config, path, directory)
 
+    @property
+    def profile(self) -> tuple[str, str]:
+        """The name of the profile, and the first broker's host."""
+        return self.config.devices.profile, self.config.upstream[0].host
+
     def filled(self, table: Mapping[str, Any]) -> dict[str, Any]:
         """Return a rule's table with the profile's values."""
-        return with_profile(self.config.devices.profile, self.config.upstream[0].host, table)
+        return with_profile(*self.profile, table)
 
     def devices(self) -> list[tuple[Path, DeviceRule]]:
         """Return the rules in the directory, each with its file."""
-        rules, problems = read_directory(self.directory, Anchor.of(self.file.absolute().parent), self.filled)
+        rules, problems = read_directory(
+            self.directory, Anchor.of(self.file.absolute().parent), self.profile, RuleFiles()
+        )
         if problems:
             raise _Problems(problems)
         return rules

@@ -27,7 +27,7 @@ from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.session.treatment import Treatment
 from gateway.text import printable
-from gateway.tls.devices import device_policies
+from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import TLSPolicy
 
 STEPS = ["rule", "lan-password", "credentials"]
@@ -88,12 +88,18 @@ async def put_on(
         password, lives = await credentials.password(matched)
         treatment = treat(matched, packet, connect, password, lives, config.limits.max_connect_size)
         client = credentials.client_identity(device)
-        policy = None if client is None else device_policies(config.tls, {0: (f"rule {device.name}", client)})[0]
+        policies: DevicePolicies[int] = DevicePolicies(config.tls)
+        if client is not None:
+            policies.add(0, client)
+        policy = policies.get(0)
     except Refusal as refusal:
         refused("credentials", refusal)
         return None
     except ConfigError as error:
         told("credentials", Status.FAIL, "; ".join(error.problems))
+        return None
+    except ValueError as error:
+        told("credentials", Status.FAIL, f"rule {printable(device.name)}: {error}")
         return None
     _, presented = _read(treatment.connect, config)
     status, parts = Status.PASS, []

@@ -276,14 +276,15 @@ def _overview(document: Part) -> Iterator[str]:
     yield from _heading("Upstreams")
     for upstream in document["upstreams"]:
         kind = "good" if upstream["open"] else "bad"
-        words = f"{upstream['address']}, verified as {upstream['verify_name']}: {upstream_words(upstream)}"
+        words = f"{upstream['address']}, certificate name {upstream['verify_name']}: {upstream_words(upstream)}"
         yield from _item(words, kind)
         failure = upstream["last_failure"]
         if upstream["open"] and failure is not None:
             yield from _below(f"last failure {ago(failure['seconds_ago'])}: {failure['reason']}")
-    if document["certificates"]:
+    certificates = [*document["certificates"], *document["device_certificates"]["due"]]
+    if certificates:
         yield from _heading("Certificates")
-    for certificate in document["certificates"]:
+    for certificate in certificates:
         kind = {"valid": "good", "ends soon": "wait"}.get(certificate["state"], "bad")
         yield from _item(f"{certificate_name(certificate)}: {certificate_words(certificate)}", kind)
     if document["lately"]:

@@ -161,7 +161,7 @@ class DeviceRule:
     @property
     def match(self) -> tuple[Any, ...]:
         """The values of its `match_…` keys."""
-        return tuple(getattr(self, field.name) for field in attrs.fields(DeviceRule) if field.name.startswith("match_"))
+        return tuple(getattr(self, key) for key in _MATCHES)
 
     @property
     def is_for_everybody(self) -> bool:
@@ -206,6 +206,9 @@ class DeviceRule:
         ):
             if getattr(self, key) and not getattr(self, source):
                 yield f".{key}", f"set {source} as well: it signs the token"
+
+
+_MATCHES = [field.name for field in attrs.fields(DeviceRule) if field.name.startswith("match_")]
 
 
 def anchored(device: DeviceRule, anchor: Anchor) -> DeviceRule:

@@ -5,45 +5,114 @@ In: a directory.  Out: a `DeviceRule` for each `*.toml` in it, ordered by name, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import attrs
 
 from gateway.config.anchor import Anchor
 from gateway.config.devices import DeviceRule, anchored
+from gateway.config.profiles import with_profile
 from gateway.config.structure import structure_device
 from gateway.config.tables import read_table
 from gateway.config.value_words import quoted
 from gateway.errors import ConfigError
+from gateway.pieces import Pause, in_order, no_pause
 
 _WILDCARDS = frozenset("*?[")
+_RULE_FILE = re.compile(r"[^.].*\.toml", re.DOTALL)
+# Seconds; file systems' times are more precise than that.
+_UNSETTLED = 2.0
+
+Profile: TypeAlias = tuple[str, str]
+"""A profile's name, and the first broker's host; see `profiles.with_profile`."""
 
 
 def read_directory(
-    directory: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]
+    directory: Path, anchor: Anchor, profile: Profile, known: RuleFiles
 ) -> tuple[list[tuple[Path, DeviceRule]], list[str]]:
     """Return the rules, each after its file, and all problems.
 
     `anchor` is that of the configuration; relative paths in a rule file start at this directory.
-    `filled` adds default values to a file's table.
+    `known` has the files that were read before; those that did not change are not read again.
 
     A file without a `match_…` key is for the Client Identifier that is its name without `.toml`. Hidden files are
     skipped: editors and copy programs use them for unfinished files.
     """
     try:
-        paths = sorted(path for path in directory.iterdir() if path.suffix == ".toml" and path.name[0] != ".")
+        with os.scandir(directory) as entries:
+            names = in_order((entry.name for entry in entries if _RULE_FILE.fullmatch(entry.name)), known.pause)
     except OSError as error:
         return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}"]
     rules: list[tuple[Path, DeviceRule]] = []
     problems: list[str] = []
-    for path in paths:
+    known.begin((directory, anchor, profile), names)
+    for name in names:
+        known.pause()
+        path = known.path(directory, name)
         try:
-            rules.append((path, _read(path, anchor, filled)))
+            rules.append((path, known.rule(path, lambda path: _read(path, anchor, profile))))
         except ConfigError as error:
             problems += _labelled(file_label(path), error)
     return rules, problems
+
+
+class RuleFiles:
+    """The rules that were read, by file, so that a file that did not change is not read again.
+
+    `pause` is called between two files.
+    """
+
+    def __init__(self, pause: Pause = no_pause) -> None:
+        self.pause = pause
+        self._basis: object = None
+        # By the names of the files.
+        self._known: dict[str, _Known] = {}
+
+    def begin(self, basis: object, names: Iterable[str]) -> None:
+        """Begin to read the files of these names; the rules depend on them and on `basis`."""
+        before = self._known if basis == self._basis else {}
+        self._basis = basis
+        self._known = {name: before[name] for name in names if name in before}
+
+    def path(self, directory: Path, name: str) -> Path:
+        """Return the path of a file."""
+        known = self._known.get(name)
+        return directory / name if known is None else known.path
+
+    def rule(self, path: Path, read: Callable[[Path], DeviceRule]) -> DeviceRule:
+        """Return the rule in a file, with `read` if it is not known.  Raises ConfigError."""
+        state = _settled_state(path)
+        known = self._known.pop(path.name, None)
+        if known is None or known.state != state:
+            known = _Known(path, state, read(path))
+        if state:
+            self._known[path.name] = known
+        return known.rule
+
+
+@attrs.frozen(eq=False)
+class _Known:
+    """A file, its state when it was read, and the rule in it."""
+
+    path: Path
+    state: str
+    rule: DeviceRule
+
+
+def _settled_state(path: Path) -> str:
+    """Return what changes with the file's content; "" if it may change again within the precision of its times."""
+    try:
+        found = os.stat(path)  # noqa: PTH116  Path.stat is slower
+    except (OSError, ValueError):
+        return ""
+    if abs(time.time() - found.st_ctime) < _UNSETTLED:
+        return ""
+    return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
 
 def file_label(path: Path) -> str:
@@ -51,7 +120,7 @@ def file_label(path: Path) -> str:
     return quoted(str(path), 4096)
 
 
-def _read(path: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[str, Any]]) -> DeviceRule:
+def _read(path: Path, anchor: Anchor, profile: Profile) -> DeviceRule:
     # Most likely an unfinished copy; as a rule, it would take the device's identity away.
     table = read_table(path, "write at least which device the rule is for")
     name = path.stem
@@ -59,7 +128,7 @@ def _read(path: Path, anchor: Anchor, filled: Callable[[dict[str, Any]], dict[st
         if _WILDCARDS & set(name):
             raise ConfigError(["match_client_id: missing, and the file's name contains wildcards: set it explicitly"])
         table["match_client_id"] = name
-    device = structure_device(filled(table))
+    device = structure_device(with_profile(*profile, table))
     return anchored(attrs.evolve(device, name=device.name or name[:64]), anchor.moved(path.absolute().parent))
 
 

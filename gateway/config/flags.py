@@ -12,6 +12,7 @@ from typing import Any
 from attrs import frozen
 
 from gateway.config import Config, from_flags, load_file
+from gateway.config.directory import RuleFiles
 from gateway.errors import ConfigError
 
 
@@ -69,9 +70,10 @@ FLAGS = (
 )
 
 
-def config_from(given: Mapping[str, Sequence[str]]) -> Config:
+def config_from(given: Mapping[str, Sequence[str]], known: RuleFiles | None = None) -> Config:
     """Return the `Config` for the flags, which may include `config`; a flag with no values was not given.
 
+    `known` has the rules for devices that were read before.
     Raises `ConfigError` with all problems.
     """
     values = {name: list(of_flag) for name, of_flag in given.items() if of_flag}
@@ -89,7 +91,7 @@ def config_from(given: Mapping[str, Sequence[str]]) -> Config:
     if problems:
         raise ConfigError(problems)
     if CONFIG.name in values:
-        return load_file(Path(values[CONFIG.name][0]))
+        return load_file(Path(values[CONFIG.name][0]), known=known)
     arguments: dict[str, Any] = {
         flag.name: values[flag.name] if flag.repeatable else values[flag.name][0]
         for flag in FLAGS

@@ -9,7 +9,6 @@ import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import attrs
 
 from gateway.config.anchor import Anchor
 from gateway.config.devices import DeviceRule, anchored, cross_problems
-from gateway.config.directory import file_label, read_directory
+from gateway.config.directory import RuleFiles, file_label, read_directory
 from gateway.config.profiles import profiled, with_profile
 from gateway.config.schema import TLS, Config, Upstream
 from gateway.config.structure import structure, structure_device
@@ -26,13 +25,14 @@ from gateway.config.tables import read_table
 from gateway.errors import ConfigError
 
 
-def load_file(path: Path, environment: Mapping[str, str] = os.environ) -> Config:
+def load_file(path: Path, environment: Mapping[str, str] = os.environ, known: RuleFiles | None = None) -> Config:
     """Read a TOML file (UTF-8); relative paths in it start at its directory, see `Anchor`. Raises ConfigError.
 
     `environment` says where the service's credentials are (CREDENTIALS_DIRECTORY, systemd.exec(5)).
+    `known` has the rules for devices that were read before.
     """
     table = read_table(path, "`mqtts-gateway init` writes a configuration to start from")
-    return _made(table, Anchor.of(path.absolute().parent, environment.get("CREDENTIALS_DIRECTORY", "")))
+    return _made(table, Anchor.of(path.absolute().parent, environment.get("CREDENTIALS_DIRECTORY", "")), known)
 
 
 def from_mapping(mapping: Mapping[str, Any], base: Path | None = None) -> Config:
@@ -127,10 +127,11 @@ def _flag_line(problem: str) -> str:
 _FLAGS = frozenset(inspect.signature(from_flags).parameters)
 
 
-def _made(mapping: Mapping[str, Any], anchor: Anchor) -> Config:
+def _made(mapping: Mapping[str, Any], anchor: Anchor, known: RuleFiles | None = None) -> Config:
     config = structure(profiled(mapping))
     upstreams = tuple(_anchored_upstream(upstream, anchor) for upstream in config.upstream)
-    return _with_devices(attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor)), anchor)
+    config = attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor))
+    return _with_devices(config, anchor, RuleFiles() if known is None else known)
 
 
 def _anchored_upstream(upstream: Upstream, anchor: Anchor) -> Upstream:
@@ -153,17 +154,17 @@ def _anchored(tls: TLS, anchor: Anchor) -> TLS:
     )
 
 
-def _with_devices(config: Config, anchor: Anchor) -> Config:
+def _with_devices(config: Config, anchor: Anchor, known: RuleFiles) -> Config:
     """Read the directory of rules; its files come before the configuration's own rules, which are the general ones."""
     own = [
         (label, attrs.evolve(anchored(device, anchor), name=device.name or label))
         for label, device in ((f"device[{index}]", device) for index, device in enumerate(config.device))
     ]
     directory = config.devices.directory
-    profile = partial(with_profile, config.devices.profile, config.upstream[0].host)
-    in_files, problems = ([], []) if directory is None else read_directory(anchor(directory), anchor, profile)
+    profile = (config.devices.profile, config.upstream[0].host)
+    in_files, problems = ([], []) if directory is None else read_directory(anchor(directory), anchor, profile, known)
     rules = [*((file_label(path), device) for path, device in in_files), *own]
-    everybody = profile({})
+    everybody = with_profile(*profile, {})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
         # The broker's requirements hold for devices without a rule, too.
         name = f"devices.profile {config.devices.profile}"

@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from gateway.config import TLS, Config, Upstream
+from gateway.config import TLS, Config, Failover, Upstream
 from gateway.config.proxies import ENVIRONMENT, ProxyServer, check_credential, from_environment, is_direct
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.tunnel import Tunnel, tunnel_to
@@ -62,27 +62,22 @@ def proxy_routes(
     config: Config,
     environment: Mapping[str, str],
     uniform: Callable[[], float],
-    known: Iterable[ProxyRoute | None] = (),
 ) -> list[ProxyRoute | None]:
     """Return the proxy of each upstream, in their order, `None` for a direct connection.  Raises `ConfigError`.
 
-    The health of proxies in `known` goes on.  `uniform` returns random numbers from 0 to 1.
+    `uniform` returns random numbers from 0 to 1.
     """
     problems: list[str] = []
-    healths = {route.server.address: route.health for route in known if route is not None}
+    healths: dict[str, UpstreamHealth] = {}
     routes: list[ProxyRoute | None] = []
     for index, upstream in enumerate(config.upstream):
         route = None
         try:
             server = _server(upstream, environment)
             if server is not None:
-                before = healths.get(server.address)
-                health = (
-                    UpstreamHealth(server.address, "", config.failover, uniform)
-                    if before is None
-                    else before.under(config.failover, judged_alike=True)
+                health = healths.setdefault(
+                    server.address, UpstreamHealth(server.address, "", config.failover, uniform)
                 )
-                healths[server.address] = health
                 policy = make_policy(TLS(ca_file=upstream.proxy_ca_file)) if server.scheme == "https" else None
                 route = ProxyRoute(server, policy, health)
         except (ValueError, OSError) as error:
@@ -94,6 +89,16 @@ def proxy_routes(
     if problems:
         raise ConfigError(problems)
     return routes
+
+
+def carried_on(
+    routes: Iterable[ProxyRoute | None], known: Iterable[ProxyRoute | None], failover: Failover
+) -> list[ProxyRoute | None]:
+    """Return the routes, in which the health of proxies that are `known` goes on."""
+    healths = {
+        route.server.address: route.health.under(failover, judged_alike=True) for route in known if route is not None
+    }
+    return [route and evolve(route, health=healths.get(route.server.address, route.health)) for route in routes]
 
 
 def _server(upstream: Upstream, environment: Mapping[str, str]) -> ProxyServer | None:

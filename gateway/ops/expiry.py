@@ -7,14 +7,17 @@ platform renews them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
+from itertools import islice, takewhile
 
 from attrs import frozen
 from cryptography import x509
 from twisted.logger import Logger
 
+from gateway.pieces import Pause, in_order, no_pause
 from gateway.session.record import Peer
 from gateway.text import printable
 from gateway.tls.trust import ClientIdentity, TLSPolicy
@@ -22,6 +25,7 @@ from gateway.tls.trust import ClientIdentity, TLSPolicy
 SOON = timedelta(days=30)
 _TELL_AGAIN = 24 * 3600.0  # seconds
 _LOOK_AGAIN = 60.0  # seconds
+MOST_DEVICES = 20  # devices' certificates that are named; the others are counted
 
 
 class Role(StrEnum):
@@ -37,7 +41,7 @@ _WHOSE = {
     Role.OWN: "the gateway's own certificate",
     Role.CA: "the CA certificate",
     Role.BROKER: "the certificate of the broker",
-    Role.DEVICE: "a device's certificate",
+    Role.DEVICE: "the device's certificate of rule",
 }
 _REMEDIES = {
     Role.OWN: "Renew it and install the new one as tls.client_cert. Brokers refuse the gateway once it has expired.",
@@ -58,7 +62,7 @@ class Validity(StrEnum):
 
 @frozen
 class Certificate:
-    """The public facts of a certificate; `upstream` (`host:port`) is set for a broker's only."""
+    """The public facts of a certificate; `upstream` (`host:port`) is set for a broker's only, `rule` for a device's."""
 
     role: Role
     subject: str
@@ -66,11 +70,12 @@ class Certificate:
     not_after: datetime
     not_before: datetime | None = None
     upstream: str = ""
+    rule: str = ""
 
     @property
     def whose(self) -> str:
         """Whose certificate it is, in words."""
-        return f"{_WHOSE[self.role]} {self.upstream}".rstrip()
+        return f"{_WHOSE[self.role]} {self.upstream}{self.rule}".rstrip()
 
     @property
     def remedy(self) -> str:
@@ -98,10 +103,61 @@ def configured(policy: TLSPolicy) -> Iterator[Certificate]:
         yield _shown(Role.CA, certificate)
 
 
-def of_devices(identities: Iterable[ClientIdentity]) -> Iterator[Certificate]:
-    """Yield the certificates that rules give to devices."""
-    for identity in identities:
-        yield _shown(Role.DEVICE, identity.chain[0])
+class DeviceCertificates:
+    """The certificates that rules give to devices, in the order in which they expire: there may be thousands.
+
+    `pause` is called between two of them.
+    """
+
+    def __init__(self, identities: Sequence[tuple[str, ClientIdentity]] = (), pause: Pause = no_pause) -> None:
+        """Take the names of rules, each with its certificate."""
+        self._identities = identities
+        ends: list[tuple[float, int]] = []
+        self._named: list[tuple[str, x509.Certificate]] = []
+        self._not_yet: list[tuple[float, int]] = []
+        for number, (rule, identity) in enumerate(identities):
+            certificate = identity.chain[0]
+            self._named.append((rule, certificate))
+            ends.append((certificate.not_valid_after_utc.timestamp(), number))
+            self._not_yet.append((certificate.not_valid_before_utc.timestamp(), number))
+            pause()
+        self._ends = in_order(ends, pause)
+        self._not_yet = in_order(self._not_yet, pause)[::-1]
+
+    def are_of(self, identities: Sequence[tuple[str, ClientIdentity]]) -> bool:
+        """Whether they were made of the same certificates."""
+        return len(identities) == len(self._identities) and all(
+            name == known_name and identity is known
+            for (name, identity), (known_name, known) in zip(identities, self._identities, strict=True)
+        )
+
+    @property
+    def parts(self) -> Iterable[object]:
+        """All that it is made of, to be freed bit by bit."""
+        return [*self._identities, *self._named, *self._ends, *self._not_yet]
+
+    def counts(self, now: datetime) -> dict[Validity, int]:
+        """Return how many there are in each state."""
+        moment = now.timestamp()
+        over = bisect_left(self._ends, (moment, 0))
+        soon = bisect_left(self._ends, (moment + SOON.total_seconds(), 0)) - over
+        not_yet = sum(1 for _ in takewhile(lambda start: start[0] > moment, self._not_yet))
+        valid = max(0, len(self._ends) - over - soon - not_yet)
+        return {Validity.VALID: valid, Validity.SOON: soon, Validity.OVER: over, Validity.NOT_YET: not_yet}
+
+    @property
+    def first_end(self) -> float | None:
+        """When the first one expires, in seconds since the epoch; None if there is none."""
+        return self._ends[0][0] if self._ends else None
+
+    def due(self, now: datetime, limit: int = MOST_DEVICES) -> list[Certificate]:
+        """Return up to `limit` that have expired, expire soon or are not valid yet; the first to expire first."""
+        moment = now.timestamp()
+        last = moment + SOON.total_seconds()
+        numbers = [number for end, number in takewhile(lambda end: end[0] <= last, islice(self._ends, limit))]
+        not_yet = takewhile(lambda start: start[0] > moment, islice(self._not_yet, limit))
+        numbers = list(dict.fromkeys([*numbers, *(number for _, number in not_yet)]))[:limit]
+        return [_shown(Role.DEVICE, certificate, rule) for rule, certificate in map(self._named.__getitem__, numbers)]
 
 
 def shown_by(upstream: str, peer: Peer) -> Certificate:
@@ -165,11 +221,12 @@ class ExpiryWatch:
         )
 
 
-def _shown(role: Role, certificate: x509.Certificate) -> Certificate:
+def _shown(role: Role, certificate: x509.Certificate, rule: str = "") -> Certificate:
     return Certificate(
         role,
         printable(certificate.subject.rfc4514_string()) or "an empty subject",
         printable(certificate.issuer.rfc4514_string()) or "an empty issuer",
         certificate.not_valid_after_utc,
         certificate.not_valid_before_utc,
+        rule=printable(rule),
     )

@@ -69,6 +69,7 @@ class _Gateway(Collector):
         yield from self._traffic()
         yield from self._upstreams()
         yield self._certificates()
+        yield from self._device_rules()
         ledger = self._sight.ledger
         reloads = CounterMetricFamily(f"{_PREFIX}_reloads", "Attempts to load a new configuration.", labels=["result"])
         reloads.add_metric(["done"], ledger.reloads)
@@ -148,6 +149,26 @@ class _Gateway(Collector):
         for (address, reason), count in self._sight.ledger.passes.items():
             passed_over.add_metric([address, reason.value], count)
         yield from (up, dials, failed, passed_over)
+
+    def _device_rules(self) -> Iterator[Metric]:
+        """Yield what is known of devices' rules; numbers alone, since there may be thousands."""
+        sources = self._sight.sources
+        certificates = sources.device_certificates()
+        family = GaugeMetricFamily(
+            f"{_PREFIX}_device_certificates", "Certificates that rules give to devices.", labels=["state"]
+        )
+        for state, count in certificates.counts(sources.now()).items():
+            family.add_metric([state.value], count)
+        yield family
+        if certificates.first_end is not None:
+            yield GaugeMetricFamily(
+                f"{_PREFIX}_device_certificate_first_not_after_timestamp_seconds",
+                "Expiry of the device certificate that expires first.",
+                certificates.first_end,
+            )
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_device_rules_refused", "Rules that cannot be used.", len(sources.refused_rules())
+        )
 
     def _certificates(self) -> Metric:
         family = GaugeMetricFamily(

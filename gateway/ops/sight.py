@@ -16,7 +16,7 @@ from attrs import frozen
 from gateway import __version__
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import EndReason
-from gateway.ops.expiry import Certificate, Validity, shown_by
+from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Validity, shown_by
 from gateway.ops.ledger import IN_ORDER, LATELY, REMEMBERED, End, Ledger
 from gateway.ops.status_words import SCHEMA, shown_state
 from gateway.relay.core import Choice
@@ -38,6 +38,31 @@ STEPS = {
     State.WAIT_CONNACK: "wait-connack",
     State.RELAYING: "relaying",
 }
+# What any stranger can bring about.
+_OF_DEVICES = frozenset(
+    {
+        EndReason.DEVICE_LOST,
+        EndReason.CONNECT_TIMEOUT,
+        EndReason.NOT_MQTT,
+        EndReason.MALFORMED_PACKET,
+        EndReason.PROTOCOL_ERROR,
+        EndReason.PACKET_TOO_LARGE,
+        EndReason.UNSUPPORTED_PROTOCOL_VERSION,
+        EndReason.NETWORK_NOT_ALLOWED,
+        EndReason.TOO_MANY_FROM_ADDRESS,
+        EndReason.RATE_LIMITED,
+        EndReason.PROXY_NOT_TRUSTED,
+        EndReason.NO_PROXY_HEADER,
+        EndReason.DEVICE_UNKNOWN,
+        EndReason.DEVICE_PASSWORD_WRONG,
+        EndReason.DEVICE_NAME_UNUSABLE,
+        EndReason.SPOOFED,
+        EndReason.CLIENT_ID_IN_USE,
+        EndReason.CLIENT_ID_PACED,
+        EndReason.TAKEN_OVER,
+        EndReason.RULE_REFUSED,
+    }
+)
 _ALIVE_WITHIN = 10.0  # seconds; the sweep comes every second
 
 
@@ -45,8 +70,8 @@ _ALIVE_WITHIN = 10.0  # seconds; the sweep comes every second
 class Sources:
     """Queries to the gateway.
 
-    `listeners` are (name, address); `host` is the name of this machine; `refused_reloads` says why the current
-    configuration files are not in use.
+    `listeners` are (name, address); `host` is the name of this machine; `refused_rules` are (rule, problem);
+    `refused_reloads` says why the current configuration files are not in use.
     """
 
     host: str
@@ -54,6 +79,8 @@ class Sources:
     certificates: Callable[[], Iterable[Certificate]]
     listeners: Callable[[], Sequence[tuple[str, str]]]
     is_stopping: Callable[[], bool]
+    device_certificates: Callable[[], DeviceCertificates]
+    refused_rules: Callable[[], Sequence[tuple[str, str]]]
     refused_reloads: Callable[[], Sequence[str]]
     max_sessions: Callable[[], int]
     engine: Choice
@@ -145,6 +172,8 @@ class Sight:
             "engine": {"name": self.sources.engine.name, "words": self.sources.engine.words},
             "upstreams": [self._upstream(each, seconds, at) for each in self.sources.upstreams()],
             "certificates": [_certificate(each, now) for each in self.certificates()],
+            "device_certificates": self._device_certificates(now),
+            "refused_rules": self._refused_rules(),
             "sessions": {
                 "open": sum(steps[step] for step in STEPS),
                 "limit": self.sources.max_sessions(),
@@ -171,7 +200,25 @@ class Sight:
                 for interval in ledger.intervals()
             ],
             "absent": sum(1 for end in absent if end.reason not in IN_ORDER and seconds - end.ended < LATELY),
+            "unserved": sum(1 for end in absent if _is_unserved(end) and seconds - end.ended < LATELY),
             "devices": self._devices(query, absent, seconds, at),
+        }
+
+    def _device_certificates(self, now: datetime) -> dict[str, Any]:
+        certificates = self.sources.device_certificates()
+        return {
+            "count": {state.value: count for state, count in certificates.counts(now).items()},
+            "due": [_certificate(each, now) for each in certificates.due(now)],
+        }
+
+    def _refused_rules(self) -> dict[str, Any]:
+        refused = self.sources.refused_rules()
+        return {
+            "count": len(refused),
+            "first": [
+                {"rule": printable(rule, _MAX_TEXT), "problem": printable(problem, _MAX_WORDS)}
+                for rule, problem in refused[:MOST_DEVICES]
+            ],
         }
 
     def _upstream(self, upstream: UpstreamHealth, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
@@ -329,6 +376,11 @@ def _ended(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, An
     }
 
 
+def _is_unserved(end: End) -> bool:
+    """Whether a device was not served for a reason that lies beyond it: the broker, the way to it, or its rule."""
+    return not end.established and end.reason not in IN_ORDER and end.reason not in _OF_DEVICES
+
+
 def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
     return _reason(end.reason, end.detail) | {
         "time": at(end.ended),
@@ -352,6 +404,7 @@ def _certificate(certificate: Certificate, now: datetime) -> dict[str, Any]:
         "subject": certificate.subject,
         "issuer": certificate.issuer,
         "upstream": certificate.upstream,
+        "rule": certificate.rule,
         "not_after": certificate.not_after.isoformat(),
         "days_left": certificate.days_left(now),
         "state": validity.value,

@@ -26,7 +26,7 @@ _STEPS = {
     "refused": "refused",
 }
 _STATES = {"left alone": "backing off"}
-_CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's"}
+_CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's", "device": "of rule"}
 _SILENT_FOR_LONG = 300  # seconds without data after which this is shown for a connected device
 
 
@@ -59,6 +59,8 @@ def verdict(document: Part) -> Verdict:
         for certificate in document["certificates"]
         if certificate["state"] != "valid"
     ]
+    reasons += device_certificate_lines(document)
+    reasons += refused_rule_lines(document)
     reasons += [f"The {words}." for words in document["reloads"]["wanting"]]
     absent = _absent(document)
     if not document["alive"]:
@@ -66,9 +68,33 @@ def verdict(document: Part) -> Verdict:
     if not document["ready"]:
         words = document["unready"]
         return Verdict(Level.DOWN, f"Devices cannot be served: {words.partition(':')[0]}", reasons)
+    if document["unserved"] and not document["sessions"]["by_step"]["relaying"]:
+        return Verdict(Level.DOWN, "No device is served", reasons + absent)
+    if document["unserved"]:
+        return Verdict(Level.ATTENTION, "Some devices are not served", absent + reasons)
     if reasons:
         return Verdict(Level.ATTENTION, "Devices are served, but something needs attention", reasons + absent)
+    if not document["sessions"]["started"] and all(each["verified"] is None for each in document["upstreams"]):
+        return Verdict(Level.WELL, "No device has connected yet, and no broker has been tried", absent)
     return Verdict(Level.WELL, "The gateway is well", reasons + absent)
+
+
+def device_certificate_lines(document: Part) -> list[str]:
+    """Name the devices' certificates that have expired, expire soon or are not valid yet; the first of them."""
+    certificates = document["device_certificates"]
+    lines = [f"{certificate_name(each)}: {certificate_words(each)}. {each['remedy']}" for each in certificates["due"]]
+    more = sum(count for state, count in certificates["count"].items() if state != "valid") - len(lines)
+    return [*lines, f"{number(more)} more devices' certificates are no better."] if more > 0 else lines
+
+
+def refused_rule_lines(document: Part) -> list[str]:
+    """Name the rules that cannot be used; the first of them."""
+    refused = document["refused_rules"]
+    lines = [
+        f"Rule {each['rule']} cannot be used, its devices are refused: {each['problem']}" for each in refused["first"]
+    ]
+    more = refused["count"] - len(lines)
+    return [*lines, f"{number(more)} more rules cannot be used."] if more > 0 else lines
 
 
 def _absent(document: Part) -> list[str]:
@@ -105,7 +131,8 @@ def shown_state(state: str) -> str:
 def certificate_name(certificate: Part) -> str:
     """Return the name of a certificate."""
     name = _CERTIFICATES.get(certificate["role"], certificate["role"])
-    where = f" {certificate['upstream']}" if certificate["upstream"] else ""
+    named = certificate["upstream"] or certificate["rule"]
+    where = f" {named}" if named else ""
     return f"Certificate ({name}{where}) {certificate['subject']}"
 
 

@@ -11,19 +11,38 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeAlias
 
-# Changes with the content, with the identity of the file (device, inode), and with who may read it (ctime).
-FileState = tuple[int, ...]
+from gateway.pieces import Pause, no_pause
+
+FileState: TypeAlias = str
+"""Changes with the content, with the identity of the file (device, inode), and with who may read it (ctime).
+
+A text, not a tuple: of tens of thousands, the garbage collector would look at each.
+"""
 
 
-def states(paths: Iterable[Path]) -> dict[Path, FileState]:
-    """Return the state of each file; for one that stat() fails on, the error number."""
-    return {path: _state(path) for path in paths}
+def states(paths: Iterable[Path], pause: Pause = no_pause) -> dict[Path, FileState]:
+    """Return the state of each file; for one that stat() fails on, the error number.  `pause` is called in between."""
+    found: dict[Path, FileState] = {}
+    for path in paths:
+        found[path] = _state(path)
+        pause()
+    return found
 
 
-def differing(before: Mapping[Path, FileState], after: Mapping[Path, FileState]) -> list[Path]:
-    """Return the files whose states differ, or that are in only one of the two."""
-    return [path for path in (*before, *(after.keys() - before.keys())) if before.get(path) != after.get(path)]
+def differing(before: Mapping[Path, FileState], after: Mapping[Path, FileState], pause: Pause = no_pause) -> list[Path]:
+    """Return the files whose states differ, or that are in only one of the two.  `pause` is called in between."""
+    found: list[Path] = []
+    for path, state in before.items():
+        if after.get(path) != state:
+            found.append(path)
+        pause()
+    for path in after:
+        if path not in before:
+            found.append(path)
+        pause()
+    return found
 
 
 class Watch:
@@ -41,13 +60,13 @@ class Watch:
         """Compare with these states from now on."""
         self._known = self._seen = known
 
-    def look(self, seen: Mapping[Path, FileState]) -> list[Path]:
+    def look(self, seen: Mapping[Path, FileState], pause: Pause = no_pause) -> list[Path]:
         """Take the current states; return the files that changed and are stable now, and remember these states."""
-        at_rest = seen == self._seen
+        at_rest = not differing(self._seen, seen, pause)
         self._seen = seen
-        if not at_rest or seen == self._known:
+        if not at_rest:
             return []
-        changed = differing(self._known, seen)
+        changed = differing(self._known, seen, pause)
         self._known = seen
         return changed
 
@@ -56,5 +75,5 @@ def _state(path: Path) -> FileState:
     try:
         found = os.stat(path)  # noqa: PTH116  Path.stat is slower
     except OSError as error:
-        return (error.errno or 0,)
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return str(error.errno)
+    return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from attrs import define, field
+from attrs import field, frozen
 
 from gateway.config import TLS, DeviceRule
 from gateway.config.templates import FROM_DEVICE, UnusableValueError, expand
@@ -32,17 +32,21 @@ _MARGIN = 2.0
 _T = TypeVar("_T")
 
 
-@define(slots=True)
-class _Keys:
-    """The keys read for one rule."""
+@frozen(slots=True, eq=False)
+class DeviceKeys:
+    """The keys read for one rule, and the problems in their files."""
 
     sas: bytes | None = field(default=None, repr=False)
     jwt: SigningKey | None = field(default=None, repr=False)
     client: ClientIdentity | None = field(default=None, repr=False)
+    problems: tuple[str, ...] = ()
 
 
 class Credentials:
-    """The files that the rules name.  Raises `ConfigError` with every problem in every file."""
+    """The passwords and keys of rules.
+
+    Without `keys` it reads the rules' files, and raises `ConfigError` with every problem in them.
+    """
 
     def __init__(
         self,
@@ -51,29 +55,25 @@ class Credentials:
         uniform: Callable[[], float],
         now: Callable[[], float] = time.time,
         environment: Mapping[str, str] = os.environ,
+        keys: Mapping[DeviceRule, DeviceKeys] | None = None,
     ) -> None:
         """`uniform` returns random numbers from 0 to 1, `now` the time of day in seconds since 1970."""
         self._programs = programs
         self._uniform = uniform
         self._now = now
         self._environment = environment
-        self._keys: dict[DeviceRule, _Keys] = {}
-        problems: list[str] = []
-        for device in devices:
-            if device.sas_key_file or device.jwt_key_file or device.client_cert:
-                self._keys[device] = _read(device, problems)
-        if problems:
-            raise ConfigError(problems)
+        self._keys = keys if keys is not None else {each: read_keys(each) for each in devices if key_files(each)}
+        if keys is None:
+            problems = [
+                f"rule {device.name}: {problem}" for device, read in self._keys.items() for problem in read.problems
+            ]
+            if problems:
+                raise ConfigError(problems)
 
     def client_identity(self, device: DeviceRule) -> ClientIdentity | None:
         """Return the client certificate and key of a rule, or None if it has none."""
         keys = self._keys.get(device)
         return None if keys is None else keys.client
-
-    @property
-    def client_identities(self) -> list[ClientIdentity]:
-        """The client certificates and keys of all rules."""
-        return [keys.client for keys in self._keys.values() if keys.client is not None]
 
     async def password(self, matched: Matched) -> tuple[bytes | Kept | None, float | None]:
         """Return the password for the broker, and the seconds after which the session must end (None for no limit).
@@ -127,32 +127,35 @@ class Credentials:
         return json_web_token(keys.jwt, device.jwt_audience, issued, expires), lives
 
 
-def _read(device: DeviceRule, problems: list[str]) -> _Keys:
-    keys = _Keys()
+def key_files(device: DeviceRule) -> list[Path]:
+    """Return the files that `read_keys` reads for a rule."""
+    paths = (device.sas_key_file, device.jwt_key_file, device.client_cert, device.client_key)
+    return [path for path in paths if path is not None]
+
+
+def read_keys(device: DeviceRule) -> DeviceKeys:
+    """Read the keys and certificates of a rule."""
+    problems: list[str] = []
+    sas: bytes | None = None
+    jwt: SigningKey | None = None
+    client: ClientIdentity | None = None
     if device.sas_key_file is not None:
-        keys.sas = _attempt(
-            device, "sas_key_file", device.sas_key_file, lambda path: sas_key(read_secret(path)), problems
-        )
+        sas = _attempt("sas_key_file", device.sas_key_file, lambda path: sas_key(read_secret(path)), problems)
     if device.jwt_key_file is not None:
-        keys.jwt = _attempt(
-            device,
-            "jwt_key_file",
-            device.jwt_key_file,
-            lambda path: check_signing_key(read_private_key(path)),
-            problems,
+        jwt = _attempt(
+            "jwt_key_file", device.jwt_key_file, lambda path: check_signing_key(read_private_key(path)), problems
         )
     if device.client_cert is not None:
-        shown = TLS(client_cert=device.client_cert, client_key=device.client_key)
-        keys.client, found = read_client_identity(shown)
-        problems += [f"rule {device.name}: {problem.removeprefix('tls.')}" for problem in found]
-    return keys
+        client, found = read_client_identity(TLS(client_cert=device.client_cert, client_key=device.client_key))
+        problems += [problem.removeprefix("tls.") for problem in found]
+    return DeviceKeys(sas, jwt, client, tuple(problems))
 
 
-def _attempt(device: DeviceRule, key: str, path: Path, read: Callable[[Path], _T], problems: list[str]) -> _T | None:
+def _attempt(key: str, path: Path, read: Callable[[Path], _T], problems: list[str]) -> _T | None:
     try:
         return read(path)
     except SecretUnavailable as problem:
-        problems.append(f"rule {device.name}: {key}: {problem}")
+        problems.append(f"{key}: {problem}")
     except ValueError as problem:
-        problems.append(f"rule {device.name}: {key}: {path} {problem}")
+        problems.append(f"{key}: {path} {problem}")
     return None

@@ -11,7 +11,7 @@ queued messages at the broker.  So each name at the broker belongs to the first 
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -20,6 +20,7 @@ from attrs import field, frozen
 from gateway.config import Config, DeviceRule
 from gateway.config.templates import FROM_DEVICE, SAFE, expand
 from gateway.errors import EndReason, Refusal
+from gateway.pieces import Pause, no_pause
 from gateway.rules.rules import LONGEST_MATCHED, Caller, Matched, Rule, Rules, is_in
 
 Broker: TypeAlias = tuple[str, int, str]
@@ -152,12 +153,14 @@ class _Claim:
 class Names:
     """The Client Identifiers at the broker, and the rules that they belong to."""
 
-    def __init__(self, config: Config, rules: Rules) -> None:
+    def __init__(self, config: Config, rules: Rules, pause: Pause = no_pause) -> None:
+        """`pause` is called between two rules."""
         everyone = brokers(config, ())
         self._claims: dict[Rule, _Claim] = {}
         self._listed: dict[str, list[_Claim]] = {}
         self._others: list[_Claim] = []
         for rule in rules:
+            pause()
             named = rule.device.upstream
             claim = _Claim(rule, _Template.of(rule.device.client_id), brokers(config, named) if named else everyone)
             if not claim.is_specific:
@@ -169,6 +172,11 @@ class Names:
             else:
                 for name in listed:
                     self._listed.setdefault(name, []).append(claim)
+
+    @property
+    def parts(self) -> Iterable[object]:
+        """All that it is made of, to be freed bit by bit."""
+        return [*self._claims.values(), *self._listed.values()]
 
     def check(self, name: str, matched: Matched | None, caller: Caller, at: Brokers) -> None:
         """Raise Refusal if `name`, which a device has at the brokers `at`, belongs to another rule than its own."""

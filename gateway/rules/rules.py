@@ -26,6 +26,7 @@ from gateway.mqtt.reader import Packet
 from gateway.mqtt.relayed import Publish
 from gateway.mqtt.rewrite import KEPT, ConnectChanges, Kept, rewrite_connect
 from gateway.mqtt.topics import TopicFilters
+from gateway.pieces import Pause, no_pause
 from gateway.session.treatment import Treatment
 
 _WILDCARDS = frozenset("*?[")
@@ -65,7 +66,7 @@ class Rule:
         return cls(
             device,
             order,
-            tuple(re.compile(fnmatch.translate(text)) for text in device.match_client_id),
+            tuple(re.compile(fnmatch.translate(text)) for text in device.match_client_id if _WILDCARDS & set(text)),
             re.compile(device.match_pattern) if device.match_pattern else None,
             parse_hash(device.lan_password) if device.lan_password else None,
         )
@@ -95,7 +96,8 @@ class Rule:
         return self._matches_client_id(name) and (self.pattern is None or self.pattern.fullmatch(name) is not None)
 
     def _matches_client_id(self, name: str) -> bool:
-        return not self.globs or name in self.device.match_client_id or self._matches_glob(name)
+        names = self.device.match_client_id
+        return not names or name in names or self._matches_glob(name)
 
     def _matches_glob(self, name: str) -> bool:
         if self.is_exact:
@@ -132,12 +134,19 @@ class Rules:
     tried in turn.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, known: Iterable[Rule] = (), pause: Pause = no_pause) -> None:
+        """Those of the `known` rules that are configured are used again; `pause` is called between two rules."""
         self._exact: dict[str, list[Rule]] = {}
         self._others: list[Rule] = []
         self._unknown_pass = config.devices.unknown == "pass"
+        compiled = {id(rule.device): rule for rule in known}
         for order, device in enumerate(config.device):
-            rule = Rule.of(device, order)
+            pause()
+            rule = compiled.get(id(device))
+            if rule is None:
+                rule = Rule.of(device, order)
+            elif rule.order != order:
+                rule = attrs.evolve(rule, order=order)
             if rule.is_exact:
                 for text in set(device.match_client_id):
                     self._exact.setdefault(text, []).append(rule)

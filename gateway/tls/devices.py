@@ -1,6 +1,6 @@
 """TLS with the devices' own certificates: each shows its own, all verify the broker in the same way.
 
-In: the `[tls]` section, certificates and keys.  Out: a `TLSPolicy` for each, or `ConfigError`.
+In: the `[tls]` section, certificates and keys.  Out: a `TLSPolicy` for each.
 
 A Context is large, because it holds the roots; an identity is small.  So there is one Context for each set of
 intermediate certificates, which devices of one CA share, and the certificate and key are given to each connection.
@@ -9,15 +9,14 @@ The Context with the gateway's own certificate is never used: OpenSSL would choo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from collections.abc import Hashable, Iterable
+from typing import Generic, TypeVar
 
 import attrs
 from cryptography import x509
 from OpenSSL import SSL
 
 from gateway.config import TLS
-from gateway.errors import ConfigError
 from gateway.tls.channel import make_policy
 from gateway.tls.trust import ClientIdentity, TLSPolicy
 
@@ -27,31 +26,62 @@ _MAX_CONTEXTS = 64
 _K = TypeVar("_K", bound=Hashable)
 
 
-def device_policies(tls: TLS, identities: Mapping[_K, tuple[str, ClientIdentity]]) -> dict[_K, TLSPolicy]:
-    """Make a policy for each identity, given with its name for messages.
+class DevicePolicies(Generic[_K]):
+    """The policies of devices with certificates of their own, by key.
 
-    Raises `ConfigError` for every certificate that OpenSSL refuses, and for too many sets of intermediates.
+    Those of `before` may be used again; they must be of the same `tls` with the same files.
     """
-    alike = attrs.evolve(tls, client_cert=None, client_key=None)
-    shared: dict[tuple[x509.Certificate, ...], TLSPolicy] = {}
-    policies: dict[_K, TLSPolicy] = {}
-    problems: list[str] = []
-    for key, (shown, client) in identities.items():
-        intermediates = client.chain[1:]
-        if intermediates not in shared:
-            if len(shared) == _MAX_CONTEXTS:
-                remedy = "leave out those that the broker has itself"
-                raise ConfigError([f"{shown}: client_cert: more than {_MAX_CONTEXTS} sets of intermediates; {remedy}"])
-            shared[intermediates] = make_policy(alike, intermediates)
-        policy = attrs.evolve(shared[intermediates], own=client)
+
+    def __init__(self, tls: TLS, before: DevicePolicies[_K] | None = None) -> None:
+        self._tls = attrs.evolve(tls, client_cert=None, client_key=None)
+        self._before = before
+        # By their intermediate certificates.
+        self._shared: dict[tuple[x509.Certificate, ...], TLSPolicy] = {}
+        self._policies: dict[_K, TLSPolicy] = {}
+
+    @property
+    def all(self) -> Iterable[TLSPolicy]:
+        """The policies of all devices."""
+        return self._policies.values()
+
+    def get(self, key: _K) -> TLSPolicy | None:
+        """Return a device's policy, or None if it has no certificate of its own."""
+        return self._policies.get(key)
+
+    def shared(self, intermediates: tuple[x509.Certificate, ...]) -> TLSPolicy | None:
+        """Return what the policies of devices with these intermediate certificates have in common."""
+        return self._shared.get(intermediates)
+
+    def add(self, key: _K, client: ClientIdentity) -> None:
+        """Make the policy of a device.
+
+        Raises `ValueError` for a certificate that OpenSSL refuses, and for too many sets of intermediates.
+        """
+        known = None if self._before is None else self._before.get(key)
+        shared = self._context(client.chain[1:])
+        if known is not None and known.own is client and known.context is shared.context:
+            self._policies[key] = known
+            return
+        policy = attrs.evolve(shared, own=client)
         try:
             policy.introduce(SSL.Connection(policy.context, None))
         except SSL.Error as error:
             queue = error.args[0] if error.args else []
             words = "; ".join(str(reason) for _, _, reason in queue) or "no reason given"
             remedy = "use at least RSA 2048 or P-256, signed with SHA-256"
-            problems.append(f"{shown}: client_cert: refused by OpenSSL ({words}); {remedy}")
-        policies[key] = policy
-    if problems:
-        raise ConfigError(problems)
-    return policies
+            raise ValueError(f"client_cert: refused by OpenSSL ({words}); {remedy}") from None
+        self._policies[key] = policy
+
+    def done(self) -> None:
+        """Forget what was there before; nothing is added any more."""
+        self._before = None
+
+    def _context(self, intermediates: tuple[x509.Certificate, ...]) -> TLSPolicy:
+        shared = self._shared.get(intermediates)
+        if shared is None:
+            if len(self._shared) == _MAX_CONTEXTS:
+                remedy = "leave out those that the broker has itself"
+                raise ValueError(f"client_cert: more than {_MAX_CONTEXTS} sets of intermediates; {remedy}")
+            shared = None if self._before is None else self._before.shared(intermediates)
+            shared = self._shared[intermediates] = shared or make_policy(self._tls, intermediates)
+        return shared

@@ -17,8 +17,11 @@ from typing import TypeVar
 
 from attrs import frozen
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from OpenSSL import SSL, crypto
 
@@ -106,7 +109,10 @@ def read_private_key(path: Path) -> PrivateKey:
     if b"PRIVATE KEY-----" not in data:
         raise ValueError("holds no PEM private key")
     try:
-        key = load_pem_private_key(data, password=None)
+        # OpenSSL's check takes tens of milliseconds for an RSA key, in which no other thread runs; see _check_rsa.
+        key = load_pem_private_key(data, password=None, unsafe_skip_rsa_key_validation=True)
+        if isinstance(key, rsa.RSAPrivateKey):
+            _check_rsa(key)
     except TypeError:
         raise ValueError(
             "holds an encrypted private key, which needs a passphrase that nobody can type at start; "
@@ -118,6 +124,24 @@ def read_private_key(path: Path) -> PrivateKey:
         # TRY004: it is the file that is wrong, not an argument's type.
         raise ValueError(f"holds a private key of a kind that TLS does not use ({type(key).__name__})")  # noqa: TRY004
     return key
+
+
+def _check_rsa(key: rsa.RSAPrivateKey) -> None:
+    """Raise ValueError for an RSA key whose numbers do not belong together, or that does not sign (RFC 8017 §3.2)."""
+    numbers = key.private_numbers()
+    p, q, n = numbers.p, numbers.q, numbers.public_numbers.n
+    if not (
+        p * q == n
+        and all(numbers.public_numbers.e * numbers.d % (prime - 1) == 1 for prime in (p, q))
+        and (numbers.dmp1, numbers.dmq1) == (numbers.d % (p - 1), numbers.d % (q - 1))
+        and numbers.iqmp * q % p == 1
+    ):
+        raise ValueError("not an RSA key")
+    # Only primes give signatures that hold.
+    try:
+        key.public_key().verify(key.sign(b"", PKCS1v15(), SHA256()), b"", PKCS1v15(), SHA256())
+    except InvalidSignature:
+        raise ValueError("not an RSA key") from None
 
 
 def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:

@@ -197,7 +197,7 @@ def _upstreams(document: Part) -> Markup:
         words = upstream_words(each) if each["open"] else upstream_words(each).partition(". ")[0]
         rows.append(
             [
-                together(element("b", each["address"]), element("small", f"verified as {each['verify_name']}")),
+                together(element("b", each["address"]), element("small", f"certificate name {each['verify_name']}")),
                 _badge(words, "serving" if each["open"] else "failing"),
                 clock(each["verified"]) + " UTC" if each["verified"] else "never",
                 said or "none",
@@ -217,7 +217,7 @@ def _certificates(document: Part) -> Markup:
                 element("p", each["remedy"], class_="remedy") if each["remedy"] else None,
             ),
         ]
-        for each in document["certificates"]
+        for each in (*document["certificates"], *document["device_certificates"]["due"])
     ]
     return _section(
         "Certificates",

@@ -1,0 +1,192 @@
+"""Everything that a configuration needs from the disk, prepared before any of it is used.
+
+In: a `Config`, and what was prepared for the configuration before it.  Out: `Prepared`, or `ConfigError`.
+
+This is the slow part of a reload, and it grows with the number of rules.  It touches nothing that the event loop uses,
+so that a thread can do it.  What did not change is neither read nor built again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from attrs import evolve, field, frozen
+
+from gateway.config import Config, DeviceRule, changed_keys
+from gateway.dial.proxy import ProxyRoute, proxy_routes
+from gateway.dial.websocket import WebSocketRoute, websocket_routes
+from gateway.ops.expiry import DeviceCertificates
+from gateway.ops.watch import FileState, differing, states
+from gateway.pieces import Pause, no_pause
+from gateway.rules.credentials import DeviceKeys, key_files, read_keys
+from gateway.rules.names import Names
+from gateway.rules.rules import Rule, Rules
+from gateway.rules.secrets import Programs
+from gateway.tls.channel import make_policy
+from gateway.tls.devices import DevicePolicies
+from gateway.tls.trust import ClientIdentity, TLSPolicy, policy_files
+
+# Objects freed between two looks at the clock.
+_FREED_AT_A_TIME = 20
+
+
+@frozen(eq=False, kw_only=True)
+class Prepared:
+    """What was made of one configuration.
+
+    `files` has the states of all certificates, keys and CRLs from just before they were read.  `refused` gives the
+    problem of each rule that cannot be used; its devices are refused.  `changed` names the keys and files that differ
+    from the configuration before.  `is_equivalent` means that sessions are verified and judged as before.
+    """
+
+    config: Config
+    policy_files: Sequence[Path]
+    other_files: Sequence[Path]
+    files: Mapping[Path, FileState]
+    policy: TLSPolicy
+    rules: Rules
+    keys: Mapping[DeviceRule, DeviceKeys]
+    policies: DevicePolicies[DeviceRule]
+    names: Names
+    proxies: Sequence[ProxyRoute | None]
+    websockets: Sequence[WebSocketRoute | None]
+    refused: Mapping[DeviceRule, str]
+    certificates: DeviceCertificates
+    changed: Sequence[str] = ()
+    is_equivalent: bool = False
+    # The parts of the configuration before, in a list, so that a thread can free them one by one.
+    leftovers: list[Any] = field(factory=list, repr=False)
+
+
+def prepare(
+    config: Config,
+    uniform: Callable[[], float],
+    programs: Programs | None = None,
+    before: Prepared | None = None,
+    pause: Pause = no_pause,
+) -> Prepared:
+    """Read and build all that sessions need under `config`.  Raises `ConfigError` if nobody could be served.
+
+    `uniform` returns random numbers from 0 to 1; `programs` runs programs.
+    """
+    of_policy, of_others = policy_files(config.tls), [*upstream_files(config), *device_files(config)]
+    files = states([*of_policy, *of_others], pause)
+    is_policy_kept = before is not None and _is_policy_kept(config, files, of_policy, before)
+    policy = before.policy if before is not None and is_policy_kept else make_policy(config.tls)
+    policies = DevicePolicies(config.tls, before.policies if before is not None and is_policy_kept else None)
+    keys: dict[DeviceRule, DeviceKeys] = {}
+    refused: dict[DeviceRule, str] = {}
+    for device in config.device:
+        if key_files(device):
+            keys[device] = read = _keys(device, files, before)
+            if problems := [*read.problems, *_policy_problems(policies, device, read.client)]:
+                refused[device] = "; ".join(problems)
+            pause()
+    policies.done()
+    rules = Rules(config, before.rules if before is not None else (), pause)
+    prepared = Prepared(
+        config=config,
+        policy_files=of_policy,
+        other_files=of_others,
+        files=files,
+        policy=policy,
+        rules=rules,
+        keys=keys,
+        policies=policies,
+        names=Names(config, rules, pause),
+        proxies=proxy_routes(config, os.environ, uniform),
+        websockets=websocket_routes(config, programs),
+        refused=refused,
+        certificates=_certificates(keys, before, pause),
+    )
+    return prepared if before is None else _compared(prepared, before, pause)
+
+
+def look(prepared: Prepared, pause: Pause = no_pause) -> dict[Path, FileState]:
+    """Return the states of the files now; files may have been added to a directory of CAs."""
+    return states([*policy_files(prepared.config.tls), *prepared.other_files], pause)
+
+
+def free(leftovers: list[Any], pause: Pause = no_pause) -> None:
+    """Free objects a few at a time: thousands in one go would hold up the event loop."""
+    while leftovers:
+        del leftovers[-_FREED_AT_A_TIME:]
+        pause()
+
+
+def upstream_files(config: Config) -> list[Path]:
+    """Return the files that `[[upstream]]` tables name."""
+    return [
+        path
+        for upstream in config.upstream
+        for path in (*upstream.proxy_ca_file, upstream.proxy_password_file, upstream.request_file)
+        if path is not None
+    ]
+
+
+def device_files(config: Config) -> Iterator[Path]:
+    """Yield the files with keys and certificates that rules name."""
+    for device in config.device:
+        yield from key_files(device)
+
+
+def _is_policy_kept(
+    config: Config, files: Mapping[Path, FileState], of_policy: Sequence[Path], before: Prepared
+) -> bool:
+    return (
+        config.tls == before.config.tls
+        and of_policy == before.policy_files
+        and all(files[path] == before.files.get(path) for path in of_policy)
+    )
+
+
+def _keys(device: DeviceRule, files: Mapping[Path, FileState], before: Prepared | None) -> DeviceKeys:
+    if before is not None:
+        known = before.keys.get(device)
+        if known is not None and all(files[path] == before.files.get(path) for path in key_files(device)):
+            return known
+    return read_keys(device)
+
+
+def _certificates(keys: Mapping[DeviceRule, DeviceKeys], before: Prepared | None, pause: Pause) -> DeviceCertificates:
+    named = [(device.name, read.client) for device, read in keys.items() if read.client is not None]
+    if before is not None and before.certificates.are_of(named):
+        return before.certificates
+    return DeviceCertificates(named, pause)
+
+
+def _policy_problems(
+    policies: DevicePolicies[DeviceRule], device: DeviceRule, client: ClientIdentity | None
+) -> Iterator[str]:
+    if client is not None:
+        try:
+            policies.add(device, client)
+        except ValueError as error:
+            yield str(error)
+
+
+def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
+    """Add what differs from the configuration before."""
+    old, new = before.config, after.config
+    changed = changed_keys(old, new) + [str(path) for path in differing(before.files, after.files, pause)]
+    is_equivalent = (
+        after.policy is before.policy
+        and (old.upstream, old.devices, old.device, old.limits) == (new.upstream, new.devices, new.device, new.limits)
+        and all(after.files[path] == before.files.get(path) for path in upstream_files(new))
+        and all(keys is before.keys.get(device) for device, keys in after.keys.items())
+    )
+    leftovers: list[Any] = [*old.device, *before.keys.values(), *before.policies.all, *before.other_files]
+    leftovers += [
+        *before.files.values(),
+        *(before.certificates.parts if before.certificates is not after.certificates else ()),
+    ]
+    leftovers += before.names.parts
+    leftovers += [part for rule in before.rules for part in _parts(rule)]
+    return evolve(after, changed=changed, is_equivalent=is_equivalent, leftovers=leftovers)
+
+
+def _parts(rule: Rule) -> tuple[Any, ...]:
+    return rule, rule.globs, rule.pattern

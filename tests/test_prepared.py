@@ -1,0 +1,131 @@
+"""What a reload prepares: what did not change is neither read nor built again."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+
+from gateway.config import Config, load_file
+from gateway.config import directory as rule_files
+from gateway.config.directory import RuleFiles
+from gateway.pieces import in_order, no_pause
+from gateway.prepared import Prepared, prepare
+from gateway.rules import credentials
+from gateway.tls import trust
+from tests.pki import CLIENT, certify, certify_ca
+
+RULES = 5
+
+
+class Files:
+    """A configuration with a directory of rules, each with a certificate of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.known = RuleFiles()
+        ca = certify_ca()
+        ca.write(directory / "ca.pem")
+        (directory / "devices").mkdir()
+        for number in range(RULES):
+            path = directory / "devices" / f"d{number}.pem"
+            certify(ca, subject=f"d{number}", names=(), purposes=(CLIENT,)).write(path)
+            (directory / "devices" / f"d{number}.toml").write_text(f'client_cert = "d{number}.pem"')
+        (directory / "gateway.toml").write_text(
+            '[[upstream]]\nhost = "localhost"\n[tls]\nca_file = "ca.pem"\n[devices]\ndirectory = "devices"\n'
+        )
+
+    def load(self) -> Config:
+        """Load the configuration, as a reload does."""
+        return load_file(self.directory / "gateway.toml", known=self.known)
+
+    def prepare(self, before: Prepared | None = None) -> Prepared:
+        """Prepare the configuration of this moment."""
+        return prepare(self.load(), lambda: 0.5, before=before)
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    """Files that were written long ago."""
+    monkeypatch.setattr(rule_files, "_UNSETTLED", 0.0)
+    return Files(tmp_path)
+
+
+def test_what_did_not_change_is_not_read_again(files: Files) -> None:
+    """Neither rules nor keys, nor is anything built anew."""
+    before = files.prepare()
+    with (
+        patch.object(rule_files, "read_table", side_effect=AssertionError("a rule is read")),
+        patch.object(credentials, "read_client_identity", side_effect=AssertionError("a key is read")),
+        patch.object(trust, "read_roots", side_effect=AssertionError("the roots are read")),
+    ):
+        after = files.prepare(before)
+    assert after.is_equivalent
+    assert not after.changed
+    assert after.policy is before.policy
+    assert list(after.policies.all) == list(before.policies.all)
+    assert [id(device) for device in after.config.device] == [id(device) for device in before.config.device]
+    assert list(after.rules) == list(before.rules)
+
+
+def test_of_many_rules_only_the_changed_one_is_read(files: Files) -> None:
+    """Its certificate was renewed; the others keep what they have."""
+    before = files.prepare()
+    renewed = files.directory / "devices" / "d3.pem"
+    certify(certify_ca(), subject="d3", names=(), purposes=(CLIENT,)).write(renewed)
+    with patch.object(credentials, "read_client_identity", wraps=credentials.read_client_identity) as read:
+        after = files.prepare(before)
+    assert read.call_count == 1
+    assert not after.is_equivalent
+    assert after.changed == [str(renewed)]
+    same = [after.policies.get(device) is before.policies.get(device) for device in before.config.device]
+    assert same == [True, True, True, False, True]
+
+
+def test_a_changed_rule_is_read_again(files: Files) -> None:
+    """A new one, one that is gone and one that is another."""
+    files.load()
+    directory = files.directory / "devices"
+    (directory / "d0.toml").unlink()
+    (directory / "d1.toml").write_text("max_qos = 1")
+    (directory / "d9.toml").write_text("max_qos = 0")
+    with patch.object(rule_files, "read_table", wraps=rule_files.read_table) as read:
+        config = files.load()
+    assert sorted(call.args[0].name for call in read.call_args_list) == ["d1.toml", "d9.toml"]
+    assert {device.name: device.max_qos for device in config.device} == {"d1": 1, "d2": 2, "d3": 2, "d4": 2, "d9": 0}
+
+
+def test_a_rule_that_was_just_written_is_read_again(tmp_path: Path) -> None:
+    """It could be written once more within the precision of its times, with the same size."""
+    files = Files(tmp_path)
+    files.load()
+    with patch.object(rule_files, "read_table", wraps=rule_files.read_table) as read:
+        files.load()
+    assert read.call_count == RULES
+
+
+def test_another_profile_makes_other_rules(files: Files) -> None:
+    """Its values are in each of them."""
+    files.load()
+    config = files.directory / "gateway.toml"
+    config.write_text(config.read_text() + 'profile = "aws-iot"\n')
+    assert {device.max_qos for device in files.load().device} == {1}
+
+
+def test_a_file_that_was_given_its_old_date_is_read_again(files: Files) -> None:
+    """The time of its last change says so."""
+    before = files.prepare()
+    path = files.directory / "devices" / "d0.pem"
+    times = path.stat()
+    certify(certify_ca(), subject="d0", names=(), purposes=(CLIENT,)).write(path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert files.prepare(before).changed == [str(path)]
+
+
+def test_pieces_are_sorted_like_the_whole() -> None:
+    """Across the bounds of the pieces, and what is equal stays in its order."""
+    things = [(number * 7919 % 1009, number) for number in range(2500)]
+    assert in_order(things, no_pause) == sorted(things)
+    assert in_order([], no_pause) == []
