@@ -1,5 +1,5 @@
 "use strict";
-// Fetches the page anew and puts its changing parts in place; the search field is left alone.
+// Refreshes the changing parts of the page in place, without touching the search field.
 const every = 5000;
 const parts = ["verdict", "devices", "state", "footer"];
 const stale = document.getElementById("stale");
