@@ -342,12 +342,30 @@ def http_answer(body: bytes, status: str = "200 OK") -> bytes:
         (http_answer(b"ask again", "429 Too Many"), "answers 429: ask again"),
     ],
 )
-def test_somebody_else_there_is_one_line(answering: Any, ask: Ask, answer: bytes, words: str) -> None:
+def test_somebody_else_there_is_one_line(
+    answering: Any, ask: Ask, monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
+) -> None:
     """Whatever it says: no traceback, nothing that does not print."""
+    monkeypatch.setattr("gateway.cli.status._RETRY_AFTER", 0.0)
     status, out, err = ask("--url", answering(answer))
     assert (status, out, err.count("\n")) == (1, "", 1)
     assert words in err
     assert err[:-1].isprintable()
+
+
+def test_a_gateway_that_is_asked_too_often_is_asked_again(
+    start: StartGateway, ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It spares the relay, and answers a moment later."""
+    monkeypatch.setattr("gateway.cli.status._RETRY_AFTER", 0.0)
+    gateway = start(upstream=1)
+    site = gateway.service.status_port._open.site
+    answer, refused = site._status, [(429, "text/plain", b"later")] * 2
+    monkeypatch.setitem(site._answers, "/status", lambda *_: refused.pop() if refused else answer(*_))
+    status, out, _ = ask("--url", f"http://127.0.0.1:{status_port(gateway)}")
+    assert status in {0, 2, 3}
+    assert "version" in out
+    assert not refused
 
 
 def test_wrong_options_are_told(ask: Ask) -> None:

@@ -50,6 +50,9 @@ from gateway.text import unprintable_escaped
 
 _DEFAULT = "http://127.0.0.1:9883"
 _PATIENCE = 10.0  # seconds
+# A gateway that is asked too often says so, to spare the relay.
+_RETRY_AFTER = 2.0  # seconds
+_MOST_RETRIES = 3
 _LARGEST = 64 * 1024 * 1024  # bytes; a thousand devices are one
 _CANNOT_ASK = 1
 _EXIT = {Level.WELL: 0, Level.ATTENTION: 2, Level.DOWN: 3}
@@ -213,26 +216,35 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def _ask(endpoint: Endpoint, query: str) -> tuple[int, bytes]:
+    """Return the status and the body of an answer."""
+    with closing(_connection(endpoint)) as connection:
+        path = f"{urlsplit(endpoint.url).path}/status{query}"
+        connection.request("GET", path, headers={"Accept": "application/json"})
+        response = connection.getresponse()
+        return response.status, response.read(_LARGEST)
+
+
 def _fetch(endpoint: Endpoint, arguments: argparse.Namespace) -> dict[str, Any]:
     query = f"?limit={arguments.devices}"
     if arguments.device is not None:
         query = f"?limit={max(_MATCHES, arguments.devices)}&q={quote(arguments.device)}"
     try:
-        with closing(_connection(endpoint)) as connection:
-            connection.request(
-                "GET", f"{urlsplit(endpoint.url).path}/status{query}", headers={"Accept": "application/json"}
-            )
-            response = connection.getresponse()
-            body = response.read(_LARGEST)
+        status, body = _ask(endpoint, query)
+        for _ in range(_MOST_RETRIES):
+            if status != http.client.TOO_MANY_REQUESTS:
+                break
+            time.sleep(_RETRY_AFTER)
+            status, body = _ask(endpoint, query)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise CannotAsk(
             f"{endpoint.shown} does not answer: {unprintable_escaped(reason)}; check that the gateway runs and has "
             "[status] endpoint in its configuration; use --config FILE or --url for another endpoint"
         ) from None
-    if response.status != http.client.OK:
+    if status != http.client.OK:
         words = body[:200].decode("utf-8", "replace").strip()
-        raise CannotAsk(f"{endpoint.shown} answers {response.status}: {unprintable_escaped(words)}")
+        raise CannotAsk(f"{endpoint.shown} answers {status}: {unprintable_escaped(words)}")
     try:
         document: dict[str, Any] = json.loads(body)
         schema = document["schema"]
