@@ -54,6 +54,12 @@ class EndReason(StrEnum):
     )
     GATEWAY_STOPPING = ("gateway-stopping", "The gateway is stopping.", "No action: the device will reconnect.")
 
+    CONFIGURATION_CHANGED = (
+        "configuration-changed",
+        "A reload took effect before the broker had accepted the session.",
+        "None needed: the device will reconnect, under the new configuration.",
+    )
+
     # What the device did wrong.
     CONNECT_TIMEOUT = (
         "connect-timeout",

@@ -12,18 +12,19 @@ from collections.abc import Callable
 from random import random
 
 from attrs import frozen
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from gateway.config import Config, Listener
-from gateway.dial.dialler import Dialler, Target
+from gateway.dial.dialler import Dialler, Superseded, Target
 from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import carried_on
 from gateway.drain import Spread
-from gateway.errors import EndReason
+from gateway.errors import EndReason, Refusal
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.ops.journal import GatewayJournal
@@ -44,6 +45,7 @@ _log = Logger(namespace="gateway")
 SWEEP_INTERVAL = 1.0  # seconds; the precision of timeouts
 # This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
+_CODE_3_NOT_AUTHORIZED, _CODE_5_NOT_AUTHORIZED = 5, 0x87
 DRAIN_INTERVAL = 0.1  # seconds between two groups of sessions that a drain ends
 
 
@@ -59,7 +61,7 @@ class Generation:
 class _Opening:
     """An admitted connection, and what its session needs of the gateway; cheaper than closures."""
 
-    __slots__ = ("_device", "_gateway", "accepted", "address", "listener", "via")
+    __slots__ = ("_device", "_gateway", "accepted", "address", "changes", "listener", "via")
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class _Opening:
         self._gateway = gateway
         self._device: DeviceProtocol
         self.address = address
+        self.changes = gateway.changes
         self.listener = listener
         self.accepted = accepted
         self.via = via
@@ -84,7 +87,19 @@ class _Opening:
     def dial(self, session: Session) -> Deferred[None]:
         """Dial the broker for the session."""
         caller = Caller(host_of(self.address) or "", self.listener)
-        return self._gateway.generation.reception.dial(session, self._device, caller)
+        if not self._gateway.still_admits(self):
+            session.refuse(Refusal(EndReason.NETWORK_NOT_ALLOWED, "", _CODE_3_NOT_AUTHORIZED, _CODE_5_NOT_AUTHORIZED))
+            return succeed(None)
+        dialling = self._gateway.generation.reception.dial(session, self._device, caller)
+        dialling.addErrback(self._dial_again, session)
+        return dialling
+
+    def _dial_again(self, failure: Failure, session: Session) -> Deferred[None]:
+        """Let the configuration of this moment judge the session from the beginning."""
+        failure.trap(Superseded)
+        session.treat(None)
+        self._gateway.leave(session)
+        return self.dial(session)
 
     def gone(self, session: Session) -> None:
         """Forget the session."""
@@ -120,6 +135,8 @@ class Gateway:
         self._helpers = helpers
         self._presence: Presence[Session] = Presence(clock.seconds, is_over)
         self._numbered = 0
+        # How often the configuration was changed.
+        self.changes = 0
         self._all_gone: list[Deferred[None]] = []
         self._stopping = False
         self._drain: Spread[Session] | None = None
@@ -165,11 +182,20 @@ class Gateway:
         return prepare(config, self._uniform, self._helpers.programs, self._generation.prepared, pause)
 
     def adopt(self, prepared: Prepared) -> None:
-        """Begin new sessions under another configuration; established sessions keep their own."""
+        """Begin new sessions under another configuration; established sessions keep their own.
+
+        Sessions that the broker has not accepted yet are judged again, unless it would come to the same; those whose
+        CONNECT has been sent are ended.
+        """
         before = self._generation
         self._generation = self._made(prepared, before)
+        self.changes += 1
         before.dialler.stop()
         self.doorkeeper.rule(prepared.config.admission, self.max_sessions)
+        if not prepared.is_equivalent:
+            before.dialler.superseded = True
+            for session in [each for each in self.sessions if each.state is State.WAIT_CONNACK]:
+                self._guarded(session, lambda session: session.stop(EndReason.CONFIGURATION_CHANGED))
 
     def _made(self, prepared: Prepared, before: Generation | None = None) -> Generation:
         config, policy, websockets = prepared.config, prepared.policy, prepared.websockets
@@ -261,6 +287,14 @@ class Gateway:
         )
         self.sessions.add(session)
         return session
+
+    def still_admits(self, opening: _Opening) -> bool:
+        """Whether a connection may stay whose CONNECT has come: the configuration may have changed meanwhile."""
+        return opening.changes == self.changes or self.doorkeeper.allows(host_of(opening.address))
+
+    def leave(self, session: Session) -> None:
+        """Count a session out whose CONNECT is to be judged again."""
+        self._presence.leave(session)
 
     def gone(self, opening: _Opening, session: Session) -> None:
         """Forget a session whose connections are closed."""

@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import DeviceRule
-from gateway.dial.dialler import Dialler, Route
+from gateway.dial.dialler import Dialler, Route, Superseded
 from gateway.errors import EndReason, Refusal
 from gateway.mqtt.connect import Connect
 from gateway.prepared import Prepared
@@ -82,7 +82,10 @@ class Reception:
         self._is_plain = not config.device and config.devices.unknown == "pass"
 
     def dial(self, session: Session, device: DeviceProtocol, caller: Caller) -> Deferred[None]:
-        """Check a session's CONNECT and dial its broker.  Cancelling cleans up."""
+        """Check a session's CONNECT and dial its broker.  Cancelling cleans up.
+
+        Fails with `Superseded` if another configuration must do so.
+        """
         if self._is_plain:
             _, connect = session.connect
             try:
@@ -94,6 +97,8 @@ class Reception:
         dialling = Deferred.fromCoroutine(self._receive(session, device, caller))
 
         def failed(failure: Failure) -> None:
+            if failure.check(Superseded):
+                failure.raiseException()
             if failure.check(CancelledError) is None:
                 _log.failure("session {number}: internal error", failure, number=session.record.number)
                 session.fail(failure.type.__name__ if failure.type is not None else "unknown")

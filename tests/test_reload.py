@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -24,6 +25,7 @@ from gateway.config import changed_keys, from_mapping
 from gateway.dial.dialler import Dialler
 from gateway.errors import ConfigError, EndReason
 from gateway.gateway import Generation
+from gateway.session.session import State
 from gateway.tls.trust import TLSPolicy
 from tests import mqtt_packets as mqtt
 from tests.harness import (
@@ -604,3 +606,128 @@ class Load:
                 self.turns += 1
         except (AssertionError, OSError) as error:
             self._failure = error
+
+
+# ---- what the broker has not accepted is judged by the new configuration
+
+
+def refused_by_the_new_ca(device: Device) -> bool:
+    """Whether a device is told that no broker is available."""
+    return device.read_to_end() == mqtt.connack(code=3)
+
+
+def test_a_connection_from_before_is_judged_by_the_new_configuration(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, ca_file: Path
+) -> None:
+    """Its CONNECT comes after the CA was replaced, or its network is not allowed any more."""
+    broker = start_broker()
+    gateway = start_gateway(upstream=broker.port, ca_file=ca_file)
+    other = certify_ca().write(tmp_path / "other.pem")
+    with Device(gateway.port) as device, Device(gateway.port) as stranger:
+        eventually(lambda: len(gateway.service.gateway.sessions) == 2, "both are accepted")
+        gateway.change(tls={"ca_file": str(other)})
+        device.send(mqtt.connect("a"))
+        assert refused_by_the_new_ca(device)
+        assert gateway.wait_ended().reason is EndReason.TLS_UNTRUSTED_CHAIN
+        gateway.change(tls={"ca_file": str(ca_file)}, admission={"allow": ["10.0.0.0/8"]})
+        stranger.send(mqtt.connect("b"))
+        assert stranger.read_to_end() == mqtt.connack(code=5)
+        assert gateway.wait_ended(2).reason is EndReason.NETWORK_NOT_ALLOWED
+    assert broker.received == b""
+
+
+def test_a_session_that_waits_for_its_turn_is_judged_by_the_new_configuration(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, ca_file: Path
+) -> None:
+    """It neither goes to a broker of the removed CA nor resumes a session with it."""
+    broker = start_broker()
+    gateway = start_gateway(upstream=broker.port, ca_file=ca_file, pacing={"new_sessions_per_second": 1})
+    other = certify_ca().write(tmp_path / "other.pem")
+    with established(gateway.port), Device(gateway.port) as device:
+        device.send(mqtt.connect("waits"))
+        pacer = gateway.service.gateway.generation.dialler.pacer
+        eventually(lambda: pacer.waiting == 1, "it waits")
+        gateway.change(tls={"ca_file": str(other)})
+        assert refused_by_the_new_ca(device)
+        assert gateway.wait_ended().reason is EndReason.TLS_UNTRUSTED_CHAIN
+    assert b"waits" not in broker.received
+
+
+def test_a_handshake_from_before_is_worth_nothing(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, ca_file: Path
+) -> None:
+    """The broker is verified under the CA that has just been removed: not a byte of CONNECT is sent."""
+    broker, proceed = start_broker(), threading.Event()
+    front = socket.create_server(("127.0.0.1", 0))
+
+    def relay(source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+
+    def serve() -> None:
+        near, _ = front.accept()
+        far = socket.create_connection(("127.0.0.1", broker.port))
+        proceed.wait(20)
+        with near, far:
+            threading.Thread(target=relay, args=(far, near), daemon=True).start()
+            relay(near, far)
+
+    threading.Thread(target=serve, daemon=True).start()
+    gateway = start_gateway(upstream=front.getsockname()[1], ca_file=ca_file)
+    other = certify_ca().write(tmp_path / "other.pem")
+    with front, Device(gateway.port) as device:
+        device.send(mqtt.connect("shakes-hands"))
+        states = lambda: [each.state for each in gateway.service.gateway.sessions]  # noqa: E731
+        eventually(lambda: states() == [State.DIALLING], "it is dialled")
+        gateway.change(tls={"ca_file": str(other)}, upstream=[{"host": "localhost", "port": broker.port}])
+        proceed.set()
+        assert refused_by_the_new_ca(device)
+        assert gateway.wait_ended().reason is EndReason.TLS_UNTRUSTED_CHAIN
+    assert broker.received == b""
+
+
+def test_a_session_without_connack_is_ended_and_others_go_on(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, ca_file: Path
+) -> None:
+    """Its CONNECT is at a broker that is not trusted any more.  Another reload leaves it alone."""
+    answer = threading.Event()
+
+    def serve(connection: BrokerConnection) -> None:
+        if b"slow" in connection.read_packet():
+            answer.wait(20)
+        connection.send(mqtt.connack())
+        connection.read_to_end()
+
+    broker = start_broker(serve=serve)
+    gateway = start_gateway(upstream=broker.port, ca_file=ca_file)
+    other = certify_ca().write(tmp_path / "other.pem")
+    with established(gateway.port) as standing, Device(gateway.port) as device:
+        device.send(mqtt.connect("slow"))
+        eventually(lambda: b"slow" in broker.received, "CONNECT is at the broker")
+        gateway.change(drain={"seconds": 1})
+        assert not gateway.ended
+        gateway.change(tls={"ca_file": str(other)})
+        assert refused_by_the_new_ca(device)
+        assert gateway.wait_ended().reason is EndReason.CONFIGURATION_CHANGED
+        answer.set()
+        standing.send(mqtt.publish())
+        eventually(lambda: mqtt.publish() in broker.received, "the established session goes on")
+
+
+def test_a_session_that_is_judged_again_goes_by_the_new_rule(
+    start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path
+) -> None:
+    """It had a name and a rule under the old one, and has neither under the new one; it is counted once."""
+    broker = start_broker()
+    rule = {"name": "old", "match_client_id": "d", "client_id": "renamed"}
+    gateway = start_gateway(upstream=broker.port, ca_file=ca_file, pacing={"new_sessions_per_second": 1}, device=[rule])
+    with established(gateway.port), Device(gateway.port) as device:
+        device.send(mqtt.connect("d"))
+        eventually(lambda: gateway.service.gateway.generation.dialler.pacer.waiting == 1, "it waits")
+        gateway.change(device=[{"name": "new", "match_client_id": "other"}])
+        assert device.read(4) == mqtt.connack()
+        eventually(lambda: len(gateway.journal.started) == 2, "it is established")
+        assert gateway.journal.started[1].rule == ""
+    assert b"renamed" not in broker.received
+    gateway.wait_empty()

@@ -23,7 +23,7 @@ from gateway.dial.pacing import Pacer
 from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
 from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
 from gateway.dial.websocket import WebSocketRoute
-from gateway.errors import EndReason, SessionEnd, UpstreamFailure
+from gateway.errors import EndReason, GatewayError, SessionEnd, UpstreamFailure
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.upstream import UpstreamProtocol
@@ -76,6 +76,10 @@ class Target:
     )
 
 
+class Superseded(GatewayError):
+    """A reload took effect before the session's CONNECT was sent; the new configuration must judge it."""
+
+
 Route: TypeAlias = Sequence[tuple[Target, "UpstreamHealth"]]
 """Brokers in order of preference, each with its health."""
 
@@ -119,6 +123,8 @@ class Dialler:
         self._timeouts = config.timeouts
         self._journal = journal
         self.pacer = Pacer(config.pacing, clock)
+        # Whether a configuration that judges sessions differently has replaced this one.
+        self.superseded = False
         self.identities = any(device.client_cert is not None for device in config.device)
         # The gateway's own trials in progress, and the connections of finished ones until they are closed.
         self._trials: set[Deferred[None]] = set()
@@ -153,6 +159,8 @@ class Dialler:
         dialling = Deferred.fromCoroutine(self.lead(session, device, self._route if route is None else route))
 
         def failed(failure: Failure) -> None:
+            if failure.check(Superseded):
+                failure.raiseException()
             if failure.check(CancelledError) is None:
                 _log.failure("session {number}: internal error", failure, number=session.record.number)
                 session.fail(failure.type.__name__ if failure.type is not None else "unknown")
@@ -181,7 +189,8 @@ class Dialler:
     # ---- sessions
 
     async def lead(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> None:
-        """Do what `dial` does; anything raised is an internal error."""
+        """Do what `dial` does.  Raises `Superseded`; anything else that is raised is an internal error."""
+        self._check_current()
         route = self._route if route is None else route
         failures: dict[UpstreamHealth, UpstreamFailure] = {}
         session.dials(Dial(route[0][1].address))
@@ -190,6 +199,7 @@ class Dialler:
             return
         if not await self._turn(session, device):
             return
+        self._check_current()
         last: UpstreamFailure | None = None
         while (choice := self._choose(route, failures)) is not None:
             target, health = choice
@@ -200,13 +210,21 @@ class Dialler:
             except UpstreamFailure as failure:
                 # A copy: the raised exception references this frame, which would keep it alive.
                 failures[health] = last = UpstreamFailure(failure.reason, failure.detail)
+                self._check_current()
             else:
+                if self.superseded:
+                    protocol.abort()
+                    raise Superseded
                 self._tell_passed_over(route, health, failures)
                 protocol.serve(session, device, peer)
                 return
         if last is None:
             self.pacer.give_back()
         session.upstream_failed(self._summary(route, failures, last))
+
+    def _check_current(self) -> None:
+        if self.superseded:
+            raise Superseded
 
     def _choose(self, route: Route, failures: Container[UpstreamHealth]) -> tuple[Target, UpstreamHealth] | None:
         """Return the next broker to try: the first open one; if there is none, the first that is due for a trial."""

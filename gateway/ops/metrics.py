@@ -160,12 +160,11 @@ class _Gateway(Collector):
         for state, count in certificates.counts(sources.now()).items():
             family.add_metric([state.value], count)
         yield family
-        if certificates.first_end is not None:
-            yield GaugeMetricFamily(
-                f"{_PREFIX}_device_certificate_first_not_after_timestamp_seconds",
-                "Expiry of the device certificate that expires first.",
-                certificates.first_end,
-            )
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_device_certificate_first_not_after_timestamp_seconds",
+            "Expiry of the device certificate that expires first.",
+            certificates.first_end,
+        )
         yield GaugeMetricFamily(
             f"{_PREFIX}_device_rules_refused", "Rules that cannot be used.", len(sources.refused_rules())
         )

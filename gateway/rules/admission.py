@@ -76,6 +76,10 @@ class Doorkeeper:
         self._count(host)
         return None
 
+    def allows(self, host: str | None) -> bool:
+        """Whether devices may connect from `host`; a UNIX socket's mode decides who may connect there."""
+        return host is None or _is_one_of(host, self._admission.allow)
+
     def leave(self, host: str | None) -> None:
         """Remove a session from the counts."""
         self._sessions -= 1

@@ -373,11 +373,14 @@ class Session:
             self._device.release()
             self._authenticate()
 
-    def treat(self, treatment: Treatment) -> None:
-        """Set what the session's rule changes, before there is an upstream."""
+    def treat(self, treatment: Treatment | None) -> None:
+        """Set what the session's rule changes, before there is an upstream; None if it is to be judged again."""
         self._treatment = treatment
-        if treatment.lives is not None:
-            self._lives_until = self._seconds() + treatment.lives
+        lives = None if treatment is None else treatment.lives
+        self._lives_until = float("inf") if lives is None else self._seconds() + lives
+        if treatment is None:
+            self._assigned = None
+            self.record.rule = ""
 
     def when_assigned(self, call: Callable[[str], None]) -> None:
         """Call this with the Client Identifier that the broker assigns, if it assigns one (MQTT 5.0 §3.2.2.3.7)."""
