@@ -68,3 +68,39 @@ def test_no_more_comes_than_the_rate_and_one_burst(rate, steps):
         total, largest = total + packets, max(largest, packets)
         paused = pace.overdrawn(total, 1)
     assert total <= (clock.now - began) * rate + max(1, 2 * rate) + largest + 1e-6
+
+
+def test_packets_are_counted_once():
+    """`overdrawn` is told of all so far, and counts those that are new."""
+    pace = Pace(10, 0, Clock())
+    for total in range(1, 21):
+        assert not pace.overdrawn(total, 0)
+    assert pace.overdrawn(21, 0)
+
+
+def test_the_bucket_fills_while_packets_come():
+    """Time makes up for them without a pause, too."""
+    clock = Clock()
+    pace = Pace(1, 0, clock)
+    for total in range(1, 100):
+        assert not pace.overdrawn(total, 0)
+        clock.now += 1
+
+
+def test_packets_are_made_up_for_as_bytes_are():
+    """A pause for packets ends."""
+    clock = Clock()
+    pace = Pace(2, 0, clock)
+    assert pace.overdrawn(10, 0)
+    assert not pace.recovered(clock.now + 2.9)
+    assert pace.recovered(clock.now + 3.1)
+
+
+def test_a_low_rate_has_room_for_one():
+    """One packet in ten seconds is read at once, and two are too many."""
+    assert not Pace(0.1, 0, Clock()).overdrawn(1, 0)
+    assert Pace(0.1, 0, Clock()).overdrawn(2, 0)
+
+
+def test_nothing_is_paused_at_first():
+    assert not Pace(1, 1, Clock()).paused

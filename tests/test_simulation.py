@@ -7,9 +7,11 @@ it alone.
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 import pytest
 
 from gateway.dial.dialler import Dialler
@@ -19,9 +21,11 @@ from gateway.dial.steps import _ConnectionFactory
 from gateway.errors import SessionEnd
 from gateway.mqtt.framer import Framer
 from gateway.net.race import _Race
+from gateway.net.transport import RelayReactor
 from gateway.relay.proxied import Doorstep, ProxiedConnection
 from gateway.relay.side import RelaySide
 from gateway.relay.upstream import UpstreamProtocol
+from gateway.rules import rules
 from gateway.rules.admission import Doorkeeper
 from gateway.session.record import Peer
 from gateway.session.session import Session, State
@@ -415,6 +419,37 @@ def has_callbacks_pile_up(patch: pytest.MonkeyPatch) -> None:
         return verify(connection, *arguments)
 
     patch.setattr(channel, "_verify", keep)
+
+
+@mutant("end-to-end", "liveness", "truth")
+def does_not_write_on(patch: pytest.MonkeyPatch) -> None:
+    """The relay's reactor does not report that there is room again."""
+    report = RelayReactor._report
+
+    def deaf(self: RelayReactor, selectable: Any, events: int) -> None:
+        if events & ~select.EPOLLOUT:
+            report(self, selectable, events & ~select.EPOLLOUT)
+        else:
+            self.removeWriter(selectable)
+
+    patch.setattr(RelayReactor, "_report", deaf)
+
+
+@mutant("identity", "truth")
+def believes_a_spoofer(patch: pytest.MonkeyPatch) -> None:
+    """A device is served that is not where its rule binds it to."""
+    patch.setattr(rules, "is_in", lambda *_: True)
+
+
+@mutant("end-to-end")
+def keeps_the_devices_own_password(patch: pytest.MonkeyPatch) -> None:
+    """The CONNECT that a rule has made is not the one that is sent."""
+    treat = Session.treat
+
+    def forgetful(self: Session, treatment: Any) -> None:
+        treat(self, attrs.evolve(treatment, connect=self.connect[0].raw))
+
+    patch.setattr(Session, "treat", forgetful)
 
 
 @pytest.mark.parametrize("name", MUTANTS)

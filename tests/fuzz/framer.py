@@ -10,7 +10,7 @@ from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.packets import ProtocolVersion
 from tests import mqtt_packets as mqtt
 from tests.fuzz.tools import Choices, calls, cut_in_three, single_bytes
-from tests.simulation.models import packets_of
+from tests.simulation.packets import packets_of
 
 _LIMITS = (256, 1000, 70_000, 268_435_460)
 

@@ -13,7 +13,7 @@ from gateway.mqtt.packets import ProtocolVersion
 from gateway.mqtt.topics import TopicFilters
 from tests import mqtt_packets as mqtt
 from tests.fuzz.tools import Choices, calls, cut_in_three, single_bytes
-from tests.simulation.models import packets_of
+from tests.simulation.packets import packets_of
 
 _VERSIONS = tuple(ProtocolVersion)
 _LIMIT = 4096

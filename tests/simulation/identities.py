@@ -12,8 +12,9 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 
@@ -69,6 +70,9 @@ class Identities:
         trusted, unknown = _Authority("trusted"), _Authority("unknown")
         self.ca_file = directory / "ca.pem"
         self.ca_file.write_bytes(trusted.certificate.public_bytes(Encoding.PEM))
+        self.jwt_key = directory / "jwt-key.pem"
+        key = ec.generate_private_key(ec.SECP256R1())
+        self.jwt_key.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
         right: list[x509.GeneralName] = [x509.DNSName(host) for host in HOSTS[:2]]
         right.append(x509.IPAddress(ip_address(HOSTS[2])))
         issued = {

@@ -5,7 +5,7 @@ In: a seed's random numbers.  Out: what each sent and got, and how it ended, for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,8 @@ from tests import mqtt_packets as mqtt
 from tests.proxy_headers import v1, v2
 from tests.simulation.identities import FAULTS, HOSTS
 from tests.simulation.network import Link, Name, Route, make_address
+from tests.simulation.packets import Cutter, packets_of
+from tests.simulation.rules import KEEP_ALIVE, is_presented, name_in, same_length
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
@@ -105,6 +107,9 @@ class Device(Model):
         self.version = random.choice((3, 4, 4, 5, 5))
         self.keep_alive = random.choice((0, 8, 20, 60))
         self.authenticates = self.version == 5 and random.random() < 0.2
+        self.rule = world.rule_of(number)
+        self.connect_packet = b""
+        self.password = f"{PASSWORD}{self.name}".encode()
         valid = random.random() < 0.85
         self.opening = "connect" if valid else random.choice(("half", "nothing", *_BAD_OPENINGS))
         self.ending = random.choice(_DEVICE_ENDINGS)
@@ -125,6 +130,11 @@ class Device(Model):
     def careless(self) -> bool:
         """Whether it may still have been sending when the gateway had closed, and so met a reset."""
         return self.link.was_reset
+
+    @property
+    def is_pinged_for(self) -> bool:
+        """Whether its Keep Alive is longer than its rule's, so that the gateway has to keep that one."""
+        return self.rule == "pings" and (not self.keep_alive or self.keep_alive > KEEP_ALIVE)
 
     def connect(self) -> None:
         self.world.note(self.name, f"connects: MQTT {self.version}, {self.opening}, {self.ending}")
@@ -158,11 +168,12 @@ class Device(Model):
             version=self.version,
             keep_alive=self.keep_alive,
             username="user",
-            password=f"{PASSWORD}{number}".encode(),
+            password=self.password,
             will_topic=f"{number}/will" if self.random.random() < 0.5 else None,
             properties=_METHOD if self.authenticates else b"",
             length_size=1,
         )
+        self.connect_packet = connect
         if self.opening == "connect":
             self.asked = True
             at = self.random.randint(1, len(connect)) if self.random.random() < 0.3 else len(connect)
@@ -212,15 +223,18 @@ class Device(Model):
 
     def is_refusal(self, told: bytes, *, whole: bool) -> bool:
         """Say whether `told` is the gateway's CONNACK that refuses, in this device's version."""
+        code_3, code_5 = (5, 0x87) if self.rule == "spoofed" else (3, 0x88)
         if self.version < 5:
-            refusal = b"\x20\x02\x00\x03"
+            refusal = bytes((0x20, 2, 0, code_3))
             return told == refusal if whole else refusal.startswith(told)
-        return self._is_packet_5(told, b"\x20", (0x88,), whole)
+        return self._is_packet_5(told, b"\x20", (code_5,), whole)
 
     def is_farewell(self, told: bytes, *, accepted: bool) -> bool:
         """Say whether `told` may be the gateway's own last words, cut off or not."""
         if accepted:
-            codes = (0x80, 0x8B, 0x8D)
+            codes: tuple[int, ...] = (0x80, 0x8B, 0x8D)
+            if self.rule == "token":
+                codes += (0xA0,)
             return self.version == 5 and self._is_packet_5(told, b"\xe0", codes, whole=False)
         if self.opening.startswith("level"):
             answer = b"\x20\x03\x00\x84\x00" if self.opening == "level-6" else b"\x20\x02\x00\x01"
@@ -229,7 +243,7 @@ class Device(Model):
 
     def _is_packet_5(self, told: bytes, first: bytes, codes: tuple[int, ...], whole: bool) -> bool:
         if self.violated:
-            codes += (0x81, 0x82, 0x95)
+            codes += (0x81, 0x82, 0x87, 0x95)
         if told[:1] != first:
             return False
         found = packets_of(told)
@@ -278,6 +292,9 @@ class Device(Model):
                 at += 0.7
             elif not self.world.calm:
                 self.later(at, self._break_rules)
+        chance = self.world.fork(f"{self.name} topics")
+        if self.rule == "inspect" and chance.random() < 0.4:
+            self.later(chance.uniform(0, 6), self._publish_elsewhere)
         if self.world.flooded and random.random() < 0.7:
             for _ in range(30):
                 self.later(at, self._publish, random.choice((30_000, 60_000)))
@@ -299,7 +316,12 @@ class Device(Model):
     def _publish_slowly(self, head: bytes, rest: bytes) -> None:
         if self._waiting is None:
             self.say_half(head)
-            self.later(0.6, self.say_rest, rest)
+            # Long enough for the gateway to have to keep the Keep Alive at the broker meanwhile, where it is to.
+            self.later(13.0 if self.is_pinged_for else 0.6, self.say_rest, rest)
+
+    def _publish_elsewhere(self) -> None:
+        """Publish what the device's rule does not permit."""
+        self.say(mqtt.publish("elsewhere/t", PAYLOAD.encode(), version=self.version), legal=False)
 
     def _break_rules(self) -> None:
         wrong = (
@@ -439,6 +461,11 @@ class BrokerConnection(Model):
         self.lingers = random.random() < 0.1
         self.answered = False
         self.accepted = False
+        self.own_pings = 0
+        # Whether the broker has set a Keep Alive, which then is the device's to keep.
+        self.device_pings = False
+        self._raw = bytearray()
+        self._passed = Cutter()
         self.got_close_notify = False
         self.seen = bytearray()
         link.seen = self.seen  # type: ignore[attr-defined]  # what went over this wire
@@ -522,12 +549,16 @@ class BrokerConnection(Model):
         """Take application bytes: they must be a device's own, and this broker must be the right one."""
         world = self.world
         world.note(self.name, f"gets {len(plaintext)} bytes")
+        if world.ruled:
+            plaintext = self._undo_rule(plaintext)
         world.expect(
             self.broker.kind in {"right", "late"}, "verified", f"bytes for a broker that is {self.broker.kind}"
         )
         start, end = len(self.received), len(self.received) + len(plaintext)
         self.received += plaintext
         device = self.device
+        if not plaintext:
+            return
         if device is None:
             owners = [each for each in world.devices if each.sent.startswith(self.received)]
             world.expect(owners, "end-to-end", f"{self.name} got bytes of nobody's: {bytes(self.received[:60])!r}")
@@ -555,6 +586,49 @@ class BrokerConnection(Model):
                 self.later(0.01, self.say, mqtt.packet(0x40, body[2 + topic : 4 + topic]))
             elif first == 0xC0:
                 self.later(0.01, self.say, mqtt.pingresp())
+
+    def _undo_rule(self, plaintext: bytes) -> bytes:
+        """Return what a device sent for what the gateway made of it by its rule."""
+        self._raw += plaintext
+        raw = self._raw
+        passed = b""
+        if self.device is None:
+            if not packets_of(raw):
+                return b""
+            end, _, body = packets_of(raw)[0]
+            name = name_in(body)
+            device = next((each for each in self.world.devices if each.name == name), None)
+            if device is None:
+                passed, self._raw = bytes(raw), bytearray()
+                return passed
+            right = is_presented(device.rule, device.connect_packet, device.password, bytes(raw[:end]))
+            self.world.expect(right, "end-to-end", f"{device.name}'s rule was not applied: {bytes(raw[:end])!r}")
+            self.world.expect(device.rule != "spoofed", "identity", f"{device.name} is not where it is bound to")
+            self.device = device
+            passed = device.connect_packet
+            del raw[:end]
+        at = len(self.received) + len(passed)
+        if len(passed):
+            self._passed.feed(passed)
+        while raw:
+            ahead = self.device.sent[at : at + len(raw)]
+            same = same_length(raw, ahead)
+            self._passed.feed(bytes(raw[:same]))
+            passed += bytes(raw[:same])
+            at += same
+            del raw[:same]
+            own = bool(self.device.rule) and not self._passed.rest and b"\xc0\x00".startswith(raw[:2])
+            if not own:
+                passed += bytes(raw)
+                raw.clear()
+            elif len(raw) < 2:
+                break
+            else:
+                # A PINGREQ that the device has not sent, at a place where one may be.
+                del raw[:2]
+                self.own_pings += 1
+                self.later(0.01, self.say, mqtt.pingresp())
+        return passed
 
     def _say(self, plaintext: bytes, legal: bool) -> None:
         assert self._tls is not None
@@ -621,6 +695,7 @@ class BrokerConnection(Model):
         properties = b""
         if version == 5 and self.device is not None and self.random.random() < 0.2:
             self.device.keep_alive = 10
+            self.device_pings = True
             properties = mqtt.number(0x13, 10, size=2)
         answer = mqtt.connack(version=version, properties=properties)
         if self.random.random() < 0.3:
@@ -685,44 +760,3 @@ class BrokerConnection(Model):
 _STRANGERS = ("plaintext", "http", "banner", "alert", "garbage", "hang", "stall", "close", "reset", "late")
 _ANSWERS = ("refuse", "silence", "part", "other", "flags", "disconnect", "noise", "notify", "fin", "reset")
 _BROKER_ENDINGS = ("notify", "fin", "reset", "middle", "disconnect", "wrong")
-
-
-class Cutter:
-    """Cuts whole packets out of a stream, believing every length."""
-
-    def __init__(self) -> None:
-        self.rest = bytearray()
-
-    def feed(self, data: bytes) -> list[tuple[int, bytes]]:
-        """Return first bytes and bodies of the packets that `data` completes."""
-        self.rest += data
-        found = []
-        used = 0
-        for end, first, body in packets_of(self.rest):
-            used = end
-            found.append((first, body))
-        del self.rest[:used]
-        return found
-
-
-def packets_of(data: bytes | bytearray) -> list[tuple[int, int, bytes]]:
-    """Return where each whole packet of a stream ends, its first byte and its body."""
-    return list(_packets(data))
-
-
-def _packets(data: bytes | bytearray) -> Iterator[tuple[int, int, bytes]]:
-    start = 0
-    while start + 1 < len(data):
-        at, length, shift = start + 1, 0, 0
-        while at < len(data) and at < start + 5:
-            length |= (data[at] & 0x7F) << shift
-            shift += 7
-            at += 1
-            if data[at - 1] < 0x80:
-                break
-        else:
-            return
-        if at + length > len(data):
-            return
-        yield at + length, data[start], bytes(data[at : at + length])
-        start = at + length

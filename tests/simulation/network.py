@@ -3,9 +3,11 @@
 In: a seed's random numbers, what each link does to its bytes (`Weather`).  Out: connections between two protocols, time
 that passes only when it is told to.
 
-Only sockets, the polling of them, names and time are made up here.  The transports are Twisted's own `tcp.Connection`
-over a virtual socket, on the gateway's side with what `net/transport.py` puts on top, so that producers, half-closes,
-aborts and partial writes behave as they do in production.
+Only sockets, the polling of them, names and time are made up here.  In half of the runs the gateway's connections are
+polled by its own `RelayReactor`, which works off batches of events; then only the epoll is made up (`VirtualRelay`).
+The transports are Twisted's own `tcp.Connection` over a virtual socket, on the gateway's side with what
+`net/transport.py` puts on top, so that producers, half-closes, aborts and partial writes behave as they do in
+production.
 """
 
 # ruff: noqa: N802  the names of IReactorFDSet and of transports are given
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import heapq
+import select
 import socket
 import weakref
 from collections import deque
@@ -34,7 +37,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.net.network import Address
-from gateway.net.transport import SendsAtOnce
+from gateway.net.transport import RelayReactor, SendsAtOnce
 
 # How long a kernel waits for a peer that no longer answers, or that answers but takes nothing: what the gateway asks
 # for with TCP_USER_TIMEOUT.
@@ -68,11 +71,23 @@ class VirtualClock:
         """Call a function of the world's own later; it cannot be cancelled."""
         heapq.heappush(self._queue, (self._now + delay, next(self._order), function, arguments, None))
 
+    def stall(self, seconds: float) -> None:
+        """Let time pass in which nothing is done, as when the process is stopped or the machine sleeps.
+
+        Afterwards a reactor makes the calls that are overdue before it looks at any socket.
+        """
+        self._now += seconds
+        for call in sorted(self.getDelayedCalls(), key=DelayedCall.getTime):
+            if call.active() and call.getTime() <= self._now:
+                call.called = 1
+                call.func(*call.args, **call.kw)
+
     def run(self, until: float, stop: Callable[[], Any], limit: int) -> None:
         """Let time pass until `until`, or until `stop` is true; `limit` bounds the calls made, ever."""
         queue = self._queue
         while queue and queue[0][0] <= until and not stop():
-            self._now, _, function, arguments, call = heapq.heappop(queue)
+            at, _, function, arguments, call = heapq.heappop(queue)
+            self._now = max(self._now, at)
             if function is not None:
                 function(*arguments)
             elif call is not None and call.active():
@@ -192,6 +207,181 @@ class Poller:
         else:
             self.removeWriter(connection)
             connection.connectionLost(Failure(why))
+
+
+class VirtualEpoll:
+    """What `RelayReactor` asks of the kernel's epoll.  Descriptors are given out as the kernel does it: the lowest."""
+
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._open: dict[int, Any] = {}
+        self._events: dict[int, int] = {}
+        self.closed = False
+
+    def open(self, end: Any) -> int:
+        """Give `end`, which has `readable`, `writable` and `ended`, the lowest free descriptor."""
+        descriptor = next(number for number in count(3) if number not in self._open)
+        self._open[descriptor] = end
+        return descriptor
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that are open."""
+        return list(self._open)
+
+    def forget(self, descriptor: int) -> None:
+        """Close a descriptor; the kernel then watches it no longer."""
+        self._open.pop(descriptor, None)
+        self._events.pop(descriptor, None)
+
+    def register(self, descriptor: int, events: int) -> None:
+        if descriptor in self._events:
+            raise FileExistsError(errno.EEXIST, "registered already")
+        self._events[descriptor] = events
+
+    def modify(self, descriptor: int, events: int) -> None:
+        if descriptor not in self._events:
+            raise FileNotFoundError(errno.ENOENT, "not registered")
+        self._events[descriptor] = events
+
+    def unregister(self, descriptor: int) -> None:
+        if descriptor not in self._events:
+            raise FileNotFoundError(errno.ENOENT, "not registered")
+        del self._events[descriptor]
+
+    def poll(self, timeout: float, most: int) -> list[tuple[int, int]]:
+        """Return what there is to report, in an order that is up to the seed; nothing comes while it waits."""
+        del timeout
+        ready = self.ready()
+        self._random.shuffle(ready)
+        return ready[:most]
+
+    def ready(self) -> list[tuple[int, int]]:
+        """Return what there is to report."""
+        found = []
+        for descriptor, wanted in self._events.items():
+            end = self._open[descriptor]
+            events = wanted & ((select.EPOLLIN if end.readable else 0) | (select.EPOLLOUT if end.writable else 0))
+            if end.ended:
+                events |= select.EPOLLHUP
+            if events:
+                found.append((descriptor, events))
+        return found
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class VirtualRelay(RelayReactor):
+    """The gateway's own reactor over a made-up epoll."""
+
+    def __init__(self, clock: VirtualClock, random: Random) -> None:
+        super().__init__(clock)
+        self._clock = clock
+        self._random = random
+        self._epoll: Any = VirtualEpoll(random)
+        self._awake = False
+        self._turns = 0.0
+        self.after_turn: Callable[[Connection], None] = lambda _: None
+
+    @property
+    def epoll(self) -> VirtualEpoll:
+        return self._epoll  # type: ignore[no-any-return]
+
+    def callLater(self, delay: float, callable: Callable[..., Any], *args: object, **kw: object) -> Any:  # noqa: A002  the interface's name
+        """Call later: Twisted's transports ask for it to abort."""
+        self._clock.schedule(delay, lambda: callable(*args, **kw))
+
+    def monotonic(self) -> float:
+        """Return the time within a turn: it passes with each look, so that a turn does not depend on the machine."""
+        self._turns += 0.0015
+        return self._turns
+
+    def _change(self, selectable: Any, added: int, removed: int) -> None:
+        super()._change(selectable, added, removed)
+        if added:
+            self.wake(selectable)
+
+    def wake(self, _: object) -> None:
+        """Have a turn soon."""
+        if not self._awake:
+            self._awake = True
+            self._clock.schedule(self._random.choice((0.0, 0.0, 0.0002)), self._turn)
+
+    def _turn(self) -> None:
+        self._awake = False
+        served = list(self._selectables.values())
+        self.doRead()
+        for connection in served:
+            if isinstance(connection, Connection):
+                self.after_turn(connection)
+        if self.epoll.ready():
+            self.wake(None)
+
+
+class Backlog:
+    """A listening socket of the gateway's: connections that wait to be accepted, in a turn of the relay."""
+
+    readable = writable = ended = False
+
+    def __init__(self, relay: VirtualRelay) -> None:
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._relay = relay
+        self._descriptor = relay.epoll.open(self)
+        relay.addReader(self)  # type: ignore[arg-type]  # it has what is asked of it
+
+    def put(self, accept: Callable[[], None]) -> None:
+        """Let a connection wait."""
+        self._waiting.append(accept)
+        self.readable = True
+        self._relay.wake(self)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def doRead(self) -> None:
+        while self._waiting:
+            self._waiting.popleft()()
+        self.readable = False
+
+
+class Connecting:
+    """A socket of the gateway's that connects: writable when it is connected or has failed."""
+
+    readable = ended = False
+
+    def __init__(self, relay: VirtualRelay, done: Callable[[], None], mistakes: list[str]) -> None:
+        self._relay = relay
+        self._done = done
+        self._mistakes = mistakes
+        self.writable = False
+        self._descriptor = relay.epoll.open(self)
+        relay.addWriter(self)  # type: ignore[arg-type]  # it has what is asked of it
+
+    def ready(self) -> None:
+        """The network has answered."""
+        self.writable = True
+        self._relay.wake(self)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def doWrite(self) -> None:
+        if not self.writable:
+            self._mistakes.append("a socket that still connects was told that it is connected")
+            return
+        self.close()
+        self._done()
+
+    def close(self) -> None:
+        """Close the descriptor, which the next one that is opened then gets."""
+        if self._descriptor >= 0:
+            self._relay.removeWriter(self)  # type: ignore[arg-type]  # the same
+            self._relay.epoll.forget(self._descriptor)
+            self._descriptor = -1
+
+    def connectionLost(self, _: Failure) -> None:
+        self.close()
 
 
 class Pipe:
@@ -316,6 +506,9 @@ class VirtualSocket:
         self.broken = False
         self.shut = False
         self.closed = False
+        # Only the gateway's own sockets have one, where its own reactor polls them.
+        self.descriptor = 0
+        self.epoll: VirtualEpoll | None = None
         self._reset_at_close = False
 
     @property
@@ -347,7 +540,7 @@ class VirtualSocket:
         assert not flag
 
     def fileno(self) -> int:
-        return 0
+        return self.descriptor
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         if self.incoming.inbox:
@@ -383,6 +576,9 @@ class VirtualSocket:
 
     def close(self) -> None:
         self.closed = True
+        if self.epoll is not None:
+            self.epoll.forget(self.descriptor)
+            self.descriptor = -1
         if self.broken:
             return
         if self._reset_at_close or self.incoming.inbox:
@@ -452,7 +648,9 @@ class Link:
 class Connection(tcp.Connection):
     """A model's transport: Twisted's, over a virtual socket."""
 
-    def __init__(self, name: str, virtual: VirtualSocket, poller: Poller, host: Address, peer: Address) -> None:
+    def __init__(
+        self, name: str, virtual: VirtualSocket, poller: Poller | VirtualRelay, host: Address, peer: Address
+    ) -> None:
         super().__init__(virtual, None, poller)  # type: ignore[arg-type]  # it is no real socket, that is the point
         self.name = name
         self.connected = 1
@@ -509,9 +707,18 @@ class VirtualNetwork:
     `make_link` chooses the weather of each new link from the seed; its argument says whether it is a device's.
     """
 
-    def __init__(self, clock: VirtualClock, poller: Poller, make_link: Callable[[bool], Link]) -> None:
+    def __init__(
+        self,
+        clock: VirtualClock,
+        poller: Poller,
+        make_link: Callable[[bool], Link],
+        relay: VirtualRelay | None = None,
+    ) -> None:
+        """Poll the gateway's connections by `relay` if there is one, otherwise like all others by `poller`."""
         self._clock = clock
         self._poller = poller
+        self.relay = relay
+        self._backlog = None if relay is None else Backlog(relay)
         self._make_link = make_link
         self.names: dict[str, Name] = {}
         self.routes: dict[str, Route] = {}
@@ -542,17 +749,26 @@ class VirtualNetwork:
         model = self._keep(Connection(f"device {address.host}", link.model, self._poller, address, listener))
         model.begin(device)
 
+        def accept() -> None:
+            if self._backlog is None:
+                accepted()
+            else:
+                self._backlog.put(accepted)
+
         def accepted() -> None:
             protocol = factory.buildProtocol(address)
             if protocol is None:
                 link.gateway.close()
                 return
             name = f"gateway to device {address.host}"
-            own = self._keep(GatewayConnection(name, link.gateway, self._poller, listener, address))
-            own.begin(protocol)
+            self._own(name, link, listener, address).begin(protocol)
 
-        self._clock.schedule(link.random.uniform(*link.weather.delay), accepted)
+        self._clock.schedule(link.random.uniform(*link.weather.delay), accept)
         return link
+
+    def connecting(self, done: Callable[[], None]) -> Connecting | None:
+        """Open a socket that connects, if the gateway's own reactor polls it."""
+        return None if self.relay is None else Connecting(self.relay, done, self._poller.mistakes)
 
     def connect_upstream(self, address: Address, accept: Callable[[Link], Protocol], protocol: Protocol) -> None:
         """Connect the gateway to a broker."""
@@ -561,9 +777,17 @@ class VirtualNetwork:
         model = self._keep(Connection(f"broker {address.host}", link.model, self._poller, address, local))
         model.begin(accept(link))
         name = f"gateway to broker {address.host}"
-        own = self._keep(GatewayConnection(name, link.gateway, self._poller, local, address))
-        own.begin(protocol)
+        self._own(name, link, local, address).begin(protocol)
         self.channels_ever.append(weakref.ref(protocol.__dict__["_channel"]))
+
+    def _own(self, name: str, link: Link, host: Address, peer: Address) -> GatewayConnection:
+        if self.relay is not None:
+            link.gateway.epoll = self.relay.epoll
+            link.gateway.descriptor = self.relay.epoll.open(link.gateway)
+        connection: GatewayConnection = self._keep(
+            GatewayConnection(name, link.gateway, self.relay or self._poller, host, peer)
+        )
+        return connection
 
     def _keep(self, connection: Connection) -> Any:
         self.connections.append(connection)
@@ -584,6 +808,8 @@ class Endpoint:
         route = self._network.routes[self._address.host]
 
         def given_up(_: object) -> None:
+            if attempt is not None:
+                attempt.close()
             result.errback(error.ConnectingCancelledError(self._address))
 
         def failed(problem: Exception) -> None:
@@ -600,13 +826,18 @@ class Endpoint:
                 self._network.connect_upstream(self._address, route.accept, protocol)
                 result.callback(protocol)
 
+        def done() -> None:
+            if route.kind == "accept":
+                connected()
+            elif route.kind == "refuse":
+                failed(error.ConnectionRefusedError())
+            else:
+                failed(error.NoRouteError())
+
         result: Deferred[Protocol] = Deferred(given_up)
-        if route.kind == "accept":
-            self._clock.schedule(route.delay, connected)
-        elif route.kind == "refuse":
-            self._clock.schedule(route.delay, failed, error.ConnectionRefusedError())
-        elif route.kind == "unreachable":
-            self._clock.schedule(route.delay, failed, error.NoRouteError())
+        attempt = self._network.connecting(done)
+        if route.kind != "blackhole":
+            self._clock.schedule(route.delay, done if attempt is None else attempt.ready)
         return result
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 from ipaddress import ip_network
 from random import Random
@@ -24,6 +25,7 @@ from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher
 from gateway.config import TLS, Admission, Config, Drain, Failover, Limits, Listener, Pacing, Timeouts, Upstream
 from gateway.errors import EndReason
 from gateway.gateway import Gateway
+from gateway.net import transport
 from gateway.ops.journal import Journal
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
@@ -37,7 +39,6 @@ from tests.simulation.models import (
     Broker,
     BrokerConnection,
     Device,
-    packets_of,
 )
 from tests.simulation.network import (
     Connection,
@@ -47,8 +48,11 @@ from tests.simulation.network import (
     Poller,
     VirtualClock,
     VirtualNetwork,
+    VirtualRelay,
     Weather,
 )
+from tests.simulation.packets import packets_of
+from tests.simulation.rules import KINDS, pings_in, rule_for, without_pings
 
 # Virtual seconds in which everybody's script has run, every timeout with it; and after which everything must be gone.
 SETTLED, GONE = 150.0, 150.0
@@ -57,6 +61,7 @@ MOST_STEPS = 400_000
 # What a session may hold in both directions together: two transports at 64 KiB each and what one read adds to them.
 MEMORY = 512 * 1024
 _SECRETS = (PASSWORD, PAYLOAD)
+MOST_DEVICES = 5
 
 
 @frozen
@@ -81,8 +86,15 @@ class Outcome:
 def simulate(seed: int, identities: Identities) -> Outcome:
     """Run a seed."""
     world = World(seed, identities)
+    return judge(world)
+
+
+def judge(world: World) -> Outcome:
+    """Let a world live, and look for what it has left behind."""
+    monotonic = transport.monotonic
     globalLogPublisher.addObserver(world.observe)
     try:
+        transport.monotonic = world.monotonic
         world.live()
         sessions = world.sessions_ever
         world.gateway = None  # type: ignore[assignment]  # nothing but a leak may hold a session now
@@ -91,8 +103,10 @@ def simulate(seed: int, identities: Identities) -> Outcome:
             left = [type(ref()).__name__ for ref in (*sessions, *world.network.channels_ever) if ref() is not None]
             world.expect(not left, "liveness", f"objects are left: {left}")
     finally:
+        transport.monotonic = monotonic
         globalLogPublisher.removeObserver(world.observe)
-    return Outcome(seed, world.violations, world.trace, world.clock.steps, [str(r.reason) for r in world.journal.ended])
+    reasons = [str(record.reason) for record in world.journal.ended]
+    return Outcome(world.seed, world.violations, world.trace, world.clock.steps, reasons)
 
 
 class World:
@@ -111,7 +125,11 @@ class World:
         self.identities = identities
         self.poller = Poller(self.clock, self.fork("poller"))
         self.poller.after_turn = self._watch_session
-        self.network = VirtualNetwork(self.clock, self.poller, self._make_link)
+        relay = self.fork("relay")
+        self.relay = VirtualRelay(self.clock, relay) if relay.random() < 0.5 else None
+        if self.relay is not None:
+            self.relay.after_turn = self._watch_session
+        self.network = VirtualNetwork(self.clock, self.poller, self._make_link, self.relay)
         self.journal = RecordingJournal(self)
 
         self.calm = random.random() < 0.4
@@ -131,7 +149,16 @@ class World:
         )
         # With random numbers of its own, as all that came later: a seed stays what it was.
         self.balanced = self.fork("balancer").random() < 0.25
+        rules = self.fork("rules")
+        self.ruled = rules.random() < 0.35
+        kinds = [kind for kind in KINDS if not (kind == "pace" and self.flooded)]
+        self._kinds = [rules.choice((*kinds, "")) if self.ruled else "" for _ in range(MOST_DEVICES)]
         self.config = Config(
+            device=tuple(
+                rule_for(kind, f"device-{number}", identities.jwt_key)
+                for number, kind in enumerate(self._kinds)
+                if kind
+            ),
             listen=(Listener("1883", proxies=(ip_network("192.168.9.0/24"),) if self.balanced else ()),),
             upstream=tuple(Upstream(host=broker.host) for broker in self.brokers),
             tls=TLS(ca_file=(identities.ca_file,)),
@@ -161,9 +188,20 @@ class World:
         self.found_by = self.away_until + self.one_dial + failover.retry_max + 2.0 if self.away_until else 0.0
         for broker in self.brokers if self.away_until else ():
             broker.be_away(self.away_until)
-        self.devices = [Device(self, number, self.fork(f"device {number}")) for number in range(random.randint(1, 5))]
+        self.devices = [
+            Device(self, number, self.fork(f"device {number}")) for number in range(random.randint(1, MOST_DEVICES))
+        ]
         self._stood: dict[int, tuple[State, float]] = {}
         self.stopped: list[float] = []
+
+    def monotonic(self) -> float:
+        """Return the time by which turns of the relay are bounded, in the thread of this world and in others."""
+        virtual = self.relay is not None and threading.get_ident() == self._thread
+        return self.relay.monotonic() if virtual and self.relay is not None else time.monotonic()
+
+    def rule_of(self, number: int) -> str:
+        """Return the kind of rule for a device, by its number; empty if it has none."""
+        return self._kinds[number % MOST_DEVICES]
 
     @property
     def settled(self) -> float:
@@ -332,7 +370,7 @@ class World:
 
     def is_leave(self, device: Device, start: int, plaintext: bytes) -> bool:
         """Whether the gateway may say this in a device's name: DISCONNECT behind `start` bytes, when it was stopped."""
-        may = self.drain.wills == "discard" and self.gateway.stopping
+        may = device.rule == "token" or (self.drain.wills == "discard" and self.gateway.stopping)
         ends = [end for end, _, _ in packets_of(device.sent[:start])]
         return may and plaintext == b"\xe0\x00" and ends[-1:] == [start]
 
@@ -341,6 +379,9 @@ class World:
     def _judge_device(self, device: Device) -> None:
         connections = [connection for connection in self.connections if connection.device is device]
         self.expect(len(connections) <= 1, "one-upstream", f"{device.name} had {len(connections)} upstream sessions")
+        if device.rule:
+            asked, answered = pings_in(device.sent, 0xC0), pings_in(device.received, 0xD0)
+            self.expect(answered <= asked, "end-to-end", f"{device.name} got {answered} PINGRESPs for {asked}")
         connection = connections[0] if connections else None
         self._judge_answers(device, connection)
         self._judge_truth(device, connection)
@@ -350,8 +391,8 @@ class World:
 
     def _judge_answers(self, device: Device, connection: BrokerConnection | None) -> None:
         """What the device got is what its broker sent, and at most one farewell of the gateway's."""
-        got = bytes(device.received)
-        sent = bytes(connection.sent) if connection is not None else b""
+        got = self._received(device)
+        sent = self._sent(connection) if connection is not None else b""
         if sent.startswith(got):
             return
         common = next((at for at, (one, other) in enumerate(zip(got, sent, strict=False)) if one != other), None)
@@ -365,6 +406,17 @@ class World:
             if device.is_farewell(got[end:], accepted=accepted):
                 return
         self.expect(False, "end-to-end", f"{device.name} got {got[-80:]!r}, its broker sent {sent[-80:]!r}")
+
+    @staticmethod
+    def _received(device: Device) -> bytes:
+        """Return what a device got; PINGRESPs are judged apart where the gateway has PINGREQs of its own."""
+        return without_pings(device.received) if device.rule else bytes(device.received)
+
+    @staticmethod
+    def _sent(connection: BrokerConnection) -> bytes:
+        """Return what a broker sent to a device, without PINGRESPs where the device gets not all of them."""
+        ruled = connection.device is not None and connection.device.rule
+        return without_pings(connection.sent) if ruled else bytes(connection.sent)
 
     def _judge_truth(self, device: Device, connection: BrokerConnection | None) -> None:
         """A device that stood and read was told what became of its CONNECT."""
@@ -394,6 +446,8 @@ class World:
         if paced:
             self.expect(self.config.pacing.new_sessions_per_second, "liveness", f"{device.name} was paced: {record}")
         in_outage = device.start < self.found_by
+        if device.rule == "spoofed":
+            return
         if calm and not paced and not in_outage and any(broker.good for broker in self.brokers):
             self.expect(connection is not None, "liveness", f"{device.name} did not get its broker")
             # A broker's reset may destroy the CONNACK that it sent before.
@@ -414,11 +468,12 @@ class World:
     def _judge_disconnect(self, device: Device, connection: BrokerConnection) -> None:
         """DISCONNECT reached the broker if the device sent it and nothing came between, and only if it sent it."""
         arrived = any(first >> 4 == DISCONNECT for _, first, _ in packets_of(connection.received))
-        on_behalf = self.drain.wills == "discard" and self.stop_at is not None
+        on_behalf = device.rule == "token" or (self.drain.wills == "discard" and self.stop_at is not None)
         own = not arrived or device.disconnected or on_behalf
         self.expect(own, "loss", f"{device.name}'s broker got a DISCONNECT of nobody's")
         healthy = (
             device.disconnected
+            and not self._expired(device)
             and not device.violated
             and device.left in {None, "half"}
             and not device.link.was_cut
@@ -440,6 +495,11 @@ class World:
                 f"{device.name}: bytes lost before DISCONNECT",
             )
 
+    def _expired(self, device: Device) -> bool:
+        """Whether a device's session ended because its token was about to expire."""
+        record = self.journal.of(device)
+        return record is not None and record.reason is EndReason.TOKEN_EXPIRING
+
     def _judge_standing(self, device: Device, connection: BrokerConnection) -> None:
         """A session that nobody ended stands, and everything sent has arrived."""
         healthy = (
@@ -452,11 +512,16 @@ class World:
         )
         if not healthy:
             return
+        if device.rule == "token":
+            self.expect(device.lost is not None, "liveness", f"{device.name} has outlived its token")
+            return
+        if device.is_pinged_for and device.lost is None and not connection.device_pings:
+            self.expect(connection.own_pings, "liveness", f"nobody has kept {device.name}'s Keep Alive at its broker")
         if device.ending == "silence" and device.keep_alive:
             self.expect(device.lost is not None, "liveness", f"{device.name} is silent, and nobody has noticed")
             return
         self.expect(device.lost is None, "liveness", f"{device.name} lost a session that nobody ended")
-        up, down = connection.received == device.sent, device.received == connection.sent
+        up, down = connection.received == device.sent, self._received(device) == self._sent(connection)
         self.expect(up, "end-to-end", f"{device.name}: {len(device.sent)} sent, {len(connection.received)} arrived")
         self.expect(down, "end-to-end", f"{device.name}: {len(connection.sent)} for it, {len(device.received)} arrived")
 
@@ -466,20 +531,27 @@ class World:
             raw = getattr(link, "seen", b"")
             leaked = any(mark.encode() in raw for mark in (*_SECRETS, "device-"))
             self.expect(not leaked, "verified", "a device's bytes went over the wire in the clear")
+        self._judge_nothing_left()
+        self.expect(self.stopped, "liveness", "the gateway does not come to its end")
+        limit = (self.stop_at or self.over) + self.drain.seconds + self.config.timeouts.close + 1.5
+        self.expect(not self.stopped or self.stopped[0] <= limit, "liveness", f"the gateway stopped at {self.stopped}")
+        self._run(self.over + 3)
+        self._judge_records()
+
+    def _judge_nothing_left(self) -> None:
+        """No session, connection, count or call is left; then the gateway is stopped, if it was not before."""
         gateway, calls = self.gateway, self.clock.getDelayedCalls()
         self.expect(not gateway.sessions, "liveness", f"sessions are left: {[s.state for s in gateway.sessions]}")
         self.expect(gateway.doorkeeper._sessions == 0, "liveness", f"{gateway.doorkeeper._sessions} sessions counted")
         self.expect(not gateway.doorkeeper._by_address, "liveness", "addresses are still counted")
         left = [connection.name for connection in self.network.connections if "socket" in connection.__dict__]
         self.expect(not left, "liveness", f"open connections: {left}")
+        if self.relay is not None:
+            descriptors = len(self.relay.epoll.descriptors)
+            self.expect(descriptors == 1, "liveness", f"{descriptors} descriptors are open, the listener's among them")
         if self.stop_at is None:
             self.expect(len(calls) == 1, "liveness", f"{len(calls)} delayed calls, the sweep among them")
             self._stop()
-        self.expect(self.stopped, "liveness", "the gateway does not come to its end")
-        limit = (self.stop_at or self.over) + self.drain.seconds + self.config.timeouts.close + 1.5
-        self.expect(not self.stopped or self.stopped[0] <= limit, "liveness", f"the gateway stopped at {self.stopped}")
-        self._run(self.over + 3)
-        self._judge_records()
 
     def _judge_records(self) -> None:
         journal = self.journal
@@ -499,6 +571,12 @@ class World:
             accepted = connection is not None and connection.accepted
             self.expect(reason not in {None, EndReason.INTERNAL_ERROR}, "liveness", f"ended so: {record}")
             self.expect(not record.established or accepted, "truth", f"recorded as accepted by nobody: {record}")
+            if reason is EndReason.TOKEN_EXPIRING:
+                lived = record.duration or 0.0
+                self.expect(device.rule == "token", "truth", f"there was no token: {record}")
+                self.expect(lived <= self.settled, "liveness", f"a token lived for {lived} s: {record}")
+            if device.rule == "spoofed" and device.asked and record.client_identifier:
+                self.expect(reason is not EndReason.DEVICE_DISCONNECT, "identity", f"a spoofer was served: {record}")
             if reason is EndReason.DEVICE_DISCONNECT:
                 self.expect(device.disconnected, "truth", f"there was no DISCONNECT: {record}")
             if reason is EndReason.KEEPALIVE_TIMEOUT and not device.link.was_cut:
