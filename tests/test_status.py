@@ -717,7 +717,7 @@ def test_who_sends_byte_by_byte_is_cut_off(start: StartGateway, head: bytes) -> 
     while not wire.aborted:
         fed += 1
         connection.dataReceived(b"1")
-    assert fed == site_module._MOST_READS
+    assert fed == (9 if head.endswith(b"\r\n\r\n") else 64)
     assert wire.value().count(b"HTTP/1.1 200 OK") == (1 if head.endswith(b"\r\n\r\n") else 0)
     connection.connectionLost()
     assert not site.protocols

@@ -40,6 +40,8 @@ _LONGEST_PATH = 2048  # bytes, query included
 _MOST_ARGUMENTS = 16
 # A request comes in one or two reads.  Each read costs a turn of the event loop, however short it is.
 _MOST_READS = 64
+# What comes after the request is read and dropped for a while, because a close with unread data destroys the answer.
+_MOST_READS_AFTER = 8
 # New connections per second, and the burst.  Beyond that they wait in the kernel.
 _RATE = 20.0
 _BURST = 40.0
@@ -250,7 +252,7 @@ class _Connection(protocol.Protocol):
             self.abort()
             return
         if self._answered:
-            return  # A body, or another request: read, so that the close does not destroy the answer, and dropped.
+            return
         try:
             self._request.receive_data(data)
             event = self._request.next_event()
@@ -273,6 +275,7 @@ class _Connection(protocol.Protocol):
 
     def _respond(self, method: bytes, answer: Answer) -> None:
         self._answered = True
+        self._reads = _MOST_READS - _MOST_READS_AFTER
         status, content_type, body = answer
         headers = {**_HEADERS, "Content-Type": content_type, "Content-Length": str(len(body))}
         if status == 405:
