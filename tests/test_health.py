@@ -69,6 +69,26 @@ def test_an_upstream_that_failed_is_left_alone(served_before: bool) -> None:
     assert health.standing(10.5) == "next attempt in 2 s"
 
 
+def test_a_broker_behind_a_proxy_is_due_when_both_are() -> None:
+    """Its own back-off and its proxy's must be over, and what is said is of the one that decides."""
+    proxy, own = health_of(retry_first=4.0), health_of(retry_first=8.0)
+    own.via = proxy
+    assert own.is_open
+    failed_at(proxy, 0.0)
+    assert (own.is_open, own.decisive) == (False, proxy)
+    assert [own.is_due(now) for now in (3.9, 4.0)] == [False, True]
+    assert own.standing(1.0) == "next attempt in 3 s"
+    failed_at(own, 0.0)
+    assert [own.is_due(now) for now in (4.0, 7.9, 8.0)] == [False, False, True]
+    trial = proxy.begin(8.0)
+    assert not own.is_due(8.0)
+    assert proxy.works(8.0)
+    proxy.given_up(trial)
+    assert (own.is_open, own.decisive) == (False, own)
+    assert own.is_due(8.0)
+    assert own.standing(9.0) == "next attempt in 0 s"
+
+
 def test_a_failure_that_is_kept_keeps_nothing_else() -> None:
     """An exception holds on to every frame that it came through, and so to the session that met it."""
     health = health_of()

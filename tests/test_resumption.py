@@ -374,6 +374,11 @@ def misplaced(world: World, **changes: Any) -> tuple[TLSPolicy, Tickets]:
     return policy, tickets
 
 
+def test_a_full_handshake_counts_for_an_hour() -> None:
+    """As docs/verification.md says; and as long is nothing resumed after a failure."""
+    assert (MAX_AGE, SUSPENDED_FOR) == (3600.0, 3600.0)
+
+
 def test_a_channel_takes_no_tickets_of_another_broker_or_policy(world: World, tmp_path: Path) -> None:
     """Whose they are is fixed when they are made."""
     for policy, identity in (
