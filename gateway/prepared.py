@@ -16,6 +16,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from gateway.config import Config, DeviceRule, changed_keys
+from gateway.config.devices import BrokenRule
 from gateway.dial.proxy import ProxyRoute, proxy_routes
 from gateway.dial.websocket import WebSocketRoute, websocket_routes
 from gateway.ops.expiry import DeviceCertificates
@@ -80,6 +81,8 @@ def prepare(
     keys: dict[DeviceRule, DeviceKeys] = {}
     refused: dict[DeviceRule, str] = {}
     for device in config.device:
+        if isinstance(device, BrokenRule):
+            refused[device] = device.problem
         if key_files(device):
             keys[device] = read = _keys(device, files, before)
             if problems := [*read.problems, *_policy_problems(policies, device, read.client)]:

@@ -8,13 +8,19 @@ from unittest.mock import patch
 
 import pytest
 
-from gateway.config import Config, load_file
+from gateway.config import Config, DeviceRule, load_file
 from gateway.config import directory as rule_files
 from gateway.config.directory import RuleFiles
+from gateway.errors import ConfigError, EndReason
+from gateway.mqtt.connect import parse_connect
+from gateway.mqtt.packets import PacketType
+from gateway.mqtt.reader import PacketReader
 from gateway.pieces import in_order, no_pause
 from gateway.prepared import Prepared, prepare
 from gateway.rules import credentials
+from gateway.rules.rules import Caller
 from gateway.tls import trust
+from tests import mqtt_packets as mqtt
 from tests.pki import CLIENT, certify, certify_ca
 
 RULES = 5
@@ -129,3 +135,65 @@ def test_pieces_are_sorted_like_the_whole() -> None:
     things = [(number * 7919 % 1009, number) for number in range(2500)]
     assert in_order(things, no_pause) == sorted(things)
     assert in_order([], no_pause) == []
+
+
+BROKEN = (
+    ("max_qos = 7", ["d1"]),
+    ("max_qos =", ["d1"]),
+    ("", ["d1"]),
+    ('match_client_id = ["pump-*", "x"]\nmax_qos', ["pump-7", "x"]),
+    ('match_client_id = [\n"x",\n]\ncolour = 1', ["x"]),
+    ('match_client_id = "x"\nupstream = "nowhere"', ["x"]),
+    ('match_client_id = "x"\nmatch_listener = "nowhere"', ["x"]),
+)
+
+
+@pytest.mark.parametrize(("text", "refused"), BROKEN)
+def test_a_broken_rule_file_is_its_own_devices_matter(files: Files, text: str, refused: list[str]) -> None:
+    """They are refused, whatever else would match them, and all others go by their rules."""
+    path = files.directory / "devices" / "d1.toml"
+    path.write_text(text)
+    prepared = files.prepare()
+    (problem,) = prepared.refused.values()
+    assert str(path) in problem
+    for name in refused:
+        assert matched(prepared, name) in prepared.refused
+    for name in ("d0", "d2", "d4"):
+        assert matched(prepared, name) not in prepared.refused
+    assert matched(prepared, "stranger") is None
+    with pytest.raises(ConfigError):
+        load_file(files.directory / "gateway.toml")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"match_client_id = [", b"match_client_id = 5\n"])
+def test_a_file_that_does_not_say_whom_it_is_for_may_be_for_anybody(files: Files, content: bytes) -> None:
+    """Devices that no other file names are refused: one of them may be meant."""
+    (files.directory / "devices" / "d1.toml").write_bytes(content)
+    prepared = files.prepare()
+    assert matched(prepared, "d0") not in prepared.refused
+    assert matched(prepared, "d2") not in prepared.refused
+    for name in ("d1", "stranger"):
+        assert matched(prepared, name) in prepared.refused
+
+
+def test_of_two_files_for_the_same_devices_the_first_counts(files: Files) -> None:
+    """The second is named."""
+    (files.directory / "devices" / "d1-copy.toml").write_text('match_client_id = "d1"')
+    prepared = files.prepare()
+    (problem,) = prepared.refused.values()
+    assert "d1-copy.toml" in problem or "d1.toml" in problem
+    files.directory.joinpath("gateway.toml").write_text(
+        '[[upstream]]\nhost = "localhost"\n[devices]\nunknown = "maybe"\n'
+    )
+    with pytest.raises(ConfigError, match=r"devices\.unknown"):
+        files.load()
+
+
+def matched(prepared: Prepared, name: str) -> DeviceRule | None:
+    """Return the rule that a device of this name goes by."""
+    reader = PacketReader(frozenset({PacketType.CONNECT}), 65536, EndReason.NOT_MQTT)
+    reader.feed(mqtt.connect(name))
+    packet = reader.next_packet()
+    assert packet is not None
+    found = prepared.rules.match(parse_connect(packet), Caller("10.0.0.1", ""))
+    return None if found is None else found.rule.device

@@ -6,7 +6,7 @@ In: values.  Out: `DeviceRule` and `Devices`, sections of the configuration; Val
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import attrs
 
@@ -208,6 +208,20 @@ class DeviceRule:
                 yield f".{key}", f"set {source} as well: it signs the token"
 
 
+@attrs.frozen
+class BrokenRule(DeviceRule):
+    """Stands for a rule that cannot be used: the devices that it matches are refused, for `problem`."""
+
+    problem: str = attrs.field(default="", kw_only=True)
+
+    @classmethod
+    def of(cls, device: DeviceRule, problem: str) -> Self:
+        """Make one that matches the same devices, or more."""
+        # A listener that does not exist would match nobody, and its devices would go by other rules.
+        matches = {key: getattr(device, key) for key in _MATCHES if key != "match_listener"}
+        return cls(name=device.name, problem=problem, **matches)
+
+
 _MATCHES = [field.name for field in attrs.fields(DeviceRule) if field.name.startswith("match_")]
 
 
@@ -226,6 +240,8 @@ def cross_problems(
     known = {"upstream": set(upstreams) - {""}, "match_listener": set(listeners) - {""}}
     seen: dict[object, str] = {}
     for label, device in labelled:
+        if isinstance(device, BrokenRule):
+            continue
         for key, names in known.items():
             problems += [
                 f"{label}.{key}[{index}]: no {key.removeprefix('match_')} has the name {quoted(name)}"

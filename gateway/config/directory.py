@@ -8,32 +8,35 @@ from __future__ import annotations
 import os
 import re
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import attrs
 
 from gateway.config.anchor import Anchor
-from gateway.config.devices import DeviceRule, anchored
+from gateway.config.devices import BrokenRule, DeviceRule, anchored
 from gateway.config.profiles import with_profile
 from gateway.config.structure import structure_device
 from gateway.config.tables import read_table
 from gateway.config.value_words import quoted
 from gateway.errors import ConfigError
 from gateway.pieces import Pause, in_order, no_pause
+from gateway.text import printable
 
 _WILDCARDS = frozenset("*?[")
 _RULE_FILE = re.compile(r"[^.].*\.toml", re.DOTALL)
 # Seconds; file systems' times are more precise than that.
 _UNSETTLED = 2.0
+_MOST_READ = 1_048_576  # bytes
 
 Profile: TypeAlias = tuple[str, str]
 """A profile's name, and the first broker's host; see `profiles.with_profile`."""
 
 
 def read_directory(
-    directory: Path, anchor: Anchor, profile: Profile, known: RuleFiles
+    directory: Path, anchor: Anchor, profile: Profile, known: RuleFiles, *, lenient: bool = False
 ) -> tuple[list[tuple[Path, DeviceRule]], list[str]]:
     """Return the rules, each after its file, and all problems.
 
@@ -42,6 +45,8 @@ def read_directory(
 
     A file without a `match_…` key is for the Client Identifier that is its name without `.toml`. Hidden files are
     skipped: editors and copy programs use them for unfinished files.
+
+    If `lenient`, a file that cannot be used gives a `BrokenRule` instead of problems.
     """
     try:
         with os.scandir(directory) as entries:
@@ -49,6 +54,7 @@ def read_directory(
     except OSError as error:
         return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}"]
     rules: list[tuple[Path, DeviceRule]] = []
+    for_anybody: list[tuple[Path, DeviceRule]] = []
     problems: list[str] = []
     known.begin((directory, anchor, profile), names)
     for name in names:
@@ -57,8 +63,14 @@ def read_directory(
         try:
             rules.append((path, known.rule(path, lambda path: _read(path, anchor, profile))))
         except ConfigError as error:
-            problems += _labelled(file_label(path), error)
-    return rules, problems
+            found = list(_labelled(file_label(path), error))
+            if not lenient:
+                problems += found
+                continue
+            broken = _broken(path, "; ".join(found))
+            # It may concern any device that no other file names; those are refused, too.
+            (for_anybody if broken.is_for_everybody else rules).append((path, broken))
+    return rules + for_anybody, problems
 
 
 class RuleFiles:
@@ -130,6 +142,30 @@ def _read(path: Path, anchor: Anchor, profile: Profile) -> DeviceRule:
         table["match_client_id"] = name
     device = structure_device(with_profile(*profile, table))
     return anchored(attrs.evolve(device, name=device.name or name[:64]), anchor.moved(path.absolute().parent))
+
+
+def _broken(path: Path, problem: str) -> BrokenRule:
+    """Return a rule that refuses the devices that a broken file is for; all, if the file does not say."""
+    name = printable(path.stem)[:64]
+    try:
+        return BrokenRule.of(attrs.evolve(structure_device(_matches(path)), name=name), problem)
+    except (ConfigError, ValueError, OSError):
+        return BrokenRule(name=name, problem=problem)
+
+
+def _matches(path: Path) -> dict[str, Any]:
+    """Return the `match_…` keys of a broken file.  Raises OSError, and ValueError if they cannot be read."""
+    with path.open("rb") as file:
+        text = file.read(_MOST_READ).decode("utf-8-sig")
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        lines = [line for line in text.splitlines() if line.lstrip().startswith("match_")]
+        table = tomllib.loads("\n".join(lines))
+    matches = {key: value for key, value in table.items() if key.startswith("match_")}
+    if not matches and not _WILDCARDS & set(path.stem):
+        matches["match_client_id"] = path.stem
+    return matches
 
 
 def _labelled(label: str, error: ConfigError) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any
 import attrs
 
 from gateway.config.anchor import Anchor
-from gateway.config.devices import DeviceRule, anchored, cross_problems
+from gateway.config.devices import BrokenRule, DeviceRule, anchored, cross_problems
 from gateway.config.directory import RuleFiles, file_label, read_directory
 from gateway.config.profiles import profiled, with_profile
 from gateway.config.schema import TLS, Config, Upstream
@@ -29,7 +29,8 @@ def load_file(path: Path, environment: Mapping[str, str] = os.environ, known: Ru
     """Read a TOML file (UTF-8); relative paths in it start at its directory, see `Anchor`. Raises ConfigError.
 
     `environment` says where the service's credentials are (CREDENTIALS_DIRECTORY, systemd.exec(5)).
-    `known` has the rules for devices that were read before.
+    `known` has the rules for devices that were read before.  With it, as the gateway itself loads the file, a rule file
+    that cannot be used becomes a `BrokenRule` and is no error.
     """
     table = read_table(path, "`mqtts-gateway init` writes a configuration to start from")
     return _made(table, Anchor.of(path.absolute().parent, environment.get("CREDENTIALS_DIRECTORY", "")), known)
@@ -124,6 +125,8 @@ def _flag_line(problem: str) -> str:
     return f"--{flag.replace('_', '-')}: {'port: ' if key.endswith('.port') else ''}{message}"
 
 
+# A file's name in front of a problem, as `file_label` writes it.
+_LABEL = re.compile(r'"(?:[^"\\]|\\.)*"')
 _FLAGS = frozenset(inspect.signature(from_flags).parameters)
 
 
@@ -131,7 +134,7 @@ def _made(mapping: Mapping[str, Any], anchor: Anchor, known: RuleFiles | None = 
     config = structure(profiled(mapping))
     upstreams = tuple(_anchored_upstream(upstream, anchor) for upstream in config.upstream)
     config = attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor))
-    return _with_devices(config, anchor, RuleFiles() if known is None else known)
+    return _with_devices(config, anchor, known)
 
 
 def _anchored_upstream(upstream: Upstream, anchor: Anchor) -> Upstream:
@@ -154,7 +157,7 @@ def _anchored(tls: TLS, anchor: Anchor) -> TLS:
     )
 
 
-def _with_devices(config: Config, anchor: Anchor, known: RuleFiles) -> Config:
+def _with_devices(config: Config, anchor: Anchor, known: RuleFiles | None) -> Config:
     """Read the directory of rules; its files come before the configuration's own rules, which are the general ones."""
     own = [
         (label, attrs.evolve(anchored(device, anchor), name=device.name or label))
@@ -162,7 +165,11 @@ def _with_devices(config: Config, anchor: Anchor, known: RuleFiles) -> Config:
     ]
     directory = config.devices.directory
     profile = (config.devices.profile, config.upstream[0].host)
-    in_files, problems = ([], []) if directory is None else read_directory(anchor(directory), anchor, profile, known)
+    in_files: list[tuple[Path, DeviceRule]] = []
+    problems: list[str] = []
+    if directory is not None:
+        files, lenient = known or RuleFiles(), known is not None
+        in_files, problems = read_directory(anchor(directory), anchor, profile, files, lenient=lenient)
     rules = [*((file_label(path), device) for path, device in in_files), *own]
     everybody = with_profile(*profile, {})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
@@ -173,16 +180,37 @@ def _with_devices(config: Config, anchor: Anchor, known: RuleFiles) -> Config:
         rules, [upstream.name for upstream in config.upstream], [listener.name for listener in config.listen]
     )
     problems += _default_problems(config, rules)
+    if known is not None:
+        rules, problems = _set_aside(rules, {file_label(path) for path, _ in in_files}, problems)
     if problems:
         raise ConfigError(problems)
     devices = attrs.evolve(config.devices, directory=directory and anchor(directory))
     return attrs.evolve(config, devices=devices, device=tuple(device for _, device in rules))
 
 
+def _set_aside(
+    rules: list[tuple[str, DeviceRule]], files: set[str], problems: list[str]
+) -> tuple[list[tuple[str, DeviceRule]], list[str]]:
+    """Make broken rules of those whose files have a problem; return the rules and the other problems."""
+    of_files: dict[str, list[str]] = {}
+    others: list[str] = []
+    for problem in problems:
+        label = _LABEL.match(problem)
+        if label is not None and label[0] in files:
+            of_files.setdefault(label[0], []).append(problem)
+        else:
+            others.append(problem)
+    aside = [
+        (label, BrokenRule.of(device, "; ".join(of_files[label])) if label in of_files else device)
+        for label, device in rules
+    ]
+    return aside, others
+
+
 def _default_problems(config: Config, rules: list[tuple[str, DeviceRule]]) -> list[str]:
     if any(upstream.default for upstream in config.upstream):
         return []
-    lost = [label for label, device in rules if not device.upstream]
+    lost = [label for label, device in rules if not device.upstream and not isinstance(device, BrokenRule)]
     if config.devices.unknown == "pass":
         lost.append("devices.unknown")
     return [f"{label}: no upstream has default = true, so these devices have no broker: name one" for label in lost]
