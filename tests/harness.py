@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import socket
 import ssl
 import threading
@@ -30,6 +31,8 @@ from gateway.session.record import SessionRecord
 
 # How long a test waits for something that should happen at once: it bounds a hang, it measures nothing.
 PATIENCE = 20.0
+# A proxy's URL: all gateways of the tests then reach their brokers through it.
+THROUGH = os.environ.get("TEST_THROUGH_PROXY", "")
 
 
 def start_reactor() -> Any:
@@ -97,6 +100,8 @@ class RunningGateway:
         self._reactor = reactor
         if isinstance(upstream, int):
             upstream = [{"host": host, "port": upstream}]
+        if THROUGH:
+            upstream = [{"proxy": THROUGH, **table} for table in upstream]
         trust = {"ca_file": str(ca_file)} if ca_file is not None else {}
         self._mapping = {
             "listen": [{"endpoint": "127.0.0.1:0"}],
