@@ -18,6 +18,8 @@ SEEDS = (
     b"id\nsensor-1\nsensor-2\n",
     b"id,common_name,max_qos\r\npump-3,pump,1\r\n",
     b'\xef\xbb\xbfid,publish\n"a,b","[""t/#""]"\n',
+    b"id,match_network\nx,10.0.0.0/8\n",
+    b"id,upstream\nx,nowhere\n",
     b"id,nosuchkey\nx,1\n",
     b"id;max_qos\npump-3;1\n",
     b"id\n../../etc/passwd\n*\n[x]\n",

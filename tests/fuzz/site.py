@@ -26,6 +26,8 @@ SEEDS = tuple(
         b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /status?device=x&limit=3 HTTP/1.1\r\nHost: 127.0.0.1:9\r\nAccept: application/json\r\n\r\n",
         b"HEAD /metrics HTTP/1.1\r\nHost: [::1]\r\nAccept: application/openmetrics-text; version=1.0.0\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: \xff\r\n\r\n",
+        b"GET /%ff?%00=&device=%f0%9f HTTP/1.1\r\nHost: \xff\r\n\r\n",
         b"GET /healthz HTTP/1.0\r\n\r\n",
         b"POST /readyz HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
         b"PUT / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\nabcde",

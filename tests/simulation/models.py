@@ -455,6 +455,8 @@ class BrokerConnection(Model):
         super().__init__(world, name, random)
         self.link = link
         self.broker = broker
+        # What its broker was when this connection began: certificates are replaced while connections go on.
+        self.kind = broker.kind
         self.device: Device | None = None
         self.answer = "accept" if world.calm or random.random() < 0.6 else random.choice(_ANSWERS)
         self.ending = "stay" if random.random() < 0.6 else random.choice(_BROKER_ENDINGS)
@@ -551,9 +553,7 @@ class BrokerConnection(Model):
         world.note(self.name, f"gets {len(plaintext)} bytes")
         if world.ruled:
             plaintext = self._undo_rule(plaintext)
-        world.expect(
-            self.broker.kind in {"right", "late"}, "verified", f"bytes for a broker that is {self.broker.kind}"
-        )
+        world.expect(self.kind in {"right", "late"}, "verified", f"bytes for a broker that is {self.kind}")
         start, end = len(self.received), len(self.received) + len(plaintext)
         self.received += plaintext
         device = self.device
