@@ -30,7 +30,7 @@ from gateway.net.network import Network, shown_address
 from gateway.ops.journal import GatewayJournal
 from gateway.pieces import Pause, no_pause
 from gateway.prepared import Prepared, prepare
-from gateway.reception import Helpers, Reception, is_over
+from gateway.reception import Helpers, Reception, is_over, password_turns
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.proxied import Doorstep
 from gateway.rules.admission import Doorkeeper, host_of
@@ -134,6 +134,7 @@ class Gateway:
         self._uniform = uniform
         self._helpers = helpers
         self._presence: Presence[Session] = Presence(clock.seconds, is_over)
+        self._turns = password_turns(clock)
         self._numbered = 0
         # How often the configuration was changed.
         self.changes = 0
@@ -213,7 +214,16 @@ class Gateway:
             judged_alike=before is not None and before.prepared.policy is policy,
         )
         dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal)
-        reception = Reception(prepared, dialler, self._presence, self._helpers, self._uniform, self._take_place)
+        reception = Reception(
+            prepared,
+            dialler,
+            self._presence,
+            self._helpers,
+            self._uniform,
+            self._take_place,
+            self._turns,
+            self._clock.seconds,
+        )
         return Generation(prepared, dialler, reception)
 
     def start(self) -> None:

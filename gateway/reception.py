@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from attrs import evolve, field, frozen
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, succeed
+from attrs import evolve, frozen
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -28,11 +29,13 @@ from gateway.rules.names import brokers, name_at_broker
 from gateway.rules.presence import Holder, Presence
 from gateway.rules.rules import Caller, Matched, treat, wrong_password
 from gateway.rules.secrets import Programs
+from gateway.rules.turns import Turns, Visitor
 from gateway.session.session import Session, State
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
 
+# Password checks share the threads with the resolver and the CPU with the relay.
 _PASSWORDS_AT_A_TIME = 2
 
 
@@ -42,20 +45,22 @@ def _at_once(work: Callable[[], _T]) -> Deferred[_T]:
 
 @frozen
 class Helpers:
-    """Resources outside the event loop: programs, and threads for slow work.
-
-    `turns` limits concurrent password checks, which share the threads with the resolver and the CPU with the relay.
-    """
+    """Resources outside the event loop: programs, and threads for slow work."""
 
     programs: Programs | None = None
     in_thread: Callable[[Callable[[], bool]], Deferred[bool]] = _at_once
-    turns: DeferredSemaphore = field(factory=lambda: DeferredSemaphore(_PASSWORDS_AT_A_TIME))
+
+
+def password_turns(clock: IReactorTime) -> Turns:
+    """Return what limits the password checks of a gateway."""
+    return Turns(_PASSWORDS_AT_A_TIME, clock, "a password check")
 
 
 class Reception:
     """Handles CONNECTs under one configuration.
 
-    `presence` is shared across configurations. `end` ends a session that another one takes over.
+    `presence` and `turns`, at password checks, are shared across configurations; `seconds` is the gateway's clock.
+    `end` ends a session that another one takes over.
     """
 
     def __init__(
@@ -66,6 +71,8 @@ class Reception:
         helpers: Helpers,
         uniform: Callable[[], float],
         end: Callable[[Session], None],
+        turns: Turns,
+        seconds: Callable[[], float],
     ) -> None:
         self._prepared = prepared
         self._config = config = prepared.config
@@ -73,6 +80,8 @@ class Reception:
         self._presence = presence
         self._helpers = helpers
         self._end = end
+        self._turns = turns
+        self._seconds = seconds
         self._rules = prepared.rules
         self._names = prepared.names
         self._everyone = brokers(config, ())
@@ -93,7 +102,7 @@ class Reception:
             except Refusal as refusal:
                 session.refuse(refusal)
                 return succeed(None)
-            return self._dialler.dial(session, device)
+            return self._dialler.dial(session, device, visitor=Visitor(caller.address))
         dialling = Deferred.fromCoroutine(self._receive(session, device, caller))
 
         def failed(failure: Failure) -> None:
@@ -109,6 +118,7 @@ class Reception:
     async def _receive(self, session: Session, device: DeviceProtocol, caller: Caller) -> None:
         packet, connect = session.connect
         route = None
+        visitor = self._visitor(session, device, caller)
         try:
             matched = self._rules.match(connect, caller)
             if matched is not None:
@@ -120,15 +130,15 @@ class Reception:
             if matched is None:
                 self._enter(session, holder)
             else:
-                await self._check_password(matched, connect, caller, holder)
+                await self._check_password(matched, connect, visitor, holder)
                 self._enter(session, holder)
-                password, lives = await self.credentials.password(matched)
+                password, lives = await self.credentials.password(matched, visitor)
                 limit = self._config.limits.max_connect_size
                 session.treat(treat(matched, packet, connect, password, lives, limit))
         except Refusal as refusal:
             session.refuse(refusal)
             return
-        await self._dialler.lead(session, device, route)
+        await self._dialler.lead(session, device, route, visitor)
 
     def _holder(self, matched: Matched | None, connect: Connect, caller: Caller) -> Holder:
         """Return a device as the broker will know it.  Raises Refusal."""
@@ -143,7 +153,14 @@ class Reception:
         if not holder.client_identifier:
             session.when_assigned(lambda name: self._presence.assign(session, evolve(holder, client_identifier=name)))
 
-    async def _check_password(self, matched: Matched, connect: Connect, caller: Caller, holder: Holder) -> None:
+    def _visitor(self, session: Session, device: DeviceProtocol, caller: Caller) -> Visitor:
+        """Return the session as one that waits, for all its turns together at most `pacing.queue_seconds`."""
+        until = self._seconds() + self._config.pacing.queue_seconds
+        return Visitor(
+            caller.address, lambda: until - self._seconds(), lambda: not session.pending and device.has_left()
+        )
+
+    async def _check_password(self, matched: Matched, connect: Connect, visitor: Visitor, holder: Holder) -> None:
         """Raise Refusal if the rule asks for a password and the device did not send the right one."""
         wanted, given = matched.rule.password, connect.password
         if wanted is None:
@@ -152,14 +169,32 @@ class Reception:
         self._presence.judge(holder, self._config.devices)
         if given is None:
             raise wrong_password(matched.rule)
-        self._presence.attempt(connect.client_identifier, caller.address, self._config.devices)
-        await self._helpers.turns.acquire()
+        devices = self._config.devices
+        self._presence.attempt(connect.client_identifier, visitor.address, devices)
+        await self._turns.take(visitor)
         try:
-            is_right = await self._helpers.in_thread(lambda: wanted.verify(given))
-        finally:
-            self._helpers.turns.release()
-        if not is_right:
+            # Others from its address may have been wrong while it waited.
+            self._presence.check_guesses(visitor.address, devices)
+        except Refusal:
+            self._turns.give()
+            raise
+        if not await self._verify(lambda: wanted.verify(given)):
+            self._presence.wrong(visitor.address, devices)
             raise wrong_password(matched.rule)
+
+    def _verify(self, verify: Callable[[], bool]) -> Deferred[bool]:
+        """Check a password, and give the turn back when the thread is done, even if nobody waits for it any more."""
+        verified: Deferred[bool] = Deferred()
+
+        def done(result: bool | Failure) -> None:
+            self._turns.give()
+            if isinstance(result, Failure):
+                verified.errback(result)
+            else:
+                verified.callback(result)
+
+        self._helpers.in_thread(verify).addBoth(done)
+        return verified
 
     def _check_rule(self, device: DeviceRule) -> None:
         """Raise Refusal for a rule that cannot be used."""

@@ -20,6 +20,7 @@ from gateway.rules.credentials import Credentials
 from gateway.rules.rules import Caller, Rules
 from gateway.rules.secrets import Programs
 from gateway.rules.tokens import sas_token
+from gateway.rules.turns import ANYONE, Visitor
 from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import ClientIdentity
 from tests.mqtt_packets import connect
@@ -72,7 +73,9 @@ class _Programs(Programs):
     def __init__(self) -> None:
         """Start nothing."""
 
-    async def run(self, words: Sequence[str], environment: Mapping[str, str], timeout: float) -> bytes:
+    async def run(
+        self, words: Sequence[str], environment: Mapping[str, str], timeout: float, visitor: Visitor = ANYONE
+    ) -> bytes:
         """Return what the program would know of the device."""
         return repr(dict(environment)).encode()
 

@@ -708,6 +708,56 @@ def test_a_name_that_the_broker_assigned_is_its_devices(start_gateway: StartGate
     assert not gateway.service.gateway._presence._standing
 
 
+def test_wrong_passwords_from_one_address_leave_the_others_alone(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """They are few, whatever names they come with, and the right device is let in meanwhile."""
+    rule = {"match_client_id": "*", "lan_password": PASSWORD}
+    gateway = start_gateway(upstream=start_broker().port, device=[rule], devices={"connects_per_minute": 3})
+    guesses = [
+        told(gateway, mqtt.connect(f"d{number}", username="u", password=b"guess"), source="127.0.0.2")
+        for number in range(6)
+    ]
+    assert [answer[3] for answer in guesses] == [4] * 3 + [3] * 3
+    gateway.wait_ended(6)
+    assert [record.reason for record in gateway.ended[3:]] == [EndReason.CLIENT_ID_PACED] * 3
+    established(gateway, client_identifier="d1", username="u", password=b"lan password").close()
+    gateway.wait_ended(7)
+
+
+def test_a_device_that_left_while_it_waited_for_a_program_starts_none(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path, reaping: None
+) -> None:
+    """Eight run at a time; the ninth device has gone when it would be its turn."""
+    gate = tmp_path / "gate"
+    ran = tmp_path / "ran"
+    ran.mkdir()
+    script = (
+        "import os, time\n"
+        f"open('{ran}/' + os.environ['CLIENT_ID'], 'w').close()\n"
+        f"while not os.path.exists('{gate}'): time.sleep(0.02)\n"
+        "print('password')"
+    )
+    rule = {"password_command": [sys.executable, "-c", script], "password_timeout": 60.0}
+    gateway = start_gateway(upstream=start_broker().port, device=[rule])
+    devices = [Device(gateway.port) for _ in range(9)]
+    for number, device in enumerate(devices[:8]):
+        device.send(mqtt.connect(f"d{number}", username="u"))
+    eventually(lambda: len(list(ran.iterdir())) == 8, "eight programs")
+    devices[8].send(mqtt.connect("d8", username="u"))
+    turns = gateway.service.gateway._helpers.programs._turns
+    eventually(lambda: turns.waiting == 1, "the ninth waits")
+    devices[8].close()
+    gate.touch()
+    for device in devices[:8]:
+        assert device.read(4) == mqtt.connack()
+    assert gateway.wait_ended().reason is EndReason.DEVICE_LOST
+    assert not (ran / "d8").exists()
+    for device in devices[:8]:
+        device.close()
+    gateway.wait_ended(9)
+
+
 def test_devices_without_a_name_are_nobodys(start_gateway: StartGateway, start_broker: StartBroker) -> None:
     """The broker gives each one of its own."""
     gateway = start_gateway(upstream=start_broker().port)

@@ -25,7 +25,7 @@ FLOORS = (
     {"gateway.session", "gateway.net"},
     {"gateway.config"},
     {"gateway.mqtt"},
-    {"gateway", "gateway.errors", "gateway.text", "gateway.drain", "gateway.pieces"},
+    {"gateway", "gateway.errors", "gateway.text", "gateway.drain", "gateway.fair", "gateway.pieces"},
 )
 FLOOR_OF = {name: -level for level, names in enumerate(FLOORS) for name in names}
 # These never import Twisted: they are rules, and can be read and tested as such.
@@ -33,6 +33,7 @@ WITHOUT_TWISTED = {
     "gateway.config",
     "gateway.drain",
     "gateway.errors",
+    "gateway.fair",
     "gateway.mqtt",
     "gateway.net.proxy_header",
     "gateway.net.websocket",

@@ -11,6 +11,7 @@ from twisted.internet.task import Clock
 from gateway.config import Pacing
 from gateway.dial.pacing import Pacer
 from gateway.errors import EndReason, SessionEnd
+from gateway.rules.turns import ANYONE, Visitor
 
 
 class Storm:
@@ -22,10 +23,10 @@ class Storm:
         self.turns: list[tuple[Any, float]] = []
         self.refused: list[SessionEnd] = []
 
-    def come(self, name: Any) -> Deferred[None] | None:
+    def come(self, name: Any, visitor: Visitor = ANYONE) -> Deferred[None] | None:
         """Ask for a turn."""
         try:
-            turn = self.pacer.turn()
+            turn = self.pacer.turn(visitor)
         except SessionEnd as refusal:
             self.refused.append(refusal)
             return None
@@ -33,9 +34,15 @@ class Storm:
             self.turns.append((name, self.clock.seconds()))
         else:
             turn.addCallbacks(
-                lambda _: self.turns.append((name, self.clock.seconds())), lambda failure: failure.trap(CancelledError)
+                lambda _: self.turns.append((name, self.clock.seconds())), lambda failure: self._failed(failure.value)
             )
         return turn
+
+    def _failed(self, error: BaseException) -> None:
+        if isinstance(error, SessionEnd):
+            self.refused.append(error)
+        else:
+            assert isinstance(error, CancelledError)
 
     def pass_time(self, seconds: float, step: float = 0.001) -> None:
         """Let time pass, in steps such as a reactor makes."""
@@ -94,6 +101,42 @@ def test_the_queue_is_as_long_as_one_may_wait() -> None:
     storm.pass_time(1)
     storm.come("later")
     assert len(storm.refused) == 90
+
+
+def test_one_address_does_not_take_the_turns_of_others() -> None:
+    """A thousand connections from one host: each of the others has every second turn with it, or more."""
+    storm = Storm(rate=100)
+    for number in range(1100):
+        storm.come(("host", number), Visitor("10.0.0.66"))
+    for number in range(25):
+        storm.come(("device", number), Visitor(f"10.0.0.{number}"))
+    assert storm.pacer.waiting == 1000
+    storm.pass_time(0.5)
+    assert [name for name, _ in storm.turns[11:36]] == [("device", number) for number in range(25)]
+    storm.pass_time(15)
+    # Those of the host that made room, or waited for too long because of the others, are told.
+    assert len(storm.turns) + len(storm.refused) == 1125
+    assert {refusal.reason for refusal in storm.refused} == {EndReason.TOO_MANY_NEW_SESSIONS}
+    assert len(storm.refused) == storm.pacer.refused
+
+
+def test_nobody_waits_for_longer_than_the_queue_is() -> None:
+    """Also one whose turns go to newcomers from other addresses; time that it waited elsewhere counts."""
+    storm = Storm(rate=10, queue_seconds=2)
+    for number in range(12):
+        storm.come(("host", number), Visitor("host"))
+    storm.come(("host", "elsewhere"), Visitor("host", lambda: 0.5))
+    for number in range(32):
+        storm.come(("other", number), Visitor(f"other-{number}"))
+        storm.pass_time(0.1, 0.01)
+        if number == 16:
+            assert len(storm.refused) == 1, "elsewhere"
+    hosts = [name for name, _ in storm.turns if name[0] == "host"]
+    assert ("host", "elsewhere") not in hosts
+    assert len(hosts) + len(storm.refused) == 13
+    storm.pass_time(5, 0.01)
+    assert len(storm.turns) + len(storm.refused) == 13 + 32
+    assert not storm.clock.getDelayedCalls()
 
 
 def test_without_a_queue_there_is_only_now() -> None:

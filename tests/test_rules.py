@@ -432,12 +432,46 @@ def test_attempts_at_a_password_are_counted_where_they_come_from() -> None:
     world.presence.attempt("a", "10.0.0.66", world.devices)
 
 
+def test_wrong_passwords_are_counted_for_all_names_together() -> None:
+    """Or a stranger would have as many guesses as there are names; others of its address wait with it, for a while."""
+    world = World(connects_per_minute=3)
+    for name in "abc":
+        world.presence.attempt(name, "10.0.0.66", world.devices)
+        world.presence.wrong("10.0.0.66", world.devices)
+    for call in (
+        lambda: world.presence.attempt("d", "10.0.0.66", world.devices),
+        lambda: world.presence.check_guesses("10.0.0.66", world.devices),
+    ):
+        with pytest.raises(Refusal) as caught:
+            call()
+        assert caught.value.reason is EndReason.CLIENT_ID_PACED
+    world.presence.attempt("a", "10.0.0.1", world.devices)
+    world.now += 20.1
+    world.presence.attempt("d", "10.0.0.66", world.devices)
+    world.now += 3600
+    world.presence.sweep(world.devices)
+    assert not world.presence._attempts
+
+
+def test_names_do_not_push_out_the_count_of_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has used up its guesses cannot make the gateway forget them."""
+    monkeypatch.setattr(presence_module, "_MAX_NAMES", 10)
+    world = World(connects_per_minute=1)
+    world.presence.attempt("a", "10.0.0.66", world.devices)
+    world.presence.wrong("10.0.0.66", world.devices)
+    for number in range(100):
+        world.enter(number, name=f"n{number}")
+        with pytest.raises(Refusal):
+            world.presence.attempt(f"n{number}", "10.0.0.66", world.devices)
+
+
 def test_without_a_rate_attempts_are_not_counted() -> None:
     """0 is no limit."""
     world = World(connects_per_minute=0)
     for _ in range(100):
         world.presence.attempt("a", "10.0.0.66", world.devices)
-    assert not world.presence._buckets
+        world.presence.wrong("10.0.0.66", world.devices)
+    assert not world.presence._attempts
 
 
 def test_a_name_that_comes_often_is_not_the_first_to_be_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

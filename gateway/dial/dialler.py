@@ -28,6 +28,7 @@ from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.relay.websocket import WebSocketUpstream
+from gateway.rules.turns import ANYONE, Visitor
 from gateway.session.record import Dial, Peer
 from gateway.session.session import Session
 from gateway.text import printable
@@ -154,9 +155,11 @@ class Dialler:
             return chosen
         return [(evolve(target, policy=policy), health) for target, health in chosen]
 
-    def dial(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> Deferred[None]:
+    def dial(
+        self, session: Session, device: DeviceProtocol, route: Route | None = None, visitor: Visitor = ANYONE
+    ) -> Deferred[None]:
         """Find an upstream for `session`, whose device side is `device`.  Cancelling the result releases everything."""
-        dialling = Deferred.fromCoroutine(self.lead(session, device, self._route if route is None else route))
+        dialling = Deferred.fromCoroutine(self.lead(session, device, route, visitor))
 
         def failed(failure: Failure) -> None:
             if failure.check(Superseded):
@@ -188,7 +191,9 @@ class Dialler:
 
     # ---- sessions
 
-    async def lead(self, session: Session, device: DeviceProtocol, route: Route | None = None) -> None:
+    async def lead(
+        self, session: Session, device: DeviceProtocol, route: Route | None = None, visitor: Visitor = ANYONE
+    ) -> None:
         """Do what `dial` does.  Raises `Superseded`; anything else that is raised is an internal error."""
         self._check_current()
         route = self._route if route is None else route
@@ -197,7 +202,7 @@ class Dialler:
         if self._choose(route, failures) is None:
             session.upstream_failed(self._summary(route, failures, None))
             return
-        if not await self._turn(session, device):
+        if not await self._turn(session, device, visitor):
             return
         self._check_current()
         last: UpstreamFailure | None = None
@@ -239,16 +244,16 @@ class Dialler:
                     due = choice
         return due
 
-    async def _turn(self, session: Session, device: DeviceProtocol) -> bool:
+    async def _turn(self, session: Session, device: DeviceProtocol, visitor: Visitor) -> bool:
         """Wait for the session's turn; return whether it still wants one."""
         try:
-            turn = self.pacer.turn()
+            turn = self.pacer.turn(visitor)
+            if turn is None:
+                return True
+            await turn
         except SessionEnd as refusal:
             session.upstream_failed(refusal)
             return False
-        if turn is None:
-            return True
-        await turn
         if not session.pending and device.has_left():
             # The device was not read while it waited, so this is the first check.  To connect for it wastes a turn.
             # What it sent before it left still counts: some devices send everything, then DISCONNECT, and close.

@@ -1,6 +1,6 @@
 """The rate at which new sessions are opened to the broker: one rate for all devices, and a short queue.
 
-In: sessions that want to connect, the time.  Out: their turns, in order of arrival; `SessionEnd` if the wait would be
+In: sessions that want to connect, the time.  Out: their turns, of each address in turn; `SessionEnd` if the wait is
 too long.
 
 A TLS handshake costs about a thousand times as much as a message.  When a broker, a switch or the gateway itself comes
@@ -11,36 +11,55 @@ behind them.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from heapq import heappop, heappush
 
+from attrs import frozen
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 from gateway.config import Pacing
 from gateway.errors import EndReason, SessionEnd
+from gateway.fair import FairQueue
+from gateway.rules.turns import ANYONE, Visitor
 
 # This fraction of a second's sessions may begin at the same moment.  A whole second's would be a second's work in one
 # piece, and established sessions would wait for it.
 BURST_SECONDS = 0.1
+# Turns come a little late on a busy machine; so many seconds later a waiter is refused.
+_GRACE = 1.0
 # Allowed rounding error of the floating-point token count.
 _ROUNDING = 1e-9
+
+
+@frozen(eq=False)
+class _Waiter:
+    """A session that waits for its turn, until `expires` on the clock."""
+
+    address: str
+    turn: Deferred[None]
+    expires: float
 
 
 class Pacer:
     """Grants turns at `pacing.new_sessions_per_second`, with one timer for all waiters.
 
-    Cancelling its `Deferred` removes a waiter at once.  `refused` counts sessions refused because the queue was full.
+    The addresses are served in turn.  In a full queue, the address with most waiters makes room. Cancelling its
+    `Deferred` removes a waiter at once.  `refused` counts sessions that got no turn in time.
     """
 
     def __init__(self, pacing: Pacing, clock: IReactorTime) -> None:
         self._rate = pacing.new_sessions_per_second
         self._burst = max(1, math.ceil(self._rate * BURST_SECONDS))
         self._room = int(self._rate * pacing.queue_seconds)
+        self._patience = pacing.queue_seconds
         self._clock = clock
         self._tokens = float(self._burst)
         self._since = clock.seconds()
-        # In order of arrival, with constant-time removal.
-        self._queue: OrderedDict[Deferred[None], None] = OrderedDict()
+        self._queue: FairQueue[_Waiter] = FairQueue()
+        self._waiters: dict[Deferred[None], _Waiter] = {}
+        # A heap by expiry; a waiter that got its turn stays in it until then.
+        self._expiring: list[tuple[float, int, _Waiter]] = []
+        self._arrivals = 0
         self._timer: IDelayedCall | None = None
         self.refused = 0
 
@@ -49,20 +68,31 @@ class Pacer:
         """The number of waiters."""
         return len(self._queue)
 
-    def turn(self) -> Deferred[None] | None:
-        """Return `None` if it is the caller's turn now, otherwise a `Deferred` that fires when it is.
+    def turn(self, visitor: Visitor = ANYONE) -> Deferred[None] | None:
+        """Return `None` if it is the visitor's turn now, otherwise a `Deferred` that fires when it is.
 
-        Raises `SessionEnd` when the queue is full.
+        Raises `SessionEnd` when the queue is full; the `Deferred` fails with it when the wait takes too long, or when a
+        waiter from another address takes the place.
         """
         if not self._rate:
             return None
         if not self._queue and self._take():
             return None
         if len(self._queue) >= self._room:
-            self.refused += 1
-            raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} are already waiting")
+            shed = self._queue.shed(visitor.address)
+            if shed is None:
+                self.refused += 1
+                raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} are already waiting")
+            self._refuse(shed, "most of the waiters are from its address")
+        if not self._queue:
+            self._expiring.clear()
+        expires = self._clock.seconds() + min(self._patience, visitor.patience()) + _GRACE
         turn: Deferred[None] = Deferred(self._forget)
-        self._queue[turn] = None
+        waiter = _Waiter(visitor.address, turn, expires)
+        self._queue.push(visitor.address, waiter)
+        self._waiters[turn] = waiter
+        self._arrivals += 1
+        heappush(self._expiring, (expires, self._arrivals, waiter))
         self._arm()
         return turn
 
@@ -80,14 +110,29 @@ class Pacer:
         return True
 
     def _forget(self, turn: Deferred[None]) -> None:
-        del self._queue[turn]
+        waiter = self._waiters.pop(turn)
+        self._queue.discard(waiter.address, waiter)
         if not self._queue and self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
+    def _refuse(self, waiter: _Waiter, why: str) -> None:
+        """Refuse a waiter that is no longer in the queue."""
+        del self._waiters[waiter.turn]
+        self.refused += 1
+        waiter.turn.errback(SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, why))
+
     def _arm(self) -> None:
         if self._timer is None and self._queue:
-            self._timer = self._clock.callLater(max(0.0, 1 - self._tokens) / self._rate, self._next)
+            until_turn = max(0.0, 1 - self._tokens) / self._rate
+            until_expiry = self._first_to_expire().expires - self._clock.seconds()
+            self._timer = self._clock.callLater(max(0.0, min(until_turn, until_expiry)), self._next)
+
+    def _first_to_expire(self) -> _Waiter:
+        """Return the waiter with the least patience; somebody must be waiting."""
+        while (waiter := self._expiring[0][2]).turn not in self._waiters:
+            heappop(self._expiring)
+        return waiter
 
     def _next(self) -> None:
         """Grant the turns that are due; at most one burst at a time, even if they are not used."""
@@ -95,6 +140,17 @@ class Pacer:
         for _ in range(self._burst):
             if not self._queue or not self._take():
                 break
-            turn, _nothing = self._queue.popitem(last=False)
-            turn.callback(None)
+            waiter = self._queue.pop()
+            del self._waiters[waiter.turn]
+            waiter.turn.callback(None)
+        self._expire()
         self._arm()
+
+    def _expire(self) -> None:
+        """Refuse those who have waited too long, at most one burst of them at a time."""
+        now = self._clock.seconds()
+        for _ in range(self._burst):
+            if not self._queue or (waiter := self._first_to_expire()).expires > now:
+                return
+            self._queue.discard(waiter.address, waiter)
+            self._refuse(waiter, "no turn in time")

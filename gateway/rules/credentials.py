@@ -21,6 +21,7 @@ from gateway.mqtt.rewrite import KEPT, Kept
 from gateway.rules.rules import Matched
 from gateway.rules.secrets import Programs, SecretUnavailable, credential_path, read_secret
 from gateway.rules.tokens import SigningKey, check_signing_key, json_web_token, sas_key, sas_token
+from gateway.rules.turns import ANYONE, Visitor
 from gateway.tls.trust import ClientIdentity, read_client_identity, read_private_key
 
 # A session ends at a random point in this part of its token's lifetime, so that sessions that began together do not
@@ -75,7 +76,7 @@ class Credentials:
         keys = self._keys.get(device)
         return None if keys is None else keys.client
 
-    async def password(self, matched: Matched) -> tuple[bytes | Kept | None, float | None]:
+    async def password(self, matched: Matched, visitor: Visitor = ANYONE) -> tuple[bytes | Kept | None, float | None]:
         """Return the password for the broker, and the seconds after which the session must end (None for no limit).
 
         The password is `KEPT` for the device's own, None for none. Raises Refusal.
@@ -87,7 +88,7 @@ class Credentials:
             if device.password_credential:
                 return read_secret(credential_path(device.password_credential, self._environment)), None
             if device.password_command:
-                return await self._run(matched), None
+                return await self._run(matched, visitor), None
         except SecretUnavailable as problem:
             detail = f"rule {device.name}: {problem}"
             raise Refusal(EndReason.CREDENTIALS_UNAVAILABLE, detail, 3, 0x88) from None
@@ -96,7 +97,7 @@ class Credentials:
         # A password that the gateway checks is not meant for the broker.
         return (None if device.lan_password or device.credentials == "drop" else KEPT), None
 
-    async def _run(self, matched: Matched) -> bytes:
+    async def _run(self, matched: Matched, visitor: Visitor) -> bytes:
         device = matched.rule.device
         if self._programs is None:
             raise SecretUnavailable("programs cannot be run here")
@@ -111,7 +112,7 @@ class Credentials:
                     raise Refusal(EndReason.DEVICE_NAME_UNUSABLE, detail, 2, 0x85) from None
         if "CREDENTIALS_DIRECTORY" in self._environment:
             environment["CREDENTIALS_DIRECTORY"] = self._environment["CREDENTIALS_DIRECTORY"]
-        return await self._programs.run(device.password_command, environment, device.password_timeout)
+        return await self._programs.run(device.password_command, environment, device.password_timeout, visitor)
 
     def _token(self, matched: Matched) -> tuple[bytes, float]:
         device, keys = matched.rule.device, self._keys[matched.rule.device]

@@ -32,8 +32,9 @@ _RETURN_COST = 2.0
 
 _S = TypeVar("_S", bound=Hashable)
 _Name: TypeAlias = str | bytes
-# A name and where it counts: at brokers; or, for password attempts, from an address.
-_Key: TypeAlias = tuple[_Name, Brokers | str]
+# A name and where it counts: at brokers; or, for password attempts, from an address, and None for all names together.
+_Key: TypeAlias = tuple[_Name | None, Brokers | str]
+_Buckets: TypeAlias = dict[_Key, tuple[float, float]]
 
 
 @frozen
@@ -62,7 +63,9 @@ class Presence(Generic[_S]):
         self._standing: dict[_Name, dict[_S, Holder]] = {}
         self._names: dict[_S, _Name] = {}
         # Token buckets (tokens left, time of that count); a full bucket is the same as none.
-        self._buckets: dict[_Key, tuple[float, float]] = {}
+        self._buckets: _Buckets = {}
+        # Apart, so that those who come with many names do not push these out.
+        self._attempts: _Buckets = {}
 
     def judge(self, holder: Holder, devices: Devices) -> None:
         """Raise Refusal if `enter` would refuse a session of this holder now; nothing is counted."""
@@ -72,11 +75,24 @@ class Presence(Generic[_S]):
     def attempt(self, client_identifier: str, address: str, devices: Devices) -> None:
         """Count an attempt at a device's password.  Raises Refusal when there were too many.
 
-        Attempts are counted per address, so that a stranger who guesses does not lock out the device.
+        Attempts are counted per address, so that a stranger who guesses does not lock out the device: all of them for
+        each name, and the wrong ones for all names together.
         """
         if devices.connects_per_minute:
+            self.check_guesses(address, devices)
             key = (_name(client_identifier), address)
-            self._fill(key, self._taken(key, 1.0, devices))
+            self._fill(self._attempts, key, self._taken(self._attempts, key, 1.0, devices))
+
+    def check_guesses(self, address: str, devices: Devices) -> None:
+        """Raise Refusal if this address has sent too many wrong passwords."""
+        if devices.connects_per_minute:
+            self._taken(self._attempts, (None, address), 1.0, devices)
+
+    def wrong(self, address: str, devices: Devices) -> None:
+        """Count a wrong password."""
+        if devices.connects_per_minute:
+            key = (None, address)
+            self._fill(self._attempts, key, max(0.0, self._left(self._attempts, key, devices) - 1.0))
 
     def enter(self, session: _S, holder: Holder, devices: Devices) -> list[_S]:
         """Add a session; return the sessions that it takes over.
@@ -88,7 +104,7 @@ class Presence(Generic[_S]):
             return []
         others, tokens = self._judge(holder, devices)
         if tokens is not None:
-            self._fill((holder.name, holder.brokers), tokens)
+            self._fill(self._buckets, (holder.name, holder.brokers), tokens)
         self.assign(session, holder)
         return others if devices.same_client_id == "take-over" else []
 
@@ -110,9 +126,10 @@ class Presence(Generic[_S]):
         """Forget names whose rate has recovered."""
         rate, now = devices.connects_per_minute / _SECONDS, self._seconds()
         burst = _burst(devices)
-        full = [name for name, (tokens, since) in self._buckets.items() if tokens + (now - since) * rate >= burst]
-        for name in full:
-            del self._buckets[name]
+        for buckets in (self._buckets, self._attempts):
+            full = [key for key, (tokens, since) in buckets.items() if tokens + (now - since) * rate >= burst]
+            for key in full:
+                del buckets[key]
 
     def _judge(self, holder: Holder, devices: Devices) -> tuple[list[_S], float | None]:
         """Return the sessions with this name from other addresses, and the tokens left for it.  Raises Refusal."""
@@ -128,25 +145,29 @@ class Presence(Generic[_S]):
         if not devices.connects_per_minute:
             return others, None
         cost = _TAKEOVER_COST if others else _RETURN_COST if standing else 1.0
-        return others, self._taken((holder.name, holder.brokers), cost, devices)
+        return others, self._taken(self._buckets, (holder.name, holder.brokers), cost, devices)
 
-    def _taken(self, key: _Key, cost: float, devices: Devices) -> float:
-        """Return the tokens left after taking `cost` from a bucket.  Raises Refusal when there are not enough."""
+    def _left(self, buckets: _Buckets, key: _Key, devices: Devices) -> float:
+        """Return the tokens in a bucket."""
         burst, now = _burst(devices), self._seconds()
+        tokens, since = buckets.get(key, (burst, now))
+        return min(burst, tokens + max(0.0, now - since) * devices.connects_per_minute / _SECONDS)
+
+    def _taken(self, buckets: _Buckets, key: _Key, cost: float, devices: Devices) -> float:
+        """Return the tokens left after taking `cost` from a bucket.  Raises Refusal when there are not enough."""
+        tokens = self._left(buckets, key, devices)
         counted = "" if cost == 1.0 else f"; one that ends an established session counts as {cost:g}"
-        cost = min(cost, burst)
-        tokens, since = self._buckets.get(key, (burst, now))
-        tokens = min(burst, tokens + max(0.0, now - since) * devices.connects_per_minute / _SECONDS)
+        cost = min(cost, _burst(devices))
         if tokens < cost:
             detail = f"more often than {devices.connects_per_minute:g} times a minute{counted}"
             raise Refusal(EndReason.CLIENT_ID_PACED, detail, 3, 0x9F)
         return tokens - cost
 
-    def _fill(self, key: _Key, tokens: float) -> None:
-        self._buckets.pop(key, None)  # move it to the end: most recently used
-        while len(self._buckets) >= _MAX_NAMES:
-            del self._buckets[next(iter(self._buckets))]
-        self._buckets[key] = (tokens, self._seconds())
+    def _fill(self, buckets: _Buckets, key: _Key, tokens: float) -> None:
+        buckets.pop(key, None)  # move it to the end: most recently used
+        while len(buckets) >= _MAX_NAMES:
+            del buckets[next(iter(buckets))]
+        buckets[key] = (tokens, self._seconds())
 
 
 def _burst(devices: Devices) -> float:

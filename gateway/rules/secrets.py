@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from twisted.internet import error
-from twisted.internet.defer import Deferred, DeferredSemaphore
+from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.interfaces import IProcessTransport, IReactorTime
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
 from gateway.errors import GatewayError
+from gateway.rules.turns import ANYONE, Turns, Visitor
 
 # MQTT allows passwords of up to 65,535 bytes.
 _LARGEST = 65_535
@@ -82,14 +83,16 @@ class Programs:
     def __init__(self, spawner: Spawner, clock: IReactorTime) -> None:
         self._spawner = spawner
         self._clock = clock
-        self._turns = DeferredSemaphore(_PROGRAMS)
+        self._turns = Turns(_PROGRAMS, clock, "a password program")
 
-    async def run(self, words: Sequence[str], environment: Mapping[str, str], timeout: float) -> bytes:
+    async def run(
+        self, words: Sequence[str], environment: Mapping[str, str], timeout: float, visitor: Visitor = ANYONE
+    ) -> bytes:
         """Return the program's output; `timeout` is in seconds, from its start.
 
-        Raises SecretUnavailable. Cancelling kills the program.
+        Raises SecretUnavailable, and Refusal if it was not the visitor's turn in time. Cancelling kills the program.
         """
-        await self._turns.acquire()
+        await self._turns.take(visitor)
         try:
             program = _Program(words[0])
             try:
@@ -108,7 +111,7 @@ class Programs:
             except DeferredTimeout:
                 raise SecretUnavailable(f"{words[0]} took longer than {timeout:g} s") from None
         finally:
-            self._turns.release()
+            self._turns.give()
 
 
 class _Program(ProcessProtocol):
