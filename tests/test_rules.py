@@ -13,7 +13,7 @@ from gateway.errors import EndReason, Refusal
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.framer import Framer
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
-from gateway.mqtt.packets import ProtocolVersion
+from gateway.mqtt.packets import ProtocolVersion, encode_remaining_length
 from gateway.mqtt.rewrite import KEPT
 from gateway.rules import presence as presence_module
 from gateway.rules.names import Brokers
@@ -263,18 +263,24 @@ def test_the_fast_path_is_left_only_where_a_rule_needs_it(rule: dict[str, Any], 
     assert type(treatment.from_broker(version, 10_000)) is down
 
 
+def takes(packets: Framer | DeviceInspector, size: int) -> bool:
+    """Whether a PUBLISH of so many bytes is begun."""
+    header = b"\x30" + encode_remaining_length(size - 5)
+    packets.feed(header)
+    return packets.error is None
+
+
 def test_what_is_read_whole_has_a_limit_of_its_own() -> None:
     """Without one in the rule, a mebibyte; sessions on the fast path hold nothing, and keep the general limit."""
     version, general = ProtocolVersion.MQTT_3_1_1, 100_000_000
-    held = treated({"max_qos": 1}).from_device(version, general)
-    assert isinstance(held, DeviceInspector)
-    assert held._max_packet_size == LARGEST_HELD
-    free = treated({}).from_device(version, general)
-    assert isinstance(free, Framer)
-    assert free._max_packet_size == general
-    ruled = treated({"max_packet_size": 5_000_000, "max_qos": 1}).from_device(version, general)
-    assert isinstance(ruled, DeviceInspector)
-    assert ruled._max_packet_size == 5_000_000
+    for rule, limit in (
+        ({"max_qos": 1}, LARGEST_HELD),
+        ({}, general),
+        ({"max_packet_size": 5_000_000, "max_qos": 1}, 5_000_000),
+    ):
+        treatment = treated(rule)
+        assert takes(treatment.from_device(version, general), limit - 5)
+        assert not takes(treatment.from_device(version, general), limit + 5)
 
 
 # ---- who is there
