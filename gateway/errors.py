@@ -35,7 +35,7 @@ class EndReason(StrEnum):
     DEVICE_LOST = (
         "device-lost",
         "The device closed or reset its connection without DISCONNECT.",
-        "Check the device's power and network; the broker has published its Will.",
+        "Check the device's power and network. If it was connected to the broker, the broker publishes its Will.",
     )
     KEEPALIVE_TIMEOUT = (
         "keepalive-timeout",
@@ -259,7 +259,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "See OpenSSL's reason in the detail; run `mqtts-gateway check` to see the step.",
+        "If the broker has only RSA key exchange, CBC ciphers or other curves, enable what the detail offers.",
     )
     TLS_VERSION = (
         "tls-version",
@@ -365,7 +365,7 @@ class EndReason(StrEnum):
     UPSTREAM_PROTOCOL_ERROR = (
         "upstream-protocol-error",
         "The broker sent bytes that MQTT does not allow.",
-        "Check that the port speaks MQTT, not WebSocket or HTTP; report the detail to the broker's vendor.",
+        "Before CONNACK, check that the port speaks MQTT, not HTTP or WebSocket; later, report it to the vendor.",
     )
 
     INTERNAL_ERROR = (

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from gateway.cli import check, service_view
+from gateway.cli.login import make_login
 from gateway.cli.main import console
 from gateway.cli.report import Report, Status, Step
 from gateway.cli.service_view import ServiceView
@@ -298,3 +299,40 @@ def test_a_device_that_root_adds_can_be_read_by_the_service(
     assert (site.directory / "devices/sensor-2-key.pem").stat().st_mode & 0o777 == 0o600
     assert console(check_it) == 1
     assert "sensor-2-key.pem: mqtts-gateway.service cannot read it" in capfd.readouterr().out
+
+
+# ---- what is said
+
+
+def test_a_path_with_a_typo_is_corrected_not_given_to_another_user(site: Site) -> None:
+    """The file that is meant is named, or the last directory that exists."""
+    for name, remedy in (("caa.pem", "Is ca.pem meant?"), ("sub/ca.pem", f"there is no {site.directory}/sub")):
+        site.config.write_text(f'[[upstream]]\nhost = "b"\n[tls]\nca_file = "{name}"\n')
+        (step,) = site.problems()
+        assert remedy in step.remedy
+        assert "runs as" not in step.remedy
+
+
+def test_a_ca_of_the_future_is_a_matter_of_the_clock(site: Site) -> None:
+    """Not of the CA."""
+    site.rule(max_qos=1)
+    site.write("ca.pem", certify_ca(valid_from=10).pem, 0o644)
+    (step,) = site.problems()
+    assert (step.status, "clock" in step.remedy) == (Status.FAIL, True)
+    site.write("ca.pem", certify_ca(valid_from=10).pem + certify_ca().pem, 0o644)
+    (step,) = site.problems()
+    assert (step.status, "clock" in step.remedy) == (Status.WARN, True)
+
+
+@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"])
+def test_a_password_that_windows_saved_is_not_sent(site: Site, mark: bytes) -> None:
+    """Its byte order mark would be part of it; white space may be meant, and is a warning."""
+    path = site.write("d1.password", mark + b"x", 0o600)
+    site.rule(password_file="d1.password")
+    (step,) = site.problems()
+    assert (step.status, "byte order mark" in step.message) == (Status.FAIL, True)
+    with pytest.raises(ValueError, match="byte order mark"):
+        make_login("d1", "u", str(path))
+    site.write("d1.password", b"x \n", 0o600)
+    (step,) = site.problems()
+    assert (step.status, "white space" in step.message) == (Status.WARN, True)

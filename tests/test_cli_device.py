@@ -329,10 +329,23 @@ def test_a_table_of_devices_is_imported(site: Site, tmp_path: Path, capfd: pytes
 
 
 @pytest.mark.parametrize(
+    "text",
+    ["\ufeffID;Bound_To;password\r\nd1;10.0.0.2;a,b\r\n", "Id\tbound_to\tPassword\nd1\t10.0.0.2\tx\n"],
+    ids=["semicolons", "tabs"],
+)
+def test_a_table_is_read_as_excel_writes_it(site: Site, tmp_path: Path, text: str) -> None:
+    """With a byte order mark, semicolons or tabs, and headers in any case."""
+    (tmp_path / "devices.csv").write_text(text, newline="")
+    assert site.do("import", str(tmp_path / "devices.csv")) == 0
+    assert [str(network) for network in site.rule("d1").bound_to] == ["10.0.0.2/32"]
+    assert site.rule("d1").lan_password
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("id,max_qos\nd1,1\nd2,3\nd3,9\n", ["line 3: max_qos: 3 is out of range", "line 4: max_qos: 9 is"]),
-        ("id\nd1\nd1\n", ['line 3: "d1" already has a rule']),
+        ("id\nd1\nd1\n", ['line 3: "d1" is in line 2 already']),
         ("id,color\nd1,red\n", ["column color"]),
         ("name\nd1\n", ["column id"]),
         ("id,max_qos\nd1\n", ["line 2: "]),

@@ -129,6 +129,16 @@ def open_directory() -> Iterator[Path]:
         yield directory
 
 
+def test_a_python_that_the_service_cannot_see_is_not_advised_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`python3 -m venv` would use the one under /root once more."""
+    monkeypatch.setattr(install, "HIDDEN", (str(Path(sys.executable).resolve().parent),))
+    assert console(["install", "--root", str(tmp_path)]) == 1
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if "its Python is" in line]
+    assert "/usr/bin/python3 -m venv" in line
+
+
 @pytest.mark.parametrize(
     ("where", "mode", "words"),
     [

@@ -308,3 +308,14 @@ def test_twistds_own_option_for_a_file_still_counts(
     text = twistd(tmp_path, start_broker, ca_file, "auto", f"--logfile={tmp_path / 'log'}")
     assert "[gateway#info] session 1 " in text
     assert (tmp_path / "out").read_text() == ""
+
+
+def test_twisteds_words_about_ports_are_left_out() -> None:
+    """The gateway says in its own what it listens on; other old-style messages are told as Twisted's."""
+    written = Written("text")
+    observer = LineObserver(BackgroundOutput(written._write), "text")
+    observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "_HTTP (StatusSite) starting", "eventSource": 1})
+    observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "(TCP Port 9883 Closed)"})
+    assert written.text == ""
+    observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "Received SIGTERM, shutting down."})
+    assert written.text.endswith(" [twisted#-] Received SIGTERM, shutting down.\n")

@@ -150,6 +150,22 @@ def test_what_a_rule_forbids_does_not_pass(rules, make, code, version):
     assert inspector.feed(pingreq()) == b""
 
 
+@pytest.mark.parametrize(
+    ("rules", "sent", "topic"),
+    [
+        (TopicRules(publish=TopicFilters(("a/#",))), publish("b/\u202ec"), r'"b/\u202ec"'),
+        (TopicRules(publish=TopicFilters(("a",))), publish("a", version=5, properties=text(0x08, "b" * 999)), '"bbb'),
+        (TopicRules(subscribe=TopicFilters(("a/#",))), subscribe("c/#"), '"c/#"'),
+    ],
+)
+def test_what_a_rule_forbids_is_named(rules, sent, topic):
+    """The topic, cut and made printable."""
+    inspector = from_device(rules, 5 if b"bbb" in sent else 4)
+    inspector.feed(sent)
+    assert topic in inspector.error.detail
+    assert len(inspector.error.detail) < 250
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_disconnect_after_what_is_forbidden_is_not_the_end_of_the_story(version):
     """The session ends for what the rule forbids, so the broker publishes the Will."""

@@ -674,6 +674,26 @@ def test_the_brokers_disconnect_is_relayed_and_ends_the_session() -> None:
     assert "0x8E" in bench.session.record.detail
 
 
+def test_a_disconnect_that_3_x_does_not_have_is_told_by_its_code() -> None:
+    """Some brokers send one of 5.0 to 3.1.1 clients when another takes over; the port speaks MQTT all the same."""
+    bench = Bench().relaying()
+    bench.session.upstream_received(mqtt.publish() + mqtt.disconnect(code=0x8E))
+    assert bench.device.bytes == mqtt.publish()
+    assert bench.reason is EndReason.UPSTREAM_DISCONNECT
+    assert bench.session.record.detail.startswith("0x8E, session taken over")
+    bench = Bench().relaying()
+    bench.session.upstream_received(b"\xe0\x00")
+    assert bench.reason is EndReason.UPSTREAM_PROTOCOL_ERROR
+
+
+def test_a_connection_without_connect_has_no_will() -> None:
+    """A health check of a load balancer: nothing went to the broker, and nothing is said of one."""
+    bench = Bench()
+    bench.session.device_gone("closed")
+    assert (bench.reason, bench.session.record.detail) == (EndReason.DEVICE_LOST, "closed, before CONNECT")
+    assert "has published" not in EndReason.DEVICE_LOST.remedy
+
+
 def test_the_broker_sends_a_device_nowhere_else() -> None:
     """Neither with CONNACK nor later: there the device would be without the gateway."""
     reference = mqtt.text(0x1C, "elsewhere.example:1883")

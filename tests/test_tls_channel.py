@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from cryptography import x509
@@ -842,16 +843,16 @@ BROKEN_CRL = b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"
     ("key", "content", "words"),
     [
         ("ca_file", None, "cannot be read: No such file or directory"),
-        ("ca_file", b"", "holds no PEM"),
-        ("ca_file", DER, "holds no PEM; a DER file becomes PEM with `openssl x509"),
-        ("ca_file", ROOT.key_pem, "holds no readable PEM certificate"),
-        ("ca_file", BROKEN_PEM, "holds no readable PEM certificate"),
+        ("ca_file", b"", "is empty"),
+        ("ca_file", DER, "convert it with `openssl x509 -inform der"),
+        ("ca_file", ROOT.key_pem, "but no certificate: perhaps the two files are swapped"),
+        ("ca_file", BROKEN_PEM, "holds a damaged certificate"),
         ("crl_file", None, "cannot be read: No such file or directory"),
         ("crl_file", ROOT.pem, "holds no PEM CRL"),
         ("crl_file", BROKEN_CRL, "holds a CRL that cannot be read"),
         ("client_cert", ROOT.pem, "holds no PEM private key"),
         ("client_cert", ROOT.pem + ENCRYPTED_KEY, "holds an encrypted private key"),
-        ("client_cert", ROOT.pem + BROKEN_KEY, "holds a private key that cannot be read"),
+        ("client_cert", ROOT.pem + BROKEN_KEY, "holds a damaged private key"),
         ("client_cert", BROKER.pem + ROOT.key_pem, "is not the key of the first certificate"),
         ("client_cert", ROOT.pem + BROKER.pem + BROKER.key_pem, "is not the key of the first certificate"),
     ],
@@ -950,3 +951,29 @@ def test_what_came_whole_before_a_bad_record_is_not_lost(policy: TLSPolicy) -> N
         channel.send(b"more")
     assert caught.value.reason is EndReason.UPSTREAM_LOST
     assert channel.outgoing() == b""
+
+
+@pytest.mark.parametrize(
+    "offer", [{"ciphers": "AES128-GCM-SHA256"}, {"ciphers": "ECDHE-RSA-AES128-SHA256"}], ids=["RSA only", "CBC only"]
+)
+def test_a_broker_without_a_common_cipher_is_told_what_was_offered(policy: TLSPolicy, offer: dict[str, str]) -> None:
+    """Whoever configures the broker reads what it lacks."""
+    server = Server(certify(ROOT, key=rsa_key(2048)), maximum=ssl.TLSVersion.TLSv1_2, **offer)
+    failure = refused(TLSChannel(policy, LOCALHOST), server)
+    assert failure.reason is EndReason.TLS_HANDSHAKE_FAILED
+    assert "ECDHE or DHE and AES-GCM or ChaCha20-Poly1305; curves X25519, P-256" in failure.detail
+
+
+def test_a_renegotiation_that_is_declined_is_no_refused_certificate() -> None:
+    """TLS 1.2 settles certificates in its handshake; in TLS 1.3 the same alert comes later, and means one."""
+    queue = [("SSL routines", "", "ssl/tls alert handshake failure")]
+    for version, reason in (
+        ("TLSv1.2", EndReason.UPSTREAM_LOST),
+        ("TLSv1.3", EndReason.TLS_CLIENT_CERTIFICATE_REFUSED),
+    ):
+        channel = object.__new__(TLSChannel)
+        channel._connection = SimpleNamespace(get_protocol_version_name=lambda version=version: version)
+        with pytest.raises(UpstreamFailure) as caught:
+            channel._ended(b"", SSL.Error(queue))
+        assert caught.value.reason is reason
+        assert ("renegotiation" in caught.value.detail) is (version == "TLSv1.2")

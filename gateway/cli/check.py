@@ -226,9 +226,20 @@ async def examine(
             client_chain = client is not None and len(client.chain) > 1
             proxy = target.proxy.server if target.proxy is not None else None
             if proxy is None or proxy.scheme == "http":
-                report.commands.append(s_client_command(upstream, tls, proxy, client_chain=client_chain))
+                named = _has_names(report, upstream)
+                report.commands.append(
+                    s_client_command(upstream, tls, proxy, client_chain=client_chain, has_names=named)
+                )
     finally:
         relay.stop()
+
+
+def _has_names(report: Report, upstream: Upstream) -> bool:
+    """Say whether the certificate that the broker showed has names of hosts; also if it showed none."""
+    for step in reversed(report.steps):
+        if step.name == "certificate" and step.upstream == upstream.address and "names" in step.facts:
+            return any(name.startswith(("DNS:", "IP:")) for name in step.facts["names"])
+    return True
 
 
 def _led_to(config: Config, guise: Guise | None) -> list[Upstream]:

@@ -69,7 +69,10 @@ class Show(Stage):
         if self._once:
             return
 
-        say("demo", f"point your own client at {LOOPBACK}:{port} (MQTT 3.1.1, no TLS); Ctrl-C ends the demo")
+        say(
+            "demo",
+            f"point your own client at {LOOPBACK}:{port} (MQTT 3.1.1 only, no TLS); Ctrl-C ends the demo",
+        )
         plain = f"-h {LOOPBACK} -p {port}"
         print(
             f"""

@@ -175,7 +175,8 @@ class Stage:
         config = from_mapping(
             {
                 "listen": [{"endpoint": f"{LOOPBACK}:{port}"}],
-                "timeouts": {"close": 1},
+                # amqtt does not answer a version of MQTT that it does not know.
+                "timeouts": {"close": 1, "connack": 2},
                 "drain": {"seconds": 0},
                 "status": {"endpoint": f"{LOOPBACK}:0"},
                 **sections,

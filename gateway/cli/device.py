@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import getpass
+import io
 import json
 import os
 import sys
@@ -342,19 +343,23 @@ def _read_csv(path: Path) -> list[tuple[int, _New]]:
     """Read a CSV file (RFC 4180, UTF-8) whose first row names the columns.  Raises `_Problems`."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(_rows(path, file))
+            return list(_rows(path, file.read()))
     except OSError as error:
         raise DeviceProblem(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DeviceProblem(f"{path} is not UTF-8") from None
+        raise DeviceProblem(f"{path} is not UTF-8: in Excel, save it as “CSV UTF-8”") from None
     except csv.Error as error:
         raise DeviceProblem(f"{path} is not a valid CSV file: {error}") from None
 
 
-def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
+def _rows(path: Path, text: str) -> Iterator[tuple[int, _New]]:
     csv.field_size_limit(_LONGEST_ROW)
-    reader = csv.DictReader(lines, strict=True)
-    columns = reader.fieldnames or []
+    first = text.partition("\n")[0]
+    # Excel writes semicolons where the comma is the decimal sign, and tabs as "Unicode text".
+    delimiter = max(",;\t", key=first.count)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    reader.fieldnames = columns = [column.strip().casefold() for column in reader.fieldnames or []]
+    seen: dict[str, int] = {}
     known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(DeviceRule))}
     problems = [f"{path}: unknown column {printable(str(column))}" for column in columns if column not in known]
     if _ID not in columns:
@@ -371,6 +376,11 @@ def _rows(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, _New]]:
         if row.get(_PASSWORD):
             table["lan_password"] = hash_password(row[_PASSWORD].encode(), os.urandom(_SALT_SIZE))
         identifier = row[_ID]
+        before = seen.setdefault(identifier, reader.line_num)
+        if before != reader.line_num:
+            shown = printable(identifier)
+            problems.append(f'{path}: line {reader.line_num}: "{shown}" is in line {before} already')
+            continue
         yield reader.line_num, _New(identifier, row.get(_COMMON_NAME) or identifier, table)
     if problems:
         raise _Problems(problems)

@@ -14,6 +14,7 @@ import getpass
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -180,10 +181,21 @@ def _secret(path: Path, what: str, read: Callable[[Path], object]) -> Step:
         mode = path.stat().st_mode
     except SecretUnavailable as error:
         words = str(error).removeprefix(f"{path} ")
-        return _step(Status.FAIL, path, words, _reader() if "cannot be read" in words else "", secret=True)
+        return _step(Status.FAIL, path, words, _unreadable(path) if "cannot be read" in words else "", secret=True)
     except (OSError, ValueError) as error:
         return _step(Status.FAIL, path, str(error), secret=True)
-    return _mode_step(path, mode, what) or _step(Status.PASS, path, what, secret=True)
+    return _mode_step(path, mode, what) or _blank_step(path, what) or _step(Status.PASS, path, what, secret=True)
+
+
+def _blank_step(path: Path, what: str) -> Step | None:
+    """Return a warning if a password has white space around it, which is sent; keys are read without it."""
+    if what != "password":
+        return None
+    password = read_secret(path)
+    if password == password.strip():
+        return None
+    message = "the password begins or ends with white space, which is sent too"
+    return _step(Status.WARN, path, message, "Remove it, unless it belongs to the password.", secret=True)
 
 
 def _mode_step(path: Path, mode: int, what: str) -> Step | None:
@@ -214,6 +226,10 @@ def _roots(path: Path) -> Step:
 @_whatever_it_holds
 def _roots_step(path: Path, certificates: Sequence[x509.Certificate]) -> Step:
     expired = [certificate for certificate in certificates if expiry(certificate)[0] is Status.FAIL]
+    if expired and all(certificate.not_valid_before_utc > now() for certificate in expired):
+        message = f"{len(expired)} of {_count(certificates)} not yet valid: {_dated(expired)}"
+        status = Status.FAIL if len(expired) == len(certificates) else Status.WARN
+        return _step(status, path, message, f"Check this machine's clock first: it says {now():%Y-%m-%d %H:%M} UTC.")
     if len(expired) == len(certificates):
         return _step(
             Status.FAIL, path, f"no CA certificate is valid: {_dated(expired)}", "Get the CA's current certificate."
@@ -246,7 +262,7 @@ def _directory(directory: Path) -> Iterator[Step]:
     try:
         files = ca_dir_files(directory)
     except OSError as error:
-        yield _step(Status.FAIL, directory, f"cannot be read: {error.strerror}", _reader())
+        yield _step(Status.FAIL, directory, f"cannot be read: {error.strerror}", _unreadable(directory))
         return
     if not files:
         yield _step(Status.FAIL, directory, "contains no *.pem, *.crt or *.cer", "Put the CA's certificate there.")
@@ -315,9 +331,9 @@ def _read(path: Path, read: Callable[[Path], list[_T]]) -> list[_T] | Step:
         found = read(path)
         mode = path.stat().st_mode
     except OSError as error:
-        return _step(Status.FAIL, path, f"cannot be read: {error.strerror}", _reader())
+        return _step(Status.FAIL, path, f"cannot be read: {error.strerror}", _unreadable(path))
     except ValueError as error:
-        return _step(Status.FAIL, path, str(error), _reader() if "cannot be read: " in str(error) else "")
+        return _step(Status.FAIL, path, str(error), _unreadable(path) if "cannot be read: " in str(error) else "")
     if mode & stat.S_IWOTH:
         message = f"world-writable (mode {stat.S_IMODE(mode):04o})"
         return _step(Status.FAIL, path, message, f"chmod o-w {path}, and check its content.")
@@ -326,6 +342,21 @@ def _read(path: Path, read: Callable[[Path], list[_T]]) -> list[_T] | Step:
 
 def _step(status: Status, path: Path, message: str, remedy: str = "", *, secret: bool = False) -> Step:
     return Step(_STEP, status, f"{path}: {message}", remedy, facts={"path": str(path), "secret": secret})
+
+
+def _unreadable(path: Path) -> str:
+    """Return what to do about a file that cannot be read."""
+    try:
+        if path.exists():
+            return _reader()
+        above = next(parent for parent in path.parents if parent.exists())
+        if above != path.parent:
+            return f"Correct the path: there is no {path.parent}; {above} exists."
+        alike = get_close_matches(path.name, [each.name for each in above.iterdir()], n=1)
+    except OSError:
+        return _reader()
+    hint = f" Is {printable(alike[0])} meant?" if alike else ""
+    return f"Correct the path, or create the file: {above} does not contain it.{hint}"
 
 
 def _reader() -> str:

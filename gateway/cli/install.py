@@ -36,6 +36,10 @@ from gateway.config import Upstream, from_flags, template_text
 from gateway.errors import ConfigError
 
 _REMEDY = "create the environment in /opt: python3 -m venv /opt/mqtts-gateway, and pip install there"
+_REMEDY_PYTHON = (
+    "create the environment with a Python outside it, such as the system's: "
+    "/usr/bin/python3 -m venv --clear /opt/mqtts-gateway, and pip install there"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +158,9 @@ def _obstacles(programs: Path) -> Iterator[str]:
     for path, what in places.items():
         hidden = next((top for top in HIDDEN if path.is_relative_to(top)), None)
         if hidden is not None:
-            yield f"{what} is {path}, which the service cannot see (it has no access to {hidden}): {_REMEDY}"
+            # The usual environment would use this Python again.
+            remedy = _REMEDY_PYTHON if path == interpreter else _REMEDY
+            yield f"{what} is {path}, which the service cannot see (it has no access to {hidden}): {remedy}"
     if not (programs / "twistd").is_file():
         yield f"{programs}/twistd is missing: pip install mqtts-gateway in this environment"
     for path, what in places.items():

@@ -75,6 +75,8 @@ def _read_password(path: Path) -> bytes:
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"--password-file: {path} cannot be read: {reason}") from None
+    if content.startswith((b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"--password-file: {path} begins with a byte order mark: save it as plain text without one")
     password = content.removesuffix(b"\n").removesuffix(b"\r")
     if len(password) > MAX_STRING_BYTES:
         raise ValueError(f"--password-file: {path} is longer than the {MAX_STRING_BYTES} bytes that MQTT can carry")

@@ -14,11 +14,18 @@ from gateway.config.proxies import ProxyServer
 from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import ca_dir_files, platform_bundle
 
+# For a certificate without host names in its subjectAltName: s_client accepts its common name, and has no option that
+# forbids it.  This shows that there is none, and fails.
+_SHOW_NAMES = " </dev/null | openssl x509 -noout -ext subjectAltName | grep -e DNS: -e 'IP Address:'"
 
-def s_client_command(upstream: Upstream, tls: TLS, proxy: ProxyServer | None = None, *, client_chain: bool) -> str:
+
+def s_client_command(
+    upstream: Upstream, tls: TLS, proxy: ProxyServer | None = None, *, client_chain: bool, has_names: bool = True
+) -> str:
     """Return the command, through an `http://` proxy if there is one.
 
-    `client_chain` says whether the client certificate's file also has its CA certificates.
+    `client_chain` says whether the client certificate's file also has its CA certificates, `has_names` whether the
+    broker's certificate has names of hosts.
 
     s_client takes one file of roots and CRLs, so several are joined by process substitution (bash, zsh).
     Raises `OSError` or `ValueError` if the roots cannot be found.
@@ -48,7 +55,8 @@ def s_client_command(upstream: Upstream, tls: TLS, proxy: ProxyServer | None = N
             words += ["-cert_chain", str(tls.client_cert)]
     if tls.crl_file:
         words += ["-crl_check", "-crl_check_all"]
-    return " ".join([shlex.join(words), *_trusted(_files(tls))])
+    command = " ".join([shlex.join(words), *_trusted(_files(tls))])
+    return command if has_names else command + _SHOW_NAMES
 
 
 def _files(tls: TLS) -> list[Path]:

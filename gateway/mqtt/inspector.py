@@ -34,6 +34,7 @@ from gateway.mqtt.relayed import (
     write_subscribe,
 )
 from gateway.mqtt.topics import TopicFilters, add_prefix, check_filter, remove_prefix
+from gateway.text import printable
 
 _RETAIN_BIT = 0b0001
 _PINGRESP_BYTE = PacketType.PINGRESP << 4
@@ -44,6 +45,7 @@ _FIXED_FIRST_BYTES = {
 }
 _HELD_FROM_DEVICE = frozenset({PacketType.PUBLISH, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE})
 _MOST = 2
+_SHOWN_TOPIC = 128  # characters
 
 
 @frozen(slots=True)
@@ -83,11 +85,12 @@ class TopicRules:
 def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") -> PacketError | None:
     """Return why a message of the device is not permitted, or None; `what` names the message in the error."""
     if rules.publish is not None and message.topic and not rules.publish.permits_name(message.topic):
-        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to a topic that publish does not cover")
+        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to {_shown(message.topic)}, which publish does not cover")
     answer = message.response_topic
     if rules.publish is not None and answer is not None and not rules.publish.permits_name(answer):
         # The responder would publish where the device itself may not.
-        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} with a Response Topic that publish does not cover")
+        detail = f"{what} with the Response Topic {_shown(answer)}, which publish does not cover"
+        return _refused(ReasonCode.NOT_AUTHORIZED, detail)
     if message.qos > rules.max_qos:
         return _refused(ReasonCode.QOS_NOT_SUPPORTED, f"{what} with QoS {message.qos}, above max_qos {rules.max_qos}")
     if message.retain and rules.refuse_retain:
@@ -387,7 +390,11 @@ def _check_permitted(permitted: TopicFilters, wanted: str) -> None:
     except ValueError as error:
         raise _refused(ReasonCode.TOPIC_FILTER_INVALID, f"SUBSCRIBE with an invalid Topic Filter: {error}") from None
     if not permitted.permits(wanted):
-        raise _refused(ReasonCode.NOT_AUTHORIZED, "SUBSCRIBE to a Topic Filter that subscribe does not cover")
+        raise _refused(ReasonCode.NOT_AUTHORIZED, f"SUBSCRIBE to {_shown(wanted)}, which subscribe does not cover")
+
+
+def _shown(topic: str) -> str:
+    return f'"{printable(topic, _SHOWN_TOPIC)}"'
 
 
 def _refused(code: ReasonCode, detail: str) -> PacketError:

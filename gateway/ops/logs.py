@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ _PRIORITIES = {
     LogLevel.error: 3,
     LogLevel.critical: 2,
 }
+_PORT_CLOSED = re.compile(r"\(.* Port .* Closed\)")
 _MAX_LINE = 4096  # characters of a line and of a JSON field; a session record has a few hundred
 # Event fields that repeat others, or are internal to Twisted.
 _OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line", "shown"})
@@ -67,6 +69,10 @@ class LineObserver:
 
     def __call__(self, event: LogEvent) -> None:
         """See `twisted.logger.ILogObserver`."""
+        if event.get("log_namespace") == "log_legacy":
+            if "eventSource" in event or _PORT_CLOSED.fullmatch(formatEvent(event)):
+                return  # Twisted's own words about ports, which the gateway reports in its own
+            event = event | {"log_namespace": "twisted"}
         lines = list(self._lines(event))
         if lines:
             self._output.write("".join(f"{unprintable_escaped(line)}\n" for line in lines))

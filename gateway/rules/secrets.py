@@ -28,6 +28,8 @@ from gateway.rules.turns import ANYONE, Turns, Visitor
 _LARGEST = 65_535
 # Programs that may run at the same time; after an outage every device may need one.
 _PROGRAMS = 8
+# How text in UTF-8 or UTF-16 begins that an editor of Windows has saved.
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
@@ -168,6 +170,8 @@ class _Program(ProcessProtocol):
 
 
 def _checked(data: bytes, shown: str) -> bytes:
+    if data.startswith(_BYTE_ORDER_MARKS):
+        raise SecretUnavailable(f"{shown} begins with a byte order mark: save it as plain text without one")
     password = data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
     if not password:
         raise SecretUnavailable(f"{shown}: the password is empty")

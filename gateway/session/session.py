@@ -69,6 +69,7 @@ _CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
 _PINGREQ = bytes((PacketType.PINGREQ << 4, 0))
 # Without a reason code, which means normal disconnection in 5.0 (§3.14.2.1), it is the same in all versions.
 _DISCONNECT = disconnect(0)
+_DISCONNECT_OF_5_SIZE = 3  # bytes up to the reason code
 
 # The reason code of the DISCONNECT that a 5.0 device gets when the gateway ends an established session.  For a lost
 # upstream it is 0x80: 0x88 Server unavailable is not a DISCONNECT reason code (MQTT 5.0 §3.14.2.1, table 3-10), and
@@ -328,6 +329,8 @@ class Session:
             self._check_gone()
             return
         # Loss is passed on as loss: the upstream closes without DISCONNECT, so that the broker publishes the Will.
+        if self._connect is None:
+            detail = f"{detail}, before CONNECT"  # a port scanner or a health check, most likely
         self._end(EndReason.DEVICE_LOST, detail)
 
     # ---- from the upstream
@@ -652,7 +655,13 @@ class Session:
             self._device.write(passed)
             self._bytes_down += len(passed)
         if framer.error is not None:
-            self._end(framer.error.reason, framer.error.detail)
+            is_5 = self._connect is None or self._connect.version is ProtocolVersion.MQTT_5_0
+            code = None if is_5 else _disconnect_of_5(data[len(passed) :])
+            if code is not None:
+                words = f"0x{code:02X}, {describe_disconnect(code)} (a DISCONNECT of MQTT 5.0, which 3.x does not have)"
+                self._end(EndReason.UPSTREAM_DISCONNECT, words)
+            else:
+                self._end(framer.error.reason, framer.error.detail)
         elif framer.disconnected:
             code = framer.disconnect_code or 0
             self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
@@ -769,3 +778,9 @@ class Session:
         if not self._device_present and self._upstream is None and not self._is_gone:
             self._is_gone = True
             self._gone(self)
+
+
+def _disconnect_of_5(rest: bytes) -> int | None:
+    """Return the reason code of a DISCONNECT that some brokers send to 3.x clients too; None if `rest` is none."""
+    is_whole = len(rest) >= _DISCONNECT_OF_5_SIZE and rest[0] == PacketType.DISCONNECT << 4 and 1 <= rest[1] < 0x80
+    return rest[2] if is_whole else None

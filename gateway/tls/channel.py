@@ -298,7 +298,12 @@ class TLSChannel:
             self._keep_ticket()
             return plaintext
         failure = handshake_failure(_queue(ended), approved=True)
-        if failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
+        if failure.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED and not self._is_1_3():
+            # TLS 1.2 settles certificates in its handshake; afterwards, a broker whose request to renegotiate was
+            # declined ends so (RFC 5246 §7.2.2).
+            words = f"{failure.detail}; perhaps it asked for TLS renegotiation, which the gateway declines"
+            failure = UpstreamFailure(EndReason.UPSTREAM_LOST, words)
+        elif failure.reason is not EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
             # In TLS 1.3 a client learns only after its handshake that its certificate was refused; anything else that
             # breaks a verified channel is a lost upstream.
             failure = UpstreamFailure(EndReason.UPSTREAM_LOST, failure.detail)
@@ -308,6 +313,9 @@ class TLSChannel:
         # What came before is still delivered: a refusal, or the reason for closing.
         self.broken = failure
         return plaintext
+
+    def _is_1_3(self) -> bool:
+        return str(self._connection.get_protocol_version_name()) == "TLSv1.3"
 
     def _fail(self, failure: UpstreamFailure) -> UpstreamFailure:
         self.state = ChannelState.CLOSED

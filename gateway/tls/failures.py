@@ -78,6 +78,12 @@ _OF_CERTIFICATES_TIME = frozenset({9, 10})
 _OF_TIME = _OF_CERTIFICATES_TIME | {11, 12}
 _NOT_YET = frozenset({9, 11})
 
+# What the ClientHello offers, for brokers that have none of it; `gateway.tls.trust` sets the ciphers, OpenSSL the rest.
+_OFFERED = (
+    "offered: TLS 1.3, or TLS 1.2 with ECDHE or DHE and AES-GCM or ChaCha20-Poly1305; "
+    "curves X25519, P-256, X448, P-521 and P-384"
+)
+
 # Parts of OpenSSL's reason strings, in the order in which they are searched.  The strings changed between 1.1.1, 3.x
 # and 4.0 ("sslv3 alert bad certificate" became "ssl/tls alert bad certificate"), their endings did not.
 _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
@@ -139,7 +145,8 @@ def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFai
     for part, reason in _HANDSHAKE_ERRORS:
         if part in lowered:
             return UpstreamFailure(reason, words)
-    return UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, words or "OpenSSL gave no reason")
+    words = words or "OpenSSL gave no reason"
+    return UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, words if approved else f"{words}; {_OFFERED}")
 
 
 def _shown(moment: datetime) -> str:

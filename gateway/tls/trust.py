@@ -27,6 +27,7 @@ from OpenSSL import SSL, crypto
 
 from gateway.config import TLS
 from gateway.errors import ConfigError
+from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_truncated
 from gateway.tls.strict import crl_problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
@@ -79,20 +80,23 @@ class TLSPolicy:
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """Read all PEM certificates of a file.  Raises `ValueError` that says what is wrong with it."""
     data = _read(path)
-    if b"-----BEGIN" not in data:
-        raise ValueError("holds no PEM; a DER file becomes PEM with `openssl x509 -inform der -in FILE -out FILE.pem`")
+    if b"-----BEGIN CERTIFICATE-----" not in data and b"-----BEGIN X509 CERTIFICATE-----" not in data:
+        raise ValueError(described(data, CERTIFICATE))
     try:
         return x509.load_pem_x509_certificates(data)
     except ValueError as error:
-        raise ValueError(f"holds no readable PEM certificate ({error})") from None
+        if is_truncated(data):
+            raise ValueError("is cut short: a certificate in it has no END line. Copy the file again") from None
+        raise ValueError(f"holds a damaged certificate ({error})") from None
 
 
 def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevocationList]:
     """Read all PEM CRLs of a file, which must have CRL numbers if `strict`.  Raises `ValueError` with the problem."""
     begin = b"-----BEGIN X509 CRL-----"
-    parts = _read(path).split(begin)[1:]
+    data = _read(path)
+    parts = data.split(begin)[1:]
     if not parts:
-        raise ValueError("holds no PEM CRL; DER becomes PEM with `openssl crl -inform der -in FILE -out FILE.pem`")
+        raise ValueError(described(data, CRL))
     try:
         crls = [x509.load_pem_x509_crl(begin + part) for part in parts]
         broken = next(filter(None, map(crl_problem, crls)), "") if strict else ""
@@ -107,7 +111,7 @@ def read_private_key(path: Path) -> PrivateKey:
     """Read a PEM private key.  Raises `ValueError` that says what is wrong with it, without any of its content."""
     data = _read(path)
     if b"PRIVATE KEY-----" not in data:
-        raise ValueError("holds no PEM private key")
+        raise ValueError(described(data, KEY))
     try:
         # OpenSSL's check takes tens of milliseconds for an RSA key, in which no other thread runs; see _check_rsa.
         key = load_pem_private_key(data, password=None, unsafe_skip_rsa_key_validation=True)
@@ -119,7 +123,9 @@ def read_private_key(path: Path) -> PrivateKey:
             "decrypt it with `openssl pkey` and protect it by its file mode"
         ) from None
     except ValueError:
-        raise ValueError("holds a private key that cannot be read") from None
+        if is_truncated(data):
+            raise ValueError("is cut short: the private key in it has no END line. Copy the file again") from None
+        raise ValueError("holds a damaged private key") from None
     if not isinstance(key, PrivateKey):
         # TRY004: it is the file that is wrong, not an argument's type.
         raise ValueError(f"holds a private key of a kind that TLS does not use ({type(key).__name__})")  # noqa: TRY004
