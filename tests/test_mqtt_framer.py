@@ -441,3 +441,14 @@ def test_a_huge_packet_passes_in_constant_memory():
     assert not framer.at_boundary
     framer.feed(chunk)
     assert framer.at_boundary
+
+
+def test_no_bytes_change_nothing_in_the_middle_of_a_disconnect():
+    """Not even before the reason code has come."""
+    framer = Framer(Sender.DEVICE, ProtocolVersion.MQTT_5_0, 1000)
+    whole = disconnect(code=4, properties=b"")
+    assert framer.feed(whole[:2]) == whole[:2]
+    assert framer.feed(b"") == b""
+    assert not framer.disconnected
+    assert framer.feed(whole[2:]) == whole[2:]
+    assert (framer.disconnected, framer.disconnect_code) == (True, 4)

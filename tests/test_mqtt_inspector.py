@@ -464,3 +464,46 @@ def test_which_rules_need_the_slow_path():
     assert not TopicRules(publish=TopicFilters(("#",)), max_qos=1).concern_broker
     for rules in (WATCHFUL, PREFIXES, TopicRules(max_qos=1), TopicRules(strip_retain=True)):
         assert rules.concern_device
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"publish": TopicFilters(("a",))},
+        {"subscribe": TopicFilters(("a",))},
+        {"max_qos": 1},
+        {"strip_retain": True},
+        {"refuse_retain": True},
+        {"publish_prefix": "up/"},
+        {"subscribe_prefix": "down/"},
+    ],
+    ids=lambda rules: next(iter(rules)),
+)
+def test_each_rule_alone_has_the_device_read(rules):
+    """A rule that nobody applies is none; without any, packets pass unread."""
+    assert TopicRules(**rules).concern_device
+    assert not TopicRules().concern_device
+
+
+@pytest.mark.parametrize("prefix", ["publish_prefix", "subscribe_prefix"])
+def test_each_prefix_alone_has_the_broker_read(prefix):
+    assert TopicRules(**{prefix: "p/"}).concern_broker
+    assert not TopicRules(publish=TopicFilters(("a",))).concern_broker
+
+
+def test_a_packet_may_be_as_large_as_the_limit_with_its_prefix():
+    """And not a byte larger."""
+    whole = publish("up/t", bytes(300), version=4)
+    sent = publish("t", bytes(300), version=4)
+    inspector = from_device(limit=len(whole))
+    assert inspector.feed(sent) == whole
+    assert inspector.error is None
+    inspector = from_device(limit=len(whole) - 1)
+    assert inspector.feed(sent) == b""
+    assert inspector.error.reason is EndReason.PACKET_TOO_LARGE
+
+
+def test_a_disconnect_has_its_code_behind_a_rule_too():
+    inspector = from_device(version=5)
+    inspector.feed(disconnect(code=4))
+    assert (inspector.disconnected, inspector.disconnect_code) == (True, 4)

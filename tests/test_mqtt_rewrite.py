@@ -192,3 +192,11 @@ def test_the_properties_of_a_connect_are_not_looked_into():
     assert with_length(properties) in rewritten
     assert string("other") in rewritten
     assert read(rewritten)[1].properties.text(PropertyId.AUTHENTICATION_METHOD) == "\x08\x01\x01x"
+
+
+def test_a_connect_may_be_as_large_as_the_limit() -> None:
+    """And not a byte larger."""
+    whole = rewrite(connect("a"), client_identifier="longer")
+    assert rewrite(connect("a"), len(whole), client_identifier="longer") == whole
+    with pytest.raises(ValueError, match="limit"):
+        rewrite(connect("a"), len(whole) - 1, client_identifier="longer")

@@ -25,7 +25,7 @@ from tests.fuzz import TARGETS
 _ROOT = Path(__file__).parent.parent.parent
 _FOUND = _ROOT / "fuzz-found"
 # Beyond its time a worker needs some for its start, and for an input that it has begun.
-_SPARE = 120
+_SPARE = 600
 
 
 def _run(target: str, seconds: int, fault: str) -> tuple[bool, str]:

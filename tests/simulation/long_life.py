@@ -62,6 +62,8 @@ class LongLife(World):
         self.factory = self.gateway.factory(self.config.listen[0])
         self.generations: list[weakref.ref[Any]] = [weakref.ref(self.gateway.generation)]
         self.devices = []
+        # When the process last went on after it had been stopped.
+        self._went_on_at = -_ARRIVES_WITHIN
 
     @property
     def settled(self) -> float:
@@ -190,6 +192,7 @@ class LongLife(World):
             if here and device._waiting is None and not device.disconnected:
                 # Sent now, and delivered when the process has been stopped.
                 self.clock.schedule(0.5, device.say, mqtt.pingreq())
+        self._went_on_at = self.now + 0.5 + seconds
         self.clock.schedule(0.5, self.clock.stall, seconds)
 
     def _publish_slowly(self, device: Device, packet: bytes) -> None:
@@ -204,11 +207,15 @@ class LongLife(World):
     # ---- what is judged of each device, and at the end
 
     def _judge_served(self, device: Device) -> None:
-        """Some time after a device has come, all it has sent is at its broker."""
+        """Some time after a device has come, or the process has gone on, all it has sent is at its broker."""
+        if self.now - self._went_on_at < _ARRIVES_WITHIN:
+            self.clock.schedule(_ARRIVES_WITHIN, self._judge_served, device)
+            return
         connection = next((each for each in self.connections if each.device is device), None)
         if connection is None or not connection.accepted or connection.left or not device.here:
             return
-        if not device.violated and not device.disconnected and device.rule != "token":
+        paused = device.paused or connection.paused
+        if not device.violated and not device.disconnected and not paused and device.rule != "token":
             missing = len(device.sent) - len(connection.received)
             self.expect(missing <= 4, "end-to-end", f"{device.name}: {missing} bytes have not arrived")
         if device.is_pinged_for and not connection.device_pings:
