@@ -33,6 +33,8 @@ from gateway.ops.expiry import Certificate, ExpiryWatch, configured
 from gateway.ops.journal import GatewayJournal, Journal
 from gateway.ops.ledger import Ledger
 from gateway.ops.notify import Notifier
+from gateway.ops.reload_port import NAME as RELOAD_SOCKET
+from gateway.ops.reload_port import ReloadPort
 from gateway.ops.sight import Sight, Sources
 from gateway.ops.watch import Watch
 from gateway.ops.web.port import StatusPort
@@ -77,10 +79,12 @@ class GatewayService(Service):
         notifier: Notifier | None = None,
         reread: Callable[[], Config] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        runtime_directory: Path | None = None,
     ) -> None:
         """Take a reactor with IReactorTime, IReactorTCP, IReactorUNIX, IReactorCore and IReactorPluggableNameResolver.
 
-        `now` gives the time of day, for certificates and for display; nothing is measured with it.
+        `now` gives the time of day, for certificates and for display; nothing is measured with it.  In
+        `runtime_directory` a socket answers requests for a reload.
         """
         self._reactor = reactor
         self.engine = engine(wanted=config.relay.engine == "auto")
@@ -112,6 +116,9 @@ class GatewayService(Service):
         self._now = now
         self._expiry = ExpiryWatch(now, reactor.seconds)
         self.status_port = StatusPort(reactor, self.sight)
+        self._reload_port = (
+            None if runtime_directory is None else ReloadPort(reactor, runtime_directory / RELOAD_SOCKET, self.reload)
+        )
 
     def _sources(self, now: Callable[[], datetime]) -> Sources:
         gateway = self.gateway
@@ -166,6 +173,8 @@ class GatewayService(Service):
             _log.info(
                 "upstream {upstream}, certificate name {name}", upstream=upstream.address, name=upstream.verify_name
             )
+        if self._reload_port is not None:
+            self._reload_port.open()
         # Everything is open and loaded, but the process may still end before the reactor's first turn.
         self._reactor.callWhenRunning(self._tell_ready)
 
@@ -188,6 +197,8 @@ class GatewayService(Service):
             sessions=len(self.gateway.sessions),
             seconds=config.drain.seconds,
         )
+        if self._reload_port is not None:
+            self._reload_port.close()
         waiting = self._listeners.close()
         gone = self.gateway.stop(config.drain.seconds)
         self._notifier.stopping(self.status, config.drain.seconds + config.timeouts.close + _STOP_MARGIN)

@@ -120,6 +120,12 @@ class _Service(GatewayService):
         return super().stopService()
 
 
+def _runtime_directory() -> Path | None:
+    """Return the directory that systemd has made for the service (RuntimeDirectory=, systemd.exec(5)), if any."""
+    first = os.environ.get("RUNTIME_DIRECTORY", "").partition(":")[0]
+    return Path(first) if first else None
+
+
 def makeService(options: Options) -> IService:
     """Build the service.  A certificate or key that cannot be used ends the process with status 1."""
     # Not at the top: twistd installs the reactor after it has loaded this module.
@@ -133,7 +139,9 @@ def makeService(options: Options) -> IService:
     try:
         options.known.pause = Pauses()
         reread = partial(config_from, options.given, options.known)
-        service = _Service(options.config, reactor, notifier=notifier, reread=reread)
+        service = _Service(
+            options.config, reactor, notifier=notifier, reread=reread, runtime_directory=_runtime_directory()
+        )
     except ConfigError as error:
         # twistd prints a traceback for any exception here, even a UsageError; nothing runs yet that needs stopping.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None

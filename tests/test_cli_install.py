@@ -52,7 +52,7 @@ def test_it_puts_everything_below_the_root(tmp_path: Path, capfd: pytest.Capture
     for unit in UNITS:
         assert stat.S_IMODE((tmp_path / "etc/systemd/system" / unit).stat().st_mode) == 0o644
     assert f"ExecStart={PROGRAMS}/twistd " in (tmp_path / UNIT).read_text()
-    assert f"ExecReload=!{PROGRAMS}/mqtts-gateway check " in (tmp_path / UNIT).read_text()
+    assert f"ExecReload={PROGRAMS}/mqtts-gateway reload" in (tmp_path / UNIT).read_text()
     assert "/opt/" not in (tmp_path / UNIT).read_text()
     (upstream,) = load_file(tmp_path / CONFIG).upstream
     assert (upstream.host, upstream.port) == ("broker.example.com", 8884)

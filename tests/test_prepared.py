@@ -182,9 +182,12 @@ def test_of_two_files_for_the_same_devices_the_first_counts(files: Files) -> Non
     prepared = files.prepare()
     (problem,) = prepared.refused.values()
     assert "d1-copy.toml" in problem or "d1.toml" in problem
-    files.directory.joinpath("gateway.toml").write_text(
-        '[[upstream]]\nhost = "localhost"\n[devices]\nunknown = "maybe"\n'
-    )
+
+
+def test_a_mistake_in_the_configuration_itself_is_refused(files: Files) -> None:
+    """It concerns everybody."""
+    config = files.directory / "gateway.toml"
+    config.write_text(config.read_text() + 'unknown = "maybe"\n')
     with pytest.raises(ConfigError, match=r"devices\.unknown"):
         files.load()
 

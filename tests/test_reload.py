@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 import weakref
@@ -19,12 +20,16 @@ from typing import Any
 
 import pytest
 import trustme
+from twisted.internet.defer import gatherResults
 from twisted.logger import formatEvent, globalLogPublisher
 
+from gateway.cli.main import console
 from gateway.config import changed_keys, from_mapping
 from gateway.dial.dialler import Dialler
 from gateway.errors import ConfigError, EndReason
 from gateway.gateway import Generation
+from gateway.ops.reload_port import ReloadPort
+from gateway.ops.status_words import verdict
 from gateway.session.session import State
 from gateway.tls.trust import TLSPolicy
 from tests import mqtt_packets as mqtt
@@ -731,3 +736,54 @@ def test_a_session_that_is_judged_again_goes_by_the_new_rule(
         assert gateway.journal.started[1].rule == ""
     assert b"renamed" not in broker.received
     gateway.wait_empty()
+
+
+# ---- the answer to a request
+
+
+def test_a_request_is_answered_with_what_came_of_it(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    logged_errors: list[Any],
+) -> None:
+    """`systemctl reload` fails if the gateway refuses, and the refusal is seen wherever one may look."""
+    gateway = start_gateway(upstream=start_broker().port)
+    path = tmp_path / "reload.sock"
+    port = ReloadPort(gateway._reactor, path, gateway.service.reload)
+    assert console(["reload", "--socket", str(path)]) == 1
+    assert "cannot reach the gateway" in capfd.readouterr().err
+    gateway.call(port.open)
+    try:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert console(["reload", "--socket", str(path)]) == 0
+        assert capfd.readouterr().err == ""
+        good = gateway.service._reread
+        gateway.service._reread = lambda: from_mapping({"upstream": []})
+        assert console(["reload", "--socket", str(path)]) == 1
+        assert "upstream: missing" in capfd.readouterr().err
+        logged_errors.clear()
+        document = gateway.call(gateway.service.sight.document)
+        assert document["reloads"]["refused"] == 1
+        assert any("reload refused" in reason for reason in verdict(document).reasons)
+        gateway.service._reread = good
+        assert console(["reload", "--socket", str(path)]) == 0
+        assert not verdict(gateway.call(gateway.service.sight.document)).reasons
+    finally:
+        gateway.call(port.close)
+
+
+def test_requests_that_wait_are_answered_together(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """One that runs already may have read the configuration before it was changed, so it does not count."""
+    gateway = start_gateway(upstream=start_broker().port)
+    reads = []
+
+    def read() -> Any:
+        reads.append(1)
+        return gateway.service.gateway.config
+
+    gateway.service._reread = read
+    answers = gateway.call(lambda: gatherResults([gateway.service.reload() for _ in range(5)]))
+    assert answers == [()] * 5
+    assert len(reads) == 2

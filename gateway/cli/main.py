@@ -1,4 +1,4 @@
-"""`mqtts-gateway`: run, check, init, install, uninstall, status, device, demo.
+"""`mqtts-gateway`: run, check, init, install, uninstall, reload, status, device, demo.
 
 In: the command line.  Out: an exit status: 0; 1 for a failure, including a wrong command line; 130 if interrupted.
 `check --strict` adds 2 for warnings; `status` adds 2 and 3 for problems of the gateway.
@@ -26,6 +26,7 @@ _COMMANDS = {
     "init": "write a commented configuration",
     "install": "install this environment's gateway as a systemd service",
     "uninstall": "remove the service, keep its configuration",
+    "reload": "have a running gateway read its configuration again, and wait for the result",
     "status": "show the state of a running gateway, or why a device is not connected",
     "device": "manage the directory of device rules",
     "demo": "run a demo on this machine alone",
