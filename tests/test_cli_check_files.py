@@ -248,6 +248,26 @@ def test_a_credential_is_read_by_systemd(site: Site, install: Callable[..., Path
     assert "symbolic link" in site.problems()[0].message
 
 
+def test_a_password_from_a_credential_needs_its_file(site: Site, install: Callable[..., Path]) -> None:
+    """Root has none of the service's credentials, but knows where they come from."""
+    site.rule(password_credential="credentials_d1.password")
+    assert site.problems() == []
+    install()
+    (step,) = site.problems()
+    assert (step.status, f"{site.directory}/credentials/d1.password: no file" in step.message) == (Status.FAIL, True)
+    site.write("credentials/d1.password", b"x", 0o600)
+    assert site.problems() == []
+
+
+def test_the_files_of_a_proxy_are_looked_at_too(site: Site) -> None:
+    """Its password, and the CA of its certificate."""
+    site.config.write_text(
+        '[[upstream]]\nhost = "b"\nproxy = "https://p.example:443"\nproxy_username = "u"\n'
+        'proxy_password_file = "none.password"\nproxy_ca_file = "none.pem"\n[tls]\nca_file = "ca.pem"\n'
+    )
+    assert [Path(step.facts["path"]).name for step in site.problems()] == ["none.pem", "none.password"]
+
+
 def test_a_service_of_another_configuration_or_of_root_has_no_say(site: Site, install: Callable[..., Path]) -> None:
     """Nor has one that is not installed."""
     unit = install("DynamicUser=no\nUser=root")

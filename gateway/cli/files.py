@@ -58,7 +58,7 @@ def _whatever_it_holds(look: Callable[[Path, _T], Step]) -> Callable[[Path, _T],
 
 def file_steps(config: Config, view: ServiceView | None = None) -> Iterator[Step]:
     """Check each file that `config` names; with `view`, also whether the service can read it."""
-    for step in _tls_steps(config.tls):
+    for step in (*_tls_steps(config.tls), *_proxy_steps(config)):
         yield _as_seen(step, view)
     yield from _rule_steps(config, view)
 
@@ -99,6 +99,14 @@ def _tls_steps(tls: TLS) -> Iterator[Step]:
         yield _crls(path, strict=tls.verification == "strict")
 
 
+def _proxy_steps(config: Config) -> Iterator[Step]:
+    for upstream in config.upstream:
+        for path in upstream.proxy_ca_file:
+            yield _roots(path)
+        if upstream.proxy_password_file is not None:
+            yield _secret(upstream.proxy_password_file, "password", read_secret)
+
+
 def _same_names(tls: TLS) -> Iterator[Step]:
     """Warn of CA certificates that OpenSSL cannot tell apart: it chooses an issuer by name, then by key identifier."""
     by_name: dict[bytes, dict[bytes, x509.Certificate]] = {}
@@ -137,7 +145,7 @@ def _rule_steps(config: Config, view: ServiceView | None) -> Iterator[Step]:
     if config.devices.directory is not None and view is not None:
         yield from _unseen_rules(config.devices.directory, view)
     for device in config.device:
-        for step in _device_steps(device):
+        for step in (*_device_steps(device), *_credential_steps(device, view)):
             seen = _as_seen(step, view)
             checked += 1
             if seen.status is not Status.PASS:
@@ -172,6 +180,16 @@ def _device_steps(device: DeviceRule) -> Iterator[Step]:
             message = f"{key}_prefix leaves topics that begin with $ as they are, and {key} permits them all"
             remedy = f"Set {key} to the Topic Filters that the device needs; # matches none that begin with $."
             yield Step(_STEP, Status.WARN, message, remedy)
+
+
+def _credential_steps(device: DeviceRule, view: ServiceView | None) -> Iterator[Step]:
+    """Check that a credential comes from a file; only the service has the credential itself."""
+    for directory in view.credentials if view is not None else ():
+        prefix = f"{directory.name}_"
+        path = directory / device.password_credential.removeprefix(prefix)
+        if device.password_credential.startswith(prefix) and not path.exists():
+            message = f"no file for password_credential {printable(device.password_credential)}"
+            yield _step(Status.FAIL, path, message, "Create it, and restart the service.", secret=True)
 
 
 def _secret(path: Path, what: str, read: Callable[[Path], object]) -> Step:
