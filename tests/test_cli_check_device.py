@@ -182,6 +182,17 @@ def test_a_certificate_that_the_broker_does_not_know_is_a_failure(
     assert cloud.told("connected") == []
 
 
+def test_a_name_that_belongs_to_another_rule_is_told(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """As the gateway would refuse it; nothing is dialled."""
+    cloud = start_cloud(client_ca="")
+    rule = '[[device]]\nname = "pumps"\nmatch_client_id = "pump-*"\nclient_id = "plant7-{client_id}"\n'
+    report = check(configured(tmp_path, cloud, rule, devices=""), "--device", "plant7-pump-3")
+    assert report["rule"]["status"] == "FAIL"
+    assert "client-id-reserved" in report["rule"]["message"]
+    assert "pumps" in report["rule"]["message"]
+    assert cloud.told("connected") == []
+
+
 def test_without_a_rule_a_device_goes_as_it_is(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
     """Said plainly, since that may be the surprise."""
     cloud = start_cloud(client_ca="")

@@ -319,6 +319,18 @@ def test_a_name_is_its_first_holders_until_that_is_gone() -> None:
     assert not world.presence._names
 
 
+def test_a_session_has_one_name() -> None:
+    """Also one that is judged again after a reload, or that the broker gives another name."""
+    world = World()
+    assert world.enter(1) == []
+    world.presence.assign(1, Holder("b", "10.0.0.1", AT))
+    assert world.enter(2, name="b", address="10.0.0.2") is EndReason.CLIENT_ID_IN_USE
+    assert world.enter(2, address="10.0.0.2") == []
+    for session in (1, 2):
+        world.presence.leave(session)
+    assert not world.presence._standing
+
+
 def test_names_at_different_brokers_are_different_names() -> None:
     """A broker that both could be led to counts."""
     world = World(connects_per_minute=1)

@@ -23,6 +23,7 @@ from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import Packet, PacketReader
 from gateway.rules.credentials import Credentials
+from gateway.rules.names import Names, brokers, name_at_broker
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.session.treatment import Treatment
@@ -66,7 +67,10 @@ async def put_on(
             add(Step(each, Status.SKIP, f"not reached: {name} failed"))
 
     try:
-        matched = Rules(config).match(connect, caller)
+        rules = Rules(config)
+        matched = rules.match(connect, caller)
+        at = brokers(config, () if matched is None else matched.rule.device.upstream)
+        Names(config, rules).check(name_at_broker(matched, connect.client_identifier), matched, caller, at)
     except Refusal as refusal:
         assumed = f"The check assumed the address {caller.address}. Use --from to set another."
         refused("rule", refusal, assumed if refusal.reason is EndReason.SPOOFED else "")

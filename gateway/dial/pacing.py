@@ -1,7 +1,7 @@
 """The rate at which new sessions are opened to the broker: one rate for all devices, and a short queue.
 
-In: sessions that want to connect, the time.  Out: their turns, of each address in turn; `SessionEnd` if the wait is
-too long.
+In: sessions that want to connect, the time.  Out: their turns, addresses in turn; `SessionEnd` if the wait is too
+long.
 
 A TLS handshake costs about a thousand times as much as a message.  When a broker, a switch or the gateway itself comes
 back, every device connects at once; without pacing the broker drowns in handshakes, and established sessions wait

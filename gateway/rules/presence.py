@@ -109,7 +109,8 @@ class Presence(Generic[_S]):
         return others if devices.same_client_id == "take-over" else []
 
     def assign(self, session: _S, holder: Holder) -> None:
-        """Add a session whose Client Identifier the broker has accepted or assigned."""
+        """Add a session under the Client Identifier that it has, or that the broker assigned; forget any other."""
+        self.leave(session)
         self._standing.setdefault(holder.name, {})[session] = holder
         self._names[session] = holder.name
 
