@@ -23,6 +23,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from gateway.config import Config
+from gateway.config.listen import is_open_to_all
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import ConfigError
 from gateway.gateway import SWEEP_INTERVAL, Gateway
@@ -164,6 +165,7 @@ class GatewayService(Service):
         sys.setswitchinterval(_SWITCH_INTERVAL)
         self.gateway.start()
         self._tell_limits()
+        self._tell_open_sockets()
         self._tell_refused_rules()
         tell = _log.warn if self.engine.remedy else _log.info
         tell("{words}", words=" ".join(filter(None, (self.engine.words, self.engine.remedy))))
@@ -313,6 +315,7 @@ class GatewayService(Service):
         self.status_port.adopt(status)
         self._watch.know(prepared.files)
         self._tell_limits()
+        self._tell_open_sockets()
         self._tell_refused_rules()
         for port in opened:
             _tell_listening(port)
@@ -366,6 +369,16 @@ class GatewayService(Service):
         """Yield all certificates whose expiry would interrupt service."""
         yield from self.sight.certificates()
         yield from self.gateway.generation.prepared.certificates.due(self._now())
+
+    def _tell_open_sockets(self) -> None:
+        config = self.gateway.config
+        for endpoint in filter(None, (*(each.endpoint for each in config.listen), config.status.endpoint)):
+            if is_open_to_all(endpoint):
+                _log.warn(
+                    "{endpoint}: every user of this machine can connect; use mode=660 or narrower",
+                    event="socket-open-to-all",
+                    endpoint=endpoint,
+                )
 
     def _tell_refused_rules(self) -> None:
         refused = self.gateway.generation.prepared.refused

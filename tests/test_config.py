@@ -34,6 +34,7 @@ from gateway.config import (
     normalise_name,
     template_text,
 )
+from gateway.config.listen import is_open_to_all
 from gateway.errors import ConfigError, EndReason
 
 DIGEST = bytes(range(32))
@@ -160,6 +161,8 @@ def test_a_burst_is_what_one_second_allows(rate: float, burst: int) -> None:
         ("tcp:1883:interface=10.0.0.1", "tcp:1883:interface=10.0.0.1"),
         (r"tcp6:port=1883:interface=\:\:1", r"tcp6:port=1883:interface=\:\:1"),
         ("unix:/run/x.sock:mode=660:lockfile=0", "unix:/run/x.sock:mode=660:lockfile=0"),
+        ("unix:/run/x.sock", "unix:/run/x.sock:mode=660"),
+        ("unix:/run/x.sock:666", "unix:/run/x.sock:666"),
         ("systemd:domain=INET:name=mqtt", "systemd:domain=INET:name=mqtt"),
     ],
 )
@@ -918,3 +921,20 @@ def test_the_configuration_does_without_twisted() -> None:
     """It belongs to the floor that does no I/O on a network."""
     script = "import sys, gateway.config; sys.exit(any(name.partition('.')[0] == 'twisted' for name in sys.modules))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "is_open"),
+    [
+        ("unix:/x", False),
+        ("unix:/x:mode=600", False),
+        ("unix:/x:mode=664", False),
+        ("unix:/x:mode=666", True),
+        ("unix:/x:0662", True),
+        ("1883", False),
+        ("systemd:domain=UNIX:name=s", False),
+    ],
+)
+def test_a_socket_that_every_user_can_connect_to(endpoint: str, is_open: bool) -> None:
+    """To connect is to write, unix(7)."""
+    assert is_open_to_all(endpoint) is is_open

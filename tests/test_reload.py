@@ -787,3 +787,25 @@ def test_requests_that_wait_are_answered_together(start_gateway: StartGateway, s
     answers = gateway.call(lambda: gatherResults([gateway.service.reload() for _ in range(5)]))
     assert answers == [()] * 5
     assert len(reads) == 2
+
+
+def test_unix_sockets_are_not_for_everybody(
+    start_gateway: StartGateway, start_broker: StartBroker, tmp_path: Path
+) -> None:
+    """Neither a listener's nor the status', unless the configuration says so, which is logged."""
+    told: list[str] = []
+    observe = lambda event: told.append(formatEvent(event))  # noqa: E731
+    globalLogPublisher.addObserver(observe)
+    try:
+        gateway = start_gateway(
+            upstream=start_broker().port,
+            listen=[{"endpoint": "127.0.0.1:0"}, {"endpoint": f"unix:{tmp_path}/devices"}],
+            status={"endpoint": f"unix:{tmp_path}/status"},
+        )
+        modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("devices", "status")]
+        assert modes == [0o660, 0o660]
+        assert not [line for line in told if "every user" in line]
+        gateway.change(status={"endpoint": f"unix:{tmp_path}/wide:mode=666"})
+        assert [line for line in told if "every user" in line and "wide" in line]
+    finally:
+        globalLogPublisher.removeObserver(observe)

@@ -33,6 +33,7 @@ from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import TLS, Config, Listener, Upstream
 from gateway.config.flags import CONFIG, FLAGS, config_from
+from gateway.config.listen import is_open_to_all
 from gateway.dial.dialler import Target
 from gateway.dial.proxy import proxy_routes
 from gateway.dial.websocket import websocket_routes
@@ -281,6 +282,9 @@ async def _listen(reactor: Any, listener: Listener, name: str = "listen", otherw
             return Step(name, Status.WARN, message, remedy)
         return Step(name, otherwise, message, error.remedy)
     await maybeDeferred(port.stopListening)
+    if is_open_to_all(endpoint):
+        message = f"{endpoint} can be opened; every user of this machine can connect"
+        return Step(name, Status.WARN, message, "Use mode=660 or narrower.")
     return Step(name, Status.PASS, f"{endpoint} can be opened")
 
 

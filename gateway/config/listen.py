@@ -22,6 +22,9 @@ _ARGUMENTS = {  # in their positional order
 # Connections that the kernel queues until they are accepted (capped by net.core.somaxconn).  When all devices reconnect
 # at once, Twisted's default of 50 would make most of them wait a second or more to retry.
 _BACKLOG = 1024
+# Owner and group: the mode of a UNIX socket is all that decides who may connect.
+_UNIX_MODE = "660"
+_WRITE_BY_OTHERS = 0o002  # what connect(2) asks for, unix(7)
 _REFUSED = {
     "haproxy": "it would trust anyone: leave it out of the endpoint, and list the load balancers in listen.proxies",
     "ssl": "devices speak plain MQTT to the gateway; those that speak TLS can connect to the broker directly",
@@ -38,7 +41,9 @@ def describe_endpoint(text: str) -> str:
     short = _SHORT.fullmatch(text)
     if short is None or short["host"] in (*_ARGUMENTS, *_REFUSED):
         _check_description(text)
-        return text
+        kind, arguments = _parse(text)
+        # Twisted's own default is 666.
+        return text if kind != "unix" or "mode" in arguments else f"{text}:mode={_UNIX_MODE}"
     description = f"tcp:port={_port(short['port'])}:backlog={_BACKLOG}"
     return f"{description}:interface={_escaped(_interface(short['host']))}" if short["host"] else description
 
@@ -86,6 +91,15 @@ def is_local(text: str) -> bool:
             return False
 
 
+def is_open_to_all(text: str) -> bool:
+    """Say whether every user of this machine can connect to a UNIX socket; False for other endpoints.
+
+    Raises ValueError as `describe_endpoint` does.
+    """
+    kind, arguments = _parse(describe_endpoint(text))
+    return kind == "unix" and bool(int(arguments["mode"], 8) & _WRITE_BY_OTHERS)
+
+
 def reachable_at(text: str) -> str | None:
     """Return where a local client reaches an endpoint, `http://HOST:PORT` or `unix:PATH`; None if that is unknown.
 
@@ -130,7 +144,7 @@ def _check_unix(text: str, arguments: dict[str, str]) -> None:
         raise ValueError(f"{quoted(text)}: a socket path must be absolute")
     if len(address.encode("utf-8", "surrogateescape")) > 107:  # sockaddr_un, unix(7)
         raise ValueError(f"{quoted(text)}: a socket path has at most 107 bytes")
-    if not re.fullmatch(r"[0-7]{1,4}", arguments.get("mode", "666")):
+    if not re.fullmatch(r"[0-7]{1,4}", arguments.get("mode", _UNIX_MODE)):
         raise ValueError(f"{quoted(text)}: the mode is an octal number such as 660")
     if arguments.get("lockfile", "1") not in ("0", "1"):
         raise ValueError(f"{quoted(text)}: lockfile is 0 or 1")
