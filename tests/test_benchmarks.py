@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,3 +161,19 @@ def test_outages_and_storms_are_measured() -> None:
     assert "20 standing sessions: p50 " in paced
     assert killed.startswith("killed for ")
     assert "100 sessions that stood all told within " in killed
+
+
+@pytest.mark.slow
+def test_the_longest_turn_is_measured() -> None:
+    """One hostile input, this tree alone: a row with a time."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.turns", "--only", "CONNECT of"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    row = done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"\| CONNECT of [^|]+ \| [0-9.,]+ \([0-9.,]+\) \|", row), done.stdout
