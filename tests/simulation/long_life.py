@@ -41,6 +41,7 @@ class LongLife(World):
     def __init__(self, seed: int, identities: Identities, hours: int) -> None:
         super().__init__(seed, identities)
         self.hours = hours
+        self.most_steps *= hours
         # What a short run leaves to its seed.
         self.calm, self.flooded, self.balanced, self.ruled = True, False, False, True
         self.stop_at = self.change_at = None

@@ -132,6 +132,7 @@ class World:
         self.network = VirtualNetwork(self.clock, self.poller, self._make_link, self.relay)
         self.journal = RecordingJournal(self)
 
+        self.most_steps = MOST_STEPS
         self.calm = random.random() < 0.4
         self.flooded = random.random() < 0.06
         self.stop_at = random.uniform(0.5, 15) if random.random() < 0.15 else None
@@ -267,7 +268,7 @@ class World:
 
     def _run(self, until: float) -> None:
         try:
-            self.clock.run(1000.0 + until, lambda: self.violations, MOST_STEPS)
+            self.clock.run(1000.0 + until, lambda: self.violations, self.most_steps)
         except RuntimeError as endless:
             self.expect(False, "liveness", str(endless))
         for mistake in self.poller.mistakes:
