@@ -2,7 +2,7 @@
 
 In: hatchling's build.  Out: a wheel for CPython 3.11 and later on this platform, or, without a compiler or with
 MQTTS_GATEWAY_PURE=1, one for any.  `MQTTS_GATEWAY_TARGET` names another platform and `CC` a compiler for it; then a
-failure to compile fails the build (`python -m benchmarks.wheels` uses it).
+failure to compile fails the build (`wheels.py` uses it).
 """
 
 from __future__ import annotations
