@@ -259,6 +259,20 @@ def test_without_identities_of_devices_a_refused_certificate_counts_against_the_
     assert not health.is_open
 
 
+def test_a_connection_that_ends_before_the_brokers_name_counts_as_failed(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    demanding: tuple[ssl.SSLContext, list[dict[str, Any]]],
+) -> None:
+    """Whoever closes without a certificate has not shown that a broker is there."""
+    _, rules = demanding
+    gateway = start_gateway(upstream=start_broker(tls=None, serve=BrokerConnection.read).port, device=rules)
+    assert told(gateway, mqtt.connect("d2")) == b"\x20\x02\x00\x03"
+    assert gateway.wait_ended().reason is EndReason.TLS_CLOSED
+    (health,) = gateway.service.gateway.upstreams
+    assert not health.is_open
+
+
 @pytest.mark.parametrize("wrong", [{"tls": {"pin": "sha256/" + "A" * 43 + "="}}, {"tls": {"alpn": "mqtt"}}], ids=str)
 def test_a_broker_that_the_gateway_refuses_after_its_name_counts_as_failed(
     start_gateway: StartGateway,
