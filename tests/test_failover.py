@@ -179,6 +179,20 @@ def test_while_the_only_broker_is_left_alone_devices_are_told_at_once(plant: Sta
     assert own.told == [("one.example:8883 left alone for 1 s", "tcp-refused")]
 
 
+def test_while_all_brokers_are_left_alone_the_last_one_gives_the_reason(plant: StartPlant) -> None:
+    """With what each of them failed at, and no dial."""
+    own = plant("one.example", "two.example")
+    own.brokers |= {"one.example": "refuse", "two.example": "plaintext"}
+    own.comes()
+    dialled = dict(own.dialled)
+    session, _ = own.session()
+    (failure,) = session.named("upstream_failed")
+    assert failure.reason is EndReason.TLS_NOT_TLS
+    assert "one.example:8883: tcp-refused" in failure.detail
+    assert "two.example:8883: tls-not-tls" in failure.detail
+    assert own.dialled == dialled
+
+
 def test_a_device_that_comes_when_the_only_broker_is_due_tries_it(plant: StartPlant) -> None:
     """One; the others are told at once, also while it hangs.  When it serves again, all are served."""
     own = plant(failover={"retry_first": 0.5})

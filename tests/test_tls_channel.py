@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
 )
-from OpenSSL import SSL
+from OpenSSL import SSL, crypto
 
 from gateway import MADE
 from gateway.config import TLS
@@ -628,6 +628,33 @@ def test_every_verification_code_refuses_with_its_reason() -> None:
         assert f"(OpenSSL error {code})" in failure.detail
 
 
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        (SSL.X509VerificationCodes.ERR_DEPTH_ZERO_SELF_SIGNED_CERT, "self-signed"),
+        (SSL.X509VerificationCodes.ERR_SELF_SIGNED_CERT_IN_CHAIN, "root"),
+        (SSL.X509VerificationCodes.ERR_UNABLE_TO_GET_ISSUER_CERT_LOCALLY, "issuer"),
+        (SSL.X509VerificationCodes.ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE, "one certificate"),
+        (SSL.X509VerificationCodes.ERR_CERT_CHAIN_TOO_LONG, "too long"),
+        (SSL.X509VerificationCodes.ERR_PATH_LENGTH_EXCEEDED, "path length"),
+        (SSL.X509VerificationCodes.ERR_PERMITTED_VIOLATION, "name constraints"),
+        (SSL.X509VerificationCodes.ERR_EXCLUDED_VIOLATION, "name constraints"),
+        (SSL.X509VerificationCodes.ERR_UNHANDLED_CRITICAL_EXTENSION, "critical extension"),
+    ],
+)
+def test_an_untrusted_chain_says_what_is_wrong_with_it(code: int, word: str) -> None:
+    """Each of OpenSSL's codes has the words that belong to it."""
+    assert word in verification_failure(code, 0, NOW).detail
+
+
+def test_the_clock_is_shown_where_it_matters() -> None:
+    """Beside what another time of day would have let pass, and nowhere else; the dates, for certificates."""
+    certificate = crypto.X509.from_cryptography(certify().certificate)
+    details = {code: verification_failure(code, 0, NOW, certificate).detail for code in range(1, 100)}
+    assert [code for code, detail in details.items() if "clock says" in detail] == [9, 10, 11, 12]
+    assert [code for code, detail in details.items() if "valid from" in detail] == [9, 10]
+
+
 def test_a_failure_says_which_certificate() -> None:
     """A chain has several certificates, and it matters whose is wrong."""
     assert "the broker's certificate" in verification_failure(10, 0, NOW).detail
@@ -673,6 +700,12 @@ def test_any_error_queue_makes_a_failure(queue: Sequence[object], approved: bool
     failure = handshake_failure(queue, approved=approved)
     assert failure.reason is EndReason.TLS_HANDSHAKE_FAILED
     assert failure.detail
+
+
+def test_the_reason_in_an_error_queue_is_what_is_shown() -> None:
+    """Of an entry with a library, a function and a reason, the reason; the library if there is none."""
+    queue = [("SSL routines", "f", "tlsv1 alert internal error"), ("BIO routines", "g", "")]
+    assert handshake_failure(queue, approved=False).detail == "tlsv1 alert internal error; BIO routines"
 
 
 # ---- identity

@@ -32,6 +32,7 @@ from gateway.relay.upstream import UpstreamProtocol
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session
 from gateway.tls import channel as channel_module
+from gateway.tls import strict
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import TLSChannel, make_policy
 from gateway.tls.trust import platform_roots, spki_pin
@@ -952,6 +953,23 @@ def test_strict_accepts_what_is_right(begin: Callable[..., Trial], case: str) ->
     """`strict` asks for nothing that a careful private CA does not do."""
     right = TRUSTED[case]
     begin(right.server(), verification="strict", **right.settings).trusted()
+
+
+def test_strict_accepts_rsa_and_the_serial_number_one(begin: Callable[..., Trial]) -> None:
+    """RSA of a usual size, and a number that many roots have."""
+    root = with_serial(rsa_root(), 1)
+    server = with_serial(certify(root, subject="localhost", key=rsa_key()), 1).server()
+    begin(server, roots=[root], verification="strict").trusted()
+
+
+def test_strict_accepts_no_chain_that_ends_elsewhere() -> None:
+    """OpenSSL sees to that before; this opinion has roots of its own."""
+    leaf_certificate = certify(ROOT, subject="localhost").certificate
+    chain, identity = [leaf_certificate, ROOT.certificate], Identity.of("localhost")
+    strict.judge(chain, (ROOT.certificate,), identity)
+    for roots in ((), (EXPIRED_ROOT.certificate,)):
+        with pytest.raises(UpstreamFailure, match="does not end in a trusted root"):
+            strict.judge(chain, roots, identity)
 
 
 @pytest.mark.parametrize(
