@@ -502,10 +502,10 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
     client.chmod(0o600)
     match name:
         case "missing":
-            return cas, (Status.FAIL, "cannot be read: No such file", "as the gateway's user")
+            return cas, (Status.FAIL, "cannot be read: No such file", "Is ca.pem meant?")
         case "garbage":
             ca.write_text("hello")
-            return cas, (Status.FAIL, "holds no PEM", "")
+            return cas, (Status.FAIL, "contains no PEM", "")
         case "expired CA":
             ca.write_bytes(certify_ca(valid_from=-140).pem)
             return cas, (Status.FAIL, "no CA certificate is valid: CN=Root CA: expired on", "current certificate")
@@ -523,7 +523,7 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
             (directory / "cas").mkdir()
             return {"ca_dir": "cas"}, (Status.FAIL, "contains no *.pem", "Put the CA's certificate there")
         case "no directory":
-            return {"ca_dir": "nowhere"}, (Status.FAIL, "cannot be read: No such file", "runs as")
+            return {"ca_dir": "nowhere"}, (Status.FAIL, "cannot be read: No such file", "Correct the path")
         case "world-readable key":
             client.chmod(0o644)
             return clients, (Status.FAIL, "private key is world-readable", "chmod o=")
@@ -537,7 +537,7 @@ def file_that(name: str, root: Certified, directory: Path) -> tuple[dict[str, An
             return clients, (Status.FAIL, "is not the key of the first certificate", "own certificate first")
         case "no key":
             client.write_bytes(leaf.pem)
-            return clients, (Status.FAIL, "holds no PEM private key", "")
+            return clients, (Status.FAIL, "contains no PEM private key", "")
         case "chain in disorder":
             intermediate = certify_ca(root)
             leaf = certify(intermediate, **usual)

@@ -147,7 +147,7 @@ def test_twistd_ends_in_words_when_a_certificate_cannot_be_used(tmp_path: Path) 
     garbage.write_text("-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n")
     weak = certify(key=rsa_key(1024)).write(tmp_path / "weak.pem")
     for options, words in (
-        (["--ca-file", str(garbage)], f"tls.ca_file: {garbage} holds no readable PEM certificate"),
+        (["--ca-file", str(garbage)], f"tls.ca_file: {garbage} contains a damaged certificate"),
         (["--client-cert", str(weak)], f"tls.client_cert: {weak} is refused by OpenSSL (ee key too small)"),
     ):
         done = run_twistd("--upstream", "localhost:1", "--listen", "127.0.0.1:0", *options)

@@ -49,10 +49,10 @@ CASES: dict[str, tuple[Callable[[Path], Any], bytes, str]] = {
     "CSR": (read_certificates, REQUEST.public_bytes(Encoding.PEM), "a certificate signing request: send it to a CA"),
     "CSR in DER": (read_certificates, REQUEST.public_bytes(Encoding.DER), "a certificate signing request"),
     "CRL": (read_certificates, CRL.public_bytes(Encoding.PEM), "tls.crl_file"),
-    "a key": (read_certificates, LEAF.key_pem, "holds a private key, but no certificate: perhaps the two files"),
+    "a key": (read_certificates, LEAF.key_pem, "contains a private key, but no certificate: perhaps the two files"),
     "truncated": (read_certificates, LEAF.pem[:-40], "is cut short"),
     "damaged": (read_certificates, LEAF.pem.replace(LEAF.pem[60:90], b"A" * 30), "damaged certificate"),
-    "text": (read_certificates, b"hello", "holds no PEM certificate"),
+    "text": (read_certificates, b"hello", "contains no PEM certificate"),
     "key: a certificate": (read_private_key, LEAF.pem, "a certificate: perhaps the two files are swapped"),
     "key: DER": (read_private_key, DER_KEY, "openssl pkey -inform der"),
     "key: public": (

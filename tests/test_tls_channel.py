@@ -879,13 +879,13 @@ BROKEN_CRL = b"-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n"
         ("ca_file", b"", "is empty"),
         ("ca_file", DER, "convert it with `openssl x509 -inform der"),
         ("ca_file", ROOT.key_pem, "but no certificate: perhaps the two files are swapped"),
-        ("ca_file", BROKEN_PEM, "holds a damaged certificate"),
+        ("ca_file", BROKEN_PEM, "contains a damaged certificate"),
         ("crl_file", None, "cannot be read: No such file or directory"),
-        ("crl_file", ROOT.pem, "holds no PEM CRL"),
-        ("crl_file", BROKEN_CRL, "holds a CRL that cannot be read"),
-        ("client_cert", ROOT.pem, "holds no PEM private key"),
-        ("client_cert", ROOT.pem + ENCRYPTED_KEY, "holds an encrypted private key"),
-        ("client_cert", ROOT.pem + BROKEN_KEY, "holds a damaged private key"),
+        ("crl_file", ROOT.pem, "contains no PEM CRL"),
+        ("crl_file", BROKEN_CRL, "contains a CRL that cannot be read"),
+        ("client_cert", ROOT.pem, "contains no PEM private key"),
+        ("client_cert", ROOT.pem + ENCRYPTED_KEY, "contains an encrypted private key"),
+        ("client_cert", ROOT.pem + BROKEN_KEY, "contains a damaged private key"),
         ("client_cert", BROKER.pem + ROOT.key_pem, "is not the key of the first certificate"),
         ("client_cert", ROOT.pem + BROKER.pem + BROKER.key_pem, "is not the key of the first certificate"),
     ],
@@ -916,7 +916,7 @@ def test_all_files_are_complained_of_at_once(tmp_path: Path) -> None:
 
 def test_a_directory_of_roots_is_read(tmp_path: Path) -> None:
     """Every *.pem, *.crt and *.cer in `ca_dir` counts, beside `ca_file`; one without any is a mistake."""
-    assert f"{tmp_path} holds no certificate" in problems(ca_dir=tmp_path)[0]
+    assert f"{tmp_path} contains no certificate" in problems(ca_dir=tmp_path)[0]
     roots = [certify_ca(subject=f"Root {index}") for index in range(4)]
     for root, name in zip(roots, ("a.pem", "b.crt", "c.cer", "d.txt"), strict=True):
         write(tmp_path / name, root.pem)

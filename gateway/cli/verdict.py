@@ -110,16 +110,16 @@ def _named(error: Exception) -> str:
 def _identity_remedy(certificate: x509.Certificate, identity: Identity, failure: UpstreamFailure) -> str:
     names = subject_alt_names(certificate)
     wanted = f"DNS:{identity.name}" if identity.sni is not None else f"IP:{identity.name}"
-    anew = f"the certificate reissued with the subjectAltName {wanted}"
+    reissued = f"the certificate reissued with the subjectAltName {wanted}"
     if not names:
-        return f"Have {anew}; the common name is not used (RFC 9525 §2)."
+        return f"Have {reissued}; the common name is not used (RFC 9525 §2)."
     if not any(name.startswith(("DNS:", "IP:")) for name in names):
-        return f"Have {anew}; none of its names is a host name or an IP address."
+        return f"Have {reissued}; none of its names is a host name or an IP address."
     if "wildcard" in failure.detail:
-        return f"Have {anew}; a wildcard must be the whole leftmost label, as in *.example.com."
+        return f"Have {reissued}; a wildcard must be the whole leftmost label, as in *.example.com."
     return (
         "If one of these names is the broker's, set the upstream's host or server_name to it. "
-        f"If this is the right broker, have {anew}. Otherwise another server is answering."
+        f"If this is the right broker, have {reissued}. Otherwise another server is answering."
     )
 
 

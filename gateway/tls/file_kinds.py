@@ -1,4 +1,4 @@
-"""Names what a file holds instead of the PEM that was expected, and how to convert it.
+"""Names what a file contains instead of the PEM that was expected, and how to convert it.
 
 In: the file's content.  Out: words that follow the file's name, without any of its content.
 """
@@ -33,20 +33,20 @@ _OTHER_LABELS = {
 
 
 def described(data: bytes, wanted: str) -> str:
-    """Say what is wrong with a file that should hold `wanted` in PEM, and holds none of it."""
+    """Say what is wrong with a file that should contain `wanted` in PEM, and does not."""
     if not data.strip():
         return "is empty"
     if data.startswith(_UTF_16) or b"\0-\0-\0B" in data:
         return "is UTF-16 text: save it as plain ASCII or UTF-8"
     labels = _LABEL.findall(data)
     if any(b"PRIVATE KEY" in label for label in labels) and wanted != KEY:
-        return f"holds a private key, but no {wanted}: perhaps the two files are swapped"
+        return f"contains a private key, but no {wanted}: perhaps the two files are swapped"
     for label in labels:
         if label in _OTHER_LABELS:
-            return f"holds no PEM {wanted} but {_OTHER_LABELS[label]}"
+            return f"contains no PEM {wanted} but {_OTHER_LABELS[label]}"
     if data[:1] == b"\x30":
-        return f"holds no PEM {wanted} but {_binary(data)}"
-    return f"holds no PEM {wanted}"
+        return f"contains no PEM {wanted} but {_binary(data)}"
+    return f"contains no PEM {wanted}"
 
 
 def is_truncated(data: bytes) -> bool:

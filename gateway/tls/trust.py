@@ -87,7 +87,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
     except ValueError as error:
         if is_truncated(data):
             raise ValueError("is cut short: a certificate in it has no END line. Copy the file again") from None
-        raise ValueError(f"holds a damaged certificate ({error})") from None
+        raise ValueError(f"contains a damaged certificate ({error})") from None
 
 
 def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevocationList]:
@@ -101,9 +101,9 @@ def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevoc
         crls = [x509.load_pem_x509_crl(begin + part) for part in parts]
         broken = next(filter(None, map(crl_problem, crls)), "") if strict else ""
     except ValueError as error:
-        raise ValueError(f"holds a CRL that cannot be read ({error})") from None
+        raise ValueError(f"contains a CRL that cannot be read ({error})") from None
     if broken:
-        raise ValueError(f"holds a CRL with {broken}, which strict verification refuses; have the CA issue another")
+        raise ValueError(f"contains a CRL with {broken}, which strict verification refuses; have the CA issue another")
     return crls
 
 
@@ -119,16 +119,16 @@ def read_private_key(path: Path) -> PrivateKey:
             _check_rsa(key)
     except TypeError:
         raise ValueError(
-            "holds an encrypted private key, which needs a passphrase that nobody can type at start; "
+            "contains an encrypted private key, which needs a passphrase that nobody can type at start; "
             "decrypt it with `openssl pkey` and protect it by its file mode"
         ) from None
     except ValueError:
         if is_truncated(data):
             raise ValueError("is cut short: the private key in it has no END line. Copy the file again") from None
-        raise ValueError("holds a damaged private key") from None
+        raise ValueError("contains a damaged private key") from None
     if not isinstance(key, PrivateKey):
         # TRY004: it is the file that is wrong, not an argument's type.
-        raise ValueError(f"holds a private key of a kind that TLS does not use ({type(key).__name__})")  # noqa: TRY004
+        raise ValueError(f"contains a private key of a kind that TLS does not use ({type(key).__name__})")  # noqa: TRY004
     return key
 
 
@@ -166,7 +166,7 @@ def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
         for path in files:
             roots += _collect(problems, "tls.ca_dir", path, read_certificates)
         if len(roots) == before and not problems:
-            problems.append(f"tls.ca_dir: {tls.ca_dir} holds no certificate (*.pem, *.crt or *.cer)")
+            problems.append(f"tls.ca_dir: {tls.ca_dir} contains no certificate (*.pem, *.crt or *.cer)")
     return tuple(roots), problems
 
 
@@ -311,7 +311,7 @@ def platform_roots() -> tuple[x509.Certificate, ...]:
         with contextlib.suppress(ValueError):
             roots.append(x509.load_pem_x509_certificate(_CERTIFICATE_BEGIN + part))
     if not roots:
-        raise ValueError(f"{platform_bundle()} holds no readable certificate")
+        raise ValueError(f"{platform_bundle()} contains no readable certificate")
     return tuple(roots)
 
 
