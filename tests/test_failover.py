@@ -284,6 +284,23 @@ def test_a_mistake_in_a_trial_ends_no_trials(plant: StartPlant, logged_errors: l
     assert own.health["one.example"].state is UpstreamState.SERVING
 
 
+def test_a_mistake_in_a_dial_ends_the_session(plant: StartPlant, logged_errors: list[dict[str, Any]]) -> None:
+    """It is logged, the session is told what it was, and the broker is not blamed; a dial that is given up is none."""
+    own = plant()
+    own.brokers["one.example"] = "mistake"
+    session, _ = own.session()
+    own.clock.advance(0)
+    assert session.named("fail") == ["AttributeError"]
+    assert len(logged_errors) == 1
+    logged_errors.clear()
+    assert own.health["one.example"].is_open
+    own.brokers["one.example"] = "hang"
+    session, dialling = own.session()
+    dialling.cancel()
+    assert session.named("fail") == []
+    assert not logged_errors
+
+
 @pytest.mark.parametrize("when", ["trying", "closing"])
 def test_a_stop_leaves_nothing_of_a_trial(plant: StartPlant, when: str) -> None:
     """Whether it is still under way or only to be closed."""
