@@ -73,8 +73,8 @@ class EndReason(StrEnum):
     )
     MALFORMED_PACKET = (
         "malformed-packet",
-        "The device sent a packet that is malformed in every MQTT version.",
-        "Update the device's firmware, or report the detail in the record to its vendor.",
+        "The device sent a packet that its MQTT version does not allow.",
+        'Update the device\'s firmware, or try conformance = "lenient" in its rule.',
     )
     PROTOCOL_ERROR = (
         "protocol-error",
@@ -83,8 +83,8 @@ class EndReason(StrEnum):
     )
     PACKET_TOO_LARGE = (
         "packet-too-large",
-        "A packet exceeded the configured maximum size.",
-        "Raise limits.max_packet_size or max_packet_size in the device's rule; for CONNECT, limits.max_connect_size.",
+        "A packet exceeded the maximum size or number of elements.",
+        "Raise limits.max_packet_size (CONNECT: max_connect_size) or the rule's max_packet_size; or send less at once.",
     )
     UNSUPPORTED_PROTOCOL_VERSION = (
         "unsupported-protocol-version",
@@ -365,7 +365,7 @@ class EndReason(StrEnum):
     UPSTREAM_PROTOCOL_ERROR = (
         "upstream-protocol-error",
         "The broker sent bytes that MQTT does not allow.",
-        "Before CONNACK, check that the port speaks MQTT, not HTTP or WebSocket; later, report it to the vendor.",
+        'Before CONNACK, check that the port speaks MQTT, not HTTP or WebSocket; later, try conformance = "lenient".',
     )
 
     INTERNAL_ERROR = (

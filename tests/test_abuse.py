@@ -46,7 +46,7 @@ def hang_up(device: Device) -> bytes:
         *((noise, EndReason.NOT_MQTT) for noise in NOISE),
         (b"\x00" * 5000, EndReason.NOT_MQTT),
         (b"\xf0\x00", EndReason.NOT_MQTT),
-        (b"\x11" + mqtt.connect()[1:], EndReason.NOT_MQTT),
+        (b"\x11" + mqtt.connect()[1:], EndReason.MALFORMED_PACKET),
         (mqtt.publish() * 1000, EndReason.NOT_MQTT),
         (mqtt.connack(), EndReason.NOT_MQTT),
         (b"\x10\xff\xff\xff\xff\x01", EndReason.MALFORMED_PACKET),
@@ -143,11 +143,14 @@ def test_devices_that_all_come_back_at_once_find_the_door_open(
     leftovers.check()
 
 
-def relaying(gateway: RunningGateway, version: int = 4, **connect: Any) -> Device:
-    """A device that has its CONNACK."""
+def relaying(gateway: RunningGateway, version: int = 4, largest: int | None = None, **connect: Any) -> Device:
+    """A device that has its CONNACK, which says in 5.0 how large a packet may be if that is limited."""
     device = Device(gateway.port)
     device.send(mqtt.connect(version=version, **connect))
-    assert device.read(len(CONNACK[version])) == CONNACK[version]
+    connack = CONNACK[version]
+    if version == 5 and largest is not None:
+        connack = mqtt.connack(version=5, properties=mqtt.number(0x27, largest, size=4))
+    assert device.read(len(connack)) == connack
     return device
 
 
@@ -173,7 +176,7 @@ def test_what_breaks_the_rules_after_connack_reaches_no_broker(
     """What came before it does; a 5.0 device is told the reason code."""
     gateway = start_gateway(upstream=broker.port, limits={"max_packet_size": 100_000})
     leftovers = Leftovers(gateway)
-    device = relaying(gateway, version)
+    device = relaying(gateway, version, largest=100_000)
     device.send(mqtt.publish(version=version) + abuse)
     answer = hang_up(device)
     if version == 5:
@@ -184,7 +187,9 @@ def test_what_breaks_the_rules_after_connack_reaches_no_broker(
         assert answer == b""
     connection = broker.connection()
     connection.finished.wait(20)
-    assert bytes(connection.received) == mqtt.connect(version=version) + mqtt.publish(version=version)
+    announced = mqtt.number(0x27, 100_000, size=4) if version == 5 else b""
+    sent = mqtt.connect(version=version, properties=announced)
+    assert bytes(connection.received) == sent + mqtt.publish(version=version)
     assert connection.ended_cleanly
     leftovers.check()
 

@@ -48,6 +48,13 @@ def test_what_a_covered_filter_matches_is_matched_by_what_covers_it(allowed, wan
         assert plainly_matches(allowed, name)
 
 
+@settings(max_examples=1000)
+@given(allowed=st.lists(topic_filters() | NAMES, max_size=5), wanted=topic_filters() | NAMES)
+def test_a_list_covers_what_one_of_its_filters_covers(allowed, wanted):
+    """The tree answers as the filters would one by one."""
+    assert TopicFilters(tuple(allowed)).permits_name(wanted) == any(covers(text, wanted) for text in allowed)
+
+
 @pytest.mark.parametrize(
     ("allowed", "wanted"),
     [

@@ -19,8 +19,9 @@ from gateway.rules import presence as presence_module
 from gateway.rules.names import Brokers
 from gateway.rules.presence import Holder, Presence
 from gateway.rules.rules import Caller, Rules, treat
-from gateway.session.treatment import LARGEST_HELD, Treatment
+from gateway.session.treatment import Treatment
 from tests.mqtt_packets import connect as connect_bytes
+from tests.mqtt_packets import string, variable_byte_integer
 from tests.test_mqtt_rewrite import read
 
 HERE = Caller("192.168.7.17", "hall")
@@ -247,40 +248,40 @@ def test_a_treatment_keeps_its_secrets() -> None:
 @pytest.mark.parametrize(
     ("rule", "up", "down"),
     [
-        ({"keep_alive_min": 30, "client_id": "x", "packets_per_second": 5, "max_packet_size": 1000}, Framer, Framer),
-        ({"publish": "a"}, DeviceInspector, Framer),
-        ({"max_qos": 1}, DeviceInspector, Framer),
-        ({"retain": "strip"}, DeviceInspector, Framer),
+        ({"keep_alive_min": 30, "client_id": "x", "max_packet_size": 1000}, Framer, Framer),
+        ({"packets_per_second": 5}, DeviceInspector, BrokerInspector),
+        ({"publish": "a"}, DeviceInspector, BrokerInspector),
+        ({"max_qos": 1}, DeviceInspector, BrokerInspector),
+        ({"retain": "strip"}, DeviceInspector, BrokerInspector),
         ({"publish_prefix": "p/"}, DeviceInspector, BrokerInspector),
         ({"keep_alive_max": 30}, Framer, BrokerInspector),
     ],
 )
 def test_the_fast_path_is_left_only_where_a_rule_needs_it(rule: dict[str, Any], up: type, down: type) -> None:
-    """Names, credentials, rates and sizes need no look at PUBLISH or SUBSCRIBE."""
+    """Names, credentials and sizes need no look at packets; where some may wait, PINGRESPs must be counted."""
     treatment = treated(rule)
     version = ProtocolVersion.MQTT_3_1_1
     assert type(treatment.from_device(version, 10_000)) is up
     assert type(treatment.from_broker(version, 10_000)) is down
 
 
-def takes(packets: Framer | DeviceInspector, size: int) -> bool:
-    """Whether a PUBLISH of so many bytes is begun."""
-    header = b"\x30" + encode_remaining_length(size - 5)
-    packets.feed(header)
-    return packets.error is None
-
-
-def test_what_is_read_whole_has_a_limit_of_its_own() -> None:
-    """Without one in the rule, a mebibyte; sessions on the fast path hold nothing, and keep the general limit."""
+@pytest.mark.parametrize("rule", [{"max_qos": 1}, {"publish_prefix": "p/"}, {}])
+def test_rules_do_not_limit_the_size_of_a_packet(rule: dict[str, Any]) -> None:
+    """Payloads are not held, so the general limit applies, unless the rule has one."""
     version, general = ProtocolVersion.MQTT_3_1_1, 100_000_000
-    for rule, limit in (
-        ({"max_qos": 1}, LARGEST_HELD),
-        ({}, general),
-        ({"max_packet_size": 5_000_000, "max_qos": 1}, 5_000_000),
-    ):
-        treatment = treated(rule)
-        assert takes(treatment.from_device(version, general), limit - 5)
-        assert not takes(treatment.from_device(version, general), limit + 5)
+    start = b"\x30" + variable_byte_integer(50_000_000) + string("a")
+    for limits, passes in ({}, True), ({"max_packet_size": 5_000_000}, False):
+        for make in (treated({**rule, **limits}).from_device, treated({**rule, **limits}).from_broker):
+            checker = make(version, general)
+            checker.feed(start)
+            assert (checker.error is None) == passes
+
+
+def test_a_device_without_a_name_is_told_the_one_it_gets() -> None:
+    """Nobody else is."""
+    assert treated({"client_id": "x"}, client_identifier="").assigned == "x"
+    assert treated({"client_id": "x"}).assigned is None
+    assert treated({}, client_identifier="").assigned is None
 
 
 # ---- who is there

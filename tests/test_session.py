@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from types import FunctionType, ModuleType
 from typing import Any
 
 import pytest
@@ -49,6 +51,9 @@ class RememberingSide:
 
     def release(self) -> None:
         self.held = False
+
+    def limit_reads(self, size: int) -> None:
+        self.largest_read = size
 
     def write_last(self, data: bytes) -> None:
         self.write(data)
@@ -183,7 +188,6 @@ def test_nothing_happens_before_connect_is_whole() -> None:
         mqtt.pingreq(),
         mqtt.disconnect(),
         b"\x00\x00",
-        b"\x11" + mqtt.connect()[1:],
     ],
 )
 def test_what_is_no_connect_first_is_closed_without_a_word(stranger: bytes) -> None:
@@ -205,6 +209,7 @@ def test_what_is_no_connect_first_is_closed_without_a_word(stranger: bytes) -> N
         mqtt.connect(flags=0b0001_1110),
         mqtt.connect(name=b"HTTP"),
         mqtt.connect(b"\xff\xfe"),
+        b"\x11" + mqtt.connect()[1:],
     ],
 )
 def test_a_malformed_connect_is_closed_without_a_word(malformed: bytes) -> None:
@@ -585,7 +590,7 @@ def test_bytes_pass_both_ways_as_they_came(version: int) -> None:
 FAULTS_5 = [
     (b"\x36\x0a", 0x81, EndReason.MALFORMED_PACKET),
     (b"\x00\x00", 0x81, EndReason.MALFORMED_PACKET),
-    (b"\xc1\x00", 0x81, EndReason.MALFORMED_PACKET),
+    (b"\xc0\x01", 0x81, EndReason.MALFORMED_PACKET),
     (b"\x30\xff\xff\xff\xff\x01", 0x81, EndReason.MALFORMED_PACKET),
     (mqtt.connect(version=5), 0x82, EndReason.PROTOCOL_ERROR),
     (mqtt.connack(version=5), 0x82, EndReason.PROTOCOL_ERROR),
@@ -1065,11 +1070,11 @@ def test_what_a_rule_withholds_is_acknowledged_between_the_devices_packets() -> 
     bench.session.upstream_received(mqtt.publish("b", qos=1))
     assert (bench.device.bytes, bench.upstream.bytes) == (b"", mqtt.acknowledgement(0x40))
     bench.upstream.written.clear()
-    long = mqtt.packet(0x40, b"\0\2")
-    bench.session.device_received(long[:3])
+    long = mqtt.publish("t", bytes(9000))
+    bench.session.device_received(long[:5000])
     bench.session.upstream_received(mqtt.publish("b", qos=1))
-    assert bench.upstream.bytes == long[:3]
-    bench.session.device_received(long[3:])
+    assert bench.upstream.bytes == long[:5000]
+    bench.session.device_received(long[5000:])
     assert bench.upstream.bytes == long + mqtt.acknowledgement(0x40)
     bench.session.device_received(mqtt.disconnect())
     assert bench.journal.ended[0].withheld == 2
@@ -1126,3 +1131,240 @@ def test_a_broker_that_is_read_and_silent_is_lost() -> None:
     assert bench.state is State.RELAYING
     bench.pass_seconds(2)
     assert bench.reason is EndReason.UPSTREAM_LOST
+
+
+# ---- while packets have to wait
+
+
+def treated(connect: bytes = b"", **treatment: Any) -> Bench:
+    """Return a bench that relays, with this treatment; the device has a Keep Alive of ten seconds."""
+    version = treatment.pop("version", 4)
+    bench = Bench().connect(keep_alive=10, version=version)
+    sent = connect or mqtt.connect(keep_alive=10, version=version)
+    bench.session.treat(Treatment(sent, ProtocolVersion(version), keep_alive=10, **treatment))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(mqtt.connack(version=version))
+    assert bench.state is State.RELAYING
+    bench.device.written.clear()
+    bench.upstream.written.clear()
+    return bench
+
+
+def test_a_paced_device_does_not_make_the_broker_wait_for_its_pings() -> None:
+    """The device's own wait behind its messages; the gateway's answers do not reach it."""
+    bench = treated(packets_per_second=1.0)
+    bench.session.device_received(mqtt.publish() * 60)
+    bench.upstream.written.clear()
+    pings = 0
+    for _ in range(55):
+        bench.pass_seconds(1)
+        if len(bench.upstream.written) > pings:
+            pings += 1
+            bench.session.upstream_received(mqtt.pingresp())
+    assert bench.state is State.RELAYING
+    assert bench.upstream.bytes == mqtt.pingreq() * (len(bench.upstream.bytes) // 2)
+    assert 5 <= len(bench.upstream.written) <= 11
+    assert bench.device.bytes == b""
+    # What waited has passed; the device is served as ever, and its own pings are its own.
+    bench.pass_seconds(10)
+    assert bench.device.reading
+    bench.session.device_received(mqtt.pingreq())
+    bench.session.upstream_received(mqtt.pingresp())
+    assert bench.device.bytes == mqtt.pingresp()
+
+
+def test_a_packet_that_waits_until_it_is_whole_does_not_make_the_broker_wait() -> None:
+    """It comes slowly; nothing of it has been passed on, so a PINGREQ fits in before it."""
+    bench = treated(topics=TopicRules(max_qos=1))
+    sent = mqtt.publish("t", bytes(60), qos=1)
+    pings = 0
+    for index in range(len(sent)):
+        bench.session.device_received(sent[index : index + 1])
+        bench.pass_seconds(1)
+        if bench.upstream.bytes.count(mqtt.pingreq()) > pings:
+            pings += 1
+            bench.session.upstream_received(mqtt.pingresp())
+    assert bench.state is State.RELAYING
+    assert pings >= 6
+    assert bench.upstream.bytes == mqtt.pingreq() * pings + sent
+    assert bench.device.bytes == b""
+
+
+def test_no_ping_goes_into_the_middle_of_a_packet() -> None:
+    """A paced device's large message is passed on a little, which the broker hears as well."""
+    bench = treated(bytes_per_second=100.0)
+    start = mqtt.publish("t", bytes(100_000))[:9000]
+    bench.session.device_received(start)
+    assert bench.device.held
+    bench.pass_seconds(6)
+    assert bench.upstream.bytes == start
+    assert not bench.device.held
+    bench.session.device_received(b"x" * 100)
+    assert bench.device.held
+    assert bench.upstream.bytes == start + b"x" * 100
+
+
+def test_a_silent_device_is_not_pinged_for() -> None:
+    """The broker's Keep Alive is the device's business unless its packets wait here."""
+    bench = treated(topics=TopicRules(max_qos=1), packets_per_second=10.0)
+    bench.session.device_received(mqtt.publish())
+    bench.upstream.written.clear()
+    bench.pass_seconds(14)
+    assert not bench.upstream.written
+    bench.pass_seconds(3)
+    assert bench.reason is EndReason.KEEPALIVE_TIMEOUT
+
+
+def test_the_servers_keep_alive_counts_when_packets_wait() -> None:
+    """Not the one in CONNECT, which the broker has overruled; the gateway's regular pings end."""
+    bench = Bench().connect(keep_alive=60, version=5)
+    sent = mqtt.connect(keep_alive=20, version=5)
+    treatment = Treatment(
+        sent, ProtocolVersion.MQTT_5_0, keep_alive=20, ping_interval=10.0, topics=TopicRules(max_qos=1)
+    )
+    bench.session.treat(treatment)
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(mqtt.connack(version=5, properties=mqtt.number(0x13, 30, size=2)))
+    bench.upstream.written.clear()
+    bench.session.device_received(mqtt.publish(version=5)[:5])
+    bench.pass_seconds(14)
+    assert not bench.upstream.written
+    bench.pass_seconds(4)
+    assert bench.upstream.bytes == mqtt.pingreq()
+
+
+# ---- what CONNECT and CONNACK say of sizes, sessions and names
+
+
+@pytest.mark.parametrize(
+    ("of_device", "limit", "sent"), [(None, 5000, 5000), (9000, 5000, 5000), (400, 5000, 400), (400, None, 400)]
+)
+def test_the_broker_is_told_what_the_gateway_takes(of_device: int | None, limit: int | None, sent: int) -> None:
+    """The smaller of the device's and its own; all else of CONNECT stays."""
+    properties = mqtt.user_property() + (b"" if of_device is None else mqtt.number(0x27, of_device, size=4))
+    own = mqtt.connect(version=5, properties=properties, username="u")
+    bench = Bench(limits=Limits() if limit is None else Limits(max_packet_size=limit))
+    bench.session.device_received(own)
+    bench.session.upstream_verified(bench.upstream, PEER)
+    announced = mqtt.user_property() + mqtt.number(0x27, sent, size=4)
+    assert bench.upstream.bytes == mqtt.connect(version=5, properties=announced, username="u")
+    if sent == of_device:
+        assert bench.upstream.bytes == own
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_before_5_there_is_no_packet_size_to_tell(version: int) -> None:
+    """CONNECT passes as it came."""
+    bench = Bench(limits=Limits(max_packet_size=5000)).verified(version=version)
+    assert bench.upstream.bytes == mqtt.connect(version=version)
+
+
+@pytest.mark.parametrize(
+    ("of_broker", "limit", "told"),
+    [(None, 5000, 5000), (9000, 5000, 5000), (1000, 5000, 1000 - 10), (1000, None, 1000 - 10), (None, None, None)],
+)
+def test_the_device_is_told_what_may_pass(of_broker: int | None, limit: int | None, told: int | None) -> None:
+    """The smaller of the gateway's and the broker's, less what the prefixes add."""
+    bench = Bench(limits=Limits() if limit is None else Limits(max_packet_size=limit)).connect(version=5)
+    topics = TopicRules(publish_prefix="hall/", subscribe_prefix="in/")
+    bench.session.treat(Treatment(mqtt.connect(version=5), ProtocolVersion.MQTT_5_0, topics=topics))
+    bench.session.upstream_verified(bench.upstream, PEER)
+
+    def connack(size: int | None) -> bytes:
+        return mqtt.connack(version=5, properties=b"" if size is None else mqtt.number(0x27, size, size=4))
+
+    bench.session.upstream_received(connack(of_broker))
+    assert bench.device.bytes == connack(told)
+    # A packet that the prefixes make too large for the broker does not reach it.
+    if of_broker == 1000:
+        bench.upstream.written.clear()
+        bench.session.device_received(mqtt.publish("t", bytes(982), version=5))
+        assert bench.upstream.bytes == mqtt.publish("hall/t", bytes(982), version=5)
+        bench.session.device_received(mqtt.publish("t", bytes(989), version=5))
+        assert bench.upstream.bytes == mqtt.publish("hall/t", bytes(982), version=5)
+        assert bench.reason is EndReason.PACKET_TOO_LARGE
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_device_that_asked_for_a_clean_start_is_told_of_no_session(version: int) -> None:
+    """MQTT-3.2.2-4: it would have to close. The rule had the broker keep one."""
+    for asked, told in ((True, 0), (False, 1)):
+        bench = Bench().connect(version=version, clean_start=asked)
+        sent = mqtt.connect(version=version, clean_start=False)
+        bench.session.treat(Treatment(sent, ProtocolVersion(version)))
+        bench.session.upstream_verified(bench.upstream, PEER)
+        bench.session.upstream_received(mqtt.connack(version=version, flags=1))
+        assert bench.device.bytes == mqtt.connack(version=version, flags=told)
+        assert bench.state is State.RELAYING
+
+
+@pytest.mark.parametrize("of_broker", [None, "broker-7"])
+def test_a_device_without_a_name_is_told_the_one_it_got(of_broker: str | None) -> None:
+    """MQTT-3.2.2-16: by the rule, unless the broker assigned one itself."""
+    bench = Bench().connect(client_identifier="", version=5)
+    sent = mqtt.connect("hall-3", version=5)
+    bench.session.treat(Treatment(sent, ProtocolVersion.MQTT_5_0, assigned="hall-3"))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    properties = b"" if of_broker is None else mqtt.text(0x12, of_broker)
+    bench.session.upstream_received(mqtt.connack(version=5, properties=properties))
+    name = of_broker or "hall-3"
+    assert bench.device.bytes == mqtt.connack(version=5, properties=mqtt.text(0x12, name))
+    assert bench.session.record.client_identifier == name
+
+
+def test_a_lenient_rule_takes_a_connack_of_three_bytes() -> None:
+    """It passes as it came; without the rule it ends the session."""
+    odd = b"\x21\x03\x00\x00\x00"
+    bench = Bench().connect()
+    bench.session.treat(Treatment(mqtt.connect(), ProtocolVersion.MQTT_3_1_1, lenient=True))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(odd)
+    assert bench.state is State.RELAYING
+    assert bench.device.bytes == odd
+    bench = Bench().verified()
+    bench.session.upstream_received(odd)
+    assert bench.reason is EndReason.UPSTREAM_PROTOCOL_ERROR
+
+
+def test_a_device_of_3_1_sets_bits_that_it_does_not_use() -> None:
+    """CONNECT and CONNACK with any flags: they pass as they came."""
+    sent = b"\x14" + mqtt.connect(version=3)[1:]
+    bench = Bench()
+    bench.session.device_received(sent)
+    bench.session.upstream_verified(bench.upstream, PEER)
+    assert bench.upstream.bytes == sent
+    bench.session.upstream_received(b"\x21\x02\x00\x00")
+    assert bench.state is State.RELAYING
+
+
+def _texts(*roots: object) -> int:
+    """Return how many bytes of text and data can be reached."""
+    seen: dict[int, object] = {}
+    waiting = list(roots)
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen or isinstance(each, type | ModuleType | FunctionType):
+            continue
+        seen[id(each)] = each
+        waiting += gc.get_referents(each)
+    return sum(len(each) for each in seen.values() if isinstance(each, str | bytes | bytearray))
+
+
+def test_nothing_of_a_large_connect_is_kept() -> None:
+    """A session may last for months: User Properties, Will and credentials are the broker's."""
+    small = Bench().relaying(version=5)
+    large = Bench().relaying(
+        version=5,
+        properties=mqtt.user_property("k" * 500, "v" * 500) * 20,
+        username="u" * 10_000,
+        password=b"p" * 10_000,
+        will_topic="t" * 10_000,
+        will_payload=bytes(10_000),
+    )
+    assert _texts(large.session) < _texts(small.session) + 1000
+
+
+def test_an_inspected_device_is_read_in_small_pieces() -> None:
+    """Its packets take longer to pass, and others have their turn in between."""
+    assert treated(topics=TopicRules(max_qos=1)).device.largest_read <= 2048
+    assert not hasattr(treated().device, "largest_read")

@@ -132,6 +132,7 @@ class DeviceRule:
     )
     clean_start: bool | None = None
     upgrade_3_1: bool = False
+    conformance: Literal["standard", "lenient"] = "standard"
     max_qos: int = attrs.field(default=2, validator=between(0, 2))
     retain: Literal["pass", "strip", "refuse"] = "pass"
     publish: tuple[str, ...] | None = attrs.field(default=None, validator=checked(_check_filters))

@@ -19,7 +19,13 @@ from gateway.mqtt.packets import (
     malformed,
     protocol_error,
 )
-from gateway.mqtt.properties import Properties, PropertyId, parse_properties, replace_string_property
+from gateway.mqtt.properties import (
+    Properties,
+    PropertyId,
+    parse_properties,
+    replace_property,
+    replace_string_property,
+)
 from gateway.mqtt.reader import Packet
 
 # The body of a CONNACK before 5.0: flags and code.
@@ -82,27 +88,30 @@ class Connack:
         return self.code == ReasonCode.SUCCESS
 
 
-def parse_connack(packet: Packet, version: ProtocolVersion) -> Connack:
+def parse_connack(packet: Packet, version: ProtocolVersion, *, lenient: bool = False) -> Connack:
     """Read the CONNACK that answers a CONNECT of `version` (MQTT 3.1 §3.2, MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
 
-    A broker without 5.0 refuses a 5.0 CONNECT with a CONNACK of 3.x; it is read as a refusal.
+    A broker without 5.0 refuses a 5.0 CONNECT with a CONNACK of 3.x; it is read as a refusal. `lenient` ignores what
+    does not change the meaning: unused flags, and bytes after the code before 5.0.
     Raises PacketError (UPSTREAM_PROTOCOL_ERROR) for anything the version does not allow.
     """
     try:
-        return _parse(packet, version)
+        return _parse(packet, version, lenient=lenient)
     except PacketError as fault:
         raise PacketError(EndReason.UPSTREAM_PROTOCOL_ERROR, fault.reason_code, fault.detail) from None
 
 
-def _parse(packet: Packet, version: ProtocolVersion) -> Connack:
+def _parse(packet: Packet, version: ProtocolVersion, *, lenient: bool) -> Connack:
     body = packet.body
     is_5 = version is ProtocolVersion.MQTT_5_0
-    if len(body) < _BODY_SIZE_3 or (len(body) > _BODY_SIZE_3 and not is_5):
+    if len(body) < _BODY_SIZE_3 or (len(body) > _BODY_SIZE_3 and not (is_5 or lenient)):
         raise malformed(f"CONNACK with Remaining Length {len(body)} (MQTT {version.label} §3.2)")
     flags, code = body[0], body[1]
     if version is ProtocolVersion.MQTT_3_1:
         # 3.1 calls this byte "reserved, not used", so its value has no meaning.
         flags = 0
+    elif lenient:
+        flags &= 1
     if flags > 1:
         raise malformed(f"CONNACK with flags 0b{flags:08b} (MQTT {version.label} §3.2.2.1)")
     session_present = bool(flags)
@@ -110,7 +119,7 @@ def _parse(packet: Packet, version: ProtocolVersion) -> Connack:
         raise protocol_error(f"CONNACK with Session Present and code 0x{code:02X} (MQTT {version.label} §3.2.2)")
     properties = Properties({})
     if is_5 and not (len(body) == _BODY_SIZE_3 and code):
-        properties = _parse_properties_5(packet, code)
+        properties = _parse_properties_5(packet, code, lenient=lenient)
     return Connack(
         session_present=session_present,
         code=code,
@@ -121,8 +130,8 @@ def _parse(packet: Packet, version: ProtocolVersion) -> Connack:
     )
 
 
-def _parse_properties_5(packet: Packet, code: int) -> Properties:
-    if not packet.minimal_length:
+def _parse_properties_5(packet: Packet, code: int, *, lenient: bool) -> Properties:
+    if not packet.minimal_length and not lenient:
         raise malformed("CONNACK with a Remaining Length in more bytes than it needs (MQTT 5.0 §1.5.5)")
     if 0 < code < _FIRST_REFUSAL:
         raise protocol_error(f"CONNACK with reason code 0x{code:02X}, neither success nor refusal (MQTT 5.0 §3.2.2.2)")
@@ -152,16 +161,32 @@ def disconnect(code: int, reason_string: str = "") -> bytes:
     return _packet(PacketType.DISCONNECT, bytes((code,)) if code else b"")
 
 
-def connack_for_device(packet: Packet) -> bytes:
+def connack_without_session(packet: Packet) -> bytes:
+    """Return a CONNACK with Session Present cleared, all else byte for byte."""
+    return _packet(PacketType.CONNACK, b"\0" + packet.body[1:])
+
+
+def connack_for_device(
+    packet: Packet, *, hide_session: bool = False, maximum_packet_size: int | None = None, assigned: str | None = None
+) -> bytes:
     """Return a CONNACK of MQTT 5.0 that `parse_connack` has read, without its Server Reference (§3.2.2.3.16).
 
     A device that followed the reference would connect to that server without the gateway, in plain text.
+    `hide_session` clears Session Present; `maximum_packet_size` in bytes and `assigned`, a Client Identifier, set these
+    properties (§3.2.2.3.6, §3.2.2.3.7), None leaves them as they are.
     """
     properties = packet.body[_BODY_SIZE_3:]
     if not properties:
         return packet.raw
-    kept = replace_string_property(properties, PropertyId.SERVER_REFERENCE, None)
-    return packet.raw if kept == properties else _packet(PacketType.CONNACK, packet.body[:_BODY_SIZE_3] + kept)
+    properties = replace_string_property(properties, PropertyId.SERVER_REFERENCE, None)
+    if maximum_packet_size is not None:
+        size = maximum_packet_size.to_bytes(4, "big")
+        properties = replace_property(properties, PropertyId.MAXIMUM_PACKET_SIZE, size)
+    if assigned is not None:
+        properties = replace_property(properties, PropertyId.ASSIGNED_CLIENT_IDENTIFIER, encode_string(assigned))
+    flags = b"\0" if hide_session else packet.body[:1]
+    body = flags + packet.body[1:_BODY_SIZE_3] + properties
+    return packet.raw if body == packet.body else _packet(PacketType.CONNACK, body)
 
 
 def disconnect_for_device(packet: bytes) -> bytes:

@@ -6,7 +6,7 @@ an unsupported protocol level; `PacketError` for anything else the version does 
 
 from __future__ import annotations
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from gateway.errors import EndReason, PacketError
 from gateway.mqtt.packets import (
@@ -113,6 +113,14 @@ class Connect:
     password: bytes | None = field(repr=False)
     properties: Properties | None
 
+    def without_content(self) -> Connect:
+        """Return a copy without what only the broker needs: identifier, Will, credentials, Authentication Data."""
+        properties = self.properties
+        if properties is not None:
+            data = PropertyId.AUTHENTICATION_DATA
+            properties = Properties({key: value for key, value in properties.values.items() if key != data})
+        return evolve(self, client_identifier="", will=None, username=None, password=None, properties=properties)
+
     @property
     def authentication_method(self) -> str | None:
         """The enhanced authentication method, or None (MQTT 5.0 §3.1.2.11.9)."""
@@ -139,6 +147,8 @@ def parse_connect(packet: Packet) -> Connect:
     version = _VERSIONS.get((name, level))
     if version is None:
         raise UnsupportedVersion(level, f"protocol name {name.decode()} with level {level}")
+    if packet.flags and version is not ProtocolVersion.MQTT_3_1:
+        raise malformed(f"CONNECT with flags 0b{packet.flags:04b} instead of 0b0000 (MQTT {version.label} §2)")
     if version is ProtocolVersion.MQTT_5_0 and not packet.minimal_length:
         raise malformed("CONNECT with a Remaining Length in more bytes than it needs (MQTT 5.0 §1.5.5)")
     flags, offset = decode_integer(body, offset, 1, "flags of CONNECT")

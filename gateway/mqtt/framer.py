@@ -6,6 +6,9 @@ after a fault, `disconnected` after a complete DISCONNECT.
 Bodies are not read: once a fixed header is checked, its body is counted and passed on as it arrives. Only an incomplete
 fixed header is held back, at most four bytes. The result does not depend on how the stream is split. The exception is a
 broker's DISCONNECT, which is read whole and loses its Server Reference.
+
+MQTT 3.1 leaves the flags of most packets unused, so they are ignored there. For 3.1.1 and 5.0 a framer can be lenient:
+deviations that do not affect the framing then pass, for the receiver to decide.
 """
 
 from __future__ import annotations
@@ -64,7 +67,6 @@ _ACKNOWLEDGEMENTS = {PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBREL, Pa
 _WITH_QOS_1_FLAGS = {PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE}
 _NO_LIMIT = MAX_REMAINING_LENGTH
 
-_DISCONNECT_BYTE = PacketType.DISCONNECT << 4
 _SMALLEST_LIMIT = 256
 # A broker's DISCONNECT is read whole; what is longer loses its properties.
 _LONGEST_DISCONNECT = 65_536
@@ -101,7 +103,9 @@ def _cite(version: ProtocolVersion, rule: str) -> str:
     return f"MQTT {version.label} {_SECTIONS[version][rule]}"
 
 
-def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> tuple[ReasonCode, str] | None:
+def _first_byte_fault(
+    sender: Sender, version: ProtocolVersion, first: int, *, lenient: bool
+) -> tuple[ReasonCode, str] | None:
     """Return the fault of a first byte (type and flags), or None (MQTT 3.1.1 §2.2, MQTT 5.0 §2.1)."""
     number, flags = first >> 4, first & 0x0F
     is_5 = version is ProtocolVersion.MQTT_5_0
@@ -119,20 +123,24 @@ def _first_byte_fault(sender: Sender, version: ProtocolVersion, first: int) -> t
         if qos == 3:
             return ReasonCode.MALFORMED_PACKET, f"PUBLISH with QoS 3 ({_cite(version, 'QoS')})"
         # MQTT 3.1 does not forbid DUP with QoS 0.
-        if duplicate and qos == 0 and version is not ProtocolVersion.MQTT_3_1:
+        if duplicate and qos == 0 and not lenient:
             return ReasonCode.MALFORMED_PACKET, f"PUBLISH with DUP and QoS 0 ({_cite(version, 'DUP')})"
         return None
     wanted = 0b0010 if packet_type in _WITH_QOS_1_FLAGS else 0b0000
-    # In MQTT 3.1 these three carry a real QoS, 1, and DUP when they are sent again; RETAIN is "not used".
-    looked_at = 0b0110 if version is ProtocolVersion.MQTT_3_1 and packet_type in _WITH_QOS_1_FLAGS else 0b1111
-    if flags & looked_at != wanted:
+    # In MQTT 3.1 most packets do not use them, and devices set some.
+    if flags != wanted and not lenient:
         detail = f"{name} with flags 0b{flags:04b} instead of 0b{wanted:04b} ({_cite(version, 'flags')})"
         return ReasonCode.MALFORMED_PACKET, detail
     return None
 
 
-def _length_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
-    """Return the shortest and longest Remaining Length of a well-formed packet (MQTT 3.1.1 §3, MQTT 5.0 §3)."""
+def _length_limits(version: ProtocolVersion, first: int, *, lenient: bool) -> tuple[int, int]:
+    """Return the shortest and longest Remaining Length of a packet that may pass (MQTT 3.1.1 §3, MQTT 5.0 §3)."""
+    shortest, longest = _standard_limits(version, first)
+    return shortest, _NO_LIMIT if lenient else longest
+
+
+def _standard_limits(version: ProtocolVersion, first: int) -> tuple[int, int]:
     packet_type = PacketType(first >> 4)
     is_5 = version is ProtocolVersion.MQTT_5_0
     # The Property Length takes at least one byte.
@@ -176,24 +184,25 @@ class _Rules:
     high: tuple[int, ...]
 
 
-def _build_rules(sender: Sender, version: ProtocolVersion) -> _Rules:
+def _build_rules(sender: Sender, version: ProtocolVersion, lenient: bool) -> _Rules:
     limits: list[tuple[int, int] | None] = [None] * 256
     low, high = [_CLOSER_LOOK] * 256, [0] * 256
     for first in range(256):
-        if _first_byte_fault(sender, version, first) is None:
-            limits[first] = shortest, longest = _length_limits(version, first)
-            if first != _DISCONNECT_BYTE:
+        ignores_flags = lenient or version is ProtocolVersion.MQTT_3_1
+        if _first_byte_fault(sender, version, first, lenient=ignores_flags) is None:
+            limits[first] = shortest, longest = _length_limits(version, first, lenient=lenient)
+            if first >> 4 != PacketType.DISCONNECT:
                 low[first], high[first] = shortest, min(longest, _ONE_BYTE_MAX)
     return _Rules(tuple(limits), tuple(low), tuple(high))
 
 
-_RULES = {(sender, version): _build_rules(sender, version) for sender, version in product(Sender, ProtocolVersion)}
+_RULES = {key: _build_rules(*key) for key in product(Sender, ProtocolVersion, (False, True))}
 
 
 @cache
-def _tables(sender: Sender, version: ProtocolVersion) -> bytes:
+def _tables(sender: Sender, version: ProtocolVersion, lenient: bool) -> bytes:
     """Give the shortest and the longest Remaining Length for each first byte; nothing is known of bodies."""
-    rules = _RULES[sender, version]
+    rules = _RULES[sender, version, lenient]
     return bytes(min(low, _NEVER) for low in rules.low) + bytes(rules.high) + bytes(512)
 
 
@@ -208,6 +217,7 @@ class Framer:
     """Passes on the bytes of one direction while they are well-framed MQTT.
 
     `max_packet_size` is the largest packet in bytes, fixed header included (MQTT 5.0 §3.1.2.11.4), at least 256.
+    `lenient` lets unused flags, DUP with QoS 0, longer packets than the version defines, and padded lengths pass.
 
     `packets` counts the accepted fixed headers. The first fault sets `error`, a complete DISCONNECT sets
     `disconnected`; nothing passes after either. `disconnect_code` is the reason code of a 5.0 DISCONNECT, known from
@@ -220,6 +230,7 @@ class Framer:
         "_disconnecting",
         "_held",
         "_high",
+        "_lenient",
         "_limits",
         "_low",
         "_sender",
@@ -233,13 +244,16 @@ class Framer:
         "packets",
     )
 
-    def __init__(self, sender: Sender, version: ProtocolVersion, max_packet_size: int) -> None:
+    def __init__(
+        self, sender: Sender, version: ProtocolVersion, max_packet_size: int, *, lenient: bool = False
+    ) -> None:
         if max_packet_size < _SMALLEST_LIMIT:
             raise ValueError(f"max_packet_size is {max_packet_size}; it must be at least {_SMALLEST_LIMIT} bytes")
         self._sender = sender
         self._version = version
+        self._lenient = lenient
         self.max_packet_size = max_packet_size
-        rules = _RULES[sender, version]
+        rules = _RULES[sender, version, lenient]
         self._limits = rules.limits
         self._low = rules.low
         self._high = rules.high
@@ -266,7 +280,7 @@ class Framer:
     @property
     def tables(self) -> bytes:
         """What the compiled core needs to know (`struct rules` in gateway/relay/_core.c): four tables of 256 bytes."""
-        return _tables(self._sender, self._version)
+        return _tables(self._sender, self._version, self._lenient)
 
     def lend(self) -> tuple[int, bytes] | None:
         """Give where the stream stands: body bytes still to come, and bytes held.  None if only Python can go on."""
@@ -279,6 +293,11 @@ class Framer:
         self._skip = skip
         self._held = held
         self._special = bool(held)
+
+    @property
+    def remaining(self) -> int:
+        """How many bytes of the packet being passed on are still to come; a broker's DISCONNECT passes whole."""
+        return 0 if self._disconnecting else self._skip
 
     def feed(self, data: bytes) -> bytes:
         """Return the bytes that may pass: usually `data` itself, not a copy.
@@ -366,11 +385,10 @@ class Framer:
         if (
             not shortest <= length <= longest
             or end - position > self.max_packet_size
-            # Only 5.0 forbids padded lengths, and old firmware sends them.
-            or (self._version is ProtocolVersion.MQTT_5_0 and not is_minimal(length, length_size))
+            or (self._forbids_padding and not is_minimal(length, length_size))
         ):
             return self._fail(first, length, length_size)
-        if first == _DISCONNECT_BYTE:
+        if first >> 4 == PacketType.DISCONNECT:
             self._special = self._disconnecting = True
             self._disconnect_at = position
             if length and body < len(data):
@@ -379,6 +397,11 @@ class Framer:
                 # No reason code means normal disconnection (MQTT 5.0 §3.14.2.1).
                 self.disconnect_code = ReasonCode.SUCCESS
         return end
+
+    @property
+    def _forbids_padding(self) -> bool:
+        """Whether a Remaining Length must use the fewest bytes: only 5.0 says so, and old firmware does not."""
+        return self._version is ProtocolVersion.MQTT_5_0 and not self._lenient
 
     def _pass_disconnect(self, data: bytes, end: int) -> bytes:
         """Pass a DISCONNECT that ends at `end`, possibly beyond `data`, and nothing after it.
@@ -415,8 +438,9 @@ class Framer:
         self._special = True
 
     def _explain(self, first: int, length: int | None, length_size: int) -> tuple[ReasonCode, str]:
-        version = self._version
-        fault = _first_byte_fault(self._sender, version, first)
+        version, lenient = self._version, self._lenient
+        ignores_flags = lenient or version is ProtocolVersion.MQTT_3_1
+        fault = _first_byte_fault(self._sender, version, first, lenient=ignores_flags)
         if fault is not None:
             return fault
         packet_type = PacketType(first >> 4)
@@ -424,10 +448,10 @@ class Framer:
         if length is None:
             detail = f"{name} with a Remaining Length of more than four bytes ({_cite(version, 'length')})"
             return ReasonCode.MALFORMED_PACKET, detail
-        if version is ProtocolVersion.MQTT_5_0 and not is_minimal(length, length_size):
+        if self._forbids_padding and not is_minimal(length, length_size):
             detail = f"{name} with Remaining Length {length} in {length_size} bytes ({_cite(version, 'length')})"
             return ReasonCode.MALFORMED_PACKET, detail
-        shortest, longest = _length_limits(version, first)
+        shortest, longest = _length_limits(version, first, lenient=lenient)
         if not shortest <= length <= longest:
             wanted = f"instead of {longest}" if shortest == longest else f"where at least {shortest} is needed"
             detail = f"{name} with Remaining Length {length} {wanted} (MQTT {version.label} §3.{packet_type.value})"

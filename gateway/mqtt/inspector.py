@@ -3,8 +3,11 @@
 In: the bytes of one direction after CONNACK, split anywhere, and the session's rule.  Out: the bytes to pass on;
 `error` when the peer violates MQTT or its rule, `disconnected` after a complete DISCONNECT.
 
-An inspector replaces a framer and contains one, so the checks of the fast path apply here too. Packets of other types
-pass as they arrive. A packet that is read whole is held until it is complete, at most `max_packet_size` bytes.
+An inspector replaces a framer and contains one, so the checks of the fast path apply here too. What it reads is held
+until it is complete: of a PUBLISH the head, never the payload. Packets of other types pass.
+
+Reading costs time, so there are limits on sizes and numbers of elements. A device that exceeds one is disconnected;
+what a broker sends beyond them passes unread, as does what cannot be read.
 
 A device that violates its rule is disconnected: closing the connection is understood in every version of MQTT. No
 acknowledgement between device and broker is written or held back, so QoS stays end to end.
@@ -21,14 +24,27 @@ from attrs import frozen
 
 from gateway.errors import EndReason, PacketError
 from gateway.mqtt.framer import Framer, Sender
-from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, decode_integer, decode_remaining_length
+from gateway.mqtt.packets import (
+    PacketType,
+    ProtocolVersion,
+    ReasonCode,
+    decode_integer,
+    decode_remaining_length,
+    too_large,
+)
 from gateway.mqtt.relayed import (
+    LARGEST_HEAD,
+    Delivery,
     Publish,
     Subscribe,
+    head_size,
     lower_qos,
+    read_delivery,
     read_publish,
     read_subscribe,
     read_unsubscribe,
+    topic_size,
+    without_prefixes,
     write_packet,
     write_publish,
     write_subscribe,
@@ -37,13 +53,9 @@ from gateway.mqtt.topics import TopicFilters, add_prefix, check_filter, remove_p
 from gateway.text import printable
 
 _RETAIN_BIT = 0b0001
-_PINGRESP_BYTE = PacketType.PINGRESP << 4
-# 3.1.1 fixes the flags of these packets at QoS 1; 3.1 gives them other uses (MQTT 3.1.1 §2.2.2).
-_FIXED_FIRST_BYTES = {
-    packet_type: packet_type << 4 | 0b0010
-    for packet_type in (PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE)
-}
-_HELD_FROM_DEVICE = frozenset({PacketType.PUBLISH, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE})
+_WITH_QOS_1_FLAGS = frozenset({PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE})
+# Up to this size, in bytes, a device's packets are held until they are complete.
+_HELD_WHOLE = 4096
 _MOST = 2
 _SHOWN_TOPIC = 128  # characters
 
@@ -65,16 +77,23 @@ class TopicRules:
     subscribe_prefix: str = ""
 
     @property
+    def inspected(self) -> frozenset[PacketType]:
+        """The types of the device's packets that must be inspected."""
+        types: set[PacketType] = set()
+        lowers_qos = self.max_qos < _MOST
+        has_prefix = self.publish_prefix or self.subscribe_prefix
+        if self.publish is not None or lowers_qos or self.strip_retain or self.refuse_retain or has_prefix:
+            types.add(PacketType.PUBLISH)
+        if self.subscribe is not None or lowers_qos or self.subscribe_prefix:
+            types.add(PacketType.SUBSCRIBE)
+        if self.subscribe_prefix:
+            types.add(PacketType.UNSUBSCRIBE)
+        return frozenset(types)
+
+    @property
     def concern_device(self) -> bool:
         """Whether packets from the device must be inspected."""
-        return (
-            self.publish is not None
-            or self.subscribe is not None
-            or self.max_qos < _MOST
-            or self.strip_retain
-            or self.refuse_retain
-            or self.concern_broker
-        )
+        return bool(self.inspected)
 
     @property
     def concern_broker(self) -> bool:
@@ -123,37 +142,45 @@ def may_receive(rules: TopicRules, topic: str) -> bool:
     return rules.subscribe is None or rules.subscribe.permits_name(topic)
 
 
-def at_device(rules: TopicRules, message: Publish) -> tuple[str, str | None]:
-    """Return the Topic Name and the Response Topic that a message of the broker has at the device.
-
-    A topic outside the prefix stays as it is. A Response Topic outside the prefix is removed, since the device's answer
-    would get the prefix and go elsewhere.
-    """
-    topic = message.topic
-    if topic and rules.subscribe_prefix:
-        topic = remove_prefix(topic, rules.subscribe_prefix) or topic
-    answer = message.response_topic
-    if answer is not None and rules.publish_prefix and not answer.startswith("$"):
-        answer = remove_prefix(answer, rules.publish_prefix)
-    return topic, answer
-
-
 class _Cutter:
-    """Splits what a framer passes into packets; held types go whole to `_whole`, others pass as they arrive."""
+    """Splits what a framer passes into packets: inspected ones go to `_judge`, others pass.
 
-    __slots__ = ("_framer", "_held", "_held_types", "_passing", "_waiting", "error", "packets")
+    If `whole` is set, packets of at most `_HELD_WHOLE` bytes wait until they are complete, so that the gateway can
+    insert a packet of its own at almost any time. Of a longer PUBLISH, the head is held and the payload passes.
+    """
 
-    def __init__(self, framer: Framer, held_types: frozenset[PacketType]) -> None:
+    __slots__ = (
+        "_count",
+        "_dropping",
+        "_framer",
+        "_held",
+        "_inspected",
+        "_need",
+        "_passing",
+        "_size",
+        "_whole",
+        "error",
+    )
+
+    def __init__(self, framer: Framer, inspected: frozenset[PacketType], *, whole: bool) -> None:
         self._framer = framer
-        self._held_types = held_types
-        # An incomplete held packet, fixed header included, and how many of its bytes are missing.
+        self._inspected = inspected
+        self._whole = whole
+        # The beginning of a packet that is held, how many bytes of it are needed, and its size, fixed header included.
         self._held = bytearray()
-        self._waiting = 0
-        # Remaining bytes of a packet that passes as it arrives.
+        self._need = 0
+        self._size = 0
+        # Remaining bytes of a packet that passes as it arrives, or is dropped.
         self._passing = 0
-        # As `Framer.packets`; the framer inside may be ahead.
-        self.packets = 0
+        self._dropping = False
+        # The framer inside may be ahead.
+        self._count = 0
         self.error: PacketError | None = None
+
+    @property
+    def packets(self) -> int:
+        """As `Framer.packets`."""
+        return self._count
 
     @property
     def disconnected(self) -> bool:
@@ -168,7 +195,12 @@ class _Cutter:
     @property
     def at_boundary(self) -> bool:
         """Whether the bytes passed on end with a whole packet; held bytes do not count."""
-        return not self._passing
+        return not self._passing or self._dropping
+
+    @property
+    def withholds(self) -> bool:
+        """Whether the beginning of a packet is held back."""
+        return bool(self._held)
 
     def feed(self, data: bytes) -> bytes:
         """As `Framer.feed`: return the bytes to pass on.  Never raises for what a peer sent."""
@@ -178,45 +210,98 @@ class _Cutter:
         data = self._framer.feed(data)
         passed: list[bytes] = []
         offset, size = 0, len(data)
-        while offset < size and self.error is None:
-            if self._passing:
-                end = min(offset + self._passing, size)
-                passed.append(data[offset:end])
-                self._passing -= end - offset
-                offset = end
-            elif self._waiting:
-                end = min(offset + self._waiting, size)
-                self._held += data[offset:end]
-                self._waiting -= end - offset
-                offset = end
-                if not self._waiting:
-                    packet, self._held = bytes(self._held), bytearray()
-                    passed.append(self._judge(packet))
-            else:
-                self._begin(data, offset)
-        if self.error is None:
+        try:
+            while offset < size:
+                if self._passing:
+                    offset = self._pass(data, offset, passed)
+                elif self._held:
+                    offset = self._collect(data, offset, passed)
+                else:
+                    offset = self._begin(data, offset, passed)
+        except PacketError as error:
+            self.error = error
+        else:
             self.error = self._framer.error
         return b"".join(passed)
 
-    def _begin(self, data: bytes, offset: int) -> None:
+    def _pass(self, data: bytes, offset: int, passed: list[bytes]) -> int:
+        end = min(offset + self._passing, len(data))
+        if not self._dropping:
+            passed.append(data[offset:end])
+        self._passing -= end - offset
+        if not self._passing and self._dropping:
+            self._dropping = False
+            self._dropped()
+        return end
+
+    def _begin(self, data: bytes, offset: int, passed: list[bytes]) -> int:
         length, length_size = decode_remaining_length(data, offset + 1) or (0, 1)
-        size = 1 + length_size + length
-        self.packets += 1
-        if PacketType(data[offset] >> 4) in self._held_types:
-            self._waiting = size
-        else:
+        self._size = size = 1 + length_size + length
+        self._count += 1
+        first = data[offset]
+        end = min(offset + size, len(data))
+        packet_type = PacketType(first >> 4)
+        if self._drops(packet_type):
+            self._passing, self._dropping = size, True
+            return offset
+        if self._whole and size <= _HELD_WHOLE:
+            self._need = size
+        elif packet_type not in self._inspected:
             self._passing = size
+            return offset
+        else:
+            self._need = self._needed(packet_type, data, offset, size)
+        if end - offset >= self._need:
+            self._finish(data[offset:end], passed)
+        else:
+            self._held += data[offset:end]
+        return end
 
-    def _judge(self, packet: bytes) -> bytes:
-        _, length_size = decode_remaining_length(packet, 1) or (0, 1)
-        try:
-            return self._whole(packet, packet[0], packet[1 + length_size :])
-        except PacketError as error:
-            self.error = error
-        return b""
+    def _collect(self, data: bytes, offset: int, passed: list[bytes]) -> int:
+        end = min(offset + self._need - len(self._held), len(data))
+        self._held += data[offset:end]
+        if len(self._held) == self._need and self._need < self._size:
+            self._need = self._needed(PacketType(self._held[0] >> 4), self._held, 0, self._size)
+        if len(self._held) == self._need:
+            packet, self._held = bytes(self._held), bytearray()
+            self._finish(packet, passed)
+        return end
 
-    def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
-        """Return the bytes to pass on for a whole packet.  Raises PacketError."""
+    def _finish(self, packet: bytes, passed: list[bytes]) -> None:
+        missing = self._size - len(packet)
+        if PacketType(packet[0] >> 4) in self._inspected:
+            packet = self._judge(packet, missing)
+        passed.append(packet)
+        self._passing = missing
+        if self._dropping and not missing:
+            self._dropping = False
+            self._dropped()
+
+    def _needed(self, packet_type: PacketType, data: bytes | bytearray, offset: int, size: int) -> int:
+        """Return how many bytes of the packet at `offset` of `data` are needed to judge it, as far as known."""
+        if packet_type is not PacketType.PUBLISH:
+            return size
+        _, length_size = decode_remaining_length(data, offset + 1) or (0, 1)
+        header = 1 + length_size
+        return min(header + self._head_size(data[offset], data, offset + header), size)
+
+    def _drops(self, packet_type: PacketType) -> bool:
+        """Whether a packet that begins must not be passed on."""
+        del packet_type
+        return False
+
+    def _dropped(self) -> None:
+        """Called after the last byte of a packet that was not passed on."""
+
+    def _head_size(self, first: int, data: bytes | bytearray, start: int) -> int:
+        """Return how many bytes of a PUBLISH's body are needed to judge it, as far as known.  Raises PacketError."""
+        raise NotImplementedError
+
+    def _judge(self, packet: bytes, missing: int) -> bytes:
+        """Return the bytes to pass on for a packet of which `missing` bytes follow later.  Raises PacketError.
+
+        With `_dropping` set, what follows is not passed on either.
+        """
         raise NotImplementedError
 
 
@@ -224,35 +309,60 @@ class DeviceInspector(_Cutter):
     """Checks and rewrites what a device sends.
 
     `version` is the device's. `upgraded` tells that the broker was sent a 3.1.1 CONNECT instead, so the stricter flags
-    of 3.1.1 apply. `max_packet_size` is in bytes, fixed header included, and also limits rewritten packets.
+    of 3.1.1 apply. `max_packet_size` is in bytes, fixed header included; `largest_at_broker` is the same for packets
+    that rules made longer. `lenient` is as for `Framer`.
     """
 
-    __slots__ = ("_max_packet_size", "_rules", "_upgraded", "_version")
+    __slots__ = ("_largest_at_broker", "_lenient", "_rules", "_upgraded", "_version")
 
     def __init__(
-        self, rules: TopicRules, version: ProtocolVersion, max_packet_size: int, *, upgraded: bool = False
+        self,
+        rules: TopicRules,
+        version: ProtocolVersion,
+        max_packet_size: int,
+        *,
+        upgraded: bool = False,
+        lenient: bool = False,
+        largest_at_broker: int | None = None,
     ) -> None:
-        held = _HELD_FROM_DEVICE | ({PacketType.PUBREL} if upgraded else set())
-        super().__init__(Framer(Sender.DEVICE, version, max_packet_size), held)
+        super().__init__(
+            Framer(Sender.DEVICE, version, max_packet_size, lenient=lenient),
+            frozenset(PacketType) if upgraded else rules.inspected,
+            whole=True,
+        )
         self._rules = rules
         self._version = version
-        self._max_packet_size = max_packet_size
+        self._largest_at_broker = min(max_packet_size, largest_at_broker or max_packet_size)
         self._upgraded = upgraded
+        self._lenient = lenient
 
-    def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
+    def _head_size(self, first: int, data: bytes | bytearray, start: int) -> int:
+        size = head_size(self._version, first, data, start)
+        if size > LARGEST_HEAD:
+            raise too_large(f"PUBLISH with {size} bytes before its payload, above the limit of {LARGEST_HEAD}")
+        return size
+
+    def _needed(self, packet_type: PacketType, data: bytes | bytearray, offset: int, size: int) -> int:
+        if packet_type is not PacketType.PUBLISH and size > LARGEST_HEAD:
+            raise too_large(f"{packet_type.name} of {size} bytes, above the limit of {LARGEST_HEAD} where it is read")
+        return super()._needed(packet_type, data, offset, size)
+
+    def _judge(self, packet: bytes, missing: int) -> bytes:
+        _, length_size = decode_remaining_length(packet, 1) or (0, 1)
+        first, body = packet[0], packet[1 + length_size :]
         packet_type = PacketType(first >> 4)
         if packet_type is PacketType.PUBLISH:
-            return self._publish(packet, first, body)
+            return self._publish(packet, first, body, missing)
         if self._upgraded:
-            first = _FIXED_FIRST_BYTES[packet_type]
+            first = packet_type << 4 | (0b0010 if packet_type in _WITH_QOS_1_FLAGS else 0)
             packet = bytes((first,)) + packet[1:]
         if packet_type is PacketType.SUBSCRIBE:
-            return self._subscribe(packet, first, read_subscribe(self._version, body))
+            return self._subscribe(packet, first, read_subscribe(self._version, body, lenient=self._lenient))
         if packet_type is PacketType.UNSUBSCRIBE:
             return self._unsubscribe(packet, first, read_unsubscribe(self._version, body))
         return packet
 
-    def _publish(self, packet: bytes, first: int, body: bytes) -> bytes:
+    def _publish(self, packet: bytes, first: int, body: bytes, missing: int) -> bytes:
         rules = self._rules
         message = read_publish(self._version, first, body)
         refused = judge_publish(rules, message)
@@ -265,7 +375,7 @@ class DeviceInspector(_Cutter):
         topic, answer = at_broker(rules, message)
         if (topic, answer) == (message.topic, message.response_topic):
             return packet if first == packet[0] else bytes((first,)) + packet[1:]
-        return self._fit(lambda: write_publish(self._version, first, body, topic, answer), "PUBLISH")
+        return self._fit(lambda: write_publish(self._version, first, body, missing, topic, answer), "PUBLISH", missing)
 
     def _subscribe(self, packet: bytes, first: int, wanted: Subscribe) -> bytes:
         rules = self._rules
@@ -287,14 +397,14 @@ class DeviceInspector(_Cutter):
             return packet
         return self._fit(lambda: write_subscribe(first, Subscribe(wanted.head, filters)), "UNSUBSCRIBE")
 
-    def _fit(self, write: Callable[[], bytes], name: str) -> bytes:
+    def _fit(self, write: Callable[[], bytes], name: str, missing: int = 0) -> bytes:
         try:
             packet = write()
         except ValueError as error:
-            raise PacketError(EndReason.PACKET_TOO_LARGE, ReasonCode.PACKET_TOO_LARGE, f"{name}: {error}") from None
-        if len(packet) > self._max_packet_size:
-            detail = f"{name} of {len(packet)} bytes with its prefix, above the limit of {self._max_packet_size}"
-            raise PacketError(EndReason.PACKET_TOO_LARGE, ReasonCode.PACKET_TOO_LARGE, detail)
+            raise too_large(f"{name}: {error}") from None
+        size = len(packet) + missing
+        if size > self._largest_at_broker:
+            raise too_large(f"{name} of {size} bytes with its prefix, above the limit of {self._largest_at_broker}")
         return packet
 
 
@@ -303,26 +413,60 @@ class BrokerInspector(_Cutter):
 
     That is messages that its rule does not permit, and PINGRESPs to the gateway's own PINGREQs.  `version` is the
     device's. `pings` counts the gateway's unanswered PINGREQs. `withheld` counts messages that the device did not get;
-    `take_owed` returns the acknowledgements for them.
+    `take_owed` returns the acknowledgements for them. While there is nothing to remove or withhold, bytes only pass
+    through the framer.
+
+    Topics are compared as bytes, valid or not, as they pass on the fast path.
     """
 
-    __slots__ = ("_aliases", "_incomplete", "_owed", "_rules", "_version", "pings", "withheld")
+    __slots__ = (
+        "_aliases",
+        "_answer_prefix",
+        "_cutting",
+        "_incomplete",
+        "_owed",
+        "_rules",
+        "_topic_prefix",
+        "_unacknowledged",
+        "_version",
+        "pings",
+        "withheld",
+    )
 
-    def __init__(self, rules: TopicRules, version: ProtocolVersion, max_packet_size: int) -> None:
-        held = {PacketType.PINGRESP}
-        if rules.concern_broker:
-            held |= {PacketType.PUBLISH, PacketType.PUBREL}
-        super().__init__(Framer(Sender.BROKER, version, max_packet_size), frozenset(held))
+    def __init__(
+        self, rules: TopicRules, version: ProtocolVersion, max_packet_size: int, *, lenient: bool = False
+    ) -> None:
+        inspected = {PacketType.PUBLISH, PacketType.PUBREL} if rules.concern_broker else set()
+        super().__init__(
+            Framer(Sender.BROKER, version, max_packet_size, lenient=lenient), frozenset(inspected), whole=False
+        )
         self._rules = rules
+        self._topic_prefix = rules.subscribe_prefix.encode()
+        self._answer_prefix = rules.publish_prefix.encode()
         self._version = version
+        self._cutting = rules.concern_broker
         # Whether the topic that each Topic Alias stands for may be received (MQTT 5.0 §3.3.2.3.4).
         self._aliases: dict[int, bool] = {}
         # Withheld messages of QoS 2 whose PUBREL is still to come.
         self._incomplete: set[int] = set()
         # By Packet Identifier, so that a broker that does not read cannot make it grow without limit.
         self._owed: dict[int, bytes] = {}
+        # The message being withheld, if it must be acknowledged.
+        self._unacknowledged: Delivery | None = None
         self.pings = 0
         self.withheld = 0
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether the bytes passed on end with a whole packet; held bytes do not count."""
+        return super().at_boundary if self._cutting else self._framer.at_boundary
+
+    def expect_answer(self) -> None:
+        """Count a PINGREQ of the gateway."""
+        self.pings += 1
+        if not self._cutting:
+            self._cutting = True
+            self._passing = self._framer.remaining
 
     def take_owed(self) -> bytes:
         """Return the acknowledgements that the broker is still to get, and forget them."""
@@ -330,27 +474,46 @@ class BrokerInspector(_Cutter):
         self._owed.clear()
         return owed
 
-    def _whole(self, packet: bytes, first: int, body: bytes) -> bytes:
-        if first == _PINGRESP_BYTE:
-            if self.pings:
-                self.pings -= 1
-                return b""
-            return packet
+    def feed(self, data: bytes) -> bytes:
+        """As `Framer.feed`."""
+        if not self._cutting:
+            passed = self._framer.feed(data)
+            self.error = self._framer.error
+            self._count = self._framer.packets
+            return passed
+        passed = super().feed(data)
+        self._cutting = bool(self._inspected or self.pings or self._dropping)
+        return passed
+
+    def _drops(self, packet_type: PacketType) -> bool:
+        if packet_type is not PacketType.PINGRESP or not self.pings:
+            return False
+        self.pings -= 1
+        return True
+
+    def _head_size(self, first: int, data: bytes | bytearray, start: int) -> int:
+        size = head_size(self._version, first, data, start)
+        # The broker cannot be told to send fewer properties, so these pass unread.
+        return size if size <= LARGEST_HEAD else topic_size(first, data, start)
+
+    def _judge(self, packet: bytes, missing: int) -> bytes:
+        _, length_size = decode_remaining_length(packet, 1) or (0, 1)
+        first, body = packet[0], packet[1 + length_size :]
         try:
             if PacketType(first >> 4) is PacketType.PUBREL:
                 return self._release(packet, body)
-            message = read_publish(self._version, first, body)
-            if not self._may_receive(message):
-                self._withhold(message)
-                return b""
-            topic, answer = at_device(self._rules, message)
-            if (topic, answer) == (message.topic, message.response_topic):
-                return packet
-            return write_publish(self._version, first, body, topic, answer)
+            message = read_delivery(self._version, first, body)
         except PacketError as error:
             raise PacketError(EndReason.UPSTREAM_PROTOCOL_ERROR, error.reason_code, error.detail) from None
+        if not self._may_receive(message):
+            self.withheld += 1
+            self._dropping = True
+            self._unacknowledged = message if message.qos else None
+            return b""
+        changed = without_prefixes(self._version, first, body, missing, self._topic_prefix, self._answer_prefix)
+        return packet if changed is None else changed
 
-    def _may_receive(self, message: Publish) -> bool:
+    def _may_receive(self, message: Delivery) -> bool:
         if self._rules.subscribe is None and not self._rules.subscribe_prefix:
             return True
         if not message.topic:
@@ -360,9 +523,9 @@ class BrokerInspector(_Cutter):
             self._aliases[message.alias] = permitted
         return permitted
 
-    def _withhold(self, message: Publish) -> None:
-        self.withheld += 1
-        if not message.qos:
+    def _dropped(self) -> None:
+        message, self._unacknowledged = self._unacknowledged, None
+        if message is None:
             return
         is_5 = self._version is ProtocolVersion.MQTT_5_0
         first = (PacketType.PUBACK if message.qos == 1 else PacketType.PUBREC) << 4

@@ -12,8 +12,18 @@ from gateway.errors import EndReason, PacketError
 MAX_REMAINING_LENGTH = 268_435_455
 """The largest Remaining Length that four bytes can encode (MQTT 5.0 §1.5.5)."""
 
+LARGEST_PACKET = 1 + 4 + MAX_REMAINING_LENGTH
+"""The largest packet that MQTT can carry, in bytes, fixed header included."""
+
 MAX_STRING_BYTES = 65_535
 """The longest string or binary field that a two-byte length can encode (MQTT 5.0 §1.5.4)."""
+
+
+MAX_ELEMENTS = 1_000
+"""How many properties or Topic Filters one packet may have where the gateway reads them.
+
+Each costs about a microsecond, and no packet may take more than 5 ms of the event loop.
+"""
 
 
 class PacketType(IntEnum):
@@ -181,6 +191,11 @@ def is_minimal(value: int, size: int) -> bool:
 def malformed(detail: str) -> PacketError:
     """Return the error for bytes that the MQTT version does not allow (MQTT 5.0 §4.13.1)."""
     return PacketError(EndReason.MALFORMED_PACKET, ReasonCode.MALFORMED_PACKET, detail)
+
+
+def too_large(detail: str) -> PacketError:
+    """Return the error for a packet above a limit (MQTT 5.0 §4.13.1)."""
+    return PacketError(EndReason.PACKET_TOO_LARGE, ReasonCode.PACKET_TOO_LARGE, detail)
 
 
 def protocol_error(detail: str) -> PacketError:

@@ -6,12 +6,14 @@ for what the standard calls malformed or a protocol error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum, IntEnum
 
 from attrs import field, frozen
 
+from gateway.errors import PacketError
 from gateway.mqtt.packets import (
+    MAX_ELEMENTS,
     decode_binary,
     decode_integer,
     decode_remaining_length,
@@ -21,6 +23,7 @@ from gateway.mqtt.packets import (
     is_minimal,
     malformed,
     protocol_error,
+    too_large,
 )
 
 
@@ -106,6 +109,14 @@ _NEVER_ZERO = frozenset(
 )
 
 
+_SIZES = {_Kind.BIT: 1, _Kind.TWO_BYTES: 2, _Kind.FOUR_BYTES: 4}
+_USER_PROPERTY = int(PropertyId.USER_PROPERTY)
+# For finding the end of a property: the size of its value, or the number of fields with a two-byte length.
+_FIXED_SIZES = {int(identifier): _SIZES[kind] for identifier, kind in _KINDS.items() if kind in _SIZES}
+_FIELDS = {int(identifier): 1 for identifier, kind in _KINDS.items() if kind in {_Kind.STRING, _Kind.BINARY}} | {
+    _USER_PROPERTY: 2
+}
+
 _LETTERS = {_Kind.BIT: "1", _Kind.FOUR_BYTES: "4", _Kind.STRING: "s", _Kind.BINARY: "b", _Kind.VARIABLE: "v"}
 
 
@@ -127,13 +138,12 @@ def _names(values: Mapping[int, int | str | bytes]) -> str:
 
 @frozen
 class Properties:
-    """The properties of one packet or Will: values by identifier, and the User Properties in order.
+    """The properties of one packet or Will: values by identifier. User Properties are checked, but not kept.
 
-    Authentication Data and User Properties may be secret, so `repr()` shows identifiers only.
+    Authentication Data may be secret, so `repr()` shows identifiers only.
     """
 
     values: Mapping[int, int | str | bytes] = field(repr=_names)
-    user_properties: tuple[tuple[str, str], ...] = field(default=(), repr=lambda pairs: f"<{len(pairs)}>")
 
     def integer(self, identifier: PropertyId) -> int | None:
         """Return the value of a numeric property, or None if absent."""
@@ -151,7 +161,7 @@ def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where:
 
     `permitted` holds the identifiers that the packet may carry; `where` names the packet in errors ("CONNECT").
     Raises PacketError: malformed (0x81) for properties that cannot be read or are not permitted, protocol error (0x82)
-    for properties that contradict each other or have a forbidden value.
+    for properties that contradict each other or have a forbidden value, packet too large (0x95) above `MAX_ELEMENTS`.
     """
     try:
         decoded = decode_remaining_length(data, offset)
@@ -185,46 +195,98 @@ def replace_string_property(properties: bytes, identifier: PropertyId, value: st
     None removes the property. If it is absent, nothing changes. All others are copied byte for byte.
     Raises ValueError for a value that is too long.
     """
+    found = find_property(properties, identifier)
+    if found is None:
+        return properties
+    return replace_span(properties, *found, b"" if value is None else bytes((identifier,)) + encode_string(value))
+
+
+def replace_property(properties: bytes, identifier: PropertyId, value: bytes) -> bytes:
+    """Return `properties` (validated before, Property Length included) with an encoded value set or added."""
+    end = len(properties)
+    start, end = find_property(properties, identifier) or (end, end)
+    return replace_span(properties, start, end, bytes((identifier,)) + value)
+
+
+def find_property(properties: bytes, identifier: PropertyId) -> tuple[int, int] | None:
+    """Return where a property of `properties` (Property Length included) begins and ends, or None if absent.
+
+    Raises PacketError if the properties cannot be read, or are more than `MAX_ELEMENTS`. Values are not checked.
+    """
+    return next(((start, end) for found, start, end in _spans(properties) if found == identifier), None)
+
+
+def replace_span(properties: bytes, start: int, end: int, new: bytes) -> bytes:
+    """Return `properties` (Property Length included) with `new` in place of the bytes from `start` to `end`."""
     _, length_size = decode_remaining_length(properties, 0) or (0, 0)
-    offset = length_size
-    while offset < len(properties):
-        found, start = properties[offset], offset
+    section = properties[length_size:start] + new + properties[end:]
+    return encode_remaining_length(len(section)) + section
+
+
+def _spans(properties: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield the identifier, start and end of each property."""
+    _, offset = decode_remaining_length(properties, 0) or (0, 0)
+    size, count = len(properties), 0
+    while offset < size:
+        count += 1
+        if count > MAX_ELEMENTS:
+            raise _too_many("the packet")
+        start, identifier = offset, properties[offset]
         offset += 1
-        if found == PropertyId.USER_PROPERTY:
-            for _ in ("key", "value"):
-                _, offset = decode_binary(properties, offset, "User Property")
-            continue
-        _, offset = _parse_value(properties, offset, PropertyId(found), "property")
-        if found == identifier:
-            written = b"" if value is None else bytes((identifier,)) + encode_string(value)
-            section = properties[length_size:start] + written + properties[offset:]
-            return encode_remaining_length(len(section)) + section
-    return properties
+        fields = _FIELDS.get(identifier, 0)
+        if fields:
+            for _ in range(fields):
+                offset += 2 + int.from_bytes(properties[offset : offset + 2], "big")
+        elif identifier in _FIXED_SIZES:
+            offset += _FIXED_SIZES[identifier]
+        elif identifier == PropertyId.SUBSCRIPTION_IDENTIFIER:
+            _, offset = _parse_variable(properties, offset, "property")
+        else:
+            raise malformed(f"unknown property 0x{identifier:02X} (MQTT 5.0 §2.2.2.2)")
+        if offset > size:
+            raise malformed("the bytes end within a property")
+        yield identifier, start, offset
+
+
+def _too_many(where: str) -> PacketError:
+    return too_large(f"{where} has more than {MAX_ELEMENTS} properties")
 
 
 def _parse_section(section: bytes, permitted: frozenset[int], where: str) -> Properties:
     values: dict[int, int | str | bytes] = {}
-    user_properties: list[tuple[str, str]] = []
-    offset = 0
+    offset = count = 0
     while offset < len(section):
+        count += 1
+        if count > MAX_ELEMENTS:
+            raise _too_many(where)
         identifier = section[offset]
         offset += 1
         # Identifiers are Variable Byte Integers, but all defined ones take one byte.
         if identifier not in permitted:
             raise malformed(f"property 0x{identifier:02X} is not allowed in {where} (MQTT 5.0 §2.2.2.2)")
-        what = f"{_name(identifier)} of {where}"
-        if identifier == PropertyId.USER_PROPERTY:
-            key, offset = decode_string(section, offset, what)
-            value, offset = decode_string(section, offset, what)
-            user_properties.append((key, value))
+        if identifier == _USER_PROPERTY:
+            offset = _check_user_property(section, offset, where)
             continue
         # A message that matches several subscriptions carries all their identifiers (MQTT 5.0 §3.3.2.3.8).
         if identifier in values and identifier != PropertyId.SUBSCRIPTION_IDENTIFIER:
             raise protocol_error(f"{where} contains {_name(identifier)} more than once (MQTT 5.0 §2.2.2)")
+        what = f"{_name(identifier)} of {where}"
         values[identifier], offset = _parse_value(section, offset, PropertyId(identifier), what)
     if PropertyId.AUTHENTICATION_DATA in values and PropertyId.AUTHENTICATION_METHOD not in values:
         raise protocol_error(f"{where} contains Authentication Data without a method (MQTT 5.0 §3.1.2.11.10)")
-    return Properties(values, tuple(user_properties))
+    return Properties(values)
+
+
+def _check_user_property(section: bytes, offset: int, where: str) -> int:
+    """Return the offset after a User Property.  Raises PacketError as `decode_string`, which takes twice as long."""
+    for _ in ("name", "value"):
+        start = offset + 2
+        end = start + int.from_bytes(section[offset:start], "big")
+        text = section[start:end]
+        if start > len(section) or end > len(section) or not text.isascii() or b"\0" in text:
+            decode_string(section, offset, f"User Property of {where}")
+        offset = end
+    return offset
 
 
 def _parse_value(section: bytes, offset: int, identifier: PropertyId, what: str) -> tuple[int | str | bytes, int]:
@@ -235,8 +297,7 @@ def _parse_value(section: bytes, offset: int, identifier: PropertyId, what: str)
         return decode_binary(section, offset, what)
     if kind is _Kind.VARIABLE:
         return _parse_variable(section, offset, what)
-    size = {_Kind.BIT: 1, _Kind.TWO_BYTES: 2, _Kind.FOUR_BYTES: 4}[kind]
-    number, offset = decode_integer(section, offset, size, what)
+    number, offset = decode_integer(section, offset, _SIZES[kind], what)
     if kind is _Kind.BIT and number > 1:
         raise protocol_error(f"the {what} is {number}, neither 0 nor 1 (MQTT 5.0 §2.2.2)")
     if number == 0 and identifier in _NEVER_ZERO:

@@ -48,7 +48,10 @@ class Packet:
 
 
 class PacketReader:
-    """Reads whole packets of the permitted types, whose fixed header flags must be zero, from a stream.
+    """Reads whole packets of the permitted types from a stream.
+
+    Their fixed header flags must be zero. `any_flags` accepts others, since MQTT 3.1 does not use them, except QoS 3,
+    so that a TLS ClientHello is still recognised by its first byte.
 
     `max_size` is the largest packet in bytes, fixed header included (MQTT 5.0 §3.1.2.11.4). `unexpected` is the reason
     for an unexpected first byte: NOT_MQTT, PROTOCOL_ERROR or UPSTREAM_PROTOCOL_ERROR.
@@ -56,8 +59,11 @@ class PacketReader:
 
     __slots__ = ("_buffer", "_first_bytes", "_max_size", "_unexpected")
 
-    def __init__(self, permitted: frozenset[PacketType], max_size: int, unexpected: EndReason) -> None:
-        self._first_bytes = {packet_type << 4: packet_type for packet_type in permitted}
+    def __init__(
+        self, permitted: frozenset[PacketType], max_size: int, unexpected: EndReason, *, any_flags: bool = False
+    ) -> None:
+        flags = [low for low in range(16) if low & 0b0110 != 0b0110] if any_flags else [0]
+        self._first_bytes = {packet_type << 4 | low: packet_type for packet_type in permitted for low in flags}
         self._max_size = max_size
         self._unexpected = unexpected
         self._buffer = bytearray()
@@ -121,7 +127,7 @@ class PacketReader:
 
     def _unexpected_first_byte(self) -> PacketError:
         first = self._buffer[0]
-        wanted = " or ".join(sorted(packet_type.name for packet_type in self._first_bytes.values()))
+        wanted = " or ".join(sorted({packet_type.name for packet_type in self._first_bytes.values()}))
         packet_type, flags = first >> 4, first & 0x0F
         if packet_type == 0:
             reason, code, seen = self._unexpected, ReasonCode.MALFORMED_PACKET, "of the reserved type 0"

@@ -29,10 +29,11 @@ from gateway.mqtt.packets import (
     PacketType,
     ProtocolVersion,
     decode_binary,
+    decode_remaining_length,
     encode_remaining_length,
     encode_string,
 )
-from gateway.mqtt.properties import PropertyId, end_of_properties, replace_string_property
+from gateway.mqtt.properties import PropertyId, end_of_properties, replace_property, replace_string_property
 from gateway.mqtt.reader import Packet
 
 _PROTOCOL_NAMES = {
@@ -122,6 +123,17 @@ def rewrite_connect(packet: Packet, connect: Connect, changes: ConnectChanges, m
     if len(rewritten) > max_size:
         raise ValueError(f"the rewritten CONNECT has {len(rewritten)} bytes, above the limit of {max_size}")
     return rewritten
+
+
+def announce_packet_size(connect: bytes, limit: int) -> bytes:
+    """Return a 5.0 CONNECT with a Maximum Packet Size of `limit` bytes (MQTT 5.0 §3.1.2.11.4)."""
+    _, length_size = decode_remaining_length(connect, 1) or (0, 1)
+    body = connect[1 + length_size :]
+    start = 2 + len(_PROTOCOL_NAMES[ProtocolVersion.MQTT_5_0]) + 4  # level, flags, Keep Alive
+    end = end_of_properties(body, start)
+    properties = replace_property(body[start:end], PropertyId.MAXIMUM_PACKET_SIZE, limit.to_bytes(4, "big"))
+    body = body[:start] + properties + body[end:]
+    return connect[:1] + encode_remaining_length(len(body)) + body
 
 
 def _says_the_same(connect: Connect, changes: ConnectChanges) -> bool:

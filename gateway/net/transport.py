@@ -92,6 +92,7 @@ class SendsAtOnce(tcp.Connection):
     Twisted asks for writability while it still has to send, half-close or close; nothing may overtake its buffer then.
     """
 
+    _largest_read = _LARGE_READ
     _writing = False
     _send_failed = False
     _wanted = _SMALL_READ
@@ -123,6 +124,10 @@ class SendsAtOnce(tcp.Connection):
         self._writing = False
         super().stopWriting()
 
+    def limit_reads(self, size: int) -> None:
+        """Read at most `size` bytes at a time."""
+        self._largest_read = self._wanted = size
+
     def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's base classes disagree about it
         """See IReadDescriptor: as in Twisted, without two intermediate calls."""
         wanted = self._wanted
@@ -134,7 +139,7 @@ class SendsAtOnce(tcp.Connection):
             return _lost_by(error.errno or 0)
         size = len(data)
         if size == wanted:
-            self._wanted = _LARGE_READ
+            self._wanted = self._largest_read
         elif not size:
             return CONNECTION_DONE
         elif size < _SMALL_READ < wanted:

@@ -60,6 +60,12 @@ class RelaySide(Protocol):
         self._held = False
         self._apply()
 
+    def limit_reads(self, size: int) -> None:
+        """Read at most `size` bytes at a time."""
+        limit = getattr(self.transport, "limit_reads", None)
+        if limit is not None:
+            limit(size)
+
     def pauseProducing(self) -> None:
         """The other side's transport is full."""
         self._choked = True

@@ -254,9 +254,13 @@ def treat(
         raise Refusal(EndReason.CONNECT_NOT_REWRITABLE, f"rule {device.name}: {error}", 3, 0x88) from None
     # The device does not know the lower Keep Alive, so the gateway must ping for it.
     lowered = keep_alive and (not connect.keep_alive or keep_alive < connect.keep_alive)
+    name = changes.client_identifier
     return Treatment(
         connect=written,
         version=version,
+        keep_alive=keep_alive,
+        assigned=name if isinstance(name, str) and not connect.client_identifier else None,
+        lenient=device.conformance == "lenient",
         topics=topics,
         max_packet_size=device.max_packet_size,
         packets_per_second=device.packets_per_second,

@@ -30,12 +30,27 @@ import attrs
 from gateway.config import Limits, Timeouts
 from gateway.errors import EndReason, PacketError, Refusal, SessionEnd
 from gateway.mqtt.checking import CheckingFramer
-from gateway.mqtt.connack import connack_for_device, connack_refusal, disconnect, parse_connack
+from gateway.mqtt.connack import (
+    Connack,
+    connack_for_device,
+    connack_refusal,
+    connack_without_session,
+    disconnect,
+    parse_connack,
+)
 from gateway.mqtt.connect import Connect, UnsupportedVersion, parse_connect
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
-from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode, describe_connack, describe_disconnect
+from gateway.mqtt.packets import (
+    LARGEST_PACKET,
+    PacketType,
+    ProtocolVersion,
+    ReasonCode,
+    describe_connack,
+    describe_disconnect,
+)
 from gateway.mqtt.reader import Packet, PacketReader
+from gateway.mqtt.rewrite import announce_packet_size
 from gateway.session.pace import Pace
 from gateway.session.record import Dial, Peer, SessionRecord, Traffic
 from gateway.session.treatment import Treatment
@@ -80,6 +95,9 @@ _DISCONNECT_CODES = {
     EndReason.TAKEN_OVER: ReasonCode.SESSION_TAKEN_OVER,
     EndReason.TOKEN_EXPIRING: ReasonCode.MAXIMUM_CONNECT_TIME,
 }
+# What is read at a time where packets are inspected, in bytes, so that a turn of the event loop stays short. A broker's
+# bytes come in TLS records of up to 16 KiB, so smaller reads would not help there.
+_READ_FROM_DEVICE, _READ_FROM_BROKER = 1024, 4096
 # After this many unanswered PINGREQs of the gateway the broker counts as lost.
 _MAX_UNANSWERED_PINGS = 2
 
@@ -99,6 +117,9 @@ class Side(Protocol):
 
     def release(self) -> None:
         """Read again."""
+
+    def limit_reads(self, size: int) -> None:
+        """Read at most `size` bytes at a time."""
 
     def write_last(self, data: bytes) -> None:
         """Send the last bytes before `close`; they may wait for it."""
@@ -147,6 +168,7 @@ class Session:
     __slots__ = (
         "__weakref__",
         "_assigned",
+        "_broker_keep_alive",
         "_bytes_down",
         "_bytes_up",
         "_connect",
@@ -168,6 +190,7 @@ class Session:
         "_keep_alive_limit",
         "_last_heard",
         "_last_pinged",
+        "_last_sent",
         "_limits",
         "_lives_until",
         "_loan",
@@ -178,6 +201,7 @@ class Session:
         "_state",
         "_timeouts",
         "_treatment",
+        "_up_when_swept",
         "_upstream",
         "_upstream_reader",
         "record",
@@ -209,7 +233,9 @@ class Session:
         self._timeouts = timeouts
         self._state = State.WAIT_CONNECT
         self._deadline = record.started + timeouts.connect_packet
-        self._device_reader = PacketReader(frozenset({PacketType.CONNECT}), limits.max_connect_size, EndReason.NOT_MQTT)
+        self._device_reader = PacketReader(
+            frozenset({PacketType.CONNECT}), limits.max_connect_size, EndReason.NOT_MQTT, any_flags=True
+        )
         self._upstream_reader: PacketReader | None = None
         self._connect: Connect | None = None
         self._connect_packet: Packet | None = None
@@ -221,6 +247,9 @@ class Session:
         self._ping_interval = 0.0
         self._last_pinged = 0.0
         self._down_when_pinged = 0
+        self._broker_keep_alive = 0
+        self._up_when_swept = 0
+        self._last_sent = 0.0
         self._lives_until = float("inf")
         self._bytes_up = 0
         self._bytes_down = 0
@@ -356,15 +385,26 @@ class Session:
         self._deadline = self._sent_at + self._timeouts.connack
         authenticates = self._connect.authentication_method is not None
         awaited = {PacketType.CONNACK, PacketType.AUTH} if authenticates else {PacketType.CONNACK}
-        self._upstream_reader = PacketReader(
-            frozenset(awaited), self._limits.max_connect_size, EndReason.UPSTREAM_PROTOCOL_ERROR
-        )
         treatment = self._treatment
+        self._upstream_reader = PacketReader(
+            frozenset(awaited),
+            self._limits.max_connect_size,
+            EndReason.UPSTREAM_PROTOCOL_ERROR,
+            any_flags=self._connect.version is ProtocolVersion.MQTT_3_1
+            or (treatment is not None and treatment.lenient),
+        )
         packet = self._connect_packet.raw if treatment is None else treatment.connect
+        limit = self._largest_packet
+        if self._connect.version is ProtocolVersion.MQTT_5_0 and limit < (
+            self._connect.maximum_packet_size or LARGEST_PACKET
+        ):
+            packet = announce_packet_size(packet, limit)
         if treatment is not None:
             # It contains credentials and is no longer needed.
             self._treatment = attrs.evolve(treatment, connect=b"")
         self._connect_packet = None
+        # The rest can be large, and the session may last for months.
+        self._connect = self._connect.without_content()
         self._bytes_up = len(packet)
         self.record.packets_up = 1
         # This may break the channel and end the session before it returns, so this must be the last use of the packet.
@@ -501,10 +541,17 @@ class Session:
         if self._state is State.DIALLING:
             self._dialling = dialling
 
+    @property
+    def _largest_packet(self) -> int:
+        """The gateway's limit for packets of this session, in bytes."""
+        of_rule = None if self._treatment is None else self._treatment.max_packet_size
+        return of_rule or self._limits.max_packet_size
+
     def _sweep_treatment(self, now: float) -> None:
         """Do the periodic work of the session's rule."""
         if self._pace is not None and self._pace.paused and self._pace.recovered(now):
             self._device.release()
+        self._keep_broker_patient(now)
         if now >= self._lives_until:
             # The device should reconnect at once, so its Will must not be published.
             self.stop(EndReason.TOKEN_EXPIRING, discard_will=True)
@@ -512,6 +559,24 @@ class Session:
         if self._ping_interval and now - self._last_pinged >= self._ping_interval:
             self._ping(now)
         self._acknowledge()
+
+    def _keep_broker_patient(self, now: float) -> None:
+        """Send something if the device may have, but its packets wait here, and the broker's Keep Alive runs."""
+        up = self._from_device
+        if self._bytes_up != self._up_when_swept:
+            self._up_when_swept = self._bytes_up
+            self._last_sent = now
+            return
+        paced = self._pace is not None and self._pace.paused
+        withholds = paced or (isinstance(up, DeviceInspector) and up.withholds)
+        if not (withholds and self._broker_keep_alive and now - self._last_sent >= self._broker_keep_alive / 2):
+            return
+        assert up is not None  # noqa: S101  made with the state; narrows the type
+        if up.at_boundary:
+            self._ping(now)
+        elif paced:
+            # No PINGREQ fits into the middle of a packet, so let a little more of it pass.
+            self._device.release()
 
     def _ping(self, now: float) -> None:
         """Keep the Keep Alive that was sent to the broker; the device's own is checked as usual."""
@@ -525,7 +590,7 @@ class Session:
         if down.pings >= _MAX_UNANSWERED_PINGS and is_silent:
             self._end(EndReason.UPSTREAM_LOST, f"{down.pings} unanswered PINGREQs of the gateway")
         elif self._from_device.at_boundary:
-            down.pings += 1
+            down.expect_answer()
             self._last_pinged = now
             self._down_when_pinged = self._bytes_down
             self._bytes_up += len(_PINGREQ)
@@ -558,19 +623,14 @@ class Session:
                 packet = reader.next_packet()
                 if packet is None:
                     return
-                version = self._connect.version if self._treatment is None else self._treatment.version
-                connack = None if packet.type is PacketType.AUTH else parse_connack(packet, version)
+                treatment = self._treatment
+                version = self._connect.version if treatment is None else treatment.version
+                lenient = treatment is not None and treatment.lenient
+                connack = None if packet.type is PacketType.AUTH else parse_connack(packet, version, lenient=lenient)
             except PacketError as error:
                 self._end(error.reason, error.detail)
                 return
-            if version is not self._connect.version:
-                # Session Present of 3.1.1 is a reserved byte in 3.1, and a device may require 0.
-                answer = b"\x20\x02\0" + packet.body[1:2]
-            elif connack is not None and version is ProtocolVersion.MQTT_5_0:
-                answer = connack_for_device(packet)
-            else:
-                answer = packet.raw
-            self._device.write(answer)
+            self._device.write(packet.raw if connack is None else self._answer(packet, connack))
             self._bytes_down += len(packet.raw)
             self.record.packets_down += 1
             if connack is None:
@@ -584,20 +644,51 @@ class Session:
                 return
             now = self._seconds()
             self.record.connack_seconds = now - self._sent_at
-            if connack.assigned_client_identifier is not None:
-                self.record.client_identifier = connack.assigned_client_identifier
-                if self._assigned is not None:
-                    self._assigned(connack.assigned_client_identifier)
-                    self._assigned = None
+            assigned = connack.assigned_client_identifier
+            if assigned is not None and self._assigned is not None:
+                self._assigned(assigned)
+                self._assigned = None
+            if assigned is None and treatment is not None:
+                assigned = treatment.assigned
+            if assigned is not None:
+                self.record.client_identifier = assigned
             keep_alive = connack.server_keep_alive
             if keep_alive is None:
                 keep_alive = self._connect.keep_alive
-            elif self._treatment is not None:
+                self._broker_keep_alive = keep_alive if treatment is None else treatment.keep_alive
+            else:
                 # The device itself must use the Keep Alive that the broker sets (MQTT 5.0 §3.2.2.3.14).
-                self._treatment = attrs.evolve(self._treatment, ping_interval=0.0)
-            self._relay(keep_alive, reader, now)
+                self._broker_keep_alive = keep_alive
+                if treatment is not None:
+                    self._treatment = attrs.evolve(treatment, ping_interval=0.0)
+            self._relay(keep_alive, connack.maximum_packet_size, reader, now)
 
-    def _relay(self, keep_alive: int, reader: PacketReader, now: float) -> None:
+    def _answer(self, packet: Packet, connack: Connack) -> bytes:
+        """Return the CONNACK for the device: the broker's own, except where the gateway changed the CONNECT."""
+        assert self._connect is not None  # noqa: S101  see _read_connack
+        connect, treatment = self._connect, self._treatment
+        if treatment is not None and treatment.version is not connect.version:
+            # Session Present of 3.1.1 is a reserved byte in 3.1, and a device may require 0.
+            return b"\x20\x02\0" + packet.body[1:2]
+        # A device that asked for a clean start must close if it is told of a session [MQTT-3.2.2-4].
+        hide_session = treatment is not None and connack.session_present and connect.clean_start
+        if connect.version is not ProtocolVersion.MQTT_5_0:
+            return connack_without_session(packet) if hide_session else packet.raw
+        if not connack.accepted:
+            return connack_for_device(packet)
+        at_broker = connack.maximum_packet_size
+        largest = self._largest_packet
+        if at_broker is not None:
+            largest = max(1, min(largest, at_broker - (0 if treatment is None else treatment.lengthens)))
+        return connack_for_device(
+            packet,
+            hide_session=hide_session,
+            maximum_packet_size=largest if largest < (at_broker or LARGEST_PACKET) else None,
+            # A device without a Client Identifier must be told the one it got [MQTT-3.2.2-16].
+            assigned=None if treatment is None or connack.assigned_client_identifier else treatment.assigned,
+        )
+
+    def _relay(self, keep_alive: int, largest_at_broker: int | None, reader: PacketReader, now: float) -> None:
         """Start relaying; bytes that arrived after CONNECT and CONNACK go first."""
         assert self._connect is not None  # noqa: S101  see _read_connack
         version, limit = self._connect.version, self._limits.max_packet_size
@@ -608,11 +699,15 @@ class Session:
             self._from_broker = make(Sender.BROKER, version, limit)
         else:
             checked = self._limits.check_bodies
-            self._from_device = treatment.from_device(version, limit, check_bodies=checked)
+            self._from_device = treatment.from_device(version, limit, largest_at_broker, check_bodies=checked)
+            if treatment.inspects(version):
+                self._device.limit_reads(_READ_FROM_DEVICE)
+            if treatment.topics.concern_broker and self._upstream is not None:
+                self._upstream.limit_reads(_READ_FROM_BROKER)
             self._from_broker = treatment.from_broker(version, limit, check_bodies=checked)
             self._pace = treatment.pace(self._seconds)
             self._ping_interval = treatment.ping_interval
-            self._last_pinged = now
+            self._last_pinged = self._last_sent = now
         self._keep_alive_limit = keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
         self._last_heard = now
         self._enter(State.RELAYING)

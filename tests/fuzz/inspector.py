@@ -120,29 +120,31 @@ def _check_device(rules: TopicRules, stream: bytes, passed: bytes) -> None:
             topic = topic.removeprefix(_PREFIX)
         assert topic in sent, "a topic that the device never named has passed"
         if rules.publish is not None and topic:
-            filters = (*rules.publish._exact, *rules.publish._wild)
-            assert any(_matches(each, topic) for each in filters), "a topic that the rule does not name has passed"
+            assert any(_matches(each, topic) for each in rules.publish.filters), (
+                "a topic that the rule does not name has passed"
+            )
 
 
 def permits_the_first_level() -> None:
     """Only the first level of a topic is compared."""
     TopicFilters.permits_name = lambda self, wanted: any(  # type: ignore[method-assign]
-        each.split("/")[0] in {wanted.split("/")[0], "#", "+"} for each in (*self._exact, *self._wild)
+        each.split("/")[0] in {wanted.split("/")[0], "#", "+"} for each in self.filters
     )
 
 
 def judges_only_what_comes_whole() -> None:
     """A packet that comes in parts passes as it is."""
-    feed = inspector_module._Cutter.feed
+    collect = inspector_module._Cutter._collect
 
-    def faulty(self: Any, data: bytes) -> bytes:
-        passed = feed(self, data)
-        if self._waiting and isinstance(self, DeviceInspector):
-            self._waiting, self._passing = 0, self._waiting
-            passed, self._held = passed + bytes(self._held), bytearray()
-        return passed
+    def faulty(self: Any, data: bytes, offset: int, passed: list[bytes]) -> int:
+        if not isinstance(self, DeviceInspector):
+            return collect(self, data, offset, passed)
+        held, self._held = bytes(self._held), bytearray()
+        passed.append(held)
+        self._passing = self._size - len(held)
+        return offset
 
-    inspector_module._Cutter.feed = faulty  # type: ignore[method-assign]
+    inspector_module._Cutter._collect = faulty  # type: ignore[method-assign]
 
 
 def is_quadratic_in_topic_filters() -> None:

@@ -14,6 +14,7 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
+from gateway.config import Limits
 from tests import mqtt_packets as mqtt
 from tests.proxy_headers import v1, v2
 from tests.simulation.identities import FAULTS, HOSTS
@@ -170,7 +171,7 @@ class Device(Model):
             username="user",
             password=self.password,
             will_topic=f"{number}/will" if self.random.random() < 0.5 else None,
-            properties=_METHOD if self.authenticates else b"",
+            properties=(_METHOD if self.authenticates else b"") + announced(self.world.config.limits),
             length_size=1,
         )
         self.connect_packet = connect
@@ -326,7 +327,7 @@ class Device(Model):
     def _break_rules(self) -> None:
         wrong = (
             mqtt.connect(self.name, version=self.version),
-            mqtt.packet(0xC1),
+            mqtt.packet(0xC0, b"x"),
             mqtt.packet(0x00),
             mqtt.packet(0x36, bytes(10)),
             mqtt.packet(0x20, bytes(2)),
@@ -385,6 +386,14 @@ _DEVICE_ENDINGS = (
     "middle",
     "part-of-disconnect",
 )
+
+
+def announced(limits: Limits) -> bytes:
+    """Return the Maximum Packet Size (5.0) that peers announce: the gateway's, so that it changes neither packet."""
+    size = limits.max_packet_size
+    return b"" if size > 268_435_455 else mqtt.number(0x27, size, size=4)
+
+
 _BAD_OPENINGS: dict[str, Callable[[Device], bytes]] = {
     "http": lambda _: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "tls": lambda _: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(506),
@@ -697,6 +706,7 @@ class BrokerConnection(Model):
             self.device.keep_alive = 10
             self.device_pings = True
             properties = mqtt.number(0x13, 10, size=2)
+        properties += announced(self.world.config.limits)
         answer = mqtt.connack(version=version, properties=properties)
         if self.random.random() < 0.3:
             # Retained messages of a session that was present come right behind CONNACK.
