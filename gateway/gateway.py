@@ -9,6 +9,7 @@ session takes the generation of the moment when its dial begins.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from random import random
 
 from attrs import frozen
@@ -43,6 +44,7 @@ from gateway.tls.broker_identity import Identity
 _log = Logger(namespace="gateway")
 
 SWEEP_INTERVAL = 1.0  # seconds; the precision of timeouts
+_LATE = 1.0  # seconds; by which a sweep must be late to give the time back
 # This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
 _CODE_3_NOT_AUTHORIZED, _CODE_5_NOT_AUTHORIZED = 5, 0x87
@@ -145,6 +147,7 @@ class Gateway:
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
         self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         self._sweeping: IDelayedCall | None = None
+        self._swept_at: float | None = None
         self._sweeper = LoopingCall(self._sweep)
         self._drainer = LoopingCall(self._drain_some)
         self._sweeper.clock = self._drainer.clock = clock
@@ -328,19 +331,41 @@ class Gateway:
 
     def _sweep(self) -> None:
         now = self._clock.seconds()
+        lost = self._lost_time(now)
+        patience = self.config.timeouts.connect_packet + max(lost, 0.0)
+        steps: list[Callable[[], object]] = [
+            partial(self._sweep_all, lost, now),
+            partial(self._doorstep.sweep, now, patience),
+            self.doorkeeper.sweep,
+            partial(self._presence.sweep, self.config.devices),
+            self.generation.dialler.sweep,
+            self._journal.sweep,
+            self._swept,
+        ]
+        if self.stopping:
+            steps.remove(self.generation.dialler.sweep)
+        for step in steps:
+            try:
+                step()
+            except Exception:  # noqa: BLE001  without the sweep no timeout would be enforced
+                _log.failure("internal error in the periodic sweep")
+
+    def _lost_time(self, now: float) -> float:
+        """Return for how many seconds this process did not run, or by how many the clock has jumped; usually 0.
+
+        Meanwhile devices have sent what nobody has read, so they must not be judged by the time that has passed.
+        """
+        before, self._swept_at = self._swept_at, now
+        lost = 0.0 if before is None else now - before - SWEEP_INTERVAL
+        return lost if abs(lost) > _LATE else 0.0
+
+    def _sweep_all(self, lost: float, now: float) -> None:
+        if lost:
+            for session in self.sessions:
+                session.give_back(lost, now)
         # A sweep that takes longer than a second goes on: starting over would leave out the same sessions each time.
         if self._sweeping is None or not self._sweeping.active():
             self._sweep_sessions(list(self.sessions))
-        try:
-            self._doorstep.sweep(now, self.config.timeouts.connect_packet)
-            self.doorkeeper.sweep()
-            self._presence.sweep(self.config.devices)
-            if not self.stopping:
-                self.generation.dialler.sweep()
-            self._journal.sweep()
-            self._swept()
-        except Exception:  # noqa: BLE001  without the sweep no timeout would be enforced
-            _log.failure("internal error in the periodic sweep")
 
     def _sweep_sessions(self, left: list[Session]) -> None:
         """Sweep some sessions now and the rest in the next reactor turns, so that messages do not wait."""
@@ -375,7 +400,10 @@ class Gateway:
 
     def _mistaken(self, session: Session, error: Exception) -> None:
         _log.failure("session {number}: internal error", number=session.record.number)
-        session.fail(type(error).__name__)
+        try:
+            session.fail(type(error).__name__)
+        except Exception:  # noqa: BLE001  the sweep must go on, and the other sessions
+            _log.failure("session {number}: internal error while ending it", number=session.record.number)
 
 
 class _DeviceFactory(ListenerFactory):

@@ -6,6 +6,7 @@ import contextlib
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from twisted.internet.defer import succeed
 from twisted.logger import Logger
 
+from benchmarks.blackhole import drop_packets
 from gateway import gateway as gateway_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
@@ -22,7 +24,7 @@ from gateway.net.network import ReactorNetwork
 from gateway.ops.journal import FULL_RECORDS
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.service import GatewayService
-from gateway.session.session import Session
+from gateway.session.session import Session, State
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers
@@ -290,7 +292,7 @@ def test_a_silent_device_is_let_go(start_gateway: StartGateway, start_broker: St
 
 
 def test_both_sockets_are_watched_by_the_kernel(start_gateway: StartGateway, start_broker: StartBroker) -> None:
-    """TCP keepalive and user timeout notice a peer that is gone, and small packets leave at once."""
+    """TCP keepalive notices a peer that is gone, and small packets leave at once; no timeout counts closed windows."""
     gateway = start_gateway(upstream=start_broker().port, timeouts={"tcp_user": 40})
     device = established(gateway)
     tcp = socket.IPPROTO_TCP
@@ -300,7 +302,7 @@ def test_both_sockets_are_watched_by_the_kernel(start_gateway: StartGateway, sta
         (tcp, socket.TCP_KEEPIDLE, 20),
         (tcp, socket.TCP_KEEPINTVL, 6),
         (tcp, socket.TCP_KEEPCNT, 3),
-        (tcp, socket.TCP_USER_TIMEOUT, 40_000),
+        (tcp, socket.TCP_USER_TIMEOUT, 0),
     ]
 
     def options() -> list[list[int]]:
@@ -710,3 +712,155 @@ def test_many_sessions_are_swept_a_few_at_a_time(
     for device in devices:
         device.close()
     gateway.wait_empty()
+
+
+def greet(connection: BrokerConnection) -> None:
+    """Accept the session, and leave the rest to the caller."""
+    connection.read_packet()
+    connection.send(mqtt.connack())
+
+
+def flood(connection: BrokerConnection) -> None:
+    """Accept the session, and send more than anyone's buffers hold."""
+    greet(connection)
+    connection.send(mqtt.publish("t", bytes(100_000)) * 200)
+    connection.read_to_end()
+
+
+def probed(handle: Any, times: int) -> bool:
+    """Whether the kernel has probed a closed window so often (tcpi_backoff)."""
+    info = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 8)
+    return bool(info[4] >= times)
+
+
+def test_a_device_that_does_not_read_for_long_is_alive(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """Longer than the timeout: its kernel answers the probes of its closed window, so all is there when it reads on."""
+    gateway = start_gateway(upstream=start_broker(serve=flood).port, timeouts={"tcp_user": 0.5})
+    device = Device(gateway.port)
+    device.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)
+    device.send(mqtt.connect(keep_alive=0))
+    assert device.read(4) == mqtt.connack()
+    (session,) = gateway.service.gateway.sessions
+    side: Any = session._device
+    # The fourth probe comes after three seconds.
+    eventually(lambda: probed(side.transport.getHandle(), 4), "a window closed for longer than the timeout")
+    assert session.state is State.RELAYING
+    whole = mqtt.publish("t", bytes(100_000))
+    for _ in range(200):
+        assert device.read(len(whole)) == whole
+    device.close()
+    assert gateway.wait_ended().reason is EndReason.DEVICE_LOST
+
+
+def test_a_broker_that_does_not_read_for_long_is_alive(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """The same the other way."""
+    reads_on = threading.Event()
+
+    def serve(connection: BrokerConnection) -> None:
+        connection.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 200_000)
+        greet(connection)
+        reads_on.wait(20)
+        connection.read_to_end()
+
+    broker = start_broker(serve=serve)
+    gateway = start_gateway(upstream=broker.port, timeouts={"tcp_user": 0.5})
+    device = established(gateway, keep_alive=0)
+    (session,) = gateway.service.gateway.sessions
+    side: Any = session._upstream
+    sending = threading.Thread(target=device.send, args=[mqtt.publish("t", bytes(100_000)) * 200])
+    sending.start()
+    eventually(lambda: probed(side.transport.getHandle(), 4), "a window closed for longer than the timeout")
+    assert session.state is State.RELAYING
+    reads_on.set()
+    sending.join(20)
+    device.send(mqtt.disconnect())
+    assert gateway.wait_ended().reason is EndReason.DEVICE_DISCONNECT
+    device.close()
+
+
+def test_what_is_not_acknowledged_ends_the_session(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """The device's kernel drops what comes, and its window is open: it is dead."""
+    go_on = threading.Event()
+
+    def serve(connection: BrokerConnection) -> None:
+        greet(connection)
+        go_on.wait(20)
+        connection.send(mqtt.publish())
+        connection.read_to_end()
+
+    gateway = start_gateway(upstream=start_broker(serve=serve).port, timeouts={"tcp_user": 1.0})
+    device = established(gateway, keep_alive=0)
+    drop_packets(device.socket)
+    go_on.set()
+    record = gateway.wait_ended()
+    assert (record.reason, record.detail) == (EndReason.DEVICE_LOST, "Connection timed out")
+    device.close()
+
+
+def stopped(gateway: RunningGateway, seconds: float, meanwhile: Callable[[], object]) -> None:
+    """Let the gateway do nothing for so long, as if its process had been stopped, while something happens."""
+    stands_still = threading.Event()
+
+    def stand_still() -> None:
+        stands_still.set()
+        time.sleep(seconds)
+
+    waiting = threading.Thread(target=gateway.call, args=[stand_still])
+    waiting.start()
+    assert stands_still.wait(20)
+    meanwhile()
+    waiting.join(20)
+
+
+def test_devices_that_pinged_while_the_process_was_stopped_are_not_silent(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """What they sent is read before they are judged, and what came late gives the time back."""
+    gateway = start_gateway(upstream=start_broker().port)
+    devices = [established(gateway, client_identifier=f"sensor-{number}", keep_alive=1) for number in range(3)]
+    stopped(gateway, 3.0, lambda: [device.send(mqtt.pingreq()) for device in devices[:2]])
+    # The third has its time from now on, and is silent.
+    gateway.wait_ended()
+    assert [record.client_identifier for record in gateway.ended][:1] == ["sensor-2"]
+    for device in devices[:2]:
+        device.send(mqtt.disconnect())
+    gateway.wait_ended(3)
+    reasons = {record.client_identifier: record.reason for record in gateway.ended}
+    assert reasons == {
+        "sensor-0": EndReason.DEVICE_DISCONNECT,
+        "sensor-1": EndReason.DEVICE_DISCONNECT,
+        "sensor-2": EndReason.KEEPALIVE_TIMEOUT,
+    }
+    for device in devices:
+        device.close()
+
+
+def test_an_error_in_a_sweep_does_not_end_sweeping(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    logged_errors: list[dict[str, Any]],
+) -> None:
+    """Whatever fails in it, also the end of a session that has failed: the others' timeouts are kept."""
+    failed = []
+
+    def fail(*_: object) -> None:
+        failed.append(1)
+        raise RuntimeError("on purpose")
+
+    gateway = start_gateway(upstream=start_broker().port)
+    broken = established(gateway, client_identifier="broken", keep_alive=0)
+    (session,) = gateway.service.gateway.sessions
+    monkeypatch.setattr(gateway.service.gateway.doorkeeper, "sweep", fail)
+    sweep, end = Session.sweep, Session.fail
+    monkeypatch.setattr(Session, "sweep", lambda self, now: fail() if self is session else sweep(self, now))
+    monkeypatch.setattr(Session, "fail", lambda self, detail: fail() if self is session else end(self, detail))
+    silent = established(gateway, client_identifier="silent", keep_alive=1)
+    assert gateway.wait_ended().reason is EndReason.KEEPALIVE_TIMEOUT
+    assert failed
+    monkeypatch.undo()
+    for device in (broken, silent):
+        device.close()
+    gateway.wait_ended(2)
+    assert logged_errors
+    logged_errors.clear()

@@ -33,6 +33,11 @@ class RememberingSide:
         self.choked = False
         self.closed = False
         self.aborted = False
+        self.unread = False
+        self.checked: list[float] = []
+
+    def check(self, now: float) -> None:
+        self.checked.append(now)
 
     @property
     def reading(self) -> bool:
@@ -1368,3 +1373,71 @@ def test_an_inspected_device_is_read_in_small_pieces() -> None:
     """Its packets take longer to pass, and others have their turn in between."""
     assert treated(topics=TopicRules(max_qos=1)).device.largest_read <= 2048
     assert not hasattr(treated().device, "largest_read")
+
+
+# ---- what has not been read yet
+
+
+def test_a_device_whose_bytes_wait_is_not_silent() -> None:
+    """This process was busy: it reads before it judges."""
+    bench = Bench().relaying(keep_alive=10)
+    bench.pass_seconds(14)
+    bench.device.unread = True
+    bench.pass_seconds(10)
+    assert bench.state is State.RELAYING
+    bench.device.unread = False
+    bench.pass_seconds(17)
+    assert bench.reason is EndReason.KEEPALIVE_TIMEOUT
+
+
+def test_a_broker_whose_bytes_wait_is_not_silent() -> None:
+    """Neither before CONNACK nor when it has been pinged."""
+    bench = Bench().verified()
+    bench.upstream.unread = True
+    bench.pass_seconds(30)
+    assert bench.state is State.WAIT_CONNACK
+    bench.upstream.unread = False
+    bench.pass_seconds(2)
+    assert bench.reason is EndReason.UPSTREAM_SILENT
+    bench = pinging()
+    bench.upstream.unread = True
+    bench.pass_seconds(60)
+    assert bench.state is State.RELAYING
+    bench.upstream.unread = False
+    bench.pass_seconds(12)
+    assert bench.reason is EndReason.UPSTREAM_LOST
+
+
+def test_a_connect_that_waits_is_read_before_the_device_is_judged() -> None:
+    """It came in time."""
+    bench = Bench(timeouts=Timeouts(connect_packet=5))
+    bench.device.unread = True
+    bench.pass_seconds(8)
+    assert bench.state is State.WAIT_CONNECT
+    bench.device.unread = False
+    bench.pass_seconds(2)
+    assert bench.reason is EndReason.CONNECT_TIMEOUT
+
+
+def test_time_that_was_lost_is_given_back() -> None:
+    """To every deadline, and no more than that."""
+    bench = Bench().relaying(keep_alive=10)
+    bench.pass_seconds(10)
+    bench.session.give_back(8, bench.clock.seconds())
+    bench.pass_seconds(12)
+    assert bench.state is State.RELAYING
+    bench.session.give_back(1000, bench.clock.seconds())
+    bench.pass_seconds(17)
+    assert bench.reason is EndReason.KEEPALIVE_TIMEOUT
+    bench = Bench(timeouts=Timeouts(connect_packet=5))
+    bench.session.give_back(1000, bench.clock.seconds())
+    bench.pass_seconds(7)
+    assert bench.reason is EndReason.CONNECT_TIMEOUT
+
+
+def test_both_peers_are_watched_now_and_then() -> None:
+    """Whether they acknowledge, some times per timeout; not at each sweep."""
+    bench = Bench(timeouts=Timeouts(tcp_user=60)).relaying(keep_alive=0)
+    bench.pass_seconds(60)
+    assert 10 <= len(bench.device.checked) <= 15
+    assert bench.device.checked == bench.upstream.checked

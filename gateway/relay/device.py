@@ -15,7 +15,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.relay.carrier import Carrier
-from gateway.relay.side import RelaySide, how_lost, tune
+from gateway.relay.side import RelaySide
 from gateway.session.session import Session
 
 _log = Logger(namespace="gateway")
@@ -34,7 +34,7 @@ class DeviceProtocol(RelaySide):
 
     def connectionMade(self) -> None:
         """Open a session."""
-        tune(self.transport, self._user_timeout)
+        self.watch(self._user_timeout)
         self._session = self._open_session(self)
         del self._open_session  # It refers to this protocol: a reference cycle otherwise.
 
@@ -84,4 +84,4 @@ class DeviceProtocol(RelaySide):
         # Break the reference cycle, which would keep the session's generation alive until the next garbage collection.
         del self._session
         self.carrier = None
-        session.device_gone(how_lost(reason))
+        session.device_gone(self.how_lost(reason))

@@ -7,6 +7,7 @@ resumed, and half-closed without losing data.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
@@ -14,6 +15,8 @@ from twisted.internet.interfaces import IConsumer, IPushProducer, ISystemHandle,
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
+
+from gateway.net.acknowledged import AcknowledgementWatch
 
 _KEEPALIVE_PROBES = 3
 
@@ -39,6 +42,9 @@ class RelaySide(Protocol):
         self._choked = False
         self._closing = False
         self._lost = False
+        self._socket: socket.socket | None = None
+        self._watch: AcknowledgementWatch | None = None
+        self._is_dead = False
 
     @property
     def reading(self) -> bool:
@@ -59,6 +65,32 @@ class RelaySide(Protocol):
         """Read again, unless the other side is full."""
         self._held = False
         self._apply()
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes from the peer wait in the socket."""
+        if self._socket is None:
+            return False
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def watch(self, user_timeout: float) -> None:
+        """Send small packets at once, and find out within `user_timeout` seconds that the peer is dead.
+
+        TCP keepalive does that while nothing is sent, `check` otherwise.  A UNIX socket needs neither.
+        """
+        self._socket = _socket_of(self.transport)
+        if self._socket is not None and self._socket.family != socket.AF_UNIX:
+            tune(self.transport, user_timeout)
+            self._watch = AcknowledgementWatch(self._socket, user_timeout)
+
+    def check(self, now: float) -> None:
+        """Close the connection if the peer no longer acknowledges; `now` is in seconds."""
+        if self._watch is not None and not self._closing and not self._is_dead and self._watch.is_dead(now):
+            self._is_dead = True
+            self.transport.abortConnection()
 
     def limit_reads(self, size: int) -> None:
         """Read at most `size` bytes at a time."""
@@ -118,6 +150,10 @@ class RelaySide(Protocol):
         else:
             self.transport.pauseProducing()
 
+    def how_lost(self, reason: Failure) -> str:
+        """Return how the connection was lost: `closed`, `reset`, or the kernel's error."""
+        return os.strerror(errno.ETIMEDOUT) if self._is_dead else how_lost(reason)
+
 
 def how_lost(reason: Failure) -> str:
     """Return how a connection was lost: `closed`, `reset`, or the kernel's error."""
@@ -128,26 +164,22 @@ def how_lost(reason: Failure) -> str:
 
 
 def tune(transport: RelayTransport, user_timeout: float) -> None:
-    """Send small packets at once, and notice within `user_timeout` seconds that the peer is dead.
+    """Send small packets at once, and let TCP keepalive find a dead peer within `user_timeout` seconds.
 
-    Keepalive probes find a peer that is gone while nothing is sent, TCP_USER_TIMEOUT (RFC 5482) one that no longer
-    acknowledges.  A UNIX socket needs neither.
+    A UNIX socket needs neither.
     """
-    if not ISystemHandle.providedBy(transport):
+    handle = _socket_of(transport)
+    if handle is None or handle.family == socket.AF_UNIX:
         return
-    handle = ISystemHandle(transport).getHandle()
-    if not isinstance(handle, socket.socket):
-        return
-    try:
-        handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    except OSError as error:
-        if error.errno == errno.EOPNOTSUPP:  # A UNIX socket.
-            return
-        raise
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     idle = max(1, int(user_timeout / 2))
     interval = max(1, int((user_timeout - idle) / _KEEPALIVE_PROBES))
     handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
     handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
     handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(user_timeout * 1000))
+
+
+def _socket_of(transport: RelayTransport) -> socket.socket | None:
+    handle = ISystemHandle(transport).getHandle() if ISystemHandle.providedBy(transport) else None
+    return handle if isinstance(handle, socket.socket) else None

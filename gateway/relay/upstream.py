@@ -14,7 +14,7 @@ from twisted.python.failure import Failure
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.relay.carrier import Carrier, carrier_for
 from gateway.relay.device import DeviceProtocol
-from gateway.relay.side import RelaySide, how_lost, tune
+from gateway.relay.side import RelaySide
 from gateway.session.record import Peer
 from gateway.session.session import Session
 from gateway.tls.channel import ChannelState, TLSChannel
@@ -59,7 +59,7 @@ class UpstreamProtocol(RelaySide):
 
     def connectionMade(self) -> None:
         """Send the ClientHello."""
-        tune(self.transport, self._user_timeout)
+        self.watch(self._user_timeout)
         try:
             self._channel.start()
         except UpstreamFailure as failure:
@@ -199,11 +199,11 @@ class UpstreamProtocol(RelaySide):
         self._carrier = None
         if session is not None:
             if not closing:
-                detail = f"{how_lost(reason)} by the broker, without close_notify"
+                detail = f"{self.how_lost(reason)} by the broker, without close_notify"
                 session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, detail))
             session.upstream_gone()
         elif not closing and not self.verified.called:
-            self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, f"{how_lost(reason)} by the upstream"))
+            self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, f"{self.how_lost(reason)} by the upstream"))
 
     def _refuse(self, failure: UpstreamFailure) -> None:
         """Close a connection that failed verification; nothing but the alert is sent."""

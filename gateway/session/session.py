@@ -98,6 +98,8 @@ _DISCONNECT_CODES = {
 # What is read at a time where packets are inspected, in bytes, so that a turn of the event loop stays short. A broker's
 # bytes come in TLS records of up to 16 KiB, so smaller reads would not help there.
 _READ_FROM_DEVICE, _READ_FROM_BROKER = 1024, 4096
+# How often the kernel is asked whether peers acknowledge: in seconds, and per timeout.
+_CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
 # After this many unanswered PINGREQs of the gateway the broker counts as lost.
 _MAX_UNANSWERED_PINGS = 2
 
@@ -108,6 +110,13 @@ class Side(Protocol):
     @property
     def reading(self) -> bool:
         """Whether bytes are read: the session does not hold, and the other side's buffer is not full."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes have arrived that have not been read yet."""
+
+    def check(self, now: float) -> None:
+        """Close the connection if the peer no longer acknowledges; `now` is in seconds."""
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
@@ -171,6 +180,7 @@ class Session:
         "_broker_keep_alive",
         "_bytes_down",
         "_bytes_up",
+        "_check_at",
         "_connect",
         "_connect_packet",
         "_deadline",
@@ -247,6 +257,7 @@ class Session:
         self._ping_interval = 0.0
         self._last_pinged = 0.0
         self._down_when_pinged = 0
+        self._check_at = 0.0
         self._broker_keep_alive = 0
         self._up_when_swept = 0
         self._last_sent = 0.0
@@ -475,11 +486,37 @@ class Session:
                 self._heard = False
                 self._last_heard = now
             elif self._keep_alive_limit and now - self._last_heard > self._keep_alive_limit:
-                self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
+                if self._device.unread:
+                    # This process was busy, not the device silent.
+                    self._last_heard = now
+                else:
+                    self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
+            if now >= self._check_at and self._state is _RELAYING:
+                self._check_at = now + min(_CHECK_INTERVAL, self._timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
+                self._device.check(now)
+                if self._upstream is not None:
+                    self._upstream.check(now)
             if self._treatment is not None and self._state is _RELAYING:
                 self._sweep_treatment(now)
         elif now >= self._deadline:
             self._deadline_passed()
+
+    def give_back(self, seconds: float, now: float) -> None:
+        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
+        self._last_heard, self._last_pinged, self._last_sent = (
+            min(each + seconds, now) for each in (self._last_heard, self._last_pinged, self._last_sent)
+        )
+        self._deadline = min(self._deadline + seconds, now + self._patience)
+
+    @property
+    def _patience(self) -> float:
+        """The whole time that the current state may last, in seconds."""
+        of_state = {
+            State.WAIT_CONNECT: self._timeouts.connect_packet,
+            State.WAIT_CONNACK: self._timeouts.connack,
+            State.ENDED: self._timeouts.close,
+        }
+        return of_state.get(self._state, float("inf"))
 
     def stop(self, reason: EndReason, *, discard_will: bool = False) -> None:
         """End the session for a reason of the gateway.
@@ -586,7 +623,7 @@ class Session:
         assert self._from_device is not None  # noqa: S101  made with the state; narrows the type
         # A broker is not lost while it is not read, because the device does not keep up, or while it still sends
         # something, since its answer may wait behind that.
-        is_silent = upstream.reading and self._bytes_down == self._down_when_pinged
+        is_silent = upstream.reading and self._bytes_down == self._down_when_pinged and not upstream.unread
         if down.pings >= _MAX_UNANSWERED_PINGS and is_silent:
             self._end(EndReason.UPSTREAM_LOST, f"{down.pings} unanswered PINGREQs of the gateway")
         elif self._from_device.at_boundary:
@@ -775,6 +812,9 @@ class Session:
                 upstream.write(owed)
 
     def _deadline_passed(self) -> None:
+        waits_for = {State.WAIT_CONNECT: self._device, State.WAIT_CONNACK: self._upstream}.get(self._state)
+        if waits_for is not None and waits_for.unread:
+            return  # It is read first.
         if self._state is State.WAIT_CONNECT:
             self._end(EndReason.CONNECT_TIMEOUT, f"{self._device_reader.buffered} bytes received")
         elif self._state is State.WAIT_CONNACK:
