@@ -13,7 +13,7 @@ from gateway.errors import EndReason, Refusal
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.framer import Framer
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
-from gateway.mqtt.packets import ProtocolVersion, encode_remaining_length
+from gateway.mqtt.packets import ProtocolVersion
 from gateway.mqtt.rewrite import KEPT
 from gateway.rules import presence as presence_module
 from gateway.rules.names import Brokers
