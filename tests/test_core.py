@@ -525,6 +525,21 @@ def test_a_lent_session_ends_in_every_way_and_leaves_nothing(
     logged_errors.clear()
 
 
+def test_a_session_that_is_held_is_taken_back_and_then_lent_again(compiled: RunningGateway) -> None:
+    """What came meanwhile is relayed by Python, what comes after it by the core."""
+    device = relaying(compiled)
+    eventually(lambda: len(lent_to(compiled)) == 2, "the session is lent")
+    (session,) = compiled.service.gateway.sessions
+    compiled.call(session._device.hold)
+    assert not lent_to(compiled)
+    device.send(PACKET)
+    compiled.call(session._device.release)
+    assert device.read(len(PACKET)) == PACKET
+    eventually(lambda: len(lent_to(compiled)) == 2, "the session is lent again")
+    device.send(PACKET)
+    assert device.read(len(PACKET)) == PACKET
+
+
 def test_a_stop_takes_all_sessions_back(compiled: RunningGateway) -> None:
     """And tells every device."""
     devices = [relaying(compiled, 5) for _ in range(5)]
@@ -556,7 +571,12 @@ def test_bulk_both_ways_past_full_buffers_arrives_whole(compiled: RunningGateway
         if readable:
             arrived += device.socket.recv(1 << 20)
     assert arrived == expected
-    device.send(mqtt.disconnect())
+    # What was taken back for that is lent again.
+    device.socket.settimeout(20)
+    for _ in range(2):
+        device.send(PACKET)
+        assert device.read(len(PACKET)) == PACKET
+    eventually(lambda: len(lent_to(compiled)) == 2, "the session is lent again")
 
 
 # ---- which engine runs

@@ -88,7 +88,7 @@ class Carrier:
 
     def lend(self) -> None:
         """Lend the session if all is ordinary."""
-        if self._descriptors is not None:
+        if self._descriptors is not None or self._left is not _NONE:
             return
         framers, records = self._session.lend(), self._channel.lend()
         device, upstream = self._device.transport, self._upstream.transport
@@ -102,8 +102,13 @@ class Carrier:
             self._pair = self._make_pair(core, *framers)
         if self._pair is None or not self._reactor.lend(self, device, upstream):
             return
-        self._descriptors = device.fileno(), upstream.fileno()
-        self._pair.lend(*self._descriptors, self, *up, *down, *records)
+        descriptors = device.fileno(), upstream.fileno()
+        try:
+            self._pair.lend(*descriptors, self, *up, *down, *records)
+        except Exception:
+            self._reactor.reclaim(*descriptors)
+            raise
+        self._descriptors = descriptors
         self._session.lent(self)
 
     def _make_pair(self, core: Any, up: Framer, down: Framer) -> Any:
@@ -134,7 +139,7 @@ class Carrier:
             self._device.transport.write(data)
         elif why == Handed.TO_BROKER:
             self._upstream.send_rest(data)
-        else:
+        elif why != Handed.NOTHING:
             self._left = why, data, result
 
     def hand_over(self) -> None:
