@@ -563,7 +563,7 @@ def test_uninstall_takes_the_service_away_and_keeps_the_configuration(plant: Pla
     assert box.property(UNIT, "ActiveState") == "inactive"
     assert box.do("find", "/etc/systemd/system", "-name", "mqtts-gateway*") == ""
     assert BROKER in box.read(CONFIG)
-    assert box.do(PROGRAM, "uninstall").startswith("find no unit")
+    assert box.do(PROGRAM, "uninstall").startswith("nothing to remove")
     box.do(PROGRAM, "install")
     plant.configure()
     plant.start()

@@ -101,7 +101,7 @@ def _plan(places: Places, programs: Path, upstream: Upstream | None) -> Iterator
         yield _unit(places.units / name, unit_text(name, programs))
     if not places.is_this_machine:
         return
-    yield Change("write twistd's plugin cache, which the service has no permission to write", _list_plugins)
+    yield Change("update twistd's plugin cache, which the service has no permission to write", _list_plugins)
     if systemd_runs():
         yield Change("reload systemd: systemctl daemon-reload", lambda: systemctl("daemon-reload"))
     else:
