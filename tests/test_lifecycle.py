@@ -427,7 +427,10 @@ def test_a_packet_above_the_limit_is_not_relayed_down(start_gateway: StartGatewa
         connection.read_to_end()
 
     gateway = start_gateway(upstream=start_broker(serve=serve).port, limits={"max_packet_size": 1000})
-    device = established(gateway, 5)
+    device = Device(gateway.port)
+    device.send(mqtt.connect(version=5))
+    connack = mqtt.connack(version=5, properties=mqtt.number(0x27, 1000, size=4))
+    assert device.read(len(connack)) == connack
     told = device.read_to_end()
     assert told[:1] + told[2:3] == b"\xe0\x80"
     device.close()

@@ -39,8 +39,8 @@ from zope.interface import implementer
 from gateway.net.network import Address
 from gateway.net.transport import RelayReactor, SendsAtOnce
 
-# How long a kernel waits for a peer that no longer answers, or that answers but takes nothing: what the gateway asks
-# for with TCP_USER_TIMEOUT.
+# How long the gateway waits for a peer that no longer answers (`timeouts.tcp_user`). A peer that answers but takes
+# nothing is cut here as well, so that each life ends; the real gateway would wait for it.
 USER_TIMEOUT = 60.0
 
 
