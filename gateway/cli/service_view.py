@@ -65,7 +65,7 @@ class ServiceView:
             groups |= {entry.pw_gid, *os.getgrouplist(name, entry.pw_gid)}
         groups.add(_group(_last(settings, "Group")))
         if not _sees_all_groups():
-            # In the unit's own namespace, before a reload, all other groups look like this one.
+            # In a user namespace, such as the unit's own, all other groups look like this one.
             groups.add(_OVERFLOW_GROUP)
         return cls(UNIT, user, frozenset(group for group in groups if group is not None), credentials)
 
