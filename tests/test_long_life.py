@@ -41,7 +41,7 @@ def test_a_life_of_a_few_hours_leaves_nothing_behind(identities: Identities) -> 
 @pytest.mark.slow
 def test_a_life_of_three_days_leaves_nothing_behind(identities: Identities) -> None:
     """The same for 72 hours."""
-    outcome = live_long(2, identities, MANY_HOURS)
+    outcome = live_long(1, identities, MANY_HOURS)
     assert not outcome.violations, report(outcome)
 
 

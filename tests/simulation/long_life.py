@@ -16,7 +16,9 @@ from typing import Any
 import attrs
 
 from gateway.config import TLS, Config, Drain, Failover, Listener, Pacing, Upstream
+from gateway.errors import EndReason
 from gateway.gateway import Gateway
+from gateway.session.record import SessionRecord
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
 from tests.simulation.models import Broker, Device
@@ -26,6 +28,8 @@ from tests.simulation.world import GONE, OrderedSessions, Outcome, World, judge
 
 _HOUR = 3600.0
 _DEVICES_AN_HOUR = 10
+# Seconds in which no device's Keep Alive can pass: the shortest is 8, of which half more is allowed.
+_SOON = 9.0
 # The longest that what a device has sent may take to its broker, paces included, in seconds.
 _ARRIVES_WITHIN = 60.0
 
@@ -63,6 +67,8 @@ class LongLife(World):
         self.factory = self.gateway.factory(self.config.listen[0])
         self.generations: list[weakref.ref[Any]] = [weakref.ref(self.gateway.generation)]
         self.devices = []
+        # When the process went on, for devices that had sent something while it was stopped.
+        self._went_on: dict[str, float] = {}
         # When the process last went on after it had been stopped.
         self._went_on_at = -_ARRIVES_WITHIN
 
@@ -193,6 +199,7 @@ class LongLife(World):
             if here and device._waiting is None and not device.disconnected:
                 # Sent now, and delivered when the process has been stopped.
                 self.clock.schedule(0.5, device.say, mqtt.pingreq())
+                self._went_on[device.name] = self.now + 0.5 + seconds
         self._went_on_at = self.now + 0.5 + seconds
         self.clock.schedule(0.5, self.clock.stall, seconds)
 
@@ -226,6 +233,13 @@ class LongLife(World):
         gateway = self.gateway
         served = sum(device.accepted for device in self.devices)
         self.expect(served > 0.6 * len(self.devices), "liveness", f"{served} of {len(self.devices)} were served")
+        wronged = [
+            record.client_identifier
+            for record in self.journal.ended
+            if record.reason is EndReason.KEEPALIVE_TIMEOUT
+            and 0 <= self._ended(record) - self._went_on.get(record.client_identifier, self.now) <= _SOON
+        ]
+        self.expect(not wronged, "liveness", f"ended as silent, though what they said was waiting: {wronged}")
         for device in self.devices:
             asked, answered = pings_in(device.sent, 0xC0), pings_in(device.received, 0xD0)
             self.expect(answered <= asked, "end-to-end", f"{device.name} got {answered} PINGRESPs for {asked}")
@@ -248,3 +262,8 @@ class LongLife(World):
         self.expect(len(generations) == 1, "liveness", f"{len(generations)} generations are left")
         if not self.violations:
             self._judge_nothing_left()
+
+    @staticmethod
+    def _ended(record: SessionRecord) -> float:
+        """Return when a session ended, on the clock of the world."""
+        return record.started - 1000.0 + (record.duration or 0.0)

@@ -100,7 +100,8 @@ class Device(Model):
     def __init__(self, world: World, number: int, random: Random) -> None:
         super().__init__(world, f"device-{number}", random)
         same = world.config.admission.max_sessions_per_address and random.random() < 0.3
-        self.address = IPv4Address("TCP", "192.168.1.1" if same else f"192.168.1.{number + 1}", 50_000 + number)
+        host = "192.168.1.1" if same else f"192.168.{1 + number // 250}.{number % 250 + 1}"
+        self.address = IPv4Address("TCP", host, 50_000 + number)
         self.connects_from = IPv4Address("TCP", "192.168.9.1", 40_000 + number) if world.balanced else self.address
         self.start = random.choice((0.0, random.uniform(0, 5)))
         if world.away_until and random.random() < 0.5:
