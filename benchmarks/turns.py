@@ -347,7 +347,7 @@ def _chunks(_: Path, start: Start) -> dict[str, float]:
     return gateway.longest()
 
 
-@_input("the process stopped for 30 s, with 200 sessions")
+@_input("the process stopped for 5 s, with 200 sessions")
 def _stopped(_: Path, start: Start) -> dict[str, float]:
     gateway = start()
     connections = [_session(gateway, client_identifier=f"d{number}", keep_alive=0) for number in range(200)]
