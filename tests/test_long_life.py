@@ -96,12 +96,13 @@ def pings_in_the_middle_of_a_packet(patch: pytest.MonkeyPatch) -> None:
 @mutant("end-to-end")
 def hands_its_own_pingresp_to_the_device(patch: pytest.MonkeyPatch) -> None:
     """The answer to a PINGREQ of the gateway's reaches a device that has not asked."""
-    whole = BrokerInspector._whole
+    drops = BrokerInspector._drops
 
-    def generous(self: BrokerInspector, packet: bytes, first: int, body: bytes) -> bytes:
-        return whole(self, packet, first, body) or packet
+    def generous(self: BrokerInspector, packet_type: Any) -> bool:
+        drops(self, packet_type)
+        return False
 
-    patch.setattr(BrokerInspector, "_whole", generous)
+    patch.setattr(BrokerInspector, "_drops", generous)
 
 
 @mutant("liveness")
