@@ -52,19 +52,19 @@ class EndReason(StrEnum):
         "The connection to the broker was lost during the session.",
         "Check the broker's log at this time: a restart, a takeover of the Client Identifier, or the network.",
     )
-    GATEWAY_STOPPING = ("gateway-stopping", "The gateway is stopping.", "No action: the device will reconnect.")
+    GATEWAY_STOPPING = ("gateway-stopping", "The gateway is stopping.", "No action: the device reconnects.")
 
     CONFIGURATION_CHANGED = (
         "configuration-changed",
         "A reload took effect before the broker had accepted the session.",
-        "None needed: the device will reconnect, under the new configuration.",
+        "No action: the device reconnects, under the new configuration.",
     )
 
     # What the device did wrong.
     CONNECT_TIMEOUT = (
         "connect-timeout",
         "The device did not send a complete CONNECT in time.",
-        "Check that an MQTT client, not a port scanner or a health check, connects to this port.",
+        "Find out what connects to this port: an MQTT client sends CONNECT at once, a port scanner does not.",
     )
     NOT_MQTT = (
         "not-mqtt",
@@ -84,7 +84,7 @@ class EndReason(StrEnum):
     PACKET_TOO_LARGE = (
         "packet-too-large",
         "A packet exceeded the maximum size or number of elements.",
-        "Raise limits.max_packet_size (CONNECT: max_connect_size) or the rule's max_packet_size; or send less at once.",
+        "Raise max_packet_size in [limits] or in the rule (CONNECT: limits.max_connect_size), or send smaller packets.",
     )
     UNSUPPORTED_PROTOCOL_VERSION = (
         "unsupported-protocol-version",
@@ -115,18 +115,18 @@ class EndReason(StrEnum):
     )
     TOO_MANY_NEW_SESSIONS = (
         "too-many-new-sessions",
-        "Too many devices connected at once; this one could not be connected to the broker in time.",
+        "Too many devices connected at once, and this one waited too long for its turn.",
         "Usually no action: devices reconnect. If it persists, raise pacing.new_sessions_per_second.",
     )
     PROXY_NOT_TRUSTED = (
         "proxy-not-trusted",
         "A connection to a load-balancer listener came from an address that is not in listen.proxies.",
-        "If it is one of your load balancers, add its address to listen.proxies; devices must connect through one.",
+        "Add your load balancer's address to listen.proxies; devices must connect through a load balancer.",
     )
     NO_PROXY_HEADER = (
         "no-proxy-header",
         "A load balancer's connection did not begin with a valid PROXY protocol header.",
-        "Enable it on the load balancer (HAProxy: send-proxy-v2, nginx: proxy_protocol on), or remove listen.proxies.",
+        "Make the load balancer send it (HAProxy: send-proxy-v2, nginx: proxy_protocol on), or remove listen.proxies.",
     )
 
     # What the device rules do not permit.
@@ -138,7 +138,7 @@ class EndReason(StrEnum):
     DEVICE_RULE_BROKEN = (
         "device-rule-broken",
         "The device's rule, or a key or certificate that it names, cannot be used.",
-        "The detail names the problem: repair the file. Reload the gateway if it is the rule's own file.",
+        "Correct what the detail names. If you change the rule itself, reload the gateway.",
     )
     DEVICE_PASSWORD_WRONG = (
         "device-password-wrong",
@@ -147,12 +147,12 @@ class EndReason(StrEnum):
     )
     DEVICE_NAME_UNUSABLE = (
         "device-name-unusable",
-        "A name from the device is missing, too long, or has characters that templates do not allow.",
+        "A name that the device's rule uses is missing, too long, or has characters that templates do not allow.",
         "Use only letters, digits and . _ : @ - in the device's name, or remove the placeholder from its rule.",
     )
     SPOOFED = (
         "spoofed",
-        "A Client Identifier was used from an address that it is not bound to.",
+        "The device's rule does not allow this Client Identifier from this address.",
         "Find out what uses this address; if the device has moved, change bound_to in its rule.",
     )
     CLIENT_ID_IN_USE = (
@@ -187,7 +187,7 @@ class EndReason(StrEnum):
     )
     CONNECT_NOT_REWRITABLE = (
         "connect-not-rewritable",
-        "The device's rule asks for something that CONNECT cannot carry.",
+        "The changes that the device's rule makes do not fit into CONNECT.",
         "Correct what the detail names: a field that is too long, or a password without a user name.",
     )
     TOKEN_EXPIRING = (
@@ -204,18 +204,18 @@ class EndReason(StrEnum):
     )
     TCP_REFUSED = (
         "tcp-refused",
-        "The broker's address refused the connection.",
+        "The broker's host refused the connection.",
         "Check the port (usually 8883 for MQTT over TLS) and that the broker is running.",
     )
     TCP_TIMEOUT = (
         "tcp-timeout",
-        "The broker's address did not answer in time.",
+        "The broker's host did not answer in time.",
         "Check the firewall between here and the broker, and the port.",
     )
     TCP_UNREACHABLE = (
         "tcp-unreachable",
-        "There is no route to the broker's address.",
-        "Check this machine's network, its default route and the address.",
+        "There is no route to the broker, or the proxy could not reach it.",
+        "Check the broker's address, and the network and default route of this machine, or of the proxy.",
     )
 
     # Why there is no upstream: the proxy on the way to it.
@@ -231,12 +231,12 @@ class EndReason(StrEnum):
     )
     PROXY_AUTHENTICATION = (
         "proxy-authentication",
-        "The proxy wants credentials, or refused those that it was given.",
-        "Check proxy_username and proxy_password_file; for NTLM or Kerberos run a local helper: cntlm or alpaca.",
+        "The proxy requires credentials, or rejected those it got.",
+        "Check proxy_username and proxy_password_file. For NTLM or Kerberos, run a local helper: cntlm or alpaca.",
     )
     PROXY_INTERCEPTS_TLS = (
         "proxy-intercepts-tls",
-        "Behind the proxy, a certificate was shown that no trusted root issued: the proxy may be intercepting TLS.",
+        "The certificate that came through the proxy is from no trusted CA: the proxy may be intercepting TLS.",
         "Have the proxy exempt the broker from inspection; if the broker has a private CA, set tls.ca_file.",
     )
 
@@ -259,7 +259,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "If the broker has only RSA key exchange, CBC ciphers or other curves, enable what the detail offers.",
+        "If the broker supports only RSA key exchange, CBC ciphers or other curves, enable one that the detail lists.",
     )
     TLS_VERSION = (
         "tls-version",
@@ -269,11 +269,11 @@ class EndReason(StrEnum):
     TLS_CLIENT_CERTIFICATE_REFUSED = (
         "tls-client-certificate-refused",
         "The broker requires a client certificate, or rejected the one it got.",
-        "Set tls.client_cert and tls.client_key, here or in the device's rule, as the broker expects; check the dates.",
+        "Check tls.client_cert and tls.client_key, or those of the device's rule: is the certificate right, and valid?",
     )
     TLS_ALPN_MISMATCH = (
         "tls-alpn-mismatch",
-        "The broker accepted none of the configured application protocols.",
+        "The broker accepted none of the configured application protocols (ALPN).",
         "Set tls.alpn to what the broker expects on this port, or remove it.",
     )
 
@@ -300,7 +300,7 @@ class EndReason(StrEnum):
     )
     CLOCK_IMPLAUSIBLE = (
         "clock-implausible",
-        "A certificate is not yet valid by this machine's clock, which is earlier than this version's release date.",
+        "This machine's clock is wrong: it is earlier than this version's release, and a certificate is not yet valid.",
         "Set this machine's clock (NTP or a real-time clock); the gateway retries until it is correct.",
     )
     TLS_REVOKED = (
@@ -326,11 +326,11 @@ class EndReason(StrEnum):
     TLS_PIN_MISMATCH = (
         "tls-pin-mismatch",
         "No public key in the broker's chain matches a configured pin.",
-        "If the broker's key was changed on purpose, update tls.pin; otherwise find out what is answering.",
+        "If the broker's key was changed on purpose, update tls.pin; otherwise find out which server answers.",
     )
     TLS_STRICT_REFUSED = (
         "tls-strict-refused",
-        "The additional strict verification rejected the chain.",
+        "The additional checks of strict verification rejected the chain.",
         'The detail names the rule; use verification = "standard" if the CA cannot be changed.',
     )
     TLS_VERIFICATION_ERROR = (
@@ -342,8 +342,8 @@ class EndReason(StrEnum):
     # Why there is no upstream: WebSocket.
     WEBSOCKET_REFUSED = (
         "websocket-refused",
-        "The broker's port did not open a WebSocket.",
-        "Check the upstream's `path` and port, and the output of request_file or request_command.",
+        "The broker did not open a WebSocket on this port.",
+        "Check the upstream's `path` and port, and what request_file or request_command adds to the request.",
     )
 
     # Why there is no upstream: MQTT.
@@ -370,7 +370,7 @@ class EndReason(StrEnum):
 
     INTERNAL_ERROR = (
         "internal-error",
-        "Internal error; only this session was ended.",
+        "An internal error of the gateway ended this session, and no other.",
         "Report the traceback in the log.",
     )
 

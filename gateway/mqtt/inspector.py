@@ -9,8 +9,8 @@ until it is complete: of a PUBLISH the head, never the payload. Packets of other
 Reading costs time, so there are limits on sizes and numbers of elements. A device that exceeds one is disconnected;
 what a broker sends beyond them passes unread, as does what cannot be read.
 
-A device that violates its rule is disconnected: closing the connection is understood in every version of MQTT. No
-acknowledgement between device and broker is written or held back, so QoS stays end to end.
+A device that violates its rule is disconnected: closing the connection is understood in every version of MQTT. For a
+message that passes, no acknowledgement is written or held back, so QoS stays end to end.
 
 The broker may send what the device's rule no longer permits, from subscriptions that it kept for the device.  Such a
 message is withheld, and the gateway acknowledges it, since the device cannot: otherwise the broker would send it again.
