@@ -37,6 +37,7 @@ from gateway.ops.notify import Notifier
 from gateway.ops.reload_port import NAME as RELOAD_SOCKET
 from gateway.ops.reload_port import ReloadPort
 from gateway.ops.sight import Sight, Sources
+from gateway.ops.status_words import shown_state
 from gateway.ops.watch import Watch
 from gateway.ops.web.port import StatusPort
 from gateway.pieces import Pauses
@@ -349,7 +350,7 @@ class GatewayService(Service):
         try:
             changed = await self._in_thread(lambda: self._looked(prepared))
         except Exception:  # noqa: BLE001  the next look may do better
-            _log.failure("internal error while looking for changed files")
+            _log.failure("internal error while checking for changed files")
             return
         if changed:
             # The configuration itself is read only on request: somebody may still be editing it.
@@ -375,7 +376,7 @@ class GatewayService(Service):
         for endpoint in filter(None, (*(each.endpoint for each in config.listen), config.status.endpoint)):
             if is_open_to_all(endpoint):
                 _log.warn(
-                    "{endpoint}: every user of this machine can connect; use mode=660 or narrower",
+                    "{endpoint}: every user of this machine can connect; use mode=660 or stricter",
                     event="socket-open-to-all",
                     endpoint=endpoint,
                 )
@@ -384,7 +385,7 @@ class GatewayService(Service):
         refused = self.gateway.generation.prepared.refused
         for device, problem in islice(refused.items(), _CHANGES_SHOWN):
             _log.error(
-                "rule {rule} cannot be used, its devices are refused: {problem}",
+                "rule {rule} cannot be used, so its devices are refused: {problem}",
                 event="rule-refused",
                 rule=printable(device.name),
                 problem=printable(problem, _MAX_PROBLEM),
@@ -400,7 +401,7 @@ class GatewayService(Service):
                 wanted=wanted,
                 carried=carried,
             )
-        _log.info("limit: {carried} concurrent sessions", carried=carried)
+        _log.info("at most {carried} sessions at a time", carried=carried)
 
 
 def _listed(changed: Sequence[str]) -> str:
@@ -414,7 +415,7 @@ def _fares(upstream: UpstreamHealth) -> str:
     deciding = upstream.decisive
     failure = None if upstream.is_open else deciding.last_failure
     why = f" ({failure.reason})" if failure is not None else ""
-    return f"{upstream.address} {deciding.state.value}{why}"
+    return f"{upstream.address} {shown_state(deciding.state.value)}{why}"
 
 
 def _tell_listening(port: IListeningPort) -> None:

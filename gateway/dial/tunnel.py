@@ -93,7 +93,7 @@ class HttpTunnel:
                 elif isinstance(event, h11.InformationalResponse):
                     self._interim_answers += 1
                     if self._interim_answers > _MOST_INTERIM_ANSWERS:
-                        raise self._failure(EndReason.PROXY_UNREACHABLE, "sends interim answers without end")
+                        raise self._failure(EndReason.PROXY_UNREACHABLE, "sends too many interim answers")
                 else:
                     break
         except h11.RemoteProtocolError as error:
@@ -168,8 +168,8 @@ class SocksTunnel:
             username, password = self._proxy.username.encode(), self._proxy.password.encode()
             self._next = self._read_status
             return bytes((_PASSWORD_VERSION, len(username))) + username + bytes((len(password),)) + password
-        offered = "user name and password" if self._proxy.username else "no credentials"
-        raise self._failure(EndReason.PROXY_AUTHENTICATION, f"accepts neither this nor any method offered: {offered}")
+        offered = "no authentication, or user name and password" if self._proxy.username else "no authentication"
+        raise self._failure(EndReason.PROXY_AUTHENTICATION, f"accepts no method that was offered: {offered}")
 
     def _read_status(self) -> bytes | None:
         answer = self._take(2)

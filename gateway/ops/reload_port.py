@@ -51,7 +51,7 @@ class ReloadPort(Factory):
             self._path.unlink(missing_ok=True)
             self._port = self._reactor.listenUNIX(str(self._path), self, mode=_OWNER_ONLY)
         except (OSError, CannotListenError) as error:
-            _log.error("cannot listen on {path}, reload by SIGHUP: {error}", path=str(self._path), error=error)
+            _log.error("cannot listen on {path} ({error}): use SIGHUP to reload", path=str(self._path), error=error)
 
     def close(self) -> None:
         """Close it."""

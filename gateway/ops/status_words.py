@@ -84,14 +84,15 @@ def device_certificate_lines(document: Part) -> list[str]:
     certificates = document["device_certificates"]
     lines = [f"{certificate_name(each)}: {certificate_words(each)}. {each['remedy']}" for each in certificates["due"]]
     more = sum(count for state, count in certificates["count"].items() if state != "valid") - len(lines)
-    return [*lines, f"{number(more)} more devices' certificates are no better."] if more > 0 else lines
+    return [*lines, f"{number(more)} more devices' certificates need attention."] if more > 0 else lines
 
 
 def refused_rule_lines(document: Part) -> list[str]:
     """Name the rules that cannot be used; the first of them."""
     refused = document["refused_rules"]
     lines = [
-        f"Rule {each['rule']} cannot be used, its devices are refused: {each['problem']}" for each in refused["first"]
+        f"Rule {each['rule']} cannot be used, so its devices are refused: {each['problem']}"
+        for each in refused["first"]
     ]
     more = refused["count"] - len(lines)
     return [*lines, f"{number(more)} more rules cannot be used."] if more > 0 else lines

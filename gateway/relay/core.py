@@ -28,7 +28,7 @@ from gateway.tls.engine import RECORD_SIZE, PublicCalls
 SWITCH = "MQTTS_GATEWAY_PURE"
 COST = "each message costs more CPU"
 
-_BUILD = "Install a wheel for this platform, or a C compiler and Python's headers and then the gateway again."
+_BUILD = "Install a wheel for this platform, or install a C compiler and Python's headers and reinstall the gateway."
 
 _LIMIT = 1000
 _ROUNDS = 40
@@ -53,7 +53,7 @@ class Choice:
         """A sentence for people."""
         if self.core is not None:
             return "the compiled core relays messages"
-        return f"Python relays messages, and {COST}: {self.why}"
+        return f"Python relays messages, so {COST}: {self.why}"
 
 
 def engine(*, wanted: bool = True) -> Choice:
@@ -73,7 +73,7 @@ def _tried() -> Choice:
     except ImportError:
         return Choice(None, "the compiled core was not built", _BUILD)
     if choose() is PublicCalls:
-        return Choice(None, "OpenSSL cannot be called directly", "Install a pyOpenSSL that this version knows.")
+        return Choice(None, "OpenSSL cannot be called directly", "Install a pyOpenSSL that this version supports.")
     try:
         from gateway.tls.direct import DirectCalls, functions
 

@@ -223,7 +223,7 @@ class UpstreamProtocol(RelaySide):
         self._unread_answers = self._unread_answers + 1 if self._is_full() else 0
         if self._unread_answers > _MAX_UNREAD_ANSWERS and self._session is not None:
             self._session.upstream_broken(
-                UpstreamFailure(EndReason.UPSTREAM_PROTOCOL_ERROR, "requests TLS answers and does not read them")
+                UpstreamFailure(EndReason.UPSTREAM_PROTOCOL_ERROR, "it requests TLS answers but does not read them")
             )
             self.abort()
 

@@ -68,7 +68,7 @@ class StatusPort:
             self._wanted = status
             self._try_again_at = self._reactor.seconds() + RETRY_INTERVAL
             _log.error(
-                "{problems}; running without a status page; next attempt in {interval:.0f} s",
+                "the status page is not available: {problems}; next attempt in {interval:.0f} s",
                 problems="; ".join(error.problems),
                 interval=RETRY_INTERVAL,
             )
