@@ -355,6 +355,24 @@ def test_a_topic_alias_stands_for_a_topic_that_was_judged():
         assert bool(inspector.feed(message(topic, alias))) == passes, (topic, alias)
 
 
+@pytest.mark.parametrize(
+    "properties",
+    [b"\x23\0\1" + user_property("k", "v" * 60_000) * 3, b"\x7f\x23\0\1"],
+    ids=["too long to be read", "malformed"],
+)
+def test_a_withheld_message_whose_alias_cannot_be_read_may_have_changed_any(properties):
+    """The device knows the topic of before, and would take what follows for a message on that."""
+    inspector = from_broker(NARROW, 5, limit=1_000_000)
+    alias = b"\x23\0\1"
+    known = publish("", version=5, properties=alias)
+    assert inspector.feed(publish("a", version=5, properties=alias))
+    assert inspector.feed(known) == known
+    assert inspector.feed(publish("b", version=5, properties=properties)) == b""
+    assert inspector.feed(known) == b""
+    assert inspector.feed(publish("a", version=5, properties=alias))
+    assert inspector.feed(known) == known
+
+
 def test_a_prefix_that_makes_too_much_of_a_packet():
     """Above the limit for packets, and above what a topic can be."""
     inspector = from_device(limit=300)

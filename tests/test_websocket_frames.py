@@ -71,6 +71,23 @@ def answered(data: bytes) -> bytes | None:
     return handshake.receive(data)
 
 
+@CUTS
+def test_interim_answers_come_to_an_end(at_a_time: int) -> None:
+    """A few are ordinary; each costs time, and a read holds thousands."""
+    interim = b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert answered(interim * 10 + answer()) == b""
+    handshake = OpeningHandshake(REQUEST, bytes)
+    handshake.start()
+    data = interim * 11
+
+    def receive() -> None:
+        for start in range(0, len(data), at_a_time):
+            handshake.receive(data[start : start + at_a_time])
+
+    with pytest.raises(WebSocketRefused, match="interim"):
+        receive()
+
+
 def test_the_opening_handshake_is_the_standards() -> None:
     """Wsproto's server accepts it, and frames go both ways."""
     server = opened()

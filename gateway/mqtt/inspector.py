@@ -521,6 +521,9 @@ class BrokerInspector(_Cutter):
         permitted = may_receive(self._rules, message.topic)
         if message.alias is not None:
             self._aliases[message.alias] = permitted
+        elif not (permitted or message.is_read):
+            # It may have changed any alias, and the device, which does not get it, knows the topic of before.
+            self._aliases.clear()
         return permitted
 
     def _dropped(self) -> None:

@@ -106,13 +106,15 @@ def read_publish(version: ProtocolVersion, first: int, body: bytes) -> Publish:
 class Delivery:
     """The fields of a broker's PUBLISH that rules check.
 
-    In `topic`, bytes that are not UTF-8 are kept as surrogates. `alias` is None if absent, or if it cannot be read.
+    In `topic`, bytes that are not UTF-8 are kept as surrogates. `alias` is None if absent, or if it cannot be read;
+    `is_read` tells whether the properties could be read.
     """
 
     topic: str
     qos: int
     packet_identifier: int
     alias: int | None
+    is_read: bool
 
 
 def read_delivery(version: ProtocolVersion, first: int, body: bytes) -> Delivery:
@@ -124,13 +126,15 @@ def read_delivery(version: ProtocolVersion, first: int, body: bytes) -> Delivery
         packet_identifier, offset = decode_integer(body, offset, 2, "Packet Identifier of PUBLISH")
     alias = None
     properties = _readable_properties(version, body, offset)
+    # In 5.0 there is at least the Property Length.
+    is_read = bool(properties) or version is not ProtocolVersion.MQTT_5_0
     try:
         found = find_property(properties, PropertyId.TOPIC_ALIAS)
     except PacketError:
-        found = None
+        found, is_read = None, False
     if found is not None:
         alias = int.from_bytes(properties[found[0] + 1 : found[1]], "big")
-    return Delivery(topic.decode("utf-8", "surrogateescape"), qos, packet_identifier, alias)
+    return Delivery(topic.decode("utf-8", "surrogateescape"), qos, packet_identifier, alias, is_read)
 
 
 def _readable_properties(version: ProtocolVersion, body: bytes, offset: int) -> bytes:

@@ -23,6 +23,8 @@ _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 _SUBPROTOCOL = b"mqtt"
 # Bytes of the head of the server's answer.
 _LARGEST_HEAD = 16_384
+# As in gateway/dial/tunnel.py: each costs time, and none ends the wait.
+_MOST_INTERIM_ANSWERS = 10
 _SHOWN = 200
 
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
@@ -67,6 +69,7 @@ class OpeningHandshake:
         self._request = request
         self._key = base64.b64encode(random(16))
         self._connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LARGEST_HEAD)
+        self._interim_answers = 0
 
     def start(self) -> bytes:
         """Return the request."""
@@ -100,6 +103,9 @@ class OpeningHandshake:
                     raise WebSocketRefused(f"the broker answered {printable(said, _SHOWN)}")
                 if not isinstance(event, h11.InformationalResponse):
                     return None
+                self._interim_answers += 1
+                if self._interim_answers > _MOST_INTERIM_ANSWERS:
+                    raise WebSocketRefused("the broker sends interim answers without end")
         except h11.RemoteProtocolError as error:
             raise WebSocketRefused(f"no valid HTTP answer ({printable(str(error), _SHOWN)})") from None
 
