@@ -1441,3 +1441,34 @@ def test_both_peers_are_watched_now_and_then() -> None:
     bench.pass_seconds(60)
     assert 10 <= len(bench.device.checked) <= 15
     assert bench.device.checked == bench.upstream.checked
+
+
+# ---- crowded pieces
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_a_peer_that_crowds_a_piece_with_costly_packets_is_read_less_at_a_time(direction: str) -> None:
+    """For all that follows, and in Python: the core would give back 64 KiB at a time."""
+    bench = Bench().relaying()
+    side, receive, packet = {
+        "up": (bench.device, bench.session.device_received, mqtt.subscribe()),
+        "down": (bench.upstream, bench.session.upstream_received, mqtt.suback()),
+    }[direction]
+    assert bench.session.lend() is not None
+    receive(packet * 1000)
+    assert side.largest_read <= 4096
+    receive(mqtt.publish(payload=bytes(60_000)))
+    assert side.largest_read <= 4096
+    assert bench.session.lend() is None
+    assert bench.state is State.RELAYING
+
+
+def test_a_peer_that_sends_much_of_what_is_cheap_is_read_as_before() -> None:
+    """Plain messages, however many, and large ones."""
+    bench = Bench().relaying()
+    for receive in (bench.session.device_received, bench.session.upstream_received):
+        receive(mqtt.publish() * 1000)
+        receive(mqtt.publish(payload=bytes(60_000)))
+    assert bench.session.lend() is not None
+    assert not hasattr(bench.device, "largest_read")
+    assert not hasattr(bench.upstream, "largest_read")

@@ -98,6 +98,8 @@ _DISCONNECT_CODES = {
 # What is read at a time where packets are inspected, in bytes, so that a turn of the event loop stays short. A broker's
 # bytes come in TLS records of up to 16 KiB, so smaller reads would not help there.
 _READ_FROM_DEVICE, _READ_FROM_BROKER = 1024, 4096
+# The same for a peer that has sent a piece in which so many packets had to be judged one by one, some 10 µs each.
+_MOST_JUDGED = 256
 # How often the kernel is asked whether peers acknowledge: in seconds, and per timeout.
 _CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
 # After this many unanswered PINGREQs of the gateway the broker counts as lost.
@@ -195,6 +197,7 @@ class Session:
         "_from_device",
         "_gone",
         "_heard",
+        "_is_crowded",
         "_is_gone",
         "_journal",
         "_keep_alive_limit",
@@ -238,6 +241,8 @@ class Session:
         self._journal = journal
         self._gone = gone
         self._is_gone = False
+        # Whether one side has sent a crowded piece; see `_MOST_JUDGED`.
+        self._is_crowded = False
         self._seconds = seconds
         self._limits = limits
         self._timeouts = timeouts
@@ -329,7 +334,8 @@ class Session:
 
     def lend(self) -> tuple[Framer, Framer] | None:
         """Give `framers` if there is nothing to be done but to pass on what they let through."""
-        if self._state is not _RELAYING or self._pace is not None:
+        # The core reads 64 KiB at a time, and gives all of it back where one packet needs a look.
+        if self._state is not _RELAYING or self._pace is not None or self._is_crowded:
             return None
         if isinstance(self._from_device, Framer) and isinstance(self._from_broker, Framer):
             return self._from_device, self._from_broker
@@ -769,6 +775,8 @@ class Session:
             else:
                 self._upstream.write(passed)
             self._bytes_up += len(passed)
+        if len(data) > _READ_FROM_DEVICE:
+            self._limit_crowd(framer, self._device, _READ_FROM_DEVICE)
         if framer.error is not None:
             self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
         elif framer.disconnected:
@@ -786,6 +794,8 @@ class Session:
         if passed:
             self._device.write(passed)
             self._bytes_down += len(passed)
+        if len(data) > _READ_FROM_BROKER and self._upstream is not None:
+            self._limit_crowd(framer, self._upstream, _READ_FROM_BROKER)
         if framer.error is not None:
             is_5 = self._connect is None or self._connect.version is ProtocolVersion.MQTT_5_0
             code = None if is_5 else _disconnect_of_5(data[len(passed) :])
@@ -799,6 +809,15 @@ class Session:
             self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
         elif self._treatment is not None:
             self._acknowledge()
+
+    def _limit_crowd(self, framer: Framer | DeviceInspector | BrokerInspector, side: Side, size: int) -> None:
+        """Read less at a time from a peer that has sent many packets at once that cost time, for all that follows.
+
+        Not only for a while: a peer could take turns with what is cheap.
+        """
+        if isinstance(framer, CheckingFramer) and framer.judged > _MOST_JUDGED:
+            self._is_crowded = True
+            side.limit_reads(size)
 
     def _acknowledge(self) -> None:
         """Acknowledge messages that the rule keeps from the device, unless the broker does not read."""
