@@ -365,7 +365,7 @@ class EndReason(StrEnum):
     UPSTREAM_PROTOCOL_ERROR = (
         "upstream-protocol-error",
         "The broker sent bytes that MQTT does not allow.",
-        'Before CONNACK, check that the port speaks MQTT, not HTTP or WebSocket; later, try conformance = "lenient".',
+        'Before CONNACK, check that the port speaks what `transport` says; later, try conformance = "lenient".',
     )
 
     INTERNAL_ERROR = (

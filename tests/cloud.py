@@ -69,7 +69,9 @@ class Cloud:
         """Issue a device's certificate for the common name `name`; return the file with it and its key."""
         certified = certify(root or self.root, subject=name, names=(), purposes=(CLIENT,))
         # The file's name says nothing of the device's, which may not be fit for one.
-        return certified.write(self._directory / f"device-{certified.certificate.serial_number}.pem")
+        path = certified.write(self._directory / f"device-{certified.certificate.serial_number}.pem")
+        path.chmod(0o600)
+        return path
 
     def stop(self) -> None:
         """End the process."""

@@ -91,6 +91,7 @@ def test_a_device_is_checked_with_a_token(tmp_path: Path, start_cloud: Callable[
     """Made for it, of the profile's form, and never shown."""
     cloud = start_cloud(client_ca="", hub="127.0.0.1", keys={"d1": KEY})
     (tmp_path / "d1.key").write_text(KEY)
+    (tmp_path / "d1.key").chmod(0o600)
     path = configured(
         tmp_path,
         cloud,

@@ -406,7 +406,7 @@ def test_no_secret_reaches_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also when the gateway makes a mistake while it holds them."""
-    gateway = start_gateway(upstream=start_broker(serve=accept_session).port)
+    gateway = start_gateway(upstream=start_broker(serve=accept_session).port, relay={"engine": "python"})
 
     def mistake(session: Any, *_: object) -> None:
         raise ZeroDivisionError

@@ -124,8 +124,12 @@ def test_a_descriptor_that_leaves_within_a_batch_is_told_nothing_more(relay: Rel
     assert first.read + second.read == 1
 
 
-def test_what_follows_soon_is_done_in_the_same_turn(relay: RelayReactor, make: Make) -> None:
+def test_what_follows_soon_is_done_in_the_same_turn(
+    relay: RelayReactor, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a small batch the relay looks once more, before the reactor has its turn."""
+    # A machine that stands still for a moment must not end the turn.
+    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: 0.0)
     asked, answered = make(), make()
     asked.on_read = lambda: answered.peer.send(b"answer")
     for each in (asked, answered):

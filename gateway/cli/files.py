@@ -103,6 +103,8 @@ def _proxy_steps(config: Config) -> Iterator[Step]:
     for upstream in config.upstream:
         for path in upstream.proxy_ca_file:
             yield _roots(path)
+        if upstream.request_file is not None:
+            yield _secret(upstream.request_file, "request", read_secret)
         if upstream.proxy_password_file is not None:
             yield _secret(upstream.proxy_password_file, "password", read_secret)
 

@@ -28,10 +28,10 @@ FULL_RECORDS = 5
 FULL_RECORDS_OF_STANDING = 100
 WINDOW = 60.0  # seconds
 
-# Ends that need no attention.
-_ORDINARY = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING})
+# Ends that are not failures and need no attention.
+IN_ORDER = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING, EndReason.CONFIGURATION_CHANGED})
 # Ends of established sessions that are normal: devices run out of battery, brokers are updated.
-_USUAL = _ORDINARY | {
+_USUAL = IN_ORDER | {
     EndReason.DEVICE_LOST,
     EndReason.KEEPALIVE_TIMEOUT,
     EndReason.UPSTREAM_DISCONNECT,
@@ -101,7 +101,7 @@ class Journal:
             quiet = reason in _USUAL
         else:
             due = self._is_due("sessions failed before CONNACK", reason)
-            quiet = reason in _ORDINARY
+            quiet = reason in IN_ORDER
         if not due:
             return
         level = LogLevel.info if quiet else LogLevel.warn
@@ -273,7 +273,7 @@ def _end_line(record: SessionRecord) -> str:
             line += f", {record.withheld} messages withheld by rule"
     elif record.upstream:
         line += f" [{record.upstream}]"
-    usual = _USUAL if record.established else _ORDINARY
+    usual = _USUAL if record.established else IN_ORDER
     return line if reason is None or reason in usual else f"{line}. {reason.remedy}"
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 from attrs import define, frozen
 
 from gateway.errors import EndReason, UpstreamFailure
-from gateway.ops.journal import GatewayJournal
+from gateway.ops.journal import IN_ORDER, GatewayJournal
 from gateway.session.record import Peer, SessionRecord, Traffic
 from gateway.session.session import Session, State
 from gateway.text import printable
@@ -33,10 +33,6 @@ _MAX_TEXT = 256  # characters kept of a Client Identifier or a detail; MQTT allo
 
 STEPS = ("connect", "dns", "tcp", "tls", "connack")
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)  # seconds
-
-# Ends that are not failures.
-IN_ORDER = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING})
-
 
 _NOTHING = Traffic()
 

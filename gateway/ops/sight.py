@@ -17,7 +17,8 @@ from gateway import __version__
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import EndReason
 from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Validity, shown_by
-from gateway.ops.ledger import IN_ORDER, LATELY, REMEMBERED, End, Ledger
+from gateway.ops.journal import IN_ORDER
+from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger
 from gateway.ops.status_words import SCHEMA, shown_state
 from gateway.relay.core import Choice
 from gateway.session.record import Traffic
@@ -49,6 +50,8 @@ _OF_DEVICES = frozenset(
         EndReason.PACKET_TOO_LARGE,
         EndReason.UNSUPPORTED_PROTOCOL_VERSION,
         EndReason.NETWORK_NOT_ALLOWED,
+        EndReason.CLIENT_ID_RESERVED,
+        EndReason.CONNECT_NOT_REWRITABLE,
         EndReason.TOO_MANY_FROM_ADDRESS,
         EndReason.RATE_LIMITED,
         EndReason.PROXY_NOT_TRUSTED,
