@@ -102,7 +102,7 @@ class Reception:
             except Refusal as refusal:
                 session.refuse(refusal)
                 return succeed(None)
-            return self._dialler.dial(session, device, visitor=Visitor(caller.address))
+            return self._dialler.dial(session, device, visitor=self._visitor(session, device, caller))
         dialling = Deferred.fromCoroutine(self._receive(session, device, caller))
 
         def failed(failure: Failure) -> None:

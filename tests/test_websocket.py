@@ -223,6 +223,22 @@ def test_a_program_that_fails(start_gateway: StartGateway, start_broker: StartBr
     assert broker.accepted == 0
 
 
+@pytest.mark.usefixtures("reaping")
+def test_no_turn_at_the_program(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is told, and the broker, which has nothing to do with it, counts as available."""
+    monkeypatch.setattr("gateway.rules.secrets._PROGRAMS", 0)
+    monkeypatch.setattr("gateway.rules.turns._ROOM", 0)
+    broker = start_broker()
+    gateway = start_gateway(upstream=over_websocket(broker.port, request_command=["/bin/true"]))
+    for number in (1, 2):
+        with Device(gateway.port) as device:
+            device.send(packets.connect())
+            assert device.read_to_end() == packets.connack(code=3)
+        assert gateway.wait_ended(number).reason is EndReason.TOO_MANY_NEW_SESSIONS
+
+
 class Scripted:
     """A broker's end of one session, which a test goes on with by hand."""
 

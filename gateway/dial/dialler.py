@@ -23,7 +23,7 @@ from gateway.dial.pacing import Pacer
 from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
 from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
 from gateway.dial.websocket import WebSocketRoute
-from gateway.errors import EndReason, GatewayError, SessionEnd, UpstreamFailure
+from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UpstreamFailure
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.upstream import UpstreamProtocol
@@ -211,11 +211,18 @@ class Dialler:
             dial = Dial(health.address)
             session.dials(dial)
             try:
-                protocol, peer = await self._attempt(target, health, dial)
+                protocol, peer = await self._attempt(target, health, dial, visitor)
             except UpstreamFailure as failure:
                 # A copy: the raised exception references this frame, which would keep it alive.
                 failures[health] = last = UpstreamFailure(failure.reason, failure.detail)
                 self._check_current()
+            except Refusal as refusal:
+                # It was not its turn at the program that opens WebSockets, which says nothing about the broker.
+                self._check_current()
+                if last is None:
+                    self.pacer.give_back()
+                session.refuse(refusal)
+                return
             else:
                 if self.superseded:
                     protocol.abort()
@@ -294,11 +301,13 @@ class Dialler:
         reason = last.reason if last is not None else told[-1][1].reason
         return UpstreamFailure(reason, "; ".join(f"{address}: {failure}" for address, failure in told))
 
-    async def _attempt(self, target: Target, health: UpstreamHealth, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
-        """Try one broker and record the result in its health.  Raises `UpstreamFailure`."""
+    async def _attempt(
+        self, target: Target, health: UpstreamHealth, dial: Dial, visitor: Visitor
+    ) -> tuple[UpstreamProtocol, Peer]:
+        """Try one broker and record the result in its health.  Raises `UpstreamFailure`, and `Refusal` for no turn."""
         attempt = health.begin(self._clock.seconds())
         try:
-            protocol, peer = await self._reach(target, dial)
+            protocol, peer = await self._reach(target, dial, visitor)
         except UpstreamFailure as failure:
             if failure.reason in PROXY_FAILURES:
                 # This says nothing about the broker behind the proxy.
@@ -332,8 +341,8 @@ class Dialler:
     async def _trial(self, target: Target, health: UpstreamHealth) -> None:
         """Check whether a broker can be verified; not one MQTT byte is sent."""
         try:
-            protocol, _ = await self._attempt(target, health, Dial(health.address))
-        except (UpstreamFailure, CancelledError):
+            protocol, _ = await self._attempt(target, health, Dial(health.address), ANYONE)
+        except (UpstreamFailure, Refusal, CancelledError):
             return
         except Exception:  # noqa: BLE001  an error here must not stop the sweep or later trials
             _log.failure("internal error while trying {upstream}", upstream=health.address)
@@ -341,15 +350,15 @@ class Dialler:
         self._closing[protocol] = self._clock.seconds() + self._timeouts.close
         protocol.close()
 
-    async def _reach(self, target: Target, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
-        """Resolve, connect, shake hands, verify.  Returns a verified connection; raises `UpstreamFailure`.
+    async def _reach(self, target: Target, dial: Dial, visitor: Visitor) -> tuple[UpstreamProtocol, Peer]:
+        """Resolve, connect, shake hands, verify.  Returns a verified connection; raises as `_attempt`.
 
         Some brokers abort the handshake when a session ticket is offered (OpenSSL with client certificates and no
         session id context does).  That must not lock devices out or hide why a broker is refused, so a full handshake
         is tried at once.
         """
         # Made first, because the WebSocket has to be asked for in the turn in which the broker is verified.
-        request = await target.websocket.request() if target.websocket is not None else None
+        request = await target.websocket.request(visitor) if target.websocket is not None else None
         try:
             protocol, peer = await self._reach_verified(target, dial)
         except UpstreamFailure as failure:

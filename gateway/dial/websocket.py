@@ -14,6 +14,7 @@ from gateway.config import Config, Upstream
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.net.websocket import Request, parse_request_lines
 from gateway.rules.secrets import Programs, SecretUnavailable, read_secret
+from gateway.rules.turns import ANYONE, Visitor
 
 _HTTPS_PORT = 443
 _PROGRAM_TIMEOUT = 10.0  # seconds
@@ -29,12 +30,15 @@ class WebSocketRoute:
     lines: str = field(default="", repr=False)
     command: Sequence[str] = field(default=(), repr=False)
 
-    async def request(self) -> Request:
-        """Return what to ask for now; a program is run for each connection.  Raises `UpstreamFailure`."""
+    async def request(self, visitor: Visitor = ANYONE) -> Request:
+        """Return what to ask for now; a program is run for each connection.
+
+        Raises `UpstreamFailure`, and `Refusal` if it was not the visitor's turn at a program in time.
+        """
         lines = self.lines
         try:
             if self.programs is not None and self.command:
-                output = await self.programs.run(self.command, {}, _PROGRAM_TIMEOUT)
+                output = await self.programs.run(self.command, {}, _PROGRAM_TIMEOUT, visitor)
                 lines = f"{lines}\n{output.decode()}"
             query, headers = parse_request_lines(lines)
         except SecretUnavailable as problem:
