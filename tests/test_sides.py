@@ -22,8 +22,11 @@ from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 
 from gateway.config import Limits, Timeouts, from_mapping
+from gateway.config.proxies import ProxyServer
 from gateway.dial.dialler import Dialler, Target
 from gateway.dial.health import accounts
+from gateway.dial.proxy import ProxyConnection, TLSLayer
+from gateway.dial.tunnel import tunnel_to
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.net.network import ReactorNetwork, shown_address
 from gateway.net.race import ATTEMPT_DELAY, AllFailed, interleave, race
@@ -1165,3 +1168,28 @@ def test_a_broker_that_demands_tls_answers_and_does_not_read_them_is_cut_off(
     upstream.dataReceived(b"key update")
     assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_PROTOCOL_ERROR
     assert transport_of(upstream).aborted
+
+
+def test_a_proxy_that_demands_tls_answers_and_does_not_read_them_is_cut_off(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a broker is: the TLS layer with an https:// proxy answers KeyUpdates, too."""
+    server = ProxyServer.of("https://proxy.example:3128")
+    tunnel = tunnel_to("one.example", 8883, server)
+    upstream, _, _, _, device = world.serving()
+    layer = TLSLayer(upstream._channel, ProxyConnection(server, tunnel, lambda: upstream, 60.0), 60.0)
+    transport = Transport()
+    monkeypatch.setattr(TLSChannel, "start", lambda _: None)
+    layer.makeConnection(transport)
+    layer.registerProducer(device, True)
+    monkeypatch.setattr(TLSChannel, "receive", lambda *_: b"")
+    monkeypatch.setattr(TLSChannel, "outgoing", lambda *_: b"answer")
+    for _ in range(3000):
+        layer.dataReceived(b"key update")
+    assert not transport.aborted
+    device.pauseProducing()
+    for _ in range(1000):
+        layer.dataReceived(b"key update")
+    assert not transport.aborted
+    layer.dataReceived(b"key update")
+    assert transport.aborted

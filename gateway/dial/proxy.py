@@ -28,7 +28,7 @@ from gateway.dial.tunnel import Tunnel, tunnel_to
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.net.network import Address
 from gateway.relay.side import RelayTransport, how_lost, tune
-from gateway.relay.upstream import UpstreamProtocol
+from gateway.relay.upstream import MAX_UNREAD_ANSWERS, UpstreamProtocol
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import ChannelState, TLSChannel, make_policy
 from gateway.tls.trust import TLSPolicy
@@ -228,6 +228,8 @@ class TLSLayer(Protocol):
         self._connection = protocol
         self._channel = channel
         self._user_timeout = user_timeout
+        self._producer: IProducer | None = None
+        self._unread_answers = 0
 
     # ---- to the socket: a protocol
 
@@ -252,7 +254,7 @@ class TLSLayer(Protocol):
             self._flush()
             self._fail(failure)
             return
-        self._flush()
+        self._answer()
         if self._channel.broken is None and not was_verified and self._channel.state is ChannelState.VERIFIED:
             self.protocol.makeConnection(self)
         if plaintext:
@@ -277,6 +279,18 @@ class TLSLayer(Protocol):
             UpstreamFailure(EndReason.PROXY_UNREACHABLE, f"TLS with the proxy: {failure}"),
         )
         self.transport.abortConnection()
+
+    def _answer(self) -> None:
+        """Send what TLS answers by itself, unless the proxy requests that and does not read; as for a broker."""
+        ciphertext = self._channel.outgoing()
+        if not ciphertext:
+            return
+        is_full = getattr(self._producer, "choked", False)
+        self._unread_answers = self._unread_answers + 1 if is_full else 0
+        if self._unread_answers > MAX_UNREAD_ANSWERS:
+            self.transport.abortConnection()
+        else:
+            self.transport.write(ciphertext)
 
     def _flush(self) -> None:
         if ciphertext := self._channel.outgoing():
@@ -313,10 +327,12 @@ class TLSLayer(Protocol):
 
     def registerProducer(self, producer: IProducer, streaming: bool) -> None:
         """See IConsumer."""
+        self._producer = producer
         self.transport.registerProducer(producer, streaming)
 
     def unregisterProducer(self) -> None:
         """See IConsumer."""
+        self._producer = None
         self.transport.unregisterProducer()
 
     def pauseProducing(self) -> None:

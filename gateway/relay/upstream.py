@@ -21,8 +21,8 @@ from gateway.tls.channel import ChannelState, TLSChannel
 
 _log = Logger(namespace="gateway")
 
-# About 30 bytes each; no broker needs many.
-_MAX_UNREAD_ANSWERS = 1000
+MAX_UNREAD_ANSWERS = 1000
+"""How many answers of TLS itself may wait for a peer that does not read: about 30 bytes each; none needs many."""
 
 
 class UpstreamProtocol(RelaySide):
@@ -221,7 +221,7 @@ class UpstreamProtocol(RelaySide):
         # TLS answers some messages automatically (KeyUpdate, RFC 8446 §4.6.3).  A broker that requests such answers and
         # does not read them would fill this process's memory, bypassing backpressure.
         self._unread_answers = self._unread_answers + 1 if self._is_full() else 0
-        if self._unread_answers > _MAX_UNREAD_ANSWERS and self._session is not None:
+        if self._unread_answers > MAX_UNREAD_ANSWERS and self._session is not None:
             self._session.upstream_broken(
                 UpstreamFailure(EndReason.UPSTREAM_PROTOCOL_ERROR, "it requests TLS answers but does not read them")
             )
