@@ -259,7 +259,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "If the broker supports only RSA key exchange, CBC ciphers or other curves, enable one that the detail lists.",
+        "If the broker has only RSA key exchange, CBC ciphers or other curves, enable there what the detail lists.",
     )
     TLS_VERSION = (
         "tls-version",
@@ -365,7 +365,7 @@ class EndReason(StrEnum):
     UPSTREAM_PROTOCOL_ERROR = (
         "upstream-protocol-error",
         "The broker sent bytes that MQTT does not allow.",
-        'Before CONNACK, check that the port speaks what `transport` says; later, try conformance = "lenient".',
+        'If it happened before CONNACK, check that `transport` fits the port; if after, try conformance = "lenient".',
     )
 
     INTERNAL_ERROR = (
