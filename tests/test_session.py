@@ -1372,7 +1372,7 @@ def test_nothing_of_a_large_connect_is_kept() -> None:
 def test_an_inspected_device_is_read_in_small_pieces() -> None:
     """Its packets take longer to pass, and others have their turn in between."""
     assert treated(topics=TopicRules(max_qos=1)).device.largest_read <= 2048
-    assert not hasattr(treated().device, "largest_read")
+    assert treated().device.largest_read == 65_536
 
 
 # ---- what has not been read yet
@@ -1470,5 +1470,15 @@ def test_a_peer_that_sends_much_of_what_is_cheap_is_read_as_before() -> None:
         receive(mqtt.publish() * 1000)
         receive(mqtt.publish(payload=bytes(60_000)))
     assert bench.session.lend() is not None
-    assert not hasattr(bench.device, "largest_read")
+    assert bench.device.largest_read == 65_536
     assert not hasattr(bench.upstream, "largest_read")
+
+
+def test_little_is_read_at_a_time_until_connack() -> None:
+    """What comes behind CONNECT is relayed in one turn, also where a rule reads each packet."""
+    bench = Bench()
+    assert bench.device.largest_read == 1024
+    bench.connect().session.upstream_verified(bench.upstream, PEER)
+    assert bench.device.largest_read == 1024
+    bench.session.upstream_received(mqtt.connack())
+    assert bench.device.largest_read == 65_536

@@ -98,6 +98,8 @@ _DISCONNECT_CODES = {
 # What is read at a time where packets are inspected, in bytes, so that a turn of the event loop stays short. A broker's
 # bytes come in TLS records of up to 16 KiB, so smaller reads would not help there.
 _READ_FROM_DEVICE, _READ_FROM_BROKER = 1024, 4096
+# Until CONNACK, as little: what comes behind CONNECT waits, and is relayed in one turn.  Then as much as usual.
+_READ_AT_MOST = 0x10000
 # The same for a peer that has sent a piece in which so many packets had to be judged one by one, some 10 µs each.
 _MOST_JUDGED = 256
 # How often the kernel is asked whether peers acknowledge: in seconds, and per timeout.
@@ -233,6 +235,7 @@ class Session:
     ) -> None:
         self.record = record
         self._device = device
+        device.limit_reads(_READ_FROM_DEVICE)
         self._device_present = True
         self._dial = dial
         self._dialling: Cancellable | None = None
@@ -740,11 +743,12 @@ class Session:
             make = CheckingFramer if self._limits.check_bodies else Framer
             self._from_device = make(Sender.DEVICE, version, limit)
             self._from_broker = make(Sender.BROKER, version, limit)
+            self._device.limit_reads(_READ_AT_MOST)
         else:
             checked = self._limits.check_bodies
             self._from_device = treatment.from_device(version, limit, largest_at_broker, check_bodies=checked)
-            if treatment.inspects(version):
-                self._device.limit_reads(_READ_FROM_DEVICE)
+            if not treatment.inspects(version):
+                self._device.limit_reads(_READ_AT_MOST)
             if treatment.topics.concern_broker and self._upstream is not None:
                 self._upstream.limit_reads(_READ_FROM_BROKER)
             self._from_broker = treatment.from_broker(version, limit, check_bodies=checked)
