@@ -45,7 +45,7 @@ class Browser:
 
     def __init__(self) -> None:
         program = require_tool("chromium")
-        self._profile = TemporaryDirectory(prefix="browser-")
+        self._profile = TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
         self._log = (Path(self._profile.name) / "stderr").open("wb")
         commands_read, self._commands = os.pipe()
         self._answers, answers_write = os.pipe()
