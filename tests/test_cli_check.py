@@ -431,7 +431,7 @@ def test_a_broker_that_does_not_answer_connect(offered: Callable[..., tuple[Chec
     for serve, words, remedy in (
         (BrokerConnection.read_to_end, "upstream-silent: no CONNACK within 0.3 s", "log and load"),
         (BrokerConnection.read_packet, "upstream-closed", "broker's log"),
-        (answer(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "upstream-protocol-error: an HTTP response", "WebSocket"),
+        (answer(b"HTTP/1.1 400 Bad Request\r\n\r\n"), "upstream-protocol-error: an HTTP response", "transport"),
     ):
         done, _ = offered(serve=serve)
         done.failed("connack", words, remedy=remedy)

@@ -94,7 +94,7 @@ def test_credentials_are_sent_as_basic() -> None:
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", EndReason.PROXY_UNREACHABLE, "no valid HTTP answer"),
         (b"\x15\x03\x01\x00\x02\x02\x46" + bytes(20), EndReason.PROXY_UNREACHABLE, "no valid HTTP answer"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 100_000, EndReason.PROXY_UNREACHABLE, "no valid HTTP answer"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 100, EndReason.PROXY_UNREACHABLE, "without end"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 100, EndReason.PROXY_UNREACHABLE, "too many"),
         (b"HTTP/1.1 403 \x1b[2J\xff\r\n\r\n", EndReason.PROXY_REFUSED, "403"),
     ],
 )
