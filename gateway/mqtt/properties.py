@@ -170,6 +170,26 @@ def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where:
     return _parse_section(data[start:end], permitted, where), end
 
 
+def encode_properties(properties: Properties) -> bytes:
+    """Write properties with their length, User Properties last (MQTT 5.0 §2.2.2)."""
+    parts: list[bytes] = []
+    for number, value in properties.values.items():
+        kind = _KINDS[PropertyId(number)]
+        parts.append(bytes((number,)))
+        if isinstance(value, str):
+            parts.append(encode_string(value))
+        elif isinstance(value, bytes):
+            parts.append(len(value).to_bytes(2, "big") + value)
+        elif kind is _Kind.VARIABLE:
+            parts.append(encode_remaining_length(value))
+        else:
+            parts.append(value.to_bytes({_Kind.BIT: 1, _Kind.TWO_BYTES: 2, _Kind.FOUR_BYTES: 4}[kind], "big"))
+    for key, text in properties.user_properties:
+        parts += [bytes((PropertyId.USER_PROPERTY,)), encode_string(key), encode_string(text)]
+    section = b"".join(parts)
+    return encode_remaining_length(len(section)) + section
+
+
 def end_of_properties(data: bytes, offset: int) -> int:
     """Return the offset after a Property Length and its already validated properties (MQTT 5.0 §2.2.2.1)."""
     decoded = decode_remaining_length(data, offset)

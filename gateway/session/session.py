@@ -6,6 +6,7 @@ reactor here; the sides do that.
 The states and their transitions; ENDED accepts every late input and ignores it::
 
     WAIT_CONNECT ──CONNECT──▶ DIALLING ──verified──▶ WAIT_CONNACK ──CONNACK──▶ RELAYING
+          │                       └──by a rule with `store`──▶ STORED                │
           └───────────────────────┴────────── any failure, any end ──┴─────────────┴────▶ ENDED
 
 In each state:
@@ -16,6 +17,7 @@ In each state:
   and the identity matches.
 * WAIT_CONNACK: CONNECT has been sent.  The device is read only for MQTT 5.0 enhanced authentication (§4.12).
 * RELAYING: each direction passes through a framer.
+* STORED: the device's rule says `store`; `gateway.session.stored` does all but the bookkeeping of the two ends.
 * ENDED: the reason is recorded, both sides are closing; the session is gone when both transports are.
 """
 
@@ -48,6 +50,7 @@ class State(Enum):
     DIALLING = auto()
     WAIT_CONNACK = auto()
     RELAYING = auto()
+    STORED = auto()
     ENDED = auto()
 
 
@@ -56,9 +59,10 @@ _RELAYING = State.RELAYING
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.WAIT_CONNECT: frozenset({State.DIALLING, State.ENDED}),
-    State.DIALLING: frozenset({State.WAIT_CONNACK, State.ENDED}),
+    State.DIALLING: frozenset({State.WAIT_CONNACK, State.STORED, State.ENDED}),
     State.WAIT_CONNACK: frozenset({State.RELAYING, State.ENDED}),
     State.RELAYING: frozenset({State.ENDED}),
+    State.STORED: frozenset({State.ENDED}),
     State.ENDED: frozenset(),
 }
 
@@ -130,6 +134,19 @@ class Loan(Protocol):
         """Take everything back; the framers are the session's again."""
 
 
+class Store(Protocol):
+    """What a stored device's packets are for; see `gateway.session.stored.StoredSession`."""
+
+    def device_received(self, data: bytes) -> None:
+        """Take bytes of the device."""
+
+    def detached(self, device: Session) -> None:
+        """The device's session has ended."""
+
+    def settle(self, done: Callable[[], None]) -> None:
+        """Put everything on disk and acknowledge it, then call `done`."""
+
+
 class Cancellable(Protocol):
     """A connection attempt to the upstream."""
 
@@ -176,6 +193,7 @@ class Session:
         "_seconds",
         "_sent_at",
         "_state",
+        "_stored",
         "_timeouts",
         "_treatment",
         "_upstream",
@@ -230,6 +248,7 @@ class Session:
         self._keep_alive_limit = 0.0
         # Set while somebody else relays, who has both framers meanwhile.
         self._loan: Loan | None = None
+        self._stored: Store | None = None
 
     @property
     def state(self) -> State:
@@ -254,6 +273,8 @@ class Session:
     @property
     def last_heard(self) -> float | None:
         """When the device last sent something, on the injected clock, to the sweep's precision; None before CONNACK."""
+        if self._state is State.STORED:
+            return self._last_heard if self.record.established else None
         if self._state is not State.RELAYING:
             return None
         if self._loan is not None:
@@ -317,6 +338,8 @@ class Session:
         elif self._state is State.WAIT_CONNECT:
             self._device_reader.feed(data)
             self._read_connect()
+        elif self._state is State.STORED:
+            self._store_up(data)
         elif self._state is not State.ENDED:
             self._device_reader.feed(data)
             if self._state is State.WAIT_CONNACK:
@@ -423,6 +446,63 @@ class Session:
         if self._state is State.ENDED:
             self._check_gone()
 
+    # ---- a stored device
+
+    def become_stored(self, stored: Store) -> None:
+        """From now on `stored` is what this device speaks to, whether there is a broker or not."""
+        self._enter(State.STORED)
+        self._dialling = None
+        self._connect_packet = None
+        self._stored = stored
+
+    def verified(self, peer: Peer) -> None:
+        """The stored device's broker is verified."""
+        self._record_dial()
+        self.record.peer = peer
+
+    def admit(self, connack: bytes) -> bytes:
+        """Accept a stored device with this CONNACK; return what it has sent behind CONNECT."""
+        record = self.record
+        record.connack_seconds = self._seconds() - record.started - (record.connect_seconds or 0.0)
+        self._last_heard = self._seconds()
+        self.send(connack)
+        self._journal.session_started(record)
+        return self._device_reader.take_rest()
+
+    def send(self, data: bytes) -> None:
+        """Send a packet to a stored device."""
+        if self._state is State.STORED:
+            self._bytes_down += len(data)
+            self.record.packets_down += 1
+            self._device.write(data)
+
+    def count_up(self) -> None:
+        """Count a packet of a stored device."""
+        self.record.packets_up += 1
+
+    def hold(self) -> None:
+        """Do not read a stored device."""
+        self._device.hold()
+
+    def release(self) -> None:
+        """Read a stored device again."""
+        if self._state is State.STORED:
+            self._device.release()
+
+    def finish(
+        self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
+    ) -> None:
+        """End the session of a stored device."""
+        self._end(reason, detail, answer=answer, code=code)
+
+    def _store_up(self, data: bytes) -> None:
+        if not self.record.established:
+            self._device_reader.feed(data)
+        elif self._stored is not None:
+            self._last_heard = self._seconds()
+            self._bytes_up += len(data)
+            self._stored.device_received(data)
+
     # ---- from the gateway
 
     def sweep(self, now: float) -> None:
@@ -438,6 +518,9 @@ class Session:
                 self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
             if self._treatment is not None and self._state is _RELAYING:
                 self._sweep_treatment(now)
+        elif self._state is State.STORED:
+            if now >= self._lives_until:
+                self._end(EndReason.GATEWAY_STOPPING, "the disk did not take its last messages in time")
         elif now >= self._deadline:
             self._deadline_passed()
 
@@ -454,6 +537,10 @@ class Session:
             if self._from_device.at_boundary:
                 self._upstream.write_last(_DISCONNECT)
                 self._bytes_up += len(_DISCONNECT)
+        if self._stored is not None and reason is EndReason.GATEWAY_STOPPING:
+            self._lives_until = self._seconds() + self._timeouts.close
+            self._stored.settle(lambda: self._end(reason))
+            return
         self._end(reason)
 
     def fail(self, detail: str) -> None:
@@ -725,6 +812,9 @@ class Session:
             self._device.close()
         if self._upstream is not None:
             self._upstream.close()
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            stored.detached(self)
         try:
             self._journal.session_ended(self.record)
         finally:
@@ -739,9 +829,12 @@ class Session:
             return b""
         version, words = self._connect.version, f"{reason}: {reason.meaning}"
         limit = self._connect.maximum_packet_size or self._limits.max_packet_size
-        if self._from_broker is None:
+        is_stored = self._from_broker is None and self.record.established
+        if self._from_broker is None and not is_stored:
             full, short = (connack_refusal(version, *connack_codes, text) for text in (words, ""))
-        elif version is not ProtocolVersion.MQTT_5_0 or not self._from_broker.at_boundary:
+        elif version is not ProtocolVersion.MQTT_5_0 or not (
+            self._from_broker is None or self._from_broker.at_boundary
+        ):
             # After an incomplete packet, a DISCONNECT would become part of its body.
             return b""
         else:
