@@ -135,7 +135,7 @@ class Gateway:
         self._swept = swept
         self._uniform = uniform
         self._helpers = helpers
-        self._presence: Presence[Session] = Presence(clock.seconds, is_over)
+        self.presence: Presence[Session] = Presence(clock.seconds, is_over)
         self._turns = password_turns(clock)
         self._numbered = 0
         # How often the configuration was changed.
@@ -145,7 +145,7 @@ class Gateway:
         self._drain: Spread[Session] | None = None
         self._generation = self._made(prepare(config, uniform, helpers.programs))
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
-        self._doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
+        self.doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         self._sweeping: IDelayedCall | None = None
         self._swept_at: float | None = None
         self._sweeper = LoopingCall(self._sweep)
@@ -220,7 +220,7 @@ class Gateway:
         reception = Reception(
             prepared,
             dialler,
-            self._presence,
+            self.presence,
             self._helpers,
             self._uniform,
             self._take_place,
@@ -243,7 +243,7 @@ class Gateway:
         self._all_gone.append(gone)
         now = self._clock.seconds()
         self.generation.dialler.stop()
-        self._doorstep.clear()
+        self.doorstep.clear()
         if not self._stopping:
             self._stopping = True
             sessions = list(self.sessions)
@@ -266,7 +266,7 @@ class Gateway:
     def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
         """Return the protocol for a new connection, or `None` if it is refused."""
         if listener.proxies and not self.stopping:
-            return self._doorstep.admit(address, listener)
+            return self.doorstep.admit(address, listener)
         reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host_of(address))
         if reason is not None:
             self._journal.refused(reason, shown_address(address))
@@ -307,17 +307,17 @@ class Gateway:
 
     def leave(self, session: Session) -> None:
         """Count a session out whose CONNECT is to be judged again."""
-        self._presence.leave(session)
+        self.presence.leave(session)
 
     def gone(self, opening: _Opening, session: Session) -> None:
         """Forget a session whose connections are closed."""
         self.sessions.discard(session)
-        self._presence.leave(session)
+        self.presence.leave(session)
         self.doorkeeper.leave(host_of(opening.address))
         self._check_all_gone()
 
     def _check_all_gone(self) -> None:
-        if self._all_gone and not self.sessions and not self._doorstep.connections:
+        if self._all_gone and not self.sessions and not self.doorstep.connections:
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
@@ -335,9 +335,9 @@ class Gateway:
         patience = self.config.timeouts.connect_packet + max(lost, 0.0)
         steps: list[Callable[[], object]] = [
             partial(self._sweep_all, lost, now),
-            partial(self._doorstep.sweep, now, patience),
+            partial(self.doorstep.sweep, now, patience),
             self.doorkeeper.sweep,
-            partial(self._presence.sweep, self.config.devices),
+            partial(self.presence.sweep, self.config.devices),
             self.generation.dialler.sweep,
             self._journal.sweep,
             self._swept,

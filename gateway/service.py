@@ -92,7 +92,7 @@ class GatewayService(Service):
         self.engine = engine(wanted=config.relay.engine == "auto")
         self._relay = RelayReactor(reactor, self.engine.core)
         self._notifier = notifier or Notifier()
-        self._reread = reread or (lambda: config)
+        self.reread = reread or (lambda: config)
         journal = journal or Journal(reactor.seconds, sessions=lambda: self.gateway.config.log.sessions)
         self.ledger = Ledger(journal, reactor.seconds)
         self.gateway = Gateway(
@@ -228,7 +228,7 @@ class GatewayService(Service):
 
     async def _serve_requests(self) -> None:
         requests, self._requests = self._requests, []
-        problems = await self._reload(self._reread)
+        problems = await self._reload(self.reread)
         for request in requests:
             request.callback(problems)
 
@@ -267,7 +267,7 @@ class GatewayService(Service):
             _log.info("reloaded: {what}", event="reloaded", what=what)
             self._refused["files"] = ""
             self.ledger.reloads += 1
-            if read is self._reread:
+            if read is self.reread:
                 self._refused["configuration"] = ""
         self._notifier.ready(self.status)
         return problems

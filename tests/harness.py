@@ -97,7 +97,7 @@ class RunningGateway:
         tls: dict[str, Any] | None = None,
         **sections: Any,
     ) -> None:
-        self._reactor = reactor
+        self.reactor = reactor
         if isinstance(upstream, int):
             upstream = [{"host": host, "port": upstream}]
         if THROUGH:
@@ -121,7 +121,7 @@ class RunningGateway:
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the reactor's thread, and wait for what it returns, but not for ever."""
         outcomes: Queue[Any] = Queue()
-        self._reactor.callFromThread(lambda: maybeDeferred(function, *arguments).addBoth(outcomes.put))
+        self.reactor.callFromThread(lambda: maybeDeferred(function, *arguments).addBoth(outcomes.put))
         try:
             outcome = outcomes.get(timeout=PATIENCE)
         except Empty:
@@ -143,9 +143,9 @@ class RunningGateway:
     def wait_empty(self) -> None:
         """Wait until nothing of any session is left: no session, no count."""
         gateway = self.service.gateway
-        left = (gateway.sessions, gateway._doorstep.connections)
+        left = (gateway.sessions, gateway.doorstep.connections)
         eventually(lambda: not any(left), f"no sessions, but {left}")
-        assert self.service.gateway.doorkeeper._sessions == 0
+        assert self.service.gateway.doorkeeper.sessions == 0
 
     def change(self, **sections: Any) -> None:
         """Change to a configuration in which these sections are others."""

@@ -40,7 +40,7 @@ class Leftovers:
     def _count(self) -> Counter[str]:
         gc.collect()
         counts: Counter[str] = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in _OF_SESSIONS)
-        calls: list[Any] = self._gateway.call(self._gateway._reactor.getDelayedCalls)
+        calls: list[Any] = self._gateway.call(self._gateway.reactor.getDelayedCalls)
         counts["delayed calls"] = len(calls)
         counts["descriptors"] = open_descriptors()
         return counts

@@ -133,7 +133,7 @@ def test_devices_that_all_come_back_at_once_find_the_door_open(
     gateway = start_gateway(upstream=broker.port)
     leftovers = Leftovers(gateway)
     all_there = threading.Event()
-    gateway._reactor.callFromThread(all_there.wait, 20)
+    gateway.reactor.callFromThread(all_there.wait, 20)
     devices = [Device(gateway.port) for _ in range(300)]
     assert not all_there.is_set()
     all_there.set()

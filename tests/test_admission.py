@@ -168,8 +168,8 @@ def test_addresses_that_are_quiet_again_are_forgotten() -> None:
     door.clock.advance(0.25)
     door.keeper.sweep()
     assert not door.keeper._buckets
-    assert not door.keeper._by_address
-    assert door.keeper._sessions == 0
+    assert not door.keeper.by_address
+    assert door.keeper.sessions == 0
 
 
 @pytest.mark.parametrize(
@@ -193,13 +193,13 @@ def test_only_load_balancers_that_are_named_are_let_in_as_such(
     networks: Any = [proxy if proxy == "unix" else ip_network(proxy) for proxy in proxies]
     reason = None if is_let_in else EndReason.PROXY_NOT_TRUSTED
     assert door.keeper.admit_proxy(host, networks) is reason
-    assert door.keeper._sessions == is_let_in
+    assert door.keeper.sessions == is_let_in
     if is_let_in:
         assert door.keeper.admit_proxy(host, networks) is EndReason.TOO_MANY_SESSIONS
         assert door.keeper.admit_device("192.168.1.7") is EndReason.NETWORK_NOT_ALLOWED
         assert door.keeper.admit_device("8.8.8.8") is None
         door.keeper.leave("8.8.8.8")
-    assert (door.keeper._sessions, dict(door.keeper._by_address)) == (0, {})
+    assert (door.keeper.sessions, dict(door.keeper.by_address)) == (0, {})
 
 
 def test_refusals_are_counted_by_reason() -> None:

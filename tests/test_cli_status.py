@@ -66,7 +66,7 @@ def test_it_says_what_the_page_says(
     devices.append(connected(gateway, "device-16"))
     connected(gateway, "device-17").close()
     gateway.wait_ended()
-    gateway.call(gateway.service.ledger._sample)
+    gateway.call(gateway.service.ledger.sample)
     status, out, err = ask(gateway=gateway)
     assert (status, err) == (0, "")
     for words in (

@@ -312,7 +312,7 @@ def test_a_stop_leaves_nothing_of_a_trial(plant: StartPlant, when: str) -> None:
     assert own.dialled == {"one.example": 2}
     own.dialler.stop()
     assert not own.clock.getDelayedCalls()
-    assert not own.dialler._trials
+    assert not own.dialler.trials
     assert all(transport_of(protocol).aborted for protocol, _ in own.connections)
     assert own.health["one.example"].is_open == (when == "closing")
 

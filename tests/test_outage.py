@@ -238,7 +238,7 @@ def test_a_reload_ends_a_trial_that_is_under_way(start_gateway: StartGateway, st
         assert trial.recv(3)[:1] == b"\x16"
         before = gateway.service.gateway.generation.dialler
         gateway.change(limits={"max_packet_size": 65536})
-        assert not before._trials
+        assert not before.trials
         with contextlib.suppress(ConnectionResetError):
             while trial.recv(65536):
                 pass

@@ -54,7 +54,7 @@ class Plant:
         faulty.close()
         self.gateway.wait_ended(4)
         for _ in range(3):
-            self.gateway.call(self.gateway.service.ledger._sample)
+            self.gateway.call(self.gateway.service.ledger.sample)
         self.url = f"http://localhost:{status_port(self.gateway)}/"
 
     def close(self) -> None:

@@ -44,7 +44,7 @@ def start(start_gateway: Callable[..., RunningGateway], broker: Broker) -> Calla
 
 def waiting(gateway: RunningGateway) -> int:
     """Return how many connections wait for their header."""
-    return len(gateway.service.gateway._doorstep.connections)
+    return len(gateway.service.gateway.doorstep.connections)
 
 
 def hang_up(device: Device) -> bytes:
@@ -162,7 +162,7 @@ def test_admission_judges_by_the_devices_address(start: Callable[..., RunningGat
     session(gateway, v2())
     assert broker.accepted == 3
     leftovers.check()
-    assert not gateway.service.gateway.doorkeeper._by_address
+    assert not gateway.service.gateway.doorkeeper.by_address
 
 
 def test_the_rate_is_that_of_the_devices_address(start: Callable[..., RunningGateway]) -> None:

@@ -383,7 +383,7 @@ def test_a_refused_configuration_stays_refused_when_a_file_is_renewed(
     def read() -> Any:
         return from_mapping({"upstream": []})
 
-    good, gateway.service._reread = gateway.service._reread, read
+    good, gateway.service.reread = gateway.service.reread, read
     gateway.call(gateway.service.reload)
     (refused,) = [part for part in gateway.service.status.split("; ") if "refused" in part]
     assert ": upstream: " in refused
@@ -393,7 +393,7 @@ def test_a_refused_configuration_stays_refused_when_a_file_is_renewed(
     ca.cert_pem.write_to_path(str(ca_file))
     eventually(lambda: "tls.ca_file" not in gateway.service.status, "the good file is seen")
     assert refused in gateway.service.status
-    gateway.service._reread = good
+    gateway.service.reread = good
     gateway.call(gateway.service.reload)
     assert "refused" not in gateway.service.status
     logged_errors.clear()
@@ -408,7 +408,7 @@ def test_a_mistake_in_a_reload_is_a_refusal(
     def read() -> Any:
         raise ZeroDivisionError
 
-    gateway.service._reread = read
+    gateway.service.reread = read
     gateway.call(gateway.service.reload)
     assert "internal error" in gateway.service.status
     assert logged_errors[0]["log_failure"].check(ZeroDivisionError)
@@ -496,7 +496,7 @@ def test_two_hundred_reloads_leave_nothing(
         gc.collect()
         found = Counter(type(each).__name__ for each in gc.get_objects() if type(each) in counted)
         found["descriptors"] = open_descriptors()
-        found["delayed calls"] = len(gateway.call(gateway._reactor.getDelayedCalls))
+        found["delayed calls"] = len(gateway.call(gateway.reactor.getDelayedCalls))
         return found
 
     before, threads = count(), threading.active_count()
@@ -511,7 +511,7 @@ def test_two_hundred_reloads_leave_nothing(
     expected = before + Counter({kind.__name__: 1 for kind in counted})
     eventually(lambda: count() == expected, f"no more than {expected}, but {count()}")
     # Reloads are prepared in the reactor's pool, which makes its threads as they are needed.
-    assert threading.active_count() <= threads + gateway.call(lambda: gateway._reactor.getThreadPool().max)
+    assert threading.active_count() <= threads + gateway.call(lambda: gateway.reactor.getThreadPool().max)
     assert {record.reason for record in gateway.ended} == {EndReason.DEVICE_LOST}
     for device in standing:
         device.close()
@@ -767,7 +767,7 @@ def test_a_request_is_answered_with_what_came_of_it(
     """`systemctl reload` fails if the gateway refuses, and the refusal is seen wherever one may look."""
     gateway = start_gateway(upstream=start_broker().port)
     path = tmp_path / "reload.sock"
-    port = ReloadPort(gateway._reactor, path, gateway.service.reload)
+    port = ReloadPort(gateway.reactor, path, gateway.service.reload)
     assert console(["reload", "--socket", str(path)]) == 1
     assert "cannot reach the gateway" in capfd.readouterr().err
     gateway.call(port.open)
@@ -775,15 +775,15 @@ def test_a_request_is_answered_with_what_came_of_it(
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert console(["reload", "--socket", str(path)]) == 0
         assert capfd.readouterr().err == ""
-        good = gateway.service._reread
-        gateway.service._reread = lambda: from_mapping({"upstream": []})
+        good = gateway.service.reread
+        gateway.service.reread = lambda: from_mapping({"upstream": []})
         assert console(["reload", "--socket", str(path)]) == 1
         assert "upstream: missing" in capfd.readouterr().err
         logged_errors.clear()
         document = gateway.call(gateway.service.sight.document)
         assert document["reloads"]["refused"] == 1
         assert any("reload refused" in reason for reason in verdict(document).reasons)
-        gateway.service._reread = good
+        gateway.service.reread = good
         assert console(["reload", "--socket", str(path)]) == 0
         assert not verdict(gateway.call(gateway.service.sight.document)).reasons
     finally:
@@ -799,7 +799,7 @@ def test_requests_that_wait_are_answered_together(start_gateway: StartGateway, s
         reads.append(1)
         return gateway.service.gateway.config
 
-    gateway.service._reread = read
+    gateway.service.reread = read
     answers = gateway.call(lambda: gatherResults([gateway.service.reload() for _ in range(5)]))
     assert answers == [()] * 5
     assert len(reads) == 2

@@ -95,8 +95,8 @@ class MemoryBroker:
     """The far end of an upstream connection: a TLS server without a socket."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = context.wrap_bio(self._in, self._out, server_side=True)
+        self._in, self.out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(self._in, self.out, server_side=True)
         self.received = b""
         self.ended_cleanly = False
         self._shaken = False
@@ -104,11 +104,11 @@ class MemoryBroker:
     def talk(self, upstream: UpstreamProtocol) -> None:
         """Carry bytes to and fro until neither side has any; an aborted connection carries none."""
         transport: Any = upstream.transport
-        while not transport.aborted and (self._take(transport.value(), transport) or self._out.pending):
-            if self._out.pending:
-                upstream.dataReceived(self._out.read())
+        while not transport.aborted and (self.take(transport.value(), transport) or self.out.pending):
+            if self.out.pending:
+                upstream.dataReceived(self.out.read())
 
-    def _take(self, ciphertext: bytes, transport: Transport) -> bool:
+    def take(self, ciphertext: bytes, transport: Transport) -> bool:
         transport.clear()
         self._in.write(ciphertext)
         try:
@@ -130,7 +130,7 @@ class MemoryBroker:
         if close:
             with pytest.raises(ssl.SSLWantReadError):
                 self.tls.unwrap()
-        return self._out.read()
+        return self.out.read()
 
 
 class World:
@@ -302,8 +302,8 @@ def test_no_byte_is_taken_before_the_broker_is_verified(world: World) -> None:
     upstream, transport, broker = world.upstream()
     with pytest.raises(NotVerified):
         upstream.write(b"CONNECT")
-    broker._take(transport.value(), transport)
-    flight = broker._out.read()
+    broker.take(transport.value(), transport)
+    flight = broker.out.read()
     for index in range(len(flight) - 1):
         upstream.dataReceived(flight[index : index + 1])
         with pytest.raises(NotVerified):
@@ -321,12 +321,12 @@ def test_a_wrong_broker_is_refused_with_an_alert_and_nothing_else(world: World) 
     upstream, transport, broker = world.upstream("other.example")
     failures: list[Failure] = []
     upstream.verified.addErrback(failures.append)
-    broker._take(transport.value(), transport)
-    upstream.dataReceived(broker._out.read())
+    broker.take(transport.value(), transport)
+    upstream.dataReceived(broker.out.read())
     assert failures[0].value.reason is EndReason.TLS_NAME_MISMATCH  # type: ignore[attr-defined]
     assert transport.disconnecting
     with pytest.raises(ssl.SSLError, match="ALERT"):
-        broker._take(transport.value(), transport)
+        broker.take(transport.value(), transport)
     upstream.dataReceived(b"late")
     upstream.connectionLost(DONE)
     assert len(failures) == 1
@@ -835,7 +835,7 @@ def test_a_look_up_that_is_given_up_disturbs_no_one_else() -> None:
     reactor.nameResolver.answer(0, "192.0.2.1")
     assert gone[0].check(CancelledError)
     assert second == [addresses("192.0.2.1")]
-    assert not network._under_way
+    assert not network.under_way
 
 
 def test_look_ups_that_are_given_up_do_not_heap_up() -> None:
@@ -845,7 +845,7 @@ def test_look_ups_that_are_given_up_do_not_heap_up() -> None:
     for _ in range(1000):
         answer, _ = lookup(network)
         answer.cancel()
-    assert not any(look_up.waiting for look_up in network._under_way.values())
+    assert not any(look_up.waiting for look_up in network.under_way.values())
     assert len(reactor.nameResolver.asked) == 1
 
 
@@ -1101,7 +1101,7 @@ def test_cancelling_at_any_step_leaves_nothing_behind(world: World, step: str) -
         dialling.clock.advance(0.3)
     if step == "tls":
         upstream, broker = dialling.connected("192.0.2.1")
-        broker._take(transport_of(upstream).value(), transport_of(upstream))
+        broker.take(transport_of(upstream).value(), transport_of(upstream))
     dialling.deferred.cancel()
     assert not dialling.clock.getDelayedCalls()
     assert {call[0] for call in dialling.session.calls} <= {"dials"}

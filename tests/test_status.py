@@ -466,7 +466,7 @@ def test_history_is_drawn_from_samples(
     devices.append(connected(gateway, "a"))
     devices[0].send(mqtt.publish() * 9)
     eventually(lambda: broker.received.count(mqtt.publish()) == 9, "the packets")
-    gateway.call(gateway.service.ledger._sample)
+    gateway.call(gateway.service.ledger.sample)
     history = ask(gateway).json["history"]
     assert [(each["sessions"], each["packets"], each["failures"]) for each in history] == [(1, 11, 0)]
 
@@ -865,13 +865,13 @@ def test_a_reload_that_was_refused_is_to_be_seen(start: StartGateway, logged_err
     def missing() -> Any:
         raise ConfigError(["tls.ca_file: ca.pem cannot be read"])
 
-    service._reread = missing
+    service.reread = missing
     gateway.call(service.reload)
     document = ask(gateway).json
     assert (document["reloads"]["done"], document["reloads"]["refused"]) == (0, 1)
     assert "tls.ca_file: ca.pem cannot be read" in ask(gateway, "/").text
     assert value(ask(gateway, "/metrics").text, "reloads_total", result="refused") == 1
-    service._reread = lambda: gateway.config
+    service.reread = lambda: gateway.config
     gateway.call(service.reload)
     document = ask(gateway).json
     assert document["reloads"] == {"done": 1, "refused": 1, "wanting": []}

@@ -128,7 +128,7 @@ class Dialler:
         self.superseded = False
         self.identities = any(device.client_cert is not None for device in config.device)
         # The gateway's own trials in progress, and the connections of finished ones until they are closed.
-        self._trials: set[Deferred[None]] = set()
+        self.trials: set[Deferred[None]] = set()
         self._closing: dict[UpstreamProtocol, float] = {}
 
     @property
@@ -183,7 +183,7 @@ class Dialler:
 
     def stop(self) -> None:
         """Cancel the gateway's own trials; sessions cancel their own attempts."""
-        for trial in list(self._trials):
+        for trial in list(self.trials):
             trial.cancel()
         for protocol in self._closing:
             protocol.abort()
@@ -335,8 +335,8 @@ class Dialler:
 
     def _try(self, target: Target, health: UpstreamHealth) -> None:
         trial = Deferred.fromCoroutine(self._trial(target, health))
-        self._trials.add(trial)
-        trial.addBoth(lambda _: self._trials.discard(trial))
+        self.trials.add(trial)
+        trial.addBoth(lambda _: self.trials.discard(trial))
 
     async def _trial(self, target: Target, health: UpstreamHealth) -> None:
         """Check whether a broker can be verified; not one MQTT byte is sent."""

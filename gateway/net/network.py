@@ -74,7 +74,7 @@ class ReactorNetwork:
     def __init__(self, reactor: Any) -> None:
         """Take the relay's reactor."""
         self._reactor = reactor
-        self._under_way: dict[tuple[str, int], _LookUp] = {}
+        self.under_way: dict[tuple[str, int], _LookUp] = {}
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
         """See `Network.resolve`."""
@@ -83,10 +83,10 @@ class ReactorNetwork:
             return succeed([literal])
         key = (host, port)
         now = self._reactor.seconds()
-        look_up = self._under_way.get(key)
+        look_up = self.under_way.get(key)
         is_new = look_up is None or now - look_up.began >= _JOINED_FOR
         if look_up is None or is_new:
-            look_up = self._under_way[key] = _LookUp(now)
+            look_up = self.under_way[key] = _LookUp(now)
         # A caller that cancels is removed; the lookup continues, and others may still join it.
         answer: Deferred[list[Address]] = Deferred(look_up.waiting.remove)
         look_up.waiting.append(answer)
@@ -96,8 +96,8 @@ class ReactorNetwork:
         return answer
 
     def _resolved(self, key: tuple[str, int], look_up: _LookUp, addresses: list[Address]) -> None:
-        if self._under_way.get(key) is look_up:
-            del self._under_way[key]
+        if self.under_way.get(key) is look_up:
+            del self.under_way[key]
         for answer in list(look_up.waiting):
             # One caller's reaction may cancel another.
             if not answer.called:

@@ -136,7 +136,7 @@ class Ledger:
     def watch(self, sessions: Collection[Session]) -> None:
         """Take the gateway's collection of sessions, which changes as they come and go."""
         self._open = sessions
-        self._sample()
+        self.sample()
 
     # ---- what the gateway tells
 
@@ -209,7 +209,7 @@ class Ledger:
                 break
             del self._ends[key]
         if not self._samples or now - self._samples[-1].at >= SAMPLE_INTERVAL:
-            self._sample()
+            self.sample()
 
     def flush(self) -> None:
         """The gateway is stopping."""
@@ -269,7 +269,8 @@ class Ledger:
         if len(self._ends) > _MAX_ENDS:
             self._ends.popitem(last=False)
 
-    def _sample(self) -> None:
+    def sample(self) -> None:
+        """Take a sample for the charts."""
         relaying = sum(1 for session in self._open if session.state is State.RELAYING)
         self._samples.append(
             Sample(

@@ -28,8 +28,8 @@ class Doorkeeper:
         self._admission = admission
         self._max_sessions = max_sessions
         self._seconds = seconds
-        self._sessions = 0
-        self._by_address: Counter[str] = Counter()
+        self.sessions = 0
+        self.by_address: Counter[str] = Counter()
         # Token buckets (address: tokens left, time of that count); a full bucket is the same as none.
         self._buckets: dict[str, tuple[float, float]] = {}
         self.refused: Counter[EndReason] = Counter()
@@ -49,7 +49,7 @@ class Doorkeeper:
         if reason is not None:
             self.refused[reason] += 1
             return reason
-        self._sessions += 1
+        self.sessions += 1
         self._count(host)
         return None
 
@@ -64,7 +64,7 @@ class Doorkeeper:
         if reason is not None:
             self.refused[reason] += 1
             return reason
-        self._sessions += 1
+        self.sessions += 1
         return None
 
     def admit_device(self, host: str | None) -> EndReason | None:
@@ -82,11 +82,11 @@ class Doorkeeper:
 
     def leave(self, host: str | None) -> None:
         """Remove a session from the counts."""
-        self._sessions -= 1
+        self.sessions -= 1
         if host is not None:
-            self._by_address[host] -= 1
-            if self._by_address[host] <= 0:
-                del self._by_address[host]
+            self.by_address[host] -= 1
+            if self.by_address[host] <= 0:
+                del self.by_address[host]
 
     def sweep(self) -> None:
         """Forget addresses whose rate has recovered."""
@@ -97,10 +97,10 @@ class Doorkeeper:
 
     def _count(self, host: str | None) -> None:
         if host is not None:
-            self._by_address[host] += 1
+            self.by_address[host] += 1
 
     def _judge_number(self) -> EndReason | None:
-        return EndReason.TOO_MANY_SESSIONS if self._sessions >= self._max_sessions else None
+        return EndReason.TOO_MANY_SESSIONS if self.sessions >= self._max_sessions else None
 
     def _judge_address(self, host: str | None) -> EndReason | None:
         if host is None:
@@ -108,7 +108,7 @@ class Doorkeeper:
         if not _is_one_of(host, self._admission.allow):
             return EndReason.NETWORK_NOT_ALLOWED
         limit = self._admission.max_sessions_per_address
-        if limit and self._by_address[host] >= limit:
+        if limit and self.by_address[host] >= limit:
             return EndReason.TOO_MANY_FROM_ADDRESS
         if self._admission.new_sessions_per_second and not self._take_token(host):
             return EndReason.RATE_LIMITED

@@ -543,8 +543,8 @@ class World:
         """No session, connection, count or call is left; then the gateway is stopped, if it was not before."""
         gateway, calls = self.gateway, self.clock.getDelayedCalls()
         self.expect(not gateway.sessions, "liveness", f"sessions are left: {[s.state for s in gateway.sessions]}")
-        self.expect(gateway.doorkeeper._sessions == 0, "liveness", f"{gateway.doorkeeper._sessions} sessions counted")
-        self.expect(not gateway.doorkeeper._by_address, "liveness", "addresses are still counted")
+        self.expect(gateway.doorkeeper.sessions == 0, "liveness", f"{gateway.doorkeeper.sessions} sessions counted")
+        self.expect(not gateway.doorkeeper.by_address, "liveness", "addresses are still counted")
         left = [connection.name for connection in self.network.connections if "socket" in connection.__dict__]
         self.expect(not left, "liveness", f"open connections: {left}")
         if self.relay is not None:
