@@ -20,6 +20,7 @@ from tests.tools import require_tool
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_a_quick_run_gives_a_table(tmp_path: Path) -> None:
     """One command prints it and saves it with the counts."""
     require_compiler(tmp_path)
@@ -141,6 +142,7 @@ def test_numbers_have_two_or_three_digits(value: float, shown: str) -> None:
     assert number(value) == shown
 
 
+@pytest.mark.slow
 def test_outages_and_storms_are_measured() -> None:
     """A small one of each: everybody is told, and served again in the end."""
     done = subprocess.run(

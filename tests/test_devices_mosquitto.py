@@ -110,6 +110,7 @@ def watcher(root: Certified, broker: Mosquitto, directory: Path) -> Any:
     return connection
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resumption", [True, False], ids=["resumed", "full"])
 def test_five_hundred_devices_are_each_themselves(
     reactor: Any, root: Certified, broker: Mosquitto, rules: Path, tmp_path: Path, *, resumption: bool

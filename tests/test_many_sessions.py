@@ -113,6 +113,7 @@ async def together(work: list[Any]) -> list[Any]:
     return await asyncio.wait_for(asyncio.gather(*work), LONG)
 
 
+@pytest.mark.slow
 def test_three_thousand_sessions_at_once(broker: BrokerProcess, start_gateway: Callable[..., RunningGateway]) -> None:
     """Each is verified, each gets its own answers, each is told when the broker goes away, and nothing stays behind."""
     # All come at the same moment, and the last waits until all the others have had their handshakes.

@@ -518,6 +518,7 @@ def test_two_hundred_reloads_leave_nothing(
     gateway.wait_empty()
 
 
+@pytest.mark.slow
 def test_two_hundred_reloads_under_load_lose_no_session(
     tmp_path: Path, strict_mosquitto: Mosquitto, root: Certified
 ) -> None:

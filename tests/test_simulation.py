@@ -54,6 +54,7 @@ def test_no_seed_finds_anything(identities: Identities) -> None:
     assert not failed, "\n".join(failed)
 
 
+@pytest.mark.slow
 def test_a_seed_is_the_same_each_time(identities: Identities) -> None:
     """What a seed finds can be found again: the traces of two runs are equal, line by line."""
     for seed in range(25):
