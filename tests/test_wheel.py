@@ -146,7 +146,7 @@ def test_it_installs_its_service(installed: Path, tmp_path: Path) -> None:
     )
     # Tests have their environments below /tmp, which the unit hides.
     assert result.returncode == 1
-    assert f"this environment is {installed.parent}, and the service does not see /tmp" in result.stderr
+    assert f"this environment is {installed.parent}, which the service cannot see" in result.stderr
     assert not stage.exists()
     code = (
         "import sys; from gateway.cli import install; install.HIDDEN = (); "
