@@ -78,6 +78,17 @@ def _matches(wanted: str, topic: str) -> bool:
     return len(levels) == len(names)
 
 
+def _agree(cut: Any, whole: Any) -> bool:
+    """Say whether two outcomes of one stream are the same.
+
+    The beginning of a packet whose rest is still to come may wait for it in one of them, and have passed in the other.
+    """
+    if cut == whole:
+        return True
+    is_open = cut[2:4] == whole[2:4] == (None, False)
+    return bool(is_open and (cut[0].startswith(whole[0]) or whole[0].startswith(cut[0])))
+
+
 def check(data: bytes) -> None:
     """Inspect one direction, whole and cut."""
     choices = Choices(data)
@@ -92,9 +103,9 @@ def check(data: bytes) -> None:
         fresh = lambda: BrokerInspector(rules, version, _LIMIT)  # noqa: E731
     inspector = fresh()
     whole = _outcome(inspector, [stream])
-    assert _outcome(fresh(), cut_in_three(stream, where)) == whole
+    assert _agree(_outcome(fresh(), cut_in_three(stream, where)), whole)
     if len(stream) <= 300:
-        assert _outcome(fresh(), single_bytes(stream)) == whole
+        assert _agree(_outcome(fresh(), single_bytes(stream)), whole)
     passed = whole[0]
     towards = ProtocolVersion.MQTT_3_1_1 if side is Sender.DEVICE and upgraded else version
     # A broker's packet may only become shorter; a device's that became too long would have been refused.
