@@ -393,9 +393,12 @@ def test_a_key_that_a_group_may_read_is_renewed_without_a_restart(plant: Plant, 
     renew("gateway-2")
 
     def renewed() -> bool:
-        with plant.session():
-            return plant.shown_name() == "gateway-2"
+        # A device whose CONNECT is at the broker when the reload takes effect is refused once (configuration-changed).
+        with plant.device() as device:
+            device.send(connect(f"renewed-{next(numbers)}"))
+            return device.read(len(ACCEPTED)) == ACCEPTED and plant.shown_name() == "gateway-2"
 
+    numbers = itertools.count()
     eventually(renewed, "the renewed certificate is shown")
 
 
