@@ -38,6 +38,9 @@ from tests.simulation.run import report, run
 from tests.simulation.world import simulate
 
 SEEDS = int(os.environ.get("SIMULATION_SEEDS", "500"))
+# Seeds beyond them that failed once.  697, 1469: the gateway's DISCONNECT for a device whose forbidden packet had not
+# arrived yet.  1330: a device closed its sending side while it waited for its turn.
+FAILED_ONCE = (697, 1330, 1469)
 # Within so many seeds each mutant must be found.
 MUTANT_SEEDS = 400
 
@@ -50,7 +53,8 @@ def identities(tmp_path_factory: pytest.TempPathFactory) -> Identities:
 
 def test_no_seed_finds_anything(identities: Identities) -> None:
     """Whatever the network, the devices and the brokers do, the invariants hold and nothing is left behind."""
-    failed = [report(outcome) for outcome in run(range(SEEDS), identities) if outcome.violations]
+    seeds = sorted({*range(SEEDS), *FAILED_ONCE})
+    failed = [report(outcome) for outcome in run(seeds, identities) if outcome.violations]
     assert not failed, "\n".join(failed)
 
 

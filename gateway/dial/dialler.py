@@ -41,6 +41,8 @@ _log = Logger(namespace="gateway")
 
 _Connection = TypeVar("_Connection", UpstreamProtocol, ProxyConnection | TLSLayer)
 
+LEFT_WHILE_WAITING = "while waiting for its turn"
+"""The detail of a session whose device had closed its sending side, or all, when its turn came."""
 
 # How a TLS 1.2 broker ends the handshake if it does not accept the client certificate, or the lack of one; not all send
 # an alert.  With TLS 1.3 the client's handshake is done by then.
@@ -265,7 +267,7 @@ class Dialler:
             # The device was not read while it waited, so this is the first check.  To connect for it wastes a turn.
             # What it sent before it left still counts: some devices send everything, then DISCONNECT, and close.
             self.pacer.give_back()
-            session.upstream_failed(SessionEnd(EndReason.DEVICE_LOST, "while waiting for its turn"))
+            session.upstream_failed(SessionEnd(EndReason.DEVICE_LOST, LEFT_WHILE_WAITING))
             return False
         return True
 

@@ -578,8 +578,13 @@ class BrokerConnection(Model):
                     device.opening == "connect", "verified", f"{device.name} sent no CONNECT, but {self.name} got"
                 )
         else:
-            same = device.sent[start:end] == plaintext or world.is_leave(device, start, plaintext)
-            world.expect(same, "end-to-end", f"{self.name} got what {device.name} never sent: {plaintext[:60]!r}")
+            same = device.sent[start:end] == plaintext
+            in_its_name = not same and world.is_leave(device, start, plaintext)
+            known = same or in_its_name
+            world.expect(known, "end-to-end", f"{self.name} got what {device.name} never sent: {plaintext[:60]!r}")
+            # The gateway's own DISCONNECT is none of the device's bytes, so it may come where a forbidden packet of the
+            # device's, still on its way, would have come.
+            end = start if in_its_name else end
         if device is not None:
             legal = device.legal_end is None or end <= device.legal_end
             world.expect(legal, "end-to-end", f"{self.name} got what {device.name} must not send")

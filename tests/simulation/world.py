@@ -23,6 +23,7 @@ from twisted.internet.error import ConnectionDone
 from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher
 
 from gateway.config import TLS, Admission, Config, Drain, Failover, Limits, Listener, Pacing, Timeouts, Upstream
+from gateway.dial.dialler import LEFT_WHILE_WAITING
 from gateway.errors import EndReason
 from gateway.gateway import Gateway
 from gateway.net import transport
@@ -431,7 +432,7 @@ class World:
         if not stood or device.turned_away:
             return
         record = self.journal.of(device)
-        if record is not None and "waited for its turn" in record.detail:
+        if record is not None and record.detail == LEFT_WHILE_WAITING:
             # Whether a device that has closed its sending side alone is still there is not to be seen from here.
             self.expect(device.left == "half", "truth", f"{device.name} had not left: {record}")
             return
