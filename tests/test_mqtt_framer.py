@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import EndReason
+from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.packets import ProtocolVersion
 from tests.mqtt_packets import (
@@ -243,6 +244,17 @@ def test_what_is_certain_is_judged_without_waiting_for_more(start):
     assert framer.feed(pingreq() + start) == pingreq()
     assert framer.error is not None
     assert framer.at_boundary
+
+
+@pytest.mark.parametrize("version", ProtocolVersion)
+@pytest.mark.parametrize("topic", ["#", "+", "a/#", "a/+/b", "", "\0"])
+def test_a_bad_topic_does_not_pass_even_in_the_first_publish(topic, version):
+    """`CheckingFramer` remembers the last good topic; before the first, it must not take any topic for a good one."""
+    packet = publish(topic, version=int(version))
+    for data in (packet, packet + packet):
+        framer = CheckingFramer(Sender.DEVICE, version, 1_000_000)
+        assert framer.feed(data) == b""
+        assert framer.error is not None
 
 
 def test_nothing_passes_after_a_fault():

@@ -42,8 +42,8 @@ class CheckingFramer(Framer):
         # A packet whose head is not whole, and how many bytes of it are needed before it can be judged further.
         self._collected = bytearray()
         self._wanted = 0
-        # A Topic Name that is in order; at first none that there could be.
-        self._known = b"#"
+        # The last Topic Name that was accepted.
+        self._known: bytes | None = None
         self.judged = 0
 
     @property
