@@ -52,6 +52,16 @@ class EndReason(StrEnum):
         "The connection to the broker was lost during the session.",
         "Check the broker's log at this time: a restart, a takeover of the Client Identifier, or the network.",
     )
+    STORE_UNAVAILABLE = (
+        "store-unavailable",
+        "No broker was available, and the store could not take the device's messages.",
+        "Check `mqtts-gateway status`: free space on the disk, raise store.max_size, or repair the disk.",
+    )
+    STORED_SESSION_DIFFERS = (
+        "stored-session-differs",
+        "What the gateway answered while no broker was available does not match the broker or the current rules.",
+        "No action if rare: the device reconnects and gets the current state.",
+    )
     GATEWAY_STOPPING = ("gateway-stopping", "The gateway is stopping.", "No action: the device reconnects.")
 
     CONFIGURATION_CHANGED = (

@@ -20,12 +20,13 @@ from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway import MADE
 from gateway.config import Config, Listener
 from gateway.dial.dialler import Dialler, Superseded, Target
 from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import carried_on
 from gateway.drain import Spread
-from gateway.errors import EndReason, Refusal
+from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.ops.journal import GatewayJournal
@@ -39,6 +40,8 @@ from gateway.rules.presence import Presence
 from gateway.rules.rules import Caller
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
+from gateway.store.store import Store
+from gateway.stored_devices import StoredDevices
 from gateway.tls.broker_identity import Identity
 
 _log = Logger(namespace="gateway")
@@ -48,6 +51,7 @@ _LATE = 1.0  # seconds; by which a sweep must be late to give the time back
 # This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
 _CODE_3_NOT_AUTHORIZED, _CODE_5_NOT_AUTHORIZED = 5, 0x87
+_ESTABLISHED = frozenset({State.RELAYING, State.STORED})
 DRAIN_INTERVAL = 0.1  # seconds between two groups of sessions that a drain ends
 
 
@@ -143,7 +147,12 @@ class Gateway:
         self._all_gone: list[Deferred[None]] = []
         self._stopping = False
         self._drain: Spread[Session] | None = None
+        self.stored: StoredDevices | None = None
+        # A store that is open and not in use yet.
+        self._opened: Store | None = None
         self._generation = self._made(prepare(config, uniform, helpers.programs))
+        self._open_store(config)
+        self._use_store()
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
         self.doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         self._sweeping: IDelayedCall | None = None
@@ -183,7 +192,11 @@ class Gateway:
 
         May be called in another thread, as long as nothing is adopted meanwhile; `pause` then lets this one run.
         """
-        return prepare(config, self._uniform, self._helpers.programs, self._generation.prepared, pause)
+        if self.stored is not None and config.store.directory != self.config.store.directory:
+            raise ConfigError(["store.directory: it is in use: restart the gateway to change it"])
+        prepared = prepare(config, self._uniform, self._helpers.programs, self._generation.prepared, pause)
+        self._open_store(config)
+        return prepared
 
     def adopt(self, prepared: Prepared) -> None:
         """Begin new sessions under another configuration; established sessions keep their own.
@@ -196,6 +209,9 @@ class Gateway:
         self.changes += 1
         before.dialler.stop()
         self.doorkeeper.rule(prepared.config.admission, self.max_sessions)
+        self._use_store()
+        if self.stored is not None:
+            self.stored.adopt(prepared.config)
         if not prepared.is_equivalent:
             before.dialler.superseded = True
             for session in [each for each in self.sessions if each.state is State.WAIT_CONNACK]:
@@ -226,6 +242,7 @@ class Gateway:
             self._take_place,
             self._turns,
             self._clock.seconds,
+            lambda: self.stored,
         )
         return Generation(prepared, dialler, reception)
 
@@ -247,11 +264,11 @@ class Gateway:
         if not self._stopping:
             self._stopping = True
             sessions = list(self.sessions)
-            self._drain = Spread((each for each in sessions if each.state is State.RELAYING), now, seconds)
+            self._drain = Spread((each for each in sessions if each.state in _ESTABLISHED), now, seconds)
             self._drainer.start(DRAIN_INTERVAL)
             for session in sessions:
                 # No work is lost here, and waiting would only show that no broker is available.
-                if session.state is not State.RELAYING:
+                if session.state not in _ESTABLISHED:
                     self._end(session)
         elif self._drain is not None:
             self._drain.hasten(now, seconds)
@@ -316,8 +333,40 @@ class Gateway:
         self.doorkeeper.leave(host_of(opening.address))
         self._check_all_gone()
 
+    def close_store(self) -> None:
+        """Write what waits for the disk, and close the store; call it when nothing is left of any session."""
+        if self.stored is not None:
+            self.stored.store.close()
+            self.stored = None
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _open_store(self, config: Config) -> None:
+        """Open the store if the configuration wants one and it is not open.  Raises `ConfigError`."""
+        if self.stored is None and self._opened is None:
+            self._opened = self._helpers.open_store(config)
+
+    def _use_store(self) -> None:
+        store, self._opened = self._opened, None
+        if store is not None:
+            self.stored = StoredDevices(
+                store,
+                self._clock,
+                self.config,
+                lambda connection: self.generation.reception.lead_stored(connection),
+                self._check_all_gone,
+                self._uniform,
+                self._helpers.now,
+                lambda: self._helpers.now() >= MADE.timestamp(),
+            )
+
     def _check_all_gone(self) -> None:
         if self._all_gone and not self.sessions and not self.doorstep.connections:
+            if self.stored is not None:
+                self.stored.stop(discard_wills=self.config.drain.wills == "discard")
+                if not self.stored.are_gone:
+                    return  # it calls this again
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
@@ -342,6 +391,8 @@ class Gateway:
             self._journal.sweep,
             self._swept,
         ]
+        if self.stored is not None:
+            steps.append(partial(self.stored.sweep, self.config.timeouts.close))
         if self.stopping:
             steps.remove(self.generation.dialler.sweep)
         for step in steps:
@@ -363,6 +414,8 @@ class Gateway:
         if lost:
             for session in self.sessions:
                 session.give_back(lost, now)
+            if self.stored is not None:
+                self.stored.give_back(lost)
         # A sweep that takes longer than a second goes on: starting over would leave out the same sessions each time.
         if self._sweeping is None or not self._sweeping.active():
             self._sweep_sessions(list(self.sessions))

@@ -9,6 +9,8 @@ is an established session ended, or a file, program or key used.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,10 +20,12 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.config import DeviceRule
+from gateway.config import Config, DeviceRule
 from gateway.dial.dialler import Dialler, Route, Superseded
-from gateway.errors import EndReason, Refusal
+from gateway.errors import EndReason, Refusal, SessionEnd
 from gateway.mqtt.connect import Connect
+from gateway.mqtt.reader import Packet
+from gateway.mqtt.rewrite import KEPT
 from gateway.prepared import Prepared
 from gateway.relay.device import DeviceProtocol
 from gateway.rules.credentials import Credentials
@@ -31,12 +35,16 @@ from gateway.rules.rules import Caller, Matched, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.rules.turns import Turns, Visitor
 from gateway.session.session import Session, State
+from gateway.store.store import Store
+from gateway.stored_devices import StoredConnection, StoredDevices
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
 
 # Password checks share the threads with the resolver and the CPU with the relay.
 _PASSWORDS_AT_A_TIME = 2
+# Seconds until a stored device's messages are tried again: when a password could not be had; when a person is needed.
+_SOON, _SELDOM = 5.0, 60.0
 
 
 def _at_once(work: Callable[[], _T]) -> Deferred[_T]:
@@ -49,6 +57,8 @@ class Helpers:
 
     programs: Programs | None = None
     in_thread: Callable[[Callable[[], bool]], Deferred[bool]] = _at_once
+    open_store: Callable[[Config], Store | None] = lambda _: None
+    now: Callable[[], float] = time.time
 
 
 def password_turns(clock: IReactorTime) -> Turns:
@@ -73,6 +83,7 @@ class Reception:
         end: Callable[[Session], None],
         turns: Turns,
         seconds: Callable[[], float],
+        stored: Callable[[], StoredDevices | None] = lambda: None,
     ) -> None:
         self._prepared = prepared
         self._config = config = prepared.config
@@ -82,6 +93,7 @@ class Reception:
         self._end = end
         self._turns = turns
         self._seconds = seconds
+        self._stored = stored
         self._rules = prepared.rules
         self._names = prepared.names
         self._everyone = brokers(config, ())
@@ -132,6 +144,8 @@ class Reception:
             else:
                 await self._check_password(matched, connect, visitor, holder)
                 self._enter(session, holder)
+                if self._is_stored(session, device, matched, packet, connect, caller):
+                    return
                 password, lives = await self.credentials.password(matched, visitor)
                 limit = self._config.limits.max_connect_size
                 session.treat(treat(matched, packet, connect, password, lives, limit))
@@ -145,6 +159,89 @@ class Reception:
         named = () if matched is None else matched.rule.device.upstream
         at = brokers(self._config, named) if named else self._everyone
         return Holder(name_at_broker(matched, connect.client_identifier), caller.address, at)
+
+    async def lead_stored(self, connection: StoredConnection) -> None:
+        """Find a broker for a stored device, by the rules of now; see `gateway.stored_devices.Lead`."""
+        stored = connection.stored
+        presented = stored.presented()
+        if presented is None:
+            connection.postponed(SessionEnd(EndReason.INTERNAL_ERROR, "its CONNECT is not known"), _SELDOM)
+            return
+        packet, connect = presented
+        caller = Caller(stored.state.address, stored.state.listener)
+        until = self._seconds() + self._config.pacing.queue_seconds
+        visitor = Visitor(caller.address, lambda: until - self._seconds())
+        try:
+            matched = self._rules.match(connect, caller)
+            if matched is None or self.backlog_name(matched, connect) != stored.name:
+                detail = "the rules now give this device another identity, or none"
+                connection.refused(SessionEnd(EndReason.STORED_SESSION_DIFFERS, detail), (3, 0x88))
+                return
+            self._check_rule(matched.rule.device)
+            password, lives = await self.credentials.password(matched, visitor)
+            if password is KEPT and stored.state.had_password and not stored.has_device:
+                detail = "its own password is not kept on disk, so its messages wait until it connects"
+                connection.postponed(SessionEnd(EndReason.CREDENTIALS_UNAVAILABLE, detail), _SELDOM)
+                return
+            limit = self._config.limits.max_connect_size
+            connection.treatment = treat(matched, packet, connect, password, lives, limit)
+        except Refusal as refusal:
+            if refusal.reason is EndReason.CREDENTIALS_UNAVAILABLE:
+                connection.postponed(refusal, _SOON)
+            else:
+                connection.refused(refusal, (refusal.code_3, refusal.code_5))
+            return
+        devices = self._stored()
+        route = self._route(matched.rule.device) or self._dialler.default_route
+        if devices is not None:
+            devices.routes[stored.name] = route
+        try:
+            await self._dialler.lead(connection, connection.gauge, route, visitor)
+        except Superseded:
+            # The configuration changed; the next dial goes by the new one.
+            connection.postponed(SessionEnd(EndReason.CONFIGURATION_CHANGED), 0.0)
+
+    def backlog_name(self, matched: Matched, connect: Connect) -> str:
+        """Name the identity that a device has at the broker: no message of one ever leaves under another.
+
+        Client Identifier, user name, subject of the certificate.  Raises Refusal.
+        """
+        device = matched.rule.device
+        client_identifier = connect.client_identifier
+        if device.client_id:
+            client_identifier = matched.expand("client_id", device.client_id)
+        username = None if device.credentials == "drop" else connect.username
+        if device.username:
+            username = matched.expand("username", device.username)
+        client = self.credentials.client_identity(device)
+        subject = "" if client is None else client.chain[0].subject.rfc4514_string()
+        return json.dumps([client_identifier, username or "", subject], ensure_ascii=False)
+
+    def _is_stored(
+        self,
+        session: Session,
+        device: DeviceProtocol,
+        matched: Matched,
+        packet: Packet,
+        connect: Connect,
+        caller: Caller,
+    ) -> bool:
+        """Give a device to the store if its rule wants that, or what it stored before has not all left.
+
+        Raises Refusal.
+        """
+        devices = self._stored()
+        if devices is None or not connect.client_identifier or connect.authentication_method is not None:
+            return False
+        name = self.backlog_name(matched, connect)
+        if not (matched.rule.device.store or devices.has_backlog(name)):
+            return False
+        # The broker's password is asked for with each dial; the device may be served without one.
+        treatment = treat(matched, packet, connect, None, None, self._config.limits.max_connect_size)
+        where = (caller.address, caller.listener)
+        confirm = matched.rule.device.store_qos0 == "confirm"
+        devices.receive(session, device, name, packet, treatment, where, confirm=confirm)
+        return True
 
     def _enter(self, session: Session, holder: Holder) -> None:
         """Add the session to `presence` and end those it takes over.  Raises Refusal."""

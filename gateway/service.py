@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +23,7 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
+from gateway import MADE
 from gateway.config import Config
 from gateway.config.listen import is_open_to_all
 from gateway.dial.health import UpstreamHealth
@@ -45,6 +47,8 @@ from gateway.prepared import Prepared, free, look
 from gateway.reception import Helpers
 from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
+from gateway.store.opening import open_store
+from gateway.store.store import Store
 from gateway.text import printable
 
 _log = Logger(namespace="gateway")
@@ -102,7 +106,11 @@ class GatewayService(Service):
             self.ledger,
             raise_descriptor_limit(),
             self._swept,
-            helpers=Helpers(Programs(reactor, reactor), partial(deferToThreadPool, reactor, reactor.getThreadPool())),
+            helpers=Helpers(
+                Programs(reactor, reactor),
+                partial(deferToThreadPool, reactor, reactor.getThreadPool()),
+                partial(_open_store, reactor),
+            ),
         )
         self._listeners = Listeners(self._relay, self.gateway.factory)
         self._watch = Watch(self.gateway.generation.prepared.files)
@@ -139,6 +147,7 @@ class GatewayService(Service):
             engine=self.engine,
             seconds=self._reactor.seconds,
             now=now,
+            store=lambda: gateway.stored,
         )
 
     @property
@@ -357,6 +366,7 @@ class GatewayService(Service):
             await self._reload(lambda: prepared.config)
 
     def _stopped(self) -> Deferred[Any]:
+        self.gateway.close_store()
         self._relay.stop()
         self._notifier.close()
         # Last, so that the status page shows the sessions ending.
@@ -408,6 +418,18 @@ def _listed(changed: Sequence[str]) -> str:
     """List what changed, cut: it may be thousands of files."""
     more = f" and {len(changed) - _CHANGES_SHOWN} more" if len(changed) > _CHANGES_SHOWN else ""
     return ", ".join(changed[:_CHANGES_SHOWN]) + more
+
+
+def _open_store(reactor: Any, config: Config) -> Store | None:
+    store = open_store(
+        config,
+        lambda call: reactor.callFromThread(call),
+        lambda: reactor.seconds(),
+        lambda: time.time() >= MADE.timestamp(),
+    )
+    for note in [] if store is None else store.notes:
+        _log.error("store: {note}", event="store-recovered", note=note)
+    return store
 
 
 def _fares(upstream: UpstreamHealth) -> str:

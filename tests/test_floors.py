@@ -17,12 +17,12 @@ FLOORS = (
     {"gateway.cli", "gateway.tap"},
     {"gateway.service"},
     {"gateway.gateway"},
-    {"gateway.ops", "gateway.prepared", "gateway.reception"},
+    {"gateway.ops", "gateway.prepared", "gateway.reception", "gateway.stored_devices"},
     {"gateway.dial"},
     {"gateway.relay"},
     {"gateway.rules"},
     {"gateway.tls"},
-    {"gateway.session", "gateway.net"},
+    {"gateway.session", "gateway.net", "gateway.store"},
     {"gateway.config"},
     {"gateway.mqtt"},
     {"gateway", "gateway.errors", "gateway.text", "gateway.drain", "gateway.fair", "gateway.pieces"},
@@ -39,6 +39,7 @@ WITHOUT_TWISTED = {
     "gateway.net.websocket",
     "gateway.pieces",
     "gateway.session",
+    "gateway.store",
     "gateway.text",
 }
 UNKNOWN = 99

@@ -29,6 +29,7 @@ _COMMANDS = {
     "reload": "have a running gateway read its configuration again, and wait for the result",
     "status": "show the state of a running gateway, or why a device is not connected",
     "device": "manage the directory of device rules",
+    "store": "list, export or delete messages that wait on disk for a broker",
     "demo": "run a demo on this machine alone",
 }
 _INTERRUPTED = 130  # what shells report for a program that SIGINT ended

@@ -30,6 +30,7 @@ from gateway.config.listen import reachable_at
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
 from gateway.ops.status_words import (
+    CONNECTED,
     SCHEMA,
     Level,
     Part,
@@ -37,6 +38,7 @@ from gateway.ops.status_words import (
     certificate_name,
     certificate_words,
     clock,
+    connected,
     device_name,
     device_state,
     device_words,
@@ -148,8 +150,8 @@ def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
         return _EXIT[verdict(document).level], list(_overview(document))
     # The gateway puts an exact match first.
     items = document["devices"]["items"]
-    connected = bool(items) and items[0]["step"] == "relaying"
-    return 0 if connected else _NOT_CONNECTED, list(_about(document, device))
+    is_connected = bool(items) and items[0]["step"] in CONNECTED
+    return 0 if is_connected else _NOT_CONNECTED, list(_about(document, device))
 
 
 # ---- fetching
@@ -270,14 +272,14 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
 
 
 def _overview(document: Part) -> Iterator[str]:
-    sessions, steps = document["sessions"], document["sessions"]["by_step"]
+    sessions = document["sessions"]
     history, devices = document["history"], document["devices"]
     yield from _verdict(document)
     yield ""
-    connecting = sessions["open"] - steps["relaying"]
+    connecting = sessions["open"] - connected(document)
     yield _row(
         "Sessions",
-        f"{number(steps['relaying'])} connected, {number(connecting)} connecting, {number(document['absent'])} not "
+        f"{number(connected(document))} connected, {number(connecting)} connecting, {number(document['absent'])} not "
         f"connected; {number(sessions['limit'])} at most",
         _drawn([each["sessions"] for each in history]),
     )
@@ -377,7 +379,7 @@ def _times(count: int) -> str:
 
 
 def _kind(device: Part) -> str:
-    if device["step"] == "relaying":
+    if device["step"] in CONNECTED:
         return "good"
     if device["step"] in {"ended", "refused"}:
         return "faint" if device["end"]["in_order"] else "bad"

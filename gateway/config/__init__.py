@@ -20,6 +20,7 @@ from gateway.config.schema import (
     Pacing,
     Proxy,
     Status,
+    StoreConfig,
     Timeouts,
     Upstream,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "Pacing",
     "Proxy",
     "Status",
+    "StoreConfig",
     "Timeouts",
     "Upstream",
     "changed_keys",

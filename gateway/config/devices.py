@@ -149,9 +149,19 @@ class DeviceRule:
         default=0.0, validator=between(0, 1e12), metadata={"unit": "bytes per second"}
     )
 
+    store: bool = False
+    store_qos0: Literal["pass", "confirm"] = "pass"
+
     def __attrs_post_init__(self) -> None:
         """Refuse values that contradict each other."""
         problems = [*self._template_problems(), *self._credential_problems()]
+        if self.store and not (self.bound_to or self.lan_password):
+            problems.append(
+                (
+                    ".store",
+                    "without the broker nobody else can tell who the device is: give the rule bound_to or lan_password",
+                )
+            )
         if self.client_key is not None and self.client_cert is None:
             problems.append((".client_key", "client_cert is missing: name the certificate that belongs to this key"))
         if self.keep_alive_min > self.keep_alive_max:

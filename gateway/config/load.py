@@ -133,7 +133,8 @@ _FLAGS = frozenset(inspect.signature(from_flags).parameters)
 def _made(mapping: Mapping[str, Any], anchor: Anchor, known: RuleFiles | None = None) -> Config:
     config = structure(profiled(mapping))
     upstreams = tuple(_anchored_upstream(upstream, anchor) for upstream in config.upstream)
-    config = attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor))
+    store = attrs.evolve(config.store, directory=config.store.directory and anchor(config.store.directory))
+    config = attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor), store=store)
     return _with_devices(config, anchor, known)
 
 

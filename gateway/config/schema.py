@@ -338,6 +338,22 @@ class Relay:
 
 
 @attrs.frozen
+class StoreConfig:
+    """Where the messages of devices with `store = true` are kept while no broker is available, and how many."""
+
+    directory: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    max_size: int = attrs.field(
+        default=1_073_741_824, validator=between(1_048_576, 1 << 44), metadata={"unit": "bytes"}
+    )
+    max_size_per_device: int = attrs.field(
+        default=268_435_456, validator=between(65_536, 1 << 44), metadata={"unit": "bytes"}
+    )
+    max_age: float = attrs.field(default=0.0, validator=between(0, 315_360_000), metadata={"unit": "seconds"})
+    full: Literal["drop-oldest", "refuse"] = "drop-oldest"
+    after: float = attrs.field(default=5.0, validator=between(2, 60), metadata={"unit": "seconds"})
+
+
+@attrs.frozen
 class Log:
     """The log's format, and which sessions are recorded."""
 
@@ -379,6 +395,7 @@ class Config:
     drain: Drain = Drain()
     devices: Devices = Devices()  # noqa: RUF009  frozen, as the others
     device: tuple[DeviceRule, ...] = ()
+    store: StoreConfig = StoreConfig()
     status: Status = Status()
     relay: Relay = Relay()
     log: Log = Log()

@@ -26,7 +26,8 @@ from gateway.dial.websocket import WebSocketRoute
 from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UpstreamFailure
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
-from gateway.relay.upstream import UpstreamProtocol
+from gateway.relay.side import Gauge
+from gateway.relay.upstream import Served, UpstreamProtocol
 from gateway.relay.websocket import WebSocketUpstream
 from gateway.rules.turns import ANYONE, Visitor
 from gateway.session.record import Dial, Peer
@@ -87,6 +88,23 @@ Route: TypeAlias = Sequence[tuple[Target, "UpstreamHealth"]]
 """Brokers in order of preference, each with its health."""
 
 
+class Seeker(Served, Protocol):
+    """Who wants a broker: a `Session`, or a stored device's connection."""
+
+    @property
+    def pending(self) -> int:
+        """See `Session.pending`."""
+
+    def dials(self, dial: Dial) -> None:
+        """See `Session.dials`."""
+
+    def refuse(self, refusal: Refusal) -> None:
+        """See `Session.refuse`."""
+
+    def upstream_failed(self, failure: SessionEnd) -> None:
+        """See `Session.upstream_failed`."""
+
+
 class DialJournal(Protocol):
     """Receives the results of connection attempts; upstreams are named by `host:port`."""
 
@@ -137,6 +155,11 @@ class Dialler:
     def proxies(self) -> list[ProxyRoute | None]:
         """The proxy of each broker, in the order of preference."""
         return [target.proxy for target, _ in self._targets]
+
+    @property
+    def default_route(self) -> Route:
+        """The route of sessions whose rule names no upstream."""
+        return self._route
 
     @property
     def upstreams(self) -> list[UpstreamHealth]:
@@ -194,7 +217,11 @@ class Dialler:
     # ---- sessions
 
     async def lead(
-        self, session: Session, device: DeviceProtocol, route: Route | None = None, visitor: Visitor = ANYONE
+        self,
+        session: Seeker,
+        device: DeviceProtocol | Gauge,
+        route: Route | None = None,
+        visitor: Visitor = ANYONE,
     ) -> None:
         """Do what `dial` does.  Raises `Superseded`; anything else that is raised is an internal error."""
         self._check_current()
@@ -253,7 +280,7 @@ class Dialler:
                     due = choice
         return due
 
-    async def _turn(self, session: Session, device: DeviceProtocol, visitor: Visitor) -> bool:
+    async def _turn(self, session: Seeker, device: DeviceProtocol | Gauge, visitor: Visitor) -> bool:
         """Wait for the session's turn; return whether it still wants one."""
         try:
             turn = self.pacer.turn(visitor)
@@ -263,7 +290,7 @@ class Dialler:
         except SessionEnd as refusal:
             session.upstream_failed(refusal)
             return False
-        if not session.pending and device.has_left():
+        if isinstance(device, DeviceProtocol) and not session.pending and device.has_left():
             # The device was not read while it waited, so this is the first check.  To connect for it wastes a turn.
             # What it sent before it left still counts: some devices send everything, then DISCONNECT, and close.
             self.pacer.give_back()

@@ -141,6 +141,21 @@ def _parse_properties_5(packet: Packet, code: int, *, lenient: bool) -> Properti
     return properties
 
 
+def connack_properties(packet: Packet) -> bytes:
+    """Return the bytes of the properties of a 5.0 CONNACK that `parse_connack` has read, Property Length included."""
+    return packet.body[_BODY_SIZE_3:]
+
+
+def connack_acceptance(version: ProtocolVersion, properties: bytes, *, session_present: bool) -> bytes:
+    """Write a CONNACK that accepts; `properties` are used in 5.0 only, Property Length included.
+
+    MQTT 3.1 has no Session Present.
+    """
+    if version is ProtocolVersion.MQTT_5_0:
+        return _packet(PacketType.CONNACK, bytes((session_present, 0)) + (properties or b"\0"))
+    return _packet(PacketType.CONNACK, bytes((session_present and version is not ProtocolVersion.MQTT_3_1, 0)))
+
+
 def connack_refusal(version: ProtocolVersion, code_3: int, code_5: int, reason_string: str = "") -> bytes:
     """Write the CONNACK that refuses a CONNECT of `version` (MQTT 3.1.1 §3.2, MQTT 5.0 §3.2).
 

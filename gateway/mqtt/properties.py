@@ -208,6 +208,15 @@ def replace_property(properties: bytes, identifier: PropertyId, value: bytes) ->
     return replace_span(properties, start, end, bytes((identifier,)) + value)
 
 
+def without_properties(properties: bytes, *identifiers: PropertyId) -> bytes:
+    """Return `properties` (validated before, Property Length included) without some; others stay byte for byte."""
+    for identifier in identifiers:
+        found = find_property(properties, identifier)
+        if found is not None:
+            properties = replace_span(properties, *found, b"")
+    return properties
+
+
 def find_property(properties: bytes, identifier: PropertyId) -> tuple[int, int] | None:
     """Return where a property of `properties` (Property Length included) begins and ends, or None if absent.
 

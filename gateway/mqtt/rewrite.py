@@ -58,7 +58,8 @@ KEPT: Final = _Kept.KEPT
 class ConnectChanges:
     """Changes to a CONNECT; `repr()` shows no credentials.
 
-    `keep_alive` is in seconds. `version` can only raise 3.1 to 3.1.1. The Will's fields have no effect without a Will.
+    `keep_alive` is in seconds. `version` can only raise 3.1 to 3.1.1. `properties` are valid ones of CONNECT with their
+    Property Length, and have no effect before 5.0. The Will's fields have no effect without a Will.
     """
 
     client_identifier: str | Kept = KEPT
@@ -67,6 +68,8 @@ class ConnectChanges:
     keep_alive: int | Kept = KEPT
     clean_start: bool | Kept = KEPT
     version: ProtocolVersion | Kept = KEPT
+    properties: bytes | Kept = KEPT
+    will: Kept | None = KEPT
     will_topic: str | Kept = KEPT
     will_retain: bool | Kept = KEPT
     will_response_topic: str | Kept = KEPT
@@ -94,13 +97,17 @@ def rewrite_connect(packet: Packet, connect: Connect, changes: ConnectChanges, m
     clean_start = connect.clean_start if changes.clean_start is KEPT else changes.clean_start
     keep_alive = connect.keep_alive if changes.keep_alive is KEPT else changes.keep_alive
     client_identifier = connect.client_identifier if changes.client_identifier is KEPT else changes.client_identifier
-    flags_at = 2 + len(_PROTOCOL_NAMES[connect.version]) + 1
-    flags, properties, will = _parts(packet.body, flags_at, connect)
+    flags, properties, will = _parts(packet.body, _flags_at(connect.version), connect)
+    if changes.properties is not KEPT and version is ProtocolVersion.MQTT_5_0:
+        properties = changes.properties
+    if changes.will is None:
+        flags &= ~(WILL_FLAG | WILL_QOS_FLAGS | WILL_RETAIN_FLAG)
+        will = b""
     will_retain = bool(flags & WILL_RETAIN_FLAG) if changes.will_retain is KEPT else changes.will_retain
     flags = _set(flags, CLEAN_START_FLAG, clean_start)
     # MQTT 3.1 lets a device set these without the field; write them only with it.
     flags = _set(_set(flags, USERNAME_FLAG, username is not None), PASSWORD_FLAG, password is not None)
-    if connect.will is not None:
+    if will:
         flags = _set(flags, WILL_RETAIN_FLAG, will_retain)
     if version is not connect.version:
         # Bits that have no meaning in 3.1 must be 0 in 3.1.1 (MQTT 3.1.1 §3.1.2.3, §3.1.2.6, §3.1.2.7).
@@ -125,6 +132,19 @@ def rewrite_connect(packet: Packet, connect: Connect, changes: ConnectChanges, m
     return rewritten
 
 
+def connect_properties(packet: Packet, connect: Connect) -> bytes:
+    """Return the bytes of the properties of a validated CONNECT, Property Length included; nothing before 5.0."""
+    return _parts(packet.body, _flags_at(connect.version), connect)[1]
+
+
+def will_properties(packet: Packet, connect: Connect) -> bytes:
+    """Return the bytes of the properties of a validated CONNECT's Will, with their length; nothing before 5.0."""
+    will = _parts(packet.body, _flags_at(connect.version), connect)[2]
+    if not will or connect.version is not ProtocolVersion.MQTT_5_0:
+        return b""
+    return will[: end_of_properties(will, 0)]
+
+
 def announce_packet_size(connect: bytes, limit: int) -> bytes:
     """Return a 5.0 CONNECT with a Maximum Packet Size of `limit` bytes (MQTT 5.0 §3.1.2.11.4)."""
     _, length_size = decode_remaining_length(connect, 1) or (0, 1)
@@ -138,6 +158,8 @@ def announce_packet_size(connect: bytes, limit: int) -> bytes:
 
 def _says_the_same(connect: Connect, changes: ConnectChanges) -> bool:
     will = connect.will
+    if changes.properties is not KEPT or (changes.will is None and will is not None):
+        return False
     wanted: list[tuple[object, object]] = [
         (changes.client_identifier, connect.client_identifier),
         (changes.username, connect.username),
@@ -152,6 +174,10 @@ def _says_the_same(connect: Connect, changes: ConnectChanges) -> bool:
         if has is not None:
             wanted.append((changes.will_response_topic, has))
     return all(new is KEPT or new == old for new, old in wanted)
+
+
+def _flags_at(version: ProtocolVersion) -> int:
+    return 2 + len(_PROTOCOL_NAMES[version]) + 1
 
 
 def _parts(body: bytes, flags_at: int, connect: Connect) -> tuple[int, bytes, bytes]:

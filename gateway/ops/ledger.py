@@ -224,7 +224,7 @@ class Ledger:
 
     def open_by_step(self) -> Counter[State]:
         """Return how many sessions are at each step; those that have ended and are still closing are in ENDED."""
-        return Counter(session.state for session in self._open)
+        return Counter(session.shown_state for session in self._open)
 
     @property
     def open(self) -> Collection[Session]:
@@ -271,7 +271,7 @@ class Ledger:
 
     def sample(self) -> None:
         """Take a sample for the charts."""
-        relaying = sum(1 for session in self._open if session.state is State.RELAYING)
+        relaying = sum(1 for session in self._open if session.is_established)
         self._samples.append(
             Sample(
                 self._seconds(),

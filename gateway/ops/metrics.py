@@ -8,6 +8,7 @@ series is bounded by the configuration and `EndReason`.  docs/sight.md lists the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
@@ -25,6 +26,7 @@ from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate
 from gateway.ops.ledger import BUCKETS
 from gateway.ops.sight import STEPS, Sight
+from gateway.store.store import BUCKETS as COMMIT_BUCKETS
 
 _PREFIX = "mqtts_gateway"
 _OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -67,6 +69,7 @@ class _Gateway(Collector):
         )
         yield from self._sessions()
         yield from self._traffic()
+        yield from self._store()
         yield from self._upstreams()
         yield self._certificates()
         yield from self._device_rules()
@@ -120,6 +123,38 @@ class _Gateway(Collector):
         packets.add_metric(["up"], traffic.packets_up)
         packets.add_metric(["down"], traffic.packets_down)
         yield packets
+
+    def _store(self) -> Iterator[Metric]:
+        devices = self._sight.sources.store()
+        if devices is None:
+            return
+        store, counts = devices.store, devices.store.counts
+        oldest = 0.0 if store.oldest is None else max(0.0, self._sight.sources.now().timestamp() - store.oldest)
+        for name, words, value in (
+            ("messages", "Messages on disk that wait for a broker.", float(store.messages)),
+            ("bytes", "Bytes of those messages.", float(store.bytes)),
+            ("limit_bytes", "The limit of those bytes.", float(store.config.max_size)),
+            ("oldest_seconds", "How long the oldest of them has waited.", oldest),
+            ("failing", "1 while the disk does not take what is written.", float(store.failure is not None)),
+            ("set_aside", "Messages that the broker refused and that are kept.", float(sum(store.aside.values()))),
+        ):
+            yield GaugeMetricFamily(f"{_PREFIX}_store_{name}", words, value=value)
+        yield CounterMetricFamily(f"{_PREFIX}_store_stored", "Messages written to disk.", value=counts.stored)
+        yield CounterMetricFamily(f"{_PREFIX}_store_delivered", "Stored messages delivered.", value=counts.drained)
+        dropped = CounterMetricFamily(
+            f"{_PREFIX}_store_dropped", "Messages removed without delivery.", labels=["reason"]
+        )
+        for reason, count in counts.dropped.items():
+            dropped.add_metric([reason], count)
+        yield dropped
+        sums = list(accumulate(counts.commit_buckets))
+        bounds = [f"{bound:g}" for bound in COMMIT_BUCKETS] + ["+Inf"]
+        yield HistogramMetricFamily(
+            f"{_PREFIX}_store_commit_seconds",
+            "How long each transaction took.",
+            buckets=list(zip(bounds, sums, strict=True)),
+            sum_value=counts.commit_seconds,
+        )
 
     def _upstreams(self) -> Iterator[Metric]:
         who = ["upstream", "name"]

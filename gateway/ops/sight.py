@@ -6,6 +6,7 @@ printable, and cut.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from itertools import islice
@@ -23,6 +24,8 @@ from gateway.ops.status_words import SCHEMA, shown_state
 from gateway.relay.core import Choice
 from gateway.session.record import Traffic
 from gateway.session.session import Session, State
+from gateway.session.stored import Phase
+from gateway.stored_devices import StoredDevices
 from gateway.text import printable
 
 PER_PAGE = 50
@@ -38,6 +41,7 @@ STEPS = {
     State.DIALLING: "dialling",
     State.WAIT_CONNACK: "wait-connack",
     State.RELAYING: "relaying",
+    State.STORED: "stored",
 }
 # What any stranger can bring about.
 _OF_DEVICES = frozenset(
@@ -89,6 +93,7 @@ class Sources:
     engine: Choice
     seconds: Callable[[], float]
     now: Callable[[], datetime]
+    store: Callable[[], StoredDevices | None] = lambda: None
 
 
 @frozen(kw_only=True)
@@ -186,6 +191,7 @@ class Sight:
                 "refused": {reason.value: count for reason, count in ledger.refusals.items()},
             },
             "traffic": ledger.traffic()._asdict(),
+            "store": self._store(now),
             "reloads": {
                 "done": ledger.reloads,
                 "refused": ledger.refused_reloads,
@@ -245,6 +251,44 @@ class Sight:
             | {"time": at(deciding.failed_at), "seconds_ago": round(seconds - deciding.failed_at)},
         }
 
+    def _store(self, now: datetime) -> dict[str, Any] | None:
+        devices = self.sources.store()
+        if devices is None:
+            return None
+        store, counts = devices.store, devices.store.counts
+        phases = Counter(stored.phase.value for stored in devices.sessions.values())
+        waiting = sorted((backlog for backlog in store if len(backlog)), key=lambda each: -each.bytes)
+        moment = now.timestamp()
+        return {
+            "messages": store.messages,
+            "bytes": store.bytes,
+            "limit_bytes": store.config.max_size,
+            "files_bytes": store.used,
+            "oldest_seconds": None if store.oldest is None else max(0, round(moment - store.oldest)),
+            "loading": store.loading,
+            "failure": None if store.failure is None else printable(str(store.failure), _MAX_TEXT),
+            "stored": counts.stored,
+            "delivered": counts.drained,
+            "set_aside": sum(store.aside.values()),
+            "dropped": dict(counts.dropped),
+            "sessions": {phase.value: phases[phase.value] for phase in Phase},
+            "backlogs": [
+                {
+                    "identity": printable(backlog.name, _MAX_TEXT),
+                    "messages": len(backlog),
+                    "bytes": backlog.bytes,
+                    "oldest_seconds": max(0, round(moment - (backlog.oldest or moment))),
+                    "phase": Phase.OFFLINE.value if stored is None else stored.phase.value,
+                    "connected": stored is not None and stored.has_device,
+                    "trouble": ""
+                    if stored is None or stored.trouble is None
+                    else printable(str(stored.trouble), _MAX_TEXT),
+                }
+                for backlog in waiting[:PER_PAGE]
+                for stored in (devices.sessions.get(backlog.name),)
+            ],
+        }
+
     def _lately(self, seconds: float, at: Callable[[float], str]) -> list[dict[str, Any]]:
         """Return the failures of the last 15 minutes, most frequent first."""
         counts = self.ledger.ended_lately()
@@ -285,8 +329,8 @@ class Sight:
         sessions = self._standing()
         groups: tuple[tuple[str, Collection[Session | End]], ...] = (
             ("silent", [end for end in absent if end.reason not in IN_ORDER]),
-            ("connecting", [session for session in sessions if session.state is not State.RELAYING]),
-            ("connected", [session for session in sessions if session.state is State.RELAYING]),
+            ("connecting", [session for session in sessions if not session.is_established]),
+            ("connected", [session for session in sessions if session.is_established]),
             ("silent", [end for end in absent if end.reason in IN_ORDER]),
         )
         found: list[Session | End] = []
@@ -348,7 +392,7 @@ def _open(session: Session, before: End | None, seconds: float, at: Callable[[fl
         "listener": record.listener,
         "session": record.number,
         "protocol_version": record.protocol_version,
-        "step": STEPS[session.state],
+        "step": STEPS[session.shown_state],
         "since": at(record.started),
         "seconds": round(seconds - record.started),
         "upstream": record.upstream,

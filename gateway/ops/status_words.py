@@ -22,9 +22,13 @@ _STEPS = {
     "dialling": "connecting: dialling the broker",
     "wait-connack": "connecting: waiting for the broker's CONNACK",
     "relaying": "connected",
+    "stored": "connected; its messages are stored if no broker is available",
     "ended": "not connected",
     "refused": "refused",
 }
+CONNECTED = frozenset({"relaying", "stored"})
+"""The steps of devices that are connected."""
+
 _STATES = {"left alone": "backing off"}
 _CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's", "device": "of rule"}
 _SILENT_FOR_LONG = 300  # seconds without data after which this is shown for a connected device
@@ -68,7 +72,7 @@ def verdict(document: Part) -> Verdict:
     if not document["ready"]:
         words = document["unready"]
         return Verdict(Level.DOWN, f"Devices cannot be served: {words.partition(':')[0]}", reasons)
-    if document["unserved"] and not document["sessions"]["by_step"]["relaying"]:
+    if document["unserved"] and not connected(document):
         return Verdict(Level.DOWN, "No device is served", reasons + absent)
     if document["unserved"]:
         return Verdict(Level.ATTENTION, "Some devices are not served", absent + reasons)
@@ -77,6 +81,12 @@ def verdict(document: Part) -> Verdict:
     if not document["sessions"]["started"] and all(each["verified"] is None for each in document["upstreams"]):
         return Verdict(Level.WELL, "No device has connected yet, and no broker has been tried", absent)
     return Verdict(Level.WELL, "The gateway is well", reasons + absent)
+
+
+def connected(document: Part) -> int:
+    """Return how many devices are connected."""
+    steps: Mapping[str, int] = document["sessions"]["by_step"]
+    return sum(steps.get(step, 0) for step in CONNECTED)
 
 
 def device_certificate_lines(document: Part) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ISystemHandle, ITCPTransport
@@ -19,6 +20,28 @@ from zope.interface import implementer
 from gateway.net.acknowledged import AcknowledgementWatch
 
 _KEEPALIVE_PROBES = 3
+
+
+@implementer(IPushProducer)
+class Gauge:
+    """Registered with a transport in place of a side that would be stopped: calls `changed` with whether it is full."""
+
+    def __init__(self, changed: Callable[[bool], None]) -> None:
+        self._changed = changed
+        self.choked = False
+
+    def pauseProducing(self) -> None:
+        """The transport is full."""
+        self.choked = True
+        self._changed(True)
+
+    def resumeProducing(self) -> None:
+        """The transport has room again."""
+        self.choked = False
+        self._changed(False)
+
+    def stopProducing(self) -> None:
+        """The transport is gone; the session is told by its side."""
 
 
 class RelayTransport(ITCPTransport, IConsumer, IPushProducer):

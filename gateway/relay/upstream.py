@@ -6,15 +6,17 @@ other.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.errors import EndReason, UpstreamFailure
+from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.relay.carrier import Carrier, carrier_for
 from gateway.relay.device import DeviceProtocol
-from gateway.relay.side import RelaySide
+from gateway.relay.side import Gauge, RelaySide
 from gateway.session.record import Peer
 from gateway.session.session import Session
 from gateway.tls.channel import ChannelState, TLSChannel
@@ -23,6 +25,25 @@ _log = Logger(namespace="gateway")
 
 MAX_UNREAD_ANSWERS = 1000
 """How many answers of TLS itself may wait for a peer that does not read: about 30 bytes each; none needs many."""
+
+
+class Served(Protocol):
+    """What an upstream serves: a `Session`, or a stored device's connection."""
+
+    def upstream_verified(self, upstream: UpstreamProtocol, peer: Peer) -> None:
+        """See `Session.upstream_verified`."""
+
+    def upstream_received(self, data: bytes) -> None:
+        """See `Session.upstream_received`."""
+
+    def upstream_broken(self, failure: SessionEnd) -> None:
+        """See `Session.upstream_broken`."""
+
+    def upstream_gone(self) -> None:
+        """See `Session.upstream_gone`."""
+
+    def fail(self, detail: str) -> None:
+        """See `Session.fail`."""
 
 
 class UpstreamProtocol(RelaySide):
@@ -36,8 +57,8 @@ class UpstreamProtocol(RelaySide):
         super().__init__()
         self._channel = channel
         self._user_timeout = user_timeout
-        self._session: Session | None = None
-        self._device: DeviceProtocol | None = None
+        self._session: Served | None = None
+        self._device: DeviceProtocol | Gauge | None = None
         self._carrier: Carrier | None = None
         self._unread_answers = 0
         # Ciphertext to send with `close`.
@@ -67,12 +88,16 @@ class UpstreamProtocol(RelaySide):
         else:
             self._flush()
 
-    def serve(self, session: Session, device: DeviceProtocol, peer: Peer) -> None:
-        """Become the upstream of `session`."""
+    def serve(self, session: Served, device: DeviceProtocol | Gauge, peer: Peer) -> None:
+        """Become the upstream of `session`; a stored device is not stopped by its upstream, and has a `Gauge`."""
         self._session = session
         self._device = device
-        self.link(device)
-        self._carrier = device.carrier = carrier_for(session, device, self, self._channel)
+        if isinstance(device, Gauge):
+            self.transport.registerProducer(device, True)
+        else:
+            self.link(device)
+            if isinstance(session, Session):
+                self._carrier = device.carrier = carrier_for(session, device, self, self._channel)
         session.upstream_verified(self, peer)
 
     def dataReceived(self, data: bytes) -> None:

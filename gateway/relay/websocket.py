@@ -23,9 +23,9 @@ from gateway.net.websocket import (
     pong_frame,
 )
 from gateway.relay.device import DeviceProtocol
-from gateway.relay.upstream import UpstreamProtocol
+from gateway.relay.side import Gauge
+from gateway.relay.upstream import Served, UpstreamProtocol
 from gateway.session.record import Peer
-from gateway.session.session import Session
 from gateway.tls.channel import TLSChannel
 
 # Middleboxes drop WebSockets on which nothing has passed for 60 s.
@@ -54,12 +54,15 @@ class WebSocketUpstream(UpstreamProtocol):
         super().write(handshake.start())
         return frames.opened
 
-    def serve(self, session: Session, device: DeviceProtocol, peer: Peer) -> None:
+    def serve(self, session: Served, device: DeviceProtocol | Gauge, peer: Peer) -> None:
         """Become the upstream of `session`."""
         assert self._frames is not None  # noqa: S101  `upgrade` comes first; narrows the type
         self._frames.session = session
         self._device = device
-        self.link(device)
+        if isinstance(device, Gauge):
+            self.transport.registerProducer(device, True)
+        else:
+            self.link(device)
         self._ping = self._clock.callLater(PING_INTERVAL, self._send_ping)
         session.upstream_verified(self, peer)
         self._frames.go_on()
@@ -118,7 +121,7 @@ class _Frames:
         self._reader = FrameReader()
         # What came with the end of the handshake, until there is a session.
         self._rest = b""
-        self.session: Session | None = None
+        self.session: Served | None = None
         self.opened: Deferred[None] = Deferred(lambda _: upstream.abort())
 
     def upstream_received(self, data: bytes) -> None:
@@ -145,7 +148,7 @@ class _Frames:
             self._rest = rest
             self.opened.callback(None)
 
-    def _read(self, session: Session, data: bytes) -> None:
+    def _read(self, session: Served, data: bytes) -> None:
         reader = self._reader
         payload = reader.feed(data)
         if payload:

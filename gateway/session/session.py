@@ -6,6 +6,7 @@ reactor here; the sides do that.
 The states and their transitions; ENDED accepts every late input and ignores it::
 
     WAIT_CONNECT ──CONNECT──▶ DIALLING ──verified──▶ WAIT_CONNACK ──CONNACK──▶ RELAYING
+          │                       └──by a rule with `store`──▶ STORED                │
           └───────────────────────┴────────── any failure, any end ──┴─────────────┴────▶ ENDED
 
 In each state:
@@ -16,6 +17,7 @@ In each state:
   and the identity matches.
 * WAIT_CONNACK: CONNECT has been sent.  The device is read only for MQTT 5.0 enhanced authentication (§4.12).
 * RELAYING: each direction passes through a framer.
+* STORED: the device's rule says `store`; `gateway.session.stored` does all but the bookkeeping of the two ends.
 * ENDED: the reason is recorded, both sides are closing; the session is gone when both transports are.
 """
 
@@ -63,6 +65,7 @@ class State(Enum):
     DIALLING = auto()
     WAIT_CONNACK = auto()
     RELAYING = auto()
+    STORED = auto()
     ENDED = auto()
 
 
@@ -71,9 +74,10 @@ _RELAYING = State.RELAYING
 
 TRANSITIONS: dict[State, frozenset[State]] = {
     State.WAIT_CONNECT: frozenset({State.DIALLING, State.ENDED}),
-    State.DIALLING: frozenset({State.WAIT_CONNACK, State.ENDED}),
+    State.DIALLING: frozenset({State.WAIT_CONNACK, State.STORED, State.ENDED}),
     State.WAIT_CONNACK: frozenset({State.RELAYING, State.ENDED}),
     State.RELAYING: frozenset({State.ENDED}),
+    State.STORED: frozenset({State.ENDED}),
     State.ENDED: frozenset(),
 }
 
@@ -164,6 +168,19 @@ class Loan(Protocol):
         """Take everything back; the framers are the session's again."""
 
 
+class Store(Protocol):
+    """What a stored device's packets are for; see `gateway.session.stored.StoredSession`."""
+
+    def device_received(self, data: bytes) -> None:
+        """Take bytes of the device."""
+
+    def detached(self, device: Session) -> None:
+        """The device's session has ended."""
+
+    def settle(self, done: Callable[[], None]) -> None:
+        """Put everything on disk and acknowledge it, then call `done`."""
+
+
 class Cancellable(Protocol):
     """A connection attempt to the upstream."""
 
@@ -214,6 +231,7 @@ class Session:
         "_seconds",
         "_sent_at",
         "_state",
+        "_stored",
         "_timeouts",
         "_treatment",
         "_up_when_swept",
@@ -278,6 +296,7 @@ class Session:
         self._keep_alive_limit = 0.0
         # Set while somebody else relays, who has both framers meanwhile.
         self._loan: Loan | None = None
+        self._stored: Store | None = None
 
     @property
     def state(self) -> State:
@@ -300,8 +319,22 @@ class Session:
         )
 
     @property
+    def shown_state(self) -> State:
+        """The state for people: a stored device that waits for its CONNACK is DIALLING."""
+        if self._state is State.STORED and not self.record.established:
+            return State.DIALLING
+        return self._state
+
+    @property
+    def is_established(self) -> bool:
+        """Whether the device has been accepted and is connected."""
+        return self._state is _RELAYING or (self._state is State.STORED and self.record.established)
+
+    @property
     def last_heard(self) -> float | None:
         """When the device last sent something, on the injected clock, to the sweep's precision; None before CONNACK."""
+        if self._state is State.STORED:
+            return self._last_heard if self.record.established else None
         if self._state is not State.RELAYING:
             return None
         if self._loan is not None:
@@ -366,6 +399,8 @@ class Session:
         elif self._state is State.WAIT_CONNECT:
             self._device_reader.feed(data)
             self._read_connect()
+        elif self._state is State.STORED:
+            self._store_up(data)
         elif self._state is not State.ENDED:
             self._device_reader.feed(data)
             if self._state is State.WAIT_CONNACK:
@@ -483,6 +518,63 @@ class Session:
         if self._state is State.ENDED:
             self._check_gone()
 
+    # ---- a stored device
+
+    def become_stored(self, stored: Store) -> None:
+        """From now on `stored` is what this device speaks to, whether there is a broker or not."""
+        self._enter(State.STORED)
+        self._dialling = None
+        self._connect_packet = None
+        self._stored = stored
+
+    def verified(self, peer: Peer) -> None:
+        """The stored device's broker is verified."""
+        self._record_dial()
+        self.record.peer = peer
+
+    def admit(self, connack: bytes) -> bytes:
+        """Accept a stored device with this CONNACK; return what it has sent behind CONNECT."""
+        record = self.record
+        record.connack_seconds = self._seconds() - record.started - (record.connect_seconds or 0.0)
+        self._last_heard = self._seconds()
+        self.send(connack)
+        self._journal.session_started(record)
+        return self._device_reader.take_rest()
+
+    def send(self, data: bytes) -> None:
+        """Send a packet to a stored device."""
+        if self._state is State.STORED:
+            self._bytes_down += len(data)
+            self.record.packets_down += 1
+            self._device.write(data)
+
+    def count_up(self) -> None:
+        """Count a packet of a stored device."""
+        self.record.packets_up += 1
+
+    def hold(self) -> None:
+        """Do not read a stored device."""
+        self._device.hold()
+
+    def release(self) -> None:
+        """Read a stored device again."""
+        if self._state is State.STORED:
+            self._device.release()
+
+    def finish(
+        self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
+    ) -> None:
+        """End the session of a stored device."""
+        self._end(reason, detail, answer=answer, code=code)
+
+    def _store_up(self, data: bytes) -> None:
+        if not self.record.established:
+            self._device_reader.feed(data)
+        elif self._stored is not None:
+            self._last_heard = self._seconds()
+            self._bytes_up += len(data)
+            self._stored.device_received(data)
+
     # ---- from the gateway
 
     def sweep(self, now: float) -> None:
@@ -501,14 +593,27 @@ class Session:
                 else:
                     self._end(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - self._last_heard:.0f} s")
             if now >= self._check_at and self._state is _RELAYING:
-                self._check_at = now + min(_CHECK_INTERVAL, self._timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
-                self._device.check(now)
-                if self._upstream is not None:
-                    self._upstream.check(now)
+                self._check_peers(now)
             if self._treatment is not None and self._state is _RELAYING:
                 self._sweep_treatment(now)
+        elif self._state is State.STORED:
+            self._sweep_stored(now)
         elif now >= self._deadline:
             self._deadline_passed()
+
+    def _sweep_stored(self, now: float) -> None:
+        if now >= self._lives_until:
+            self._end(EndReason.GATEWAY_STOPPING, "the disk did not take its last messages in time")
+        elif now >= self._check_at:
+            # Who stores for the device checks its broker.
+            self._check_peers(now)
+
+    def _check_peers(self, now: float) -> None:
+        """Find out whether the peers still acknowledge what TCP sends."""
+        self._check_at = now + min(_CHECK_INTERVAL, self._timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
+        self._device.check(now)
+        if self._upstream is not None:
+            self._upstream.check(now)
 
     def give_back(self, seconds: float, now: float) -> None:
         """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
@@ -540,6 +645,10 @@ class Session:
             if self._from_device.at_boundary:
                 self._upstream.write_last(_DISCONNECT)
                 self._bytes_up += len(_DISCONNECT)
+        if self._stored is not None and reason is EndReason.GATEWAY_STOPPING:
+            self._lives_until = self._seconds() + self._timeouts.close
+            self._stored.settle(lambda: self._end(reason))
+            return
         self._end(reason)
 
     def fail(self, detail: str) -> None:
@@ -883,6 +992,9 @@ class Session:
             self._device.close()
         if self._upstream is not None:
             self._upstream.close()
+        stored, self._stored = self._stored, None
+        if stored is not None:
+            stored.detached(self)
         try:
             self._journal.session_ended(self.record)
         finally:
@@ -897,9 +1009,12 @@ class Session:
             return b""
         version, words = self._connect.version, f"{reason}: {reason.meaning}"
         limit = self._connect.maximum_packet_size or self._limits.max_packet_size
-        if self._from_broker is None:
+        is_stored = self._from_broker is None and self.record.established
+        if self._from_broker is None and not is_stored:
             full, short = (connack_refusal(version, *connack_codes, text) for text in (words, ""))
-        elif version is not ProtocolVersion.MQTT_5_0 or not self._from_broker.at_boundary:
+        elif version is not ProtocolVersion.MQTT_5_0 or not (
+            self._from_broker is None or self._from_broker.at_boundary
+        ):
             # After an incomplete packet, a DISCONNECT would become part of its body.
             return b""
         else:

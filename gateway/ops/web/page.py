@@ -20,6 +20,7 @@ from gateway.ops.status_words import (
     certificate_name,
     certificate_words,
     clock,
+    connected,
     device_name,
     device_state,
     device_words,
@@ -138,11 +139,10 @@ def _now(document: Part) -> Markup:
     sessions, history = document["sessions"], document["history"]
     latest = history[-1] if history else None
     rate = latest["packets"] / latest["seconds"] if latest and latest["seconds"] else 0
-    steps = sessions["by_step"]
     failures = sum(each["count"] for each in document["lately"])
     tiles = [
-        ("Connected", number(steps["relaying"]), f"of {number(sessions['limit'])} at most"),
-        ("Connecting", number(sessions["open"] - steps["relaying"]), "not accepted by the broker yet"),
+        ("Connected", number(connected(document)), f"of {number(sessions['limit'])} at most"),
+        ("Connecting", number(sessions["open"] - connected(document)), "not accepted by the broker yet"),
         ("Not connected", number(document["absent"]), "of those seen in the last 15 min"),
         ("Messages", f"{rate:.0f}/s" if rate >= 10 or not rate else f"{rate:.1f}/s", "MQTT packets, both ways"),
         ("Failures", number(failures), "sessions in the last 15 min"),
@@ -272,7 +272,9 @@ def _devices(document: Part) -> Markup:
 
 
 def _device(device: Part) -> Sequence[Child]:
-    kind = {"relaying": "serving", "ended": "failing", "refused": "failing"}.get(device["step"], "waiting")
+    kind = {"relaying": "serving", "stored": "serving", "ended": "failing", "refused": "failing"}.get(
+        device["step"], "waiting"
+    )
     if device["step"] == "ended" and device["end"]["in_order"]:
         kind = "idle"
     where = " ".join(filter(None, (device["device_address"], device["listener"] and f"({device['listener']})")))

@@ -1,0 +1,1125 @@
+"""A device that keeps working without its broker: a server to the device, a client to the broker.
+
+In: packets of both sides, connections that come and go, the time, a store.  Out: packets for both sides; nothing is
+acknowledged before the broker or the disk has it.  No I/O and no reactor.
+
+There is one object per backlog, for as long as the device is connected or messages wait.  The device's connection and
+the broker's are independent of each other::
+
+             verified + CONNACK 0                 nothing on disk, nothing in flight
+ OFFLINE ───────────────────────▶ DRAINING ◀──────────────────────────────────▶ LIVE
+    ▲                                 │          no PUBACK within `after`, QoS 2     │
+    └──────── upstream lost ──────────┴──────────────── upstream lost ─────────────┘
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+from typing import Protocol
+
+import attrs
+
+from gateway.errors import EndReason, PacketError, SessionEnd
+from gateway.mqtt.connack import (
+    CONNACK_PROPERTIES,
+    connack_acceptance,
+    connack_properties,
+    connack_refusal,
+    disconnect,
+    parse_connack,
+)
+from gateway.mqtt.connect import Connect, parse_connect
+from gateway.mqtt.framer import Framer, Sender
+from gateway.mqtt.inspector import BrokerInspector
+from gateway.mqtt.message import (
+    Message,
+    Subscription,
+    acknowledgement,
+    body_of,
+    code_of,
+    end_of_length,
+    identifier_of,
+    read_message,
+    read_subscriptions,
+    suback,
+    suback_codes,
+    subscribe,
+    unsuback,
+    unsubscribe,
+    with_identifier,
+)
+from gateway.mqtt.packets import (
+    LARGEST_PACKET,
+    PacketType,
+    ProtocolVersion,
+    ReasonCode,
+    describe_connack,
+    describe_disconnect,
+)
+from gateway.mqtt.properties import (
+    Properties,
+    PropertyId,
+    parse_properties,
+    replace_property,
+    without_properties,
+)
+from gateway.mqtt.reader import Packet, PacketReader
+from gateway.mqtt.relayed import read_publish, read_subscribe, read_unsubscribe
+from gateway.mqtt.rewrite import ConnectChanges, connect_properties, rewrite_connect, will_properties
+from gateway.mqtt.whole import WholePackets
+from gateway.session.incoming import Incoming
+from gateway.session.outgoing import WINDOW, Facts, Outgoing
+from gateway.session.pace import Pace
+from gateway.session.record import Dial, Peer
+from gateway.session.stored_state import DeviceState
+from gateway.session.treatment import Treatment
+from gateway.store.backlog import Backlog
+from gateway.store.store import Store
+
+LARGEST_HELD = 1_048_576
+"""The largest packet that is held until it is whole, in bytes, unless the rule says otherwise."""
+SWEEP = 1.0  # seconds between two sweeps; what may take so long is begun so much earlier
+_PING_PATIENCE = 30.0  # seconds until PINGRESP has to be there
+_STUCK = 60.0  # seconds without any acknowledgement, with messages in flight
+_IDLE_PING = 60.0  # seconds between PINGREQs of the gateway where the device has no Keep Alive
+_FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds until the next attempt after the broker hung up
+_RECEIVE_MAXIMUM = 65_535
+_ADDED = 64  # bytes by which the gateway's own properties can lengthen CONNECT
+
+_PINGREQ = bytes((PacketType.PINGREQ << 4, 0))
+_PINGRESP = bytes((PacketType.PINGRESP << 4, 0))
+_DISCONNECT = disconnect(0)
+_WITH_WILL = 0x04  # DISCONNECT that asks for the Will (MQTT 5.0 §3.14.2.1)
+_TAKEN_OVER = 0x8E
+_FIRST_REFUSAL = 0x80
+# CONNACKs that say nothing about the device: the broker is not available (MQTT 3.1.1 §3.2.2.3, MQTT 5.0 §3.2.2.2).
+_OUTAGES_3 = frozenset({3})
+_OUTAGES_5 = frozenset({0x88, 0x89, 0x97, 0x9C, 0x9D, 0x9F})
+_CREDENTIALS_3 = frozenset({4, 5})
+_CREDENTIALS_5 = frozenset({0x86, 0x87})
+
+
+class Phase(Enum):
+    """How a stored device stands with its broker; the value is the word for people."""
+
+    OFFLINE = "offline"
+    DRAINING = "draining"
+    LIVE = "live"
+
+
+class Upstream(Protocol):
+    """The verified connection to the broker; see `gateway.session.session.Side`."""
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+
+    def write_last(self, data: bytes) -> None:
+        """Send bytes behind which there is nothing but `close`."""
+
+    def hold(self) -> None:
+        """Stop reading."""
+
+    def release(self) -> None:
+        """Read again."""
+
+    def close(self) -> None:
+        """End the connection in the orderly way."""
+
+    def abort(self) -> None:
+        """End the connection now."""
+
+
+class Device(Protocol):
+    """The device's session, as far as it is one of a stored device."""
+
+    def admit(self, connack: bytes) -> bytes:
+        """Send the CONNACK that accepts, and count the session in; return what waits behind CONNECT."""
+
+    def send(self, data: bytes) -> None:
+        """Send a packet."""
+
+    def count_up(self) -> None:
+        """Count a packet of the device."""
+
+    def hold(self) -> None:
+        """Stop reading."""
+
+    def release(self) -> None:
+        """Read again."""
+
+    def finish(
+        self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
+    ) -> None:
+        """End the session."""
+
+    def dials(self, dial: Dial) -> None:
+        """This broker is dialled."""
+
+    def verified(self, peer: Peer) -> None:
+        """This broker is verified."""
+
+
+class Link(Protocol):
+    """Who finds the broker."""
+
+    def dial(self, stored: StoredSession) -> None:
+        """Begin to look for a broker; ends with `upstream_verified` or `upstream_failed`."""
+
+    def cancel(self, stored: StoredSession) -> None:
+        """Give up what `dial` began."""
+
+    def may_dial(self, stored: StoredSession) -> bool:
+        """Whether a broker could be had now."""
+
+    def over(self, stored: StoredSession) -> None:
+        """Nothing of it is left."""
+
+
+@attrs.frozen(eq=False)
+class World:
+    """What a stored session needs besides packets: clocks, random numbers from 0 to 1, limits."""
+
+    seconds: Callable[[], float]
+    now: Callable[[], float]
+    is_plausible: Callable[[], bool]
+    uniform: Callable[[], float]
+    max_packet_size: int
+    max_connect_size: int
+    connack: float
+
+
+class _Visit:
+    """One device's session with this gateway: what is the device's alone, and ends with it."""
+
+    def __init__(self, device: Device, packet: Packet, treatment: Treatment, treated: Connect, world: World) -> None:
+        connect = parse_connect(packet)
+        self.device = device
+        self.packet = packet
+        self.connect = connect
+        self.version = connect.version
+        self.treatment = treatment
+        self.treated = treated
+        self.is_admitted = False
+        self.since = world.seconds()
+        self.heard = world.seconds()
+        self.keep_alive = connect.keep_alive
+        self.told_session_present = False
+        self.is_first_upstream = True
+        self.pace: Pace | None = treatment.pace(world.seconds)
+        self.largest = treatment.max_packet_size or min(world.max_packet_size, LARGEST_HELD)
+        self.packets = WholePackets(treatment.from_device(connect.version, self.largest))
+        self.is_held = True
+        self.is_saved = False
+        self.gone = False
+
+    def acknowledge(self, packet_type: PacketType, identifier: int, code: int = 0) -> None:
+        """See `gateway.session.outgoing.Owner`."""
+        if not self.gone:
+            self.device.send(
+                acknowledgement(packet_type, identifier, code if self.version is ProtocolVersion.MQTT_5_0 else 0)
+            )
+
+    def not_stored(self, why: str) -> None:
+        """See `gateway.session.outgoing.Owner`."""
+        if not self.gone:
+            self.device.finish(EndReason.STORE_UNAVAILABLE, why, code=0x97)
+
+
+class StoredSession:
+    """All of one backlog: its device, if it is there, and its connection to the broker, if there is one."""
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        backlog: Backlog,
+        link: Link,
+        world: World,
+        *,
+        after: float,
+    ) -> None:
+        self.name = name
+        self.backlog = backlog
+        self._store = store
+        self._link = link
+        self._world = world
+        self.after = after
+        self.state = DeviceState.load(store.states.get(name, "{}"))
+        self.outgoing = Outgoing(
+            store,
+            backlog,
+            self._to_broker,
+            lambda: self._ping(is_barrier=True),
+            world.seconds,
+            world.now,
+            world.is_plausible,
+            self._changed,
+            after=after,
+        )
+        self.incoming = Incoming(_RECEIVE_MAXIMUM, self._to_device, self._to_broker)
+        self.visit: _Visit | None = None
+        self.stopping = False
+        self.since = world.seconds()
+        self.trouble: SessionEnd | None = None
+        # The upstream: dialled, asked with CONNECT, accepted.
+        self._upstream: Upstream | None = None
+        self._is_dialling = False
+        self._is_up = False
+        self._up_since = 0.0
+        self._treated: Connect | None = None
+        self._lives_until = float("inf")
+        self._connack_due = 0.0
+        self._reader: PacketReader | None = None
+        self._from_broker: WholePackets | None = None
+        self._retry_at = 0.0
+        self._delay = 0.0
+        self._sent_at = 0.0
+        self._pinged_at: float | None = None
+        self._pings: deque[bool] = deque()
+        self._ping_interval = _IDLE_PING
+        self._is_broker_held = False
+        self._is_device_full = False
+        # SUBSCRIBE and UNSUBSCRIBE that the broker has not answered, by the Packet Identifier that it knows.
+        self._requests: dict[int, _Request] = {}
+        # The last words of a device that has left, for the broker; None while a device is there.
+        self._farewell: bytes | None = b""
+        self._will_at = float("inf")
+        self._status: Message | None = None
+        self._status_is_due = False
+        self._settled: list[Callable[[], None]] = []
+        self.is_over = False
+        self.resubscribed = 0
+        if self.state.will is not None:
+            # The gateway was stopped, or stopped itself, while the device was there: it gets time to come back.
+            keep_alive = self._remembered_keep_alive()
+            self._will_at = world.seconds() + max(self.state.will_delay, keep_alive * 1.5)
+
+    # ---- how it stands
+
+    @property
+    def phase(self) -> Phase:
+        """How the device stands with its broker."""
+        if not self._is_up:
+            return Phase.OFFLINE
+        return Phase.LIVE if self.outgoing.live else Phase.DRAINING
+
+    @property
+    def has_device(self) -> bool:
+        """Whether the device is there."""
+        return self.visit is not None
+
+    def presented(self) -> tuple[Packet, Connect] | None:
+        """Return the CONNECT on whose behalf a broker is looked for; None if it is not known any more."""
+        if self.visit is not None:
+            return self.visit.packet, self.visit.connect
+        if not self.state.connect:
+            return None
+        return _packet_of(self.state.connect, self._world.max_connect_size)
+
+    # ---- the device
+
+    def attach(
+        self, device: Device, packet: Packet, treatment: Treatment, caller: tuple[str, str], *, confirm: bool
+    ) -> None:
+        """The device is here, and this is its CONNECT; `caller` is its address and its listener's name."""
+        before = self.visit
+        if before is not None:
+            self._end_visit()
+            before.device.finish(EndReason.TAKEN_OVER, "its own device came anew", code=_TAKEN_OVER)
+        self.outgoing.forget_copies()
+        # A predecessor that is still there is half open, and the broker does with its Will what it does with others.
+        self._leave_upstream(with_disconnect=before is None and bool(self._farewell))
+        if self._is_dialling:
+            self._is_dialling = False
+            self._link.cancel(self)
+        treated_packet, treated = _packet_of(treatment.connect, self._world.max_connect_size)
+        visit = _Visit(device, packet, treatment, treated, self._world)
+        connect = visit.connect
+        self.visit = visit
+        self._farewell = None
+        self._will_at = float("inf")
+        self._status, self._status_is_due = None, False
+        self.outgoing.confirm = confirm
+        receive_maximum = _integer(connect.properties, PropertyId.RECEIVE_MAXIMUM, _RECEIVE_MAXIMUM)
+        self.incoming = Incoming(receive_maximum, self._to_device, self._to_broker)
+        state = self.state
+        forget = treated.clean_start or not state.has_session
+        if forget:
+            state.subscriptions.clear()
+            state.has_session = False
+        if treated.clean_start:
+            state.clean_pending = True
+        visit.told_session_present = state.has_session
+        if _is_persistent(treated):
+            state.has_session = True
+        kept = ConnectChanges(password=None, will=None)
+        state.connect = rewrite_connect(packet, connect, kept, len(packet.raw))
+        state.had_password = connect.password is not None
+        state.address, state.listener = caller
+        state.will, state.will_delay = _will_of(treated_packet, treated)
+        # What its predecessor had under way is durable before this is, and so before any CONNACK.
+        self._save(lambda: self._saved(visit), forget_received=forget)
+        self._retry_at = 0.0
+        self._dial()
+
+    def device_received(self, data: bytes) -> None:
+        """Take bytes of the device."""
+        visit = self.visit
+        if visit is None:
+            return
+        visit.heard = self._world.seconds()
+        for packet in visit.packets.feed(data):
+            visit.device.count_up()
+            try:
+                self._from_device(visit, packet)
+            except PacketError as error:
+                if not visit.gone:
+                    visit.device.finish(error.reason, error.detail, code=error.reason_code)
+            if visit.gone:
+                return
+        fault = visit.packets.error
+        if fault is not None:
+            visit.device.finish(fault.reason, fault.detail, code=fault.reason_code)
+            return
+        if visit.pace is not None:
+            visit.pace.overdrawn(visit.packets.checker.packets, len(data))
+        self._mind_device()
+
+    def detached(self, device: Device) -> None:
+        """The device's session has ended: without DISCONNECT, unless that came before."""
+        visit = self.visit
+        if visit is None or visit.device is not device:
+            return
+        self._leave(b"")
+
+    def device_full(self, is_full: bool) -> None:
+        """The device's connection takes no more for now, or again."""
+        self._is_device_full = is_full
+        self._mind_broker()
+
+    def settle(self, done: Callable[[], None]) -> None:
+        """The gateway stops: put everything on disk, acknowledge it, then call `done`."""
+        self.stopping = True
+        self.outgoing.spill()
+        self._settled.append(done)
+        self._check_settled()
+
+    def stop(self, *, discard_will: bool) -> None:
+        """The gateway stops and the device's session has ended: leave the broker, too."""
+        self.stopping = True
+        if self._is_dialling:
+            self._is_dialling = False
+            self._link.cancel(self)
+        upstream = self._upstream
+        if upstream is not None and self._is_up and (discard_will or self._farewell):
+            upstream.write_last(_DISCONNECT)
+            if discard_will and self.state.will is not None:
+                self.state.will = None
+                self._save(None)
+        if upstream is not None:
+            self._forget_upstream()
+            upstream.close()
+
+    # ---- the upstream
+
+    def dials(self, dial: Dial) -> None:
+        """This broker is dialled."""
+        if self.visit is not None:
+            self.visit.device.dials(dial)
+
+    def upstream_verified(self, upstream: Upstream, peer: Peer, treatment: Treatment) -> None:
+        """There is a verified connection: now, and not before, CONNECT leaves."""
+        if not self._is_dialling or self.stopping:
+            upstream.abort()
+            return
+        self._is_dialling = False
+        now = self._world.seconds()
+        packet, treated = _packet_of(treatment.connect, self._world.max_connect_size)
+        self._treated = treated
+        self._upstream = upstream
+        self._connack_due = now + self._world.connack
+        self._lives_until = float("inf") if treatment.lives is None else now + treatment.lives
+        self._reader = PacketReader(
+            frozenset({PacketType.CONNACK}), self._world.max_connect_size, EndReason.UPSTREAM_PROTOCOL_ERROR
+        )
+        visit = self.visit
+        if visit is not None:
+            visit.device.verified(peer)
+        limit = treatment.max_packet_size or min(self._world.max_packet_size, LARGEST_HELD)
+        checker: Framer | BrokerInspector = treatment.from_broker(treated.version, limit)
+        if visit is None:
+            checker = Framer(Sender.BROKER, treated.version, limit)
+        self._from_broker = WholePackets(checker)
+        self._ping_interval = treated.keep_alive / 2 if treated.keep_alive else _IDLE_PING
+        self._sent_at = now
+        self._pinged_at = None
+        upstream.write(self._for_broker(packet, treated, limit))
+
+    def upstream_failed(self, failure: SessionEnd, *, later: float = 0.0) -> None:
+        """There is no broker now; `later` is how many seconds the next attempt has to wait at least."""
+        self._is_dialling = False
+        self.trouble = failure
+        self._retry_at = self._world.seconds() + later
+        self._offer_offline()
+
+    def upstream_refused(self, reason: EndReason, detail: str, answer: tuple[int, int]) -> None:
+        """Today's rules do not let this device's messages leave; the device is told, the backlog waits."""
+        self._is_dialling = False
+        self.trouble = SessionEnd(reason, detail)
+        self._back_off()
+        visit = self.visit
+        if visit is not None:
+            visit.device.finish(reason, detail, answer=None if visit.is_admitted else _refusal(visit.version, answer))
+
+    def upstream_received(self, data: bytes) -> None:
+        """Take bytes of the broker."""
+        if self._reader is not None:
+            self._reader.feed(data)
+            self._read_connack()
+        elif self._is_up and self._from_broker is not None:
+            packets = self._from_broker
+            try:
+                for packet in packets.feed(data):
+                    self._of_broker(packet)
+                    if self._from_broker is not packets:
+                        return
+                if packets.error is not None:
+                    raise packets.error
+                if isinstance(packets.checker, BrokerInspector):
+                    # What the rule withheld from the device is acknowledged in its place.
+                    owed = packets.checker.take_owed()
+                    if owed:
+                        self._to_broker(owed)
+            except PacketError as error:
+                self._drop_upstream(SessionEnd(EndReason.UPSTREAM_PROTOCOL_ERROR, error.detail))
+                return
+            self._mind_broker()
+
+    def upstream_broken(self, failure: SessionEnd) -> None:
+        """The connection to the broker has come to an end."""
+        if self._upstream is not None:
+            self._drop_upstream(failure)
+
+    def upstream_full(self, is_full: bool) -> None:
+        """The connection to the broker takes no more for now, or again."""
+        if self._is_up:
+            self.outgoing.full(is_full)
+
+    # ---- the time
+
+    def give_back(self, seconds: float, now: float) -> None:
+        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped.
+
+        Meanwhile both sides have sent what nobody has read.  Messages that wait for a PUBACK get no more time: to write
+        them to disk does no harm.
+        """
+        if self.visit is not None:
+            self.visit.heard = min(self.visit.heard + seconds, now)
+        if self._pinged_at is not None:
+            self._pinged_at = min(self._pinged_at + seconds, now)
+        self._sent_at = min(self._sent_at + seconds, now)
+        self.outgoing.last_progress = min(self.outgoing.last_progress + seconds, now)
+        self._connack_due += seconds
+        self._will_at += seconds
+
+    def sweep(self, now: float) -> None:
+        """Do what is due; called every second or so."""
+        visit = self.visit
+        if visit is not None:
+            self._sweep_visit(visit, now)
+        if self._is_up:
+            self.outgoing.sweep(now, SWEEP)
+        if self._upstream is not None:
+            self._sweep_upstream(now)
+        elif not self._is_dialling and now >= self._retry_at:
+            self._dial()
+        if now >= self._will_at:
+            self._publish_will()
+        self._check_over()
+
+    def _sweep_visit(self, visit: _Visit, now: float) -> None:
+        if not visit.is_admitted:
+            if now + SWEEP > visit.since + self.after:
+                self._offer_offline()
+            return
+        limit = visit.keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
+        if visit.is_held:
+            visit.heard = now
+        elif limit and now - visit.heard > limit:
+            visit.device.finish(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - visit.heard:.0f} s")
+            return
+        if visit.pace is not None and visit.pace.paused:
+            visit.pace.recovered(now)
+        self._mind_device()
+
+    def _sweep_upstream(self, now: float) -> None:
+        if not self._is_up:
+            if now >= self._connack_due:
+                self._drop_upstream(SessionEnd(EndReason.UPSTREAM_SILENT, f"no CONNACK in {self._world.connack:g} s"))
+            return
+        if now >= self._lives_until:
+            # The token expires; only the connection to the broker is renewed.
+            self._leave_upstream(with_disconnect=True)
+            self._retry_at = 0.0
+            self._dial()
+        elif self._pinged_at is not None and now - self._pinged_at > _PING_PATIENCE and not self._is_broker_held:
+            self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, "no answer to PINGREQ"))
+        elif self.outgoing.in_flight and now - self.outgoing.last_progress > _STUCK:
+            self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, f"nothing was acknowledged for {_STUCK:g} s"))
+        elif self._pinged_at is None and (
+            now - self._sent_at >= self._ping_interval or (self.outgoing.in_flight and not self.outgoing.live)
+        ):
+            self._ping(is_barrier=False)
+
+    # ---- inside: the device
+
+    def _saved(self, visit: _Visit) -> None:
+        visit.is_saved = True
+        if self.visit is visit and not visit.is_admitted and not self._is_dialling and self._upstream is None:
+            self._offer_offline()
+
+    def _offer_offline(self) -> None:
+        """Serve the device without its broker, if it waits for that and everything before it is durable."""
+        visit = self.visit
+        if visit is None or visit.is_admitted or self.stopping:
+            return
+        if self._store.failure is None and not visit.is_saved:
+            return
+        if self._store.failure is not None:
+            visit.device.finish(
+                EndReason.STORE_UNAVAILABLE,
+                str(self._store.failure),
+                answer=_refusal(visit.version, (3, ReasonCode.SERVER_UNAVAILABLE)),
+            )
+            return
+        self._admit(visit, self.state.limits, session_present=visit.told_session_present)
+
+    def _admit(self, visit: _Visit, section: bytes, *, session_present: bool) -> None:
+        properties = _limits(section)
+        visit.is_admitted = True
+        visit.told_session_present = session_present
+        visit.keep_alive = _integer(properties, PropertyId.SERVER_KEEP_ALIVE, visit.connect.keep_alive)
+        visit.heard = self._world.seconds()
+        # A Topic Alias would have no meaning in a message that is sent much later, on another connection.
+        shown = without_properties(section, PropertyId.TOPIC_ALIAS_MAXIMUM, PropertyId.SERVER_REFERENCE)
+        if visit.version is ProtocolVersion.MQTT_5_0:
+            largest = min(visit.largest, _integer(properties, PropertyId.MAXIMUM_PACKET_SIZE, visit.largest))
+            shown = replace_property(shown or b"\0", PropertyId.MAXIMUM_PACKET_SIZE, largest.to_bytes(4, "big"))
+        rest = visit.device.admit(connack_acceptance(visit.version, shown, session_present=session_present))
+        if rest and not visit.gone:
+            self.device_received(rest)
+        if not visit.gone:
+            self._mind_device()
+
+    def _mind_device(self) -> None:
+        """Read the device, or not."""
+        visit = self.visit
+        if visit is None or not visit.is_admitted:
+            return
+        held = self.outgoing.is_congested or (visit.pace is not None and visit.pace.paused)
+        if held != visit.is_held:
+            visit.is_held = held
+            if held:
+                visit.device.hold()
+            else:
+                visit.device.release()
+
+    def _from_device(self, visit: _Visit, packet: bytes) -> None:
+        packet_type = PacketType(packet[0] >> 4)
+        if packet_type is PacketType.PUBLISH:
+            read_publish(visit.version, packet[0], body_of(packet))
+            message, identifier = read_message(visit.version, packet)
+            self._note_status(message)
+            self.outgoing.offer(message, identifier, visit)
+        elif packet_type is PacketType.PUBREL:
+            identifier = identifier_of(packet)
+            self._store.release(
+                self.backlog,
+                identifier,
+                lambda error: None if error else visit.acknowledge(PacketType.PUBCOMP, identifier),
+            )
+        elif packet_type is PacketType.SUBSCRIBE or packet_type is PacketType.UNSUBSCRIBE:
+            self._asked(visit, packet_type, packet)
+        elif packet_type is PacketType.PINGREQ:
+            visit.device.send(_PINGRESP)
+        elif packet_type is PacketType.DISCONNECT:
+            self._said_goodbye(visit, packet)
+        elif packet_type is PacketType.AUTH:
+            raise PacketError(EndReason.PROTOCOL_ERROR, ReasonCode.PROTOCOL_ERROR, "AUTH, which nobody asked for")
+        else:
+            self.incoming.from_device(packet)
+            self._mind_broker()
+
+    def _said_goodbye(self, visit: _Visit, packet: bytes) -> None:
+        body = body_of(packet)
+        with_will = bool(body) and body[0] == _WITH_WILL
+        self._leave(packet, with_will=with_will)
+        visit.device.finish(EndReason.DEVICE_DISCONNECT)
+
+    def _leave(self, packet: bytes, *, with_will: bool = False) -> None:
+        """The device is gone; `packet` is its DISCONNECT, empty if there was none."""
+        treated = self.visit.treated if self.visit is not None else None
+        self._end_visit()
+        self._farewell = packet or b""
+        lost = not packet or with_will
+        state = self.state
+        if not lost and state.will is not None:
+            state.will = None
+        if treated is not None and not _is_persistent(treated):
+            state.has_session = False
+            state.subscriptions.clear()
+        if lost and state.will is not None and not self._is_up and not self.stopping:
+            self._will_at = self._world.seconds() + state.will_delay
+        self._save(None)
+        if self._is_dialling or (self._upstream is not None and not self._is_up):
+            # That was for the device, with its Will.
+            if self._is_dialling:
+                self._is_dialling = False
+                self._link.cancel(self)
+            self._leave_upstream(with_disconnect=False)
+        self._check_over()
+
+    def _end_visit(self) -> None:
+        visit, self.visit = self.visit, None
+        if visit is not None:
+            visit.gone = True
+        self.incoming.lost()
+        self._requests = {key: each for key, each in self._requests.items() if each.visit is not visit}
+
+    def _to_device(self, packet: bytes) -> None:
+        if self.visit is not None and self.visit.is_admitted:
+            self.visit.device.send(packet)
+
+    def _note_status(self, message: Message) -> None:
+        will = self.state.will
+        if will is not None and message.retain and message.topic == will.topic:
+            self._status = message
+            # What is stored anyway follows whatever Will the broker publishes meanwhile.
+            if not self.outgoing.live:
+                self._status_is_due = False
+
+    def _publish_will(self) -> None:
+        self._will_at = float("inf")
+        will, self.state.will = self.state.will, None
+        if will is not None:
+            self.outgoing.offer(attrs.evolve(will, qos=max(1, will.qos)) if will.qos != 2 else will, 0, None)
+            self._save(None)
+
+    # ---- inside: subscriptions
+
+    def _asked(self, visit: _Visit, packet_type: PacketType, packet: bytes) -> None:
+        identifier = identifier_of(packet)
+        if packet_type is PacketType.SUBSCRIBE:
+            filters = read_subscribe(visit.version, body_of(packet)).filters
+            wanted = read_subscriptions(visit.version, packet, filters)
+            if not self.state.subscriptions.fits(wanted):
+                raise PacketError(
+                    EndReason.RULE_REFUSED, 0x97, "more subscriptions than the store remembers of a device"
+                )
+            request = _Request(visit, identifier, wanted, ())
+        else:
+            gone = tuple(text for text, _ in read_unsubscribe(visit.version, body_of(packet)).filters)
+            request = _Request(visit, identifier, [], gone)
+        if self._is_up:
+            number = self.outgoing.low_identifier()
+            self._requests[number] = request
+            self._to_broker(with_identifier(packet, number))
+        else:
+            self._answer_offline(request)
+
+    def _answer_offline(self, request: _Request) -> None:
+        """Answer what was asked for, and ask the broker for it later."""
+        visit = request.visit
+        subscriptions = self.state.subscriptions
+        if request.wanted:
+            subscriptions.add(request.wanted, told=False)
+            answer = suback(_version(visit), request.identifier, [each.qos for each in request.wanted])
+        else:
+            subscriptions.remove(request.gone, told=False)
+            answer = unsuback(_version(visit), request.identifier, len(request.gone))
+        self._save(lambda: None if visit is None or visit.gone else visit.device.send(answer))
+
+    def _answered(self, packet_type: PacketType, packet: bytes) -> None:
+        """Take a SUBACK or an UNSUBACK.  Raises PacketError."""
+        number = identifier_of(packet)
+        request = self._requests.pop(number, None)
+        self.outgoing.reserved.discard(number)
+        if request is None:
+            return
+        subscriptions = self.state.subscriptions
+        if packet_type is PacketType.UNSUBACK:
+            subscriptions.remove(request.gone, told=True)
+        else:
+            version = self._treated.version if self._treated is not None else ProtocolVersion.MQTT_3_1_1
+            codes = suback_codes(version, packet)
+            granted = [each for each, code in zip(request.wanted, codes, strict=False) if code < _FIRST_REFUSAL]
+            subscriptions.add(granted, told=True)
+            if request.visit is None and not _as_wanted(request.wanted, codes):
+                # The device was told something else.
+                if self.visit is not None:
+                    self.visit.device.finish(
+                        EndReason.STORED_SESSION_DIFFERS, "the broker granted less than the gateway had answered"
+                    )
+                subscriptions.remove([each.topic_filter for each in request.wanted if each not in granted], told=True)
+        if request.visit is not None and not request.visit.gone:
+            request.visit.device.send(with_identifier(packet, request.identifier))
+        self._save(None)
+
+    def _restore(self, *, session_present: bool) -> None:
+        """Ask the broker for what the device has subscribed to and the broker does not know."""
+        treated = self._treated
+        if treated is None or self.visit is None:
+            return
+        groups, gone = self.state.subscriptions.to_ask(session_present=session_present)
+        self.resubscribed += bool(groups) and not session_present
+        for wanted in groups:
+            number = self.outgoing.low_identifier()
+            self._requests[number] = _Request(None, 0, wanted, ())
+            self._to_broker(subscribe(treated.version, number, wanted))
+        if gone:
+            number = self.outgoing.low_identifier()
+            self._requests[number] = _Request(None, 0, [], tuple(gone))
+            self._to_broker(unsubscribe(treated.version, number, gone))
+
+    # ---- inside: the broker
+
+    def _dial(self) -> None:
+        """Look for a broker, if there is anything to do for one."""
+        if self.stopping or self._is_dialling or self._upstream is not None or self.is_over:
+            return
+        if self.visit is None and self.outgoing.is_idle:
+            return
+        if self.backlog.loading:
+            # Only an upstream that is not LIVE could be used, and the scan takes seconds.
+            self._offer_offline()
+            return
+        if not self._link.may_dial(self):
+            self._offer_offline()
+            return
+        self._is_dialling = True
+        self._link.dial(self)
+
+    def _for_broker(self, packet: Packet, treated: Connect, largest: int) -> bytes:
+        """Write the CONNECT for this connection of many; `largest` is the limit for the broker's packets in bytes."""
+        changes = ConnectChanges()
+        if treated.version is ProtocolVersion.MQTT_5_0:
+            properties = without_properties(connect_properties(packet, treated), PropertyId.TOPIC_ALIAS_MAXIMUM)
+            if self.visit is None:
+                properties = replace_property(properties, PropertyId.RECEIVE_MAXIMUM, b"\0\1")
+            if largest < (treated.maximum_packet_size or LARGEST_PACKET):
+                properties = replace_property(properties, PropertyId.MAXIMUM_PACKET_SIZE, largest.to_bytes(4, "big"))
+            # Only the first connection of a device session carries its Clean Start: a later one would wipe the
+            # broker's queue.  3.x has no other way to say that nothing is to be kept.
+            changes = ConnectChanges(clean_start=self.state.clean_pending, properties=properties)
+        if self.visit is None:
+            changes = attrs.evolve(changes, will=None)
+        return rewrite_connect(packet, treated, changes, len(packet.raw) + _ADDED)
+
+    def _read_connack(self) -> None:
+        reader, treated = self._reader, self._treated
+        if reader is None or treated is None:
+            return
+        try:
+            packet = reader.next_packet()
+            if packet is None:
+                return
+            connack = parse_connack(packet, treated.version)
+        except PacketError as error:
+            self._drop_upstream(SessionEnd(error.reason, error.detail))
+            return
+        if not connack.accepted:
+            self._refused_by_broker(treated, connack.code, packet.raw)
+            return
+        section = connack_properties(packet) if treated.version is ProtocolVersion.MQTT_5_0 else b""
+        self._reader = None
+        self._accepted(treated, section, session_present=connack.session_present)
+        rest = reader.take_rest()
+        if rest:
+            self.upstream_received(rest)
+
+    def _accepted(self, treated: Connect, section: bytes, *, session_present: bool) -> None:
+        now, properties = self._world.seconds(), _limits(section)
+        self._is_up = True
+        self._up_since = now
+        self.trouble = None
+        visit, state = self.visit, self.state
+        keep_alive = _integer(properties, PropertyId.SERVER_KEEP_ALIVE, treated.keep_alive)
+        self._ping_interval = keep_alive / 2 if keep_alive else _IDLE_PING
+        limits = without_properties(section, PropertyId.ASSIGNED_CLIENT_IDENTIFIER)
+        if state.clean_pending or limits != state.limits:
+            state.clean_pending = False
+            state.limits = limits
+            self._save(None)
+        if visit is not None:
+            if visit.is_admitted and visit.is_first_upstream and session_present and not visit.told_session_present:
+                self._is_up = False
+                self._leave_upstream(with_disconnect=False)
+                state.has_session = True
+                visit.device.finish(
+                    EndReason.STORED_SESSION_DIFFERS, "the broker has a session that the gateway did not know of"
+                )
+                return
+            visit.is_first_upstream = False
+        self.outgoing.connect(
+            Facts(
+                treated.version,
+                max(1, min(WINDOW, _integer(properties, PropertyId.RECEIVE_MAXIMUM, WINDOW))),
+                session_present,
+                _integer(properties, PropertyId.MAXIMUM_PACKET_SIZE, 0),
+            )
+        )
+        self.incoming.connected(session_present=session_present)
+        if visit is not None and not visit.is_admitted:
+            self._admit(visit, section, session_present=session_present or visit.told_session_present)
+        if not self._is_up:
+            return
+        self._restore(session_present=session_present)
+        self._mind_broker()
+        if self._status_is_due and self._status is not None:
+            # The broker has published the Will of a device that lives: what it overwrote is said again.
+            self._status_is_due = False
+            self.outgoing.live = False
+            self.outgoing.offer(attrs.evolve(self._status, qos=max(1, self._status.qos)), 0, None)
+        self._changed()
+
+    def _refused_by_broker(self, treated: Connect, code: int, raw: bytes) -> None:
+        is_5 = treated.version is ProtocolVersion.MQTT_5_0
+        words = f"CONNACK 0x{code:02X}, {describe_connack(treated.version, code)}"
+        failure = SessionEnd(EndReason.UPSTREAM_REFUSED, words)
+        of_rule = (
+            self.visit is not None
+            and treated.password is not None
+            and treated.password != (self.visit.connect.password)
+        )
+        is_outage = code in (_OUTAGES_5 if is_5 else _OUTAGES_3) or (
+            code in (_CREDENTIALS_5 if is_5 else _CREDENTIALS_3) and (of_rule or self.visit is None)
+        )
+        self._drop_upstream(failure, is_outage=is_outage)
+        visit = self.visit
+        if visit is None or is_outage:
+            return
+        if visit.is_admitted:
+            visit.device.finish(EndReason.UPSTREAM_REFUSED, words, code=code if is_5 else None)
+        else:
+            answer = raw if treated.version is visit.version else b"\x20\x02\0" + bytes((code,))
+            visit.device.finish(EndReason.UPSTREAM_REFUSED, words, answer=answer)
+
+    def _of_broker(self, packet: bytes) -> None:
+        packet_type = PacketType(packet[0] >> 4)
+        if packet_type in {PacketType.PUBACK, PacketType.PUBREC, PacketType.PUBCOMP}:
+            self._delay = 0.0
+            self.outgoing.acknowledged(packet_type, identifier_of(packet), code_of(packet))
+        elif packet_type in {PacketType.PUBLISH, PacketType.PUBREL}:
+            # For a device that is away it stays the broker's: nothing is acknowledged.
+            if self.visit is not None:
+                self.incoming.from_broker(packet)
+        elif packet_type in {PacketType.SUBACK, PacketType.UNSUBACK}:
+            self._answered(packet_type, packet)
+        elif packet_type is PacketType.PINGRESP:
+            is_barrier = self._pings.popleft() if self._pings else False
+            self._pinged_at = self._world.seconds() if self._pings else None
+            if is_barrier:
+                self.outgoing.pong()
+        elif packet_type is PacketType.DISCONNECT:
+            body = body_of(packet)
+            code = body[0] if body else 0
+            words = f"0x{code:02X}, {describe_disconnect(code)}"
+            visit = self.visit
+            self._drop_upstream(SessionEnd(EndReason.UPSTREAM_DISCONNECT, words))
+            if code == _TAKEN_OVER and visit is not None:
+                # Somebody else has its name at the broker; to come back at once would throw that one out.
+                visit.device.finish(EndReason.UPSTREAM_DISCONNECT, words)
+        else:
+            raise PacketError(EndReason.UPSTREAM_PROTOCOL_ERROR, ReasonCode.PROTOCOL_ERROR, packet_type.name)
+
+    def _to_broker(self, packet: bytes) -> None:
+        if self._upstream is not None and self._is_up:
+            self._sent_at = self._world.seconds()
+            self._upstream.write(packet)
+
+    def _ping(self, *, is_barrier: bool) -> None:
+        """Send a PINGREQ; the answer to one that `is_barrier` confirms what was sent before it."""
+        self._pings.append(is_barrier)
+        if self._pinged_at is None:
+            self._pinged_at = self._world.seconds()
+        self._to_broker(_PINGREQ)
+
+    def _mind_broker(self) -> None:
+        """Read the broker, or not."""
+        if self._upstream is None:
+            return
+        held = self._is_device_full or self.incoming.is_congested
+        if held != self._is_broker_held:
+            self._is_broker_held = held
+            if held:
+                self._upstream.hold()
+            else:
+                self._upstream.release()
+
+    def _leave_upstream(self, *, with_disconnect: bool) -> None:
+        """End the connection to the broker, because another one follows or nobody needs it."""
+        upstream = self._upstream
+        if upstream is None:
+            return
+        if self._is_up and with_disconnect:
+            upstream.write_last(_DISCONNECT)
+        self._forget_upstream()
+        upstream.close()
+
+    def _drop_upstream(self, failure: SessionEnd, *, is_outage: bool = True) -> None:
+        """The connection to the broker is of no use any more."""
+        upstream = self._upstream
+        if upstream is None:
+            return
+        self.trouble = failure
+        was_up = self._is_up
+        if was_up and self.state.will is not None:
+            if self.visit is not None:
+                self._status_is_due = self._status is not None
+            elif self._will_at == float("inf"):
+                # It was to end as the device had left, which the broker may not have noticed.
+                self._will_at = self._world.seconds()
+        self._forget_upstream()
+        self._back_off()
+        upstream.abort()
+        if is_outage:
+            self._offer_offline()
+
+    def _forget_upstream(self) -> None:
+        was_up, self._is_up = self._is_up, False
+        self._upstream = None
+        self._reader = self._from_broker = None
+        self._pinged_at = None
+        self._pings.clear()
+        self._is_broker_held = False
+        self._treated = None
+        requests, self._requests = self._requests, {}
+        self.outgoing.reserved.clear()
+        if was_up:
+            self.outgoing.lost()
+            self.incoming.lost()
+        for request in requests.values():
+            if request.visit is not None and not request.visit.gone:
+                self._answer_offline(request)
+
+    def _back_off(self) -> None:
+        """Wait before the next attempt, longer each time until the broker acknowledges something."""
+        self._delay = min(_LAST_DELAY, max(_FIRST_DELAY, self._delay * 2))
+        self._retry_at = self._world.seconds() + self._delay * (0.5 + 0.5 * self._world.uniform())
+
+    # ---- inside: ends
+
+    def _changed(self) -> None:
+        self._mind_device()
+        self._check_settled()
+        self._check_over()
+
+    def _check_settled(self) -> None:
+        if self._settled and self.outgoing.is_settled:
+            settled, self._settled = self._settled, []
+            for done in settled:
+                done()
+
+    def _check_over(self) -> None:
+        """Once a device has left and nothing of it waits, its connection to the broker ends as the device left."""
+        if self.visit is not None or self.is_over or not self.outgoing.is_idle or self.stopping:
+            return
+        upstream, farewell = self._upstream, self._farewell
+        if upstream is not None:
+            if not self._is_up:
+                self._leave_upstream(with_disconnect=False)
+            else:
+                if farewell:
+                    upstream.write_last(farewell)
+                if self.state.will is not None:
+                    # The broker publishes it, since there is no DISCONNECT.
+                    self.state.will = None
+                    self._save(None)
+                self._forget_upstream()
+                upstream.close()
+        if self._will_at < float("inf"):
+            return
+        self.is_over = True
+        if self._is_dialling:
+            self._is_dialling = False
+            self._link.cancel(self)
+        if not self.state.has_session and not self._store.received[self.backlog.name]:
+            self._store.forget(self.backlog)
+        self._link.over(self)
+
+    def _save(self, done: Callable[[], None] | None, *, forget_received: bool = False) -> None:
+        self._store.save(
+            self.backlog,
+            self.state.dumped(),
+            None if done is None else lambda error: None if error else done(),
+            forget_received=forget_received,
+        )
+
+    def _remembered_keep_alive(self) -> int:
+        if not self.state.connect:
+            return 0
+        return _packet_of(self.state.connect, self._world.max_connect_size)[1].keep_alive
+
+
+@attrs.define(slots=True)
+class _Request:
+    """A SUBSCRIBE or an UNSUBSCRIBE: whose, the device's Packet Identifier; `visit` is None for the gateway's own."""
+
+    visit: _Visit | None
+    identifier: int
+    wanted: list[Subscription]
+    gone: tuple[str, ...]
+
+
+def _as_wanted(wanted: list[Subscription], codes: bytes) -> bool:
+    return all(code == each.qos for each, code in zip(wanted, codes, strict=False))
+
+
+def _version(visit: _Visit | None) -> ProtocolVersion:
+    return ProtocolVersion.MQTT_3_1_1 if visit is None else visit.version
+
+
+def _packet_of(raw: bytes, limit: int) -> tuple[Packet, Connect]:
+    """Read a CONNECT that the gateway wrote, or has read before."""
+    reader = PacketReader(frozenset({PacketType.CONNECT}), max(limit, len(raw)), EndReason.NOT_MQTT)
+    reader.feed(raw)
+    packet = reader.next_packet()
+    if packet is None:
+        raise PacketError(EndReason.NOT_MQTT, ReasonCode.MALFORMED_PACKET, "half a CONNECT")
+    return packet, parse_connect(packet)
+
+
+def _integer(properties: Properties | None, identifier: PropertyId, default: int) -> int:
+    found = None if properties is None else properties.integer(identifier)
+    return default if found is None else found
+
+
+def _limits(section: bytes) -> Properties:
+    return parse_properties(section, 0, CONNACK_PROPERTIES, "CONNACK")[0] if section else Properties({})
+
+
+def _is_persistent(connect: Connect) -> bool:
+    """Whether a session outlives its connection (MQTT 3.1.1 §3.1.2.4, MQTT 5.0 §3.1.2.11.2)."""
+    if connect.version is ProtocolVersion.MQTT_5_0:
+        return _integer(connect.properties, PropertyId.SESSION_EXPIRY_INTERVAL, 0) > 0
+    return not connect.clean_start
+
+
+def _will_of(packet: Packet, connect: Connect) -> tuple[Message | None, float]:
+    will = connect.will
+    if will is None:
+        return None, 0.0
+    delay = _integer(will.properties, PropertyId.WILL_DELAY_INTERVAL, 0)
+    properties = expiry = None
+    if connect.version is ProtocolVersion.MQTT_5_0:
+        expiry = None if will.properties is None else will.properties.integer(PropertyId.MESSAGE_EXPIRY_INTERVAL)
+        left_out = (PropertyId.WILL_DELAY_INTERVAL, PropertyId.MESSAGE_EXPIRY_INTERVAL)
+        section = without_properties(will_properties(packet, connect), *left_out)
+        properties = section[end_of_length(section) :]
+    return Message(will.topic.encode(), will.payload, will.qos, will.retain, properties, expiry), float(delay)
+
+
+def _refusal(version: ProtocolVersion, codes: tuple[int, int]) -> bytes:
+    return connack_refusal(version, *codes)

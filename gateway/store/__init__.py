@@ -1,0 +1,1 @@
+"""Messages on disk: what the gateway has acknowledged in an outage, until the broker has it."""

@@ -1,0 +1,563 @@
+"""The file on disk: SQLite, one connection, whole transactions.
+
+In: `Change`s.  Out: after `commit` they are durable; `StoreError` says that none of them is.  Everything here blocks on
+the disk and is called in one thread only (`gateway.store.writer`).
+
+Rows of messages have no index but their number: an index by device would double what is written to flash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from attrs import frozen
+
+from gateway.errors import GatewayError
+from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
+
+_T = TypeVar("_T")
+
+SCHEMA_VERSION = 1
+RESERVE = 16 * 1024 * 1024
+"""Bytes of the reserve file, which is given up so that deletes can be written to a full disk."""
+
+_SCHEMA = """
+CREATE TABLE device (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, state TEXT NOT NULL);
+CREATE TABLE message (number INTEGER PRIMARY KEY, device INTEGER NOT NULL, stamp INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE TABLE released (number INTEGER PRIMARY KEY);
+CREATE TABLE received (device INTEGER, identifier INTEGER, PRIMARY KEY (device, identifier)) WITHOUT ROWID;
+CREATE TABLE aside (number INTEGER PRIMARY KEY, device INTEGER NOT NULL, stamp INTEGER NOT NULL, data BLOB NOT NULL,
+                    why TEXT NOT NULL);
+CREATE TABLE probe (number INTEGER PRIMARY KEY, at INTEGER);
+"""
+_COPIED = ("device", "message", "released", "received", "aside")
+# SQLite checkpoints after so many pages; the WAL stays about as large.
+_WAL_PAGES = 1000
+_WAL_LIMIT = 4 * 1024 * 1024
+_VACUUM_ABOVE = 4 * 1024 * 1024
+
+
+class StoreError(GatewayError):
+    """The store cannot write or read; `is_full` says that the disk has no room."""
+
+    def __init__(self, words: str, *, is_full: bool = False) -> None:
+        super().__init__(words)
+        self.is_full = is_full
+
+
+class StoreUnusable(StoreError):
+    """The store cannot be opened, and no other file may take its place."""
+
+
+# ---- changes
+
+
+@frozen(slots=True)
+class Append:
+    """Store a row; `received`, the device's Packet Identifier of a QoS 2 message, stays known until `Release`."""
+
+    row: Row
+    received: int = 0
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        row = self.row
+        # A commit that failed may be there all the same, and is then repeated.
+        values = (row.number, row.device, row.stamp, encode_row(row))
+        connection.execute("INSERT OR REPLACE INTO message VALUES (?,?,?,?)", values)
+        if self.received:
+            connection.execute("INSERT OR IGNORE INTO received VALUES (?,?)", (row.device, self.received))
+
+
+@frozen(slots=True)
+class Delete:
+    """Delete rows."""
+
+    numbers: Sequence[int]
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        numbers = [(number,) for number in self.numbers]
+        connection.executemany("DELETE FROM message WHERE number = ?", numbers)
+        connection.executemany("DELETE FROM released WHERE number = ?", numbers)
+
+
+@frozen(slots=True)
+class Released:
+    """The broker has a QoS 2 message (PUBREC): only PUBREL may follow while its session lives."""
+
+    number: int
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute("INSERT OR IGNORE INTO released VALUES (?)", (self.number,))
+
+
+@frozen(slots=True)
+class Unreleased:
+    """The broker forgot a QoS 2 message: it is published anew."""
+
+    number: int
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute("DELETE FROM released WHERE number = ?", (self.number,))
+
+
+@frozen(slots=True)
+class Release:
+    """The device released a Packet Identifier (PUBREL), and may use it for another message."""
+
+    device: int
+    identifier: int
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute("DELETE FROM received WHERE device = ? AND identifier = ?", (self.device, self.identifier))
+
+
+@frozen(slots=True)
+class Save:
+    """Keep what is known of a device: `state` is JSON.  With `forget_received` its session is new."""
+
+    device: int
+    name: str
+    state: str
+    forget_received: bool = False
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute(
+            "INSERT INTO device VALUES (?,?,?) ON CONFLICT (number) DO UPDATE SET state = excluded.state",
+            (self.device, self.name, self.state),
+        )
+        if self.forget_received:
+            connection.execute("DELETE FROM received WHERE device = ?", (self.device,))
+
+
+@frozen(slots=True)
+class SetAside:
+    """Take a row out of its backlog and keep it for a person to look at."""
+
+    number: int
+    why: str
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute(
+            "INSERT OR REPLACE INTO aside SELECT number, device, stamp, data, ? FROM message WHERE number = ?",
+            (self.why, self.number),
+        )
+        Delete((self.number,)).apply(connection)
+
+
+@frozen(slots=True)
+class Forget:
+    """Delete everything about a device but its messages, of which there are none."""
+
+    device: int
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute("DELETE FROM device WHERE number = ?", (self.device,))
+        connection.execute("DELETE FROM received WHERE device = ?", (self.device,))
+
+
+@frozen(slots=True)
+class Probe:
+    """Write something that means nothing, to see whether the disk takes it."""
+
+    def apply(self, connection: sqlite3.Connection) -> None:
+        """Write it."""
+        connection.execute("INSERT OR REPLACE INTO probe VALUES (1, ?)", (time.time_ns(),))
+
+
+Change = Append | Delete | Released | Unreleased | Release | Save | SetAside | Forget | Probe
+
+
+# ---- what is found at the start
+
+
+@frozen(slots=True)
+class Device:
+    """A device that the store knows; `received` are the Packet Identifiers of QoS 2 messages not yet released."""
+
+    number: int
+    name: str
+    state: str
+    received: frozenset[int]
+
+
+@frozen(slots=True)
+class Opened:
+    """What was found: the devices, the rows that the broker has confirmed with PUBREC, the highest number in use.
+
+    `notes` are for the log: what was moved or recovered.  `aside` has how many messages of a device were set aside.
+    """
+
+    devices: tuple[Device, ...]
+    released: frozenset[int]
+    last_number: int
+    notes: tuple[str, ...] = ()
+    aside: tuple[tuple[int, int], ...] = ()
+
+
+class Database:
+    """The database in a directory.  `open` first; every method raises `StoreError`."""
+
+    def __init__(self, directory: Path, connect: Callable[[Path], sqlite3.Connection] | None = None) -> None:
+        """Take the directory, which must exist, and what opens SQLite (tests put faults there)."""
+        self.directory = directory
+        self.path = directory / "store.db"
+        self._reserve = directory / "reserve"
+        self._connect = connect or _connect
+        self._connection: sqlite3.Connection | None = None
+        self._lock: int | None = None
+
+    def open(self) -> Opened:
+        """Lock the directory and open or make the file.  Raises `StoreUnusable`.
+
+        A damaged file is moved aside, and what can be read of it is taken over.
+        """
+        self._take_lock()
+        notes: list[str] = []
+        try:
+            self.directory.chmod(0o700)
+            try:
+                self._open_file()
+            except sqlite3.DatabaseError as error:
+                if isinstance(error, sqlite3.OperationalError):
+                    raise
+                notes.append(self._start_anew(str(error)))
+            opened = self._guarded(lambda: self._look(notes))
+        except StoreError:
+            self.close()
+            raise
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise StoreUnusable(f"{self.path} cannot be opened: {error}") from None
+        self.keep_reserve()
+        return opened
+
+    def close(self) -> None:
+        """Close the file and give up the lock."""
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # what was committed is in the WAL
+                self._connection.close()
+            self._connection = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # ---- writing and reading
+
+    def commit(self, changes: Sequence[Change]) -> None:
+        """Make changes durable, all of them or none."""
+        self._guarded(lambda: self._commit(changes))
+
+    def read(self, numbers: Sequence[int]) -> list[Row | int]:
+        """Return rows in the order of their numbers; for a damaged or missing one its number."""
+        return self._guarded(lambda: [self._row(number) for number in numbers])
+
+    def scan(self, after: int, up_to: int, limit: int) -> list[tuple[int, int, int, int]]:
+        """Return (number, device, stamp, size of data) of at most `limit` rows behind `after`."""
+        query = "SELECT number, device, stamp, length(data) FROM message WHERE number > ? AND number <= ? LIMIT ?"
+        return self._guarded(lambda: self._open.execute(query, (after, up_to, limit)).fetchall())
+
+    def retry_aside(self, device: int, first: int) -> list[tuple[int, int, int]]:
+        """Put what was set aside of a device behind its backlog, numbered from `first`: (number, stamp, size)."""
+        return self._guarded(lambda: self._retry_aside(device, first))
+
+    def drop_aside(self, device: int) -> int:
+        """Delete what was set aside of a device; return how many there were."""
+
+        def drop() -> int:
+            with _Transaction(self._open):
+                return self._open.execute("DELETE FROM aside WHERE device = ?", (device,)).rowcount
+
+        return self._guarded(drop)
+
+    def used(self) -> int:
+        """Return the bytes of the files: database and WAL."""
+        return sum(_size(path) for path in (self.path, _wal(self.path)))
+
+    def shrink(self) -> None:
+        """Give space back to the disk; for a database without messages."""
+
+        def vacuum() -> None:
+            if _size(self.path) > _VACUUM_ABOVE:
+                self._open.execute("VACUUM")
+                self._open.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+        self._guarded(vacuum)
+
+    # ---- a disk that is full or fails
+
+    def give_up_reserve(self) -> bool:
+        """Delete the reserve file; return whether there was one."""
+        try:
+            self._reserve.unlink()
+        except OSError:
+            return False
+        return True
+
+    def keep_reserve(self) -> bool:
+        """Make the reserve file if it is not there; return whether it is."""
+        if _size(self._reserve) >= RESERVE:
+            return True
+        try:
+            descriptor = os.open(self._reserve, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            self.give_up_reserve()
+            return False
+        return True
+
+    def recover(self) -> None:
+        """After an input/output error: copy what can be read, and go on with the copy.
+
+        A failed fsync marks pages as clean that never reached the disk, so a second one would lie.  They can still be
+        read, from memory, until the file is closed.
+        """
+        copy = self.directory / "store.copy"
+        try:
+            for suffix in ("", "-wal"):
+                _copy(Path(f"{self.path}{suffix}"), Path(f"{copy}{suffix}"))
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+            stamp = time.strftime("%Y%m%dT%H%M%S")
+            for suffix in ("", "-wal"):
+                source, target = Path(f"{self.path}{suffix}"), Path(f"{self.path}.failed-{stamp}{suffix}")
+                if source.exists():
+                    source.rename(target)
+                if Path(f"{copy}{suffix}").exists():
+                    Path(f"{copy}{suffix}").rename(source)
+            Path(f"{self.path}-shm").unlink(missing_ok=True)
+            self._open_file()
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"the store cannot be recovered: {error}", is_full=_is_full(error)) from None
+
+    # ---- inside
+
+    @property
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise StoreError("the store is not open")
+        return self._connection
+
+    def _take_lock(self) -> None:
+        path = self.directory / "lock"
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreUnusable(f"{path} cannot be opened: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise StoreUnusable(f"{self.directory} is in use by another gateway") from None
+        self._lock = descriptor
+
+    def _open_file(self) -> None:
+        connection = self._connect(self.path)
+        try:
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            _check_version(self.path, version)
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
+            connection.execute(f"PRAGMA journal_size_limit = {_WAL_LIMIT}")
+            if not version:
+                with _Transaction(connection):
+                    for statement in _SCHEMA.split(";\n"):
+                        if statement.strip():
+                            connection.execute(statement)
+                    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+                _sync_directory(self.directory)
+            connection.execute("SELECT max(number) FROM message").fetchone()
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+
+    def _look(self, notes: Sequence[str]) -> Opened:
+        received: dict[int, set[int]] = {}
+        for device, identifier in self._open.execute("SELECT device, identifier FROM received"):
+            received.setdefault(device, set()).add(identifier)
+        devices = tuple(
+            Device(number, name, state, frozenset(received.get(number, ())))
+            for number, name, state in self._open.execute("SELECT number, name, state FROM device ORDER BY number")
+        )
+        released = frozenset(number for (number,) in self._open.execute("SELECT number FROM released"))
+        query = (
+            "SELECT max(coalesce((SELECT max(number) FROM message), 0), coalesce((SELECT max(number) FROM aside), 0))"
+        )
+        aside = self._open.execute("SELECT device, count(*) FROM aside GROUP BY device").fetchall()
+        return Opened(devices, released, self._open.execute(query).fetchone()[0], tuple(notes), tuple(aside))
+
+    def _commit(self, changes: Sequence[Change]) -> None:
+        with _Transaction(self._open):
+            for change in changes:
+                change.apply(self._open)
+
+    def _row(self, number: int) -> Row | int:
+        found = self._open.execute("SELECT device, stamp, data FROM message WHERE number = ?", (number,)).fetchone()
+        if found is None:
+            return number
+        device, stamp, data = found
+        try:
+            return decode_row(number, device, stamp, data)
+        except DamagedRow:
+            return number
+
+    def _retry_aside(self, device: int, first: int) -> list[tuple[int, int, int]]:
+        moved: list[tuple[int, int, int]] = []
+        with _Transaction(self._open):
+            query = "SELECT number, stamp, data FROM aside WHERE device = ? ORDER BY number"
+            for number, stamp, data in self._open.execute(query, (device,)).fetchall():
+                try:
+                    row = decode_row(number, device, stamp, data)
+                except DamagedRow:
+                    continue
+                row = Row(first + len(moved), device, stamp, row.message, row.identifier)
+                Append(row).apply(self._open)
+                self._open.execute("DELETE FROM aside WHERE number = ?", (number,))
+                moved.append((row.number, stamp, size_of(row.message)))
+        return moved
+
+    def _start_anew(self, why: str) -> str:
+        """Move a damaged file aside, and take what can be read of it into a new one; say so in words."""
+        aside = Path(f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+        for suffix in ("", "-wal"):
+            source = Path(f"{self.path}{suffix}")
+            if source.exists():
+                source.rename(f"{aside}{suffix}")
+        Path(f"{self.path}-shm").unlink(missing_ok=True)
+        self._open_file()
+        taken = 0
+        for table, rows in _salvage(aside):
+            with _Transaction(self._open):
+                for row in rows:
+                    marks = ",".join("?" * len(row))
+                    self._open.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)  # noqa: S608  our own
+                    taken += table == "message"
+        return f"{self.path} was damaged ({why}): it is now {aside.name}, and {taken} messages were recovered from it"
+
+    def _guarded(self, work: Callable[[], _T]) -> _T:
+        try:
+            return work()
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(str(error), is_full=_is_full(error)) from None
+
+
+def _check_version(path: Path, version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise StoreUnusable(
+            f"{path} was written by a newer version (schema {version}; this version supports {SCHEMA_VERSION})"
+        )
+
+
+class _Transaction:
+    """A transaction that is rolled back, if that is possible, when something goes wrong."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def __enter__(self) -> None:
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            try:
+                self._connection.execute("COMMIT")
+            except BaseException:
+                self._roll_back()
+                raise
+        else:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            pass  # SQLite has rolled back, or does when the file is opened again
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # Made with the right mode from the start; SQLite gives the WAL the mode of the database.
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
+
+
+def _salvage(path: Path) -> Iterator[tuple[str, list[tuple[object, ...]]]]:
+    """Yield what can be read of each table, from the front and from the back up to the damage."""
+    for table in _COPIED:
+        rows: dict[object, tuple[object, ...]] = {}
+        for direction in ("ASC", "DESC"):
+            try:
+                connection = sqlite3.connect(path)
+            except sqlite3.Error:
+                return
+            key = "device" if table == "received" else "number"
+            try:
+                for row in connection.execute(f"SELECT * FROM {table} ORDER BY {key} {direction}"):  # noqa: S608  our own
+                    rows[row[:2] if table == "received" else row[0]] = row
+            except sqlite3.Error:
+                pass  # that is the damage
+            finally:
+                connection.close()
+        yield table, list(rows.values())
+
+
+def _is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {28, 122}  # ENOSPC, EDQUOT
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
+
+
+def is_input_output(error: StoreError) -> bool:
+    """Whether the disk itself failed."""
+    return "disk I/O error" in str(error)
+
+
+def _wal(path: Path) -> Path:
+    return Path(f"{path}-wal")
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    if not source.exists():
+        return
+    descriptor = os.open(target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    with source.open("rb") as reading, os.fdopen(descriptor, "wb") as writing:
+        while block := reading.read(1 << 20):
+            writing.write(block)
+        writing.flush()
+        os.fsync(writing.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,415 @@
+"""All stored devices: one `StoredSession` for each backlog, and the way of each to its broker.
+
+In: sessions whose rule says `store`, the store, the time.  Out: dials for devices, whether they are connected or not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+
+from gateway.config import Config
+from gateway.dial.dialler import Route
+from gateway.errors import EndReason, Refusal, SessionEnd, UpstreamFailure
+from gateway.mqtt.reader import Packet
+from gateway.relay.device import DeviceProtocol
+from gateway.relay.side import Gauge
+from gateway.relay.upstream import UpstreamProtocol
+from gateway.session.record import Dial, Peer, SessionRecord
+from gateway.session.session import Session
+from gateway.session.stored import StoredSession, World
+from gateway.session.treatment import Treatment
+from gateway.store.store import Store
+
+_log = Logger(namespace="gateway")
+
+# So many are swept in one turn of the reactor.
+_SWEPT_AT_A_TIME = 200
+_BUSY = frozenset({EndReason.TOO_MANY_NEW_SESSIONS})
+_LATER = 5.0  # seconds until a dial that was not let through is tried again, on average
+_TELL_EVERY = 60.0  # seconds
+# How often the kernel is asked whether brokers acknowledge: in seconds, and per timeout.
+_CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
+_NO_WILL = '"will": null'
+
+
+class Lead(Protocol):
+    """Who finds a broker for a stored device under the configuration of now; see `gateway.reception.Reception`."""
+
+    def __call__(self, connection: StoredConnection) -> Coroutine[Any, Any, None]:
+        """End with `StoredConnection.upstream_verified`, `upstream_failed` or `refused`."""
+
+
+class StoredConnection:
+    """One attempt to connect to a broker on behalf of a stored device, and the connection that comes of it.
+
+    To the dialler and the upstream's protocol it is a session; to the `StoredSession` it is the upstream.
+    """
+
+    def __init__(self, devices: StoredDevices, stored: StoredSession) -> None:
+        self.stored = stored
+        self.record = SessionRecord(0, "", 0.0, client_identifier=stored.name)
+        # The dialler asks whether the device has left; here that makes no difference.
+        self.pending = 1
+        self.treatment: Treatment | None = None
+        self.gauge = Gauge(self._full)
+        self.dialling: Deferred[None] | None = None
+        self.closed_at: float | None = None
+        self._devices = devices
+        self._protocol: UpstreamProtocol | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a connection that has not ended."""
+        return self._protocol is not None
+
+    # ---- for the dialler
+
+    def dials(self, dial: Dial) -> None:
+        """See `Session.dials`."""
+        self.stored.dials(dial)
+
+    def upstream_failed(self, failure: SessionEnd) -> None:
+        """See `Session.upstream_failed`."""
+        if self._devices.forget(self):
+            later = _LATER * 2 * self._devices.uniform() if failure.reason in _BUSY else 0.0
+            self.stored.upstream_failed(failure, later=later)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """See `Session.refuse`: it was not its turn, which says nothing about broker or device."""
+        self.postponed(refusal, _LATER * 2 * self._devices.uniform())
+
+    def refused(self, failure: SessionEnd, codes: tuple[int, int]) -> None:
+        """Today's rules do not let this device's messages leave."""
+        if self._devices.forget(self):
+            self.stored.upstream_refused(failure.reason, failure.detail, codes)
+
+    def postponed(self, failure: SessionEnd, later: float) -> None:
+        """What is needed for a dial is not there now."""
+        if self._devices.forget(self):
+            self.stored.upstream_failed(failure, later=later)
+
+    def fail(self, detail: str) -> None:
+        """See `Session.fail`."""
+        self.abort()
+        self.upstream_broken(UpstreamFailure(EndReason.INTERNAL_ERROR, detail))
+
+    # ---- for the upstream's protocol
+
+    def upstream_verified(self, upstream: UpstreamProtocol, peer: Peer) -> None:
+        """See `Session.upstream_verified`."""
+        self._protocol = upstream
+        if self.treatment is None or not self._devices.is_current(self):
+            upstream.abort()
+            return
+        self.stored.upstream_verified(self, peer, self.treatment)
+
+    def upstream_received(self, data: bytes) -> None:
+        """See `Session.upstream_received`."""
+        if self._devices.is_current(self):
+            self.stored.upstream_received(data)
+
+    def upstream_broken(self, failure: SessionEnd) -> None:
+        """See `Session.upstream_broken`."""
+        if self._devices.is_current(self):
+            self.stored.upstream_broken(failure)
+
+    def upstream_gone(self) -> None:
+        """See `Session.upstream_gone`."""
+        self._protocol = None
+        self._devices.gone(self)
+
+    # ---- for the stored session
+
+    def write(self, data: bytes) -> None:
+        """Send bytes."""
+        if self._protocol is not None:
+            self._protocol.write(data)
+
+    def write_last(self, data: bytes) -> None:
+        """Send bytes behind which there is nothing but `close`."""
+        if self._protocol is not None:
+            self._protocol.write_last(data)
+
+    def hold(self) -> None:
+        """Stop reading."""
+        if self._protocol is not None:
+            self._protocol.hold()
+
+    def release(self) -> None:
+        """Read again."""
+        if self._protocol is not None:
+            self._protocol.release()
+
+    def close(self) -> None:
+        """End the connection in the orderly way."""
+        self._devices.forget(self)
+        self.closed_at = self._devices.seconds()
+        if self._protocol is not None:
+            self._protocol.close()
+
+    def check(self, now: float) -> None:
+        """Close the connection if the broker no longer acknowledges what TCP sends; `now` is in seconds."""
+        if self._protocol is not None:
+            self._protocol.check(now)
+
+    def abort(self) -> None:
+        """End the connection now."""
+        self._devices.forget(self)
+        if self._protocol is not None:
+            self._protocol.abort()
+
+    def _full(self, is_full: bool) -> None:
+        if self._devices.is_current(self):
+            self.stored.upstream_full(is_full)
+
+
+class StoredDevices:
+    """The stored sessions of a gateway.
+
+    `lead` finds a broker; `changed` is called when a connection is gone.  `now` gives the time of day in seconds since
+    1970, `is_plausible` whether it can be believed.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: IReactorTime,
+        config: Config,
+        lead: Lead,
+        changed: Callable[[], None],
+        uniform: Callable[[], float],
+        now: Callable[[], float] = time.time,
+        is_plausible: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.store = store
+        self.uniform = uniform
+        self.sessions: dict[str, StoredSession] = {}
+        self.routes: dict[str, Route] = {}
+        self._clock = clock
+        self._lead = lead
+        self._changed = changed
+        self._now = now
+        self._is_plausible = is_plausible
+        self._config = config
+        self._current: dict[str, StoredConnection] = {}
+        self._connections: set[StoredConnection] = set()
+        self._sweeping: IDelayedCall | None = None
+        self._are_known = False
+        # What the log has been told.
+        self._told: Counter[str] = Counter()
+        self._told_at = clock.seconds()
+        self._told_failure = ""
+        self._stopping = False
+        self._check_at = 0.0
+
+    def seconds(self) -> float:
+        """Return the time on the injected clock."""
+        return self._clock.seconds()
+
+    @property
+    def are_gone(self) -> bool:
+        """Whether no connection is left."""
+        return not self._connections
+
+    def adopt(self, config: Config) -> None:
+        """From now on another configuration holds."""
+        self._config = config
+        self.store.config = config.store
+        self.routes.clear()
+
+    def has_backlog(self, name: str) -> bool:
+        """Whether messages of this identity wait, or are under way, so that its device must go on as a stored one."""
+        backlog = self.store.known(name)
+        if backlog is None:
+            return False
+        return bool(len(backlog) or backlog.loading or name in self.sessions or self.store.received[name])
+
+    def receive(
+        self,
+        session: Session,
+        device: DeviceProtocol,
+        name: str,
+        packet: Packet,
+        treatment: Treatment,
+        caller: tuple[str, str],
+        *,
+        confirm: bool,
+    ) -> None:
+        """Let a device speak to its stored session."""
+        stored = self.sessions.get(name) or self._begin(name)
+        device.transport.registerProducer(Gauge(lambda is_full: self._device_full(stored, session, is_full)), True)
+        session.become_stored(stored)
+        stored.after = stored.outgoing.after = self._config.store.after
+        stored.attach(session, packet, treatment, caller, confirm=confirm)
+
+    # ---- see `gateway.session.stored.Link`
+
+    def dial(self, stored: StoredSession) -> None:
+        """Begin to look for a broker."""
+        connection = StoredConnection(self, stored)
+        self._current[stored.name] = connection
+        self._connections.add(connection)
+        dialling = Deferred.fromCoroutine(self._lead(connection))
+        connection.dialling = dialling
+
+        def failed(failure: Failure) -> None:
+            if failure.check(CancelledError) is None:
+                _log.failure("internal error in a dial for a stored device", failure)
+                kind = failure.type.__name__ if failure.type is not None else "unknown"
+                connection.postponed(SessionEnd(EndReason.INTERNAL_ERROR, kind), _LATER)
+
+        dialling.addErrback(failed)
+
+    def cancel(self, stored: StoredSession) -> None:
+        """Give up what `dial` began."""
+        connection = self._current.get(stored.name)
+        if connection is not None:
+            self.forget(connection)
+            if connection.dialling is not None:
+                connection.dialling.cancel()
+
+    def may_dial(self, stored: StoredSession) -> bool:
+        """Whether a broker could be had now."""
+        route, now = self.routes.get(stored.name), self.seconds()
+        return route is None or any(health.is_open or health.is_due(now) for _, health in route)
+
+    def over(self, stored: StoredSession) -> None:
+        """Nothing of a stored session is left."""
+        if self.sessions.get(stored.name) is stored:
+            del self.sessions[stored.name]
+            self.routes.pop(stored.name, None)
+
+    # ---- for connections
+
+    def is_current(self, connection: StoredConnection) -> bool:
+        """Whether a connection is the one that its stored session has now."""
+        return self._current.get(connection.stored.name) is connection
+
+    def forget(self, connection: StoredConnection) -> bool:
+        """It is not the one any more; return whether it was."""
+        was_current = self.is_current(connection)
+        if was_current:
+            del self._current[connection.stored.name]
+        if connection.closed_at is None and not connection.is_open:
+            self._connections.discard(connection)
+        return was_current
+
+    def gone(self, connection: StoredConnection) -> None:
+        """A connection is no more."""
+        self.forget(connection)
+        self._connections.discard(connection)
+        self._changed()
+
+    # ---- the time
+
+    def give_back(self, seconds: float) -> None:
+        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
+        now = self.seconds()
+        for connection in self._connections:
+            if connection.closed_at is not None:
+                connection.closed_at = min(connection.closed_at + seconds, now)
+        for stored in self.sessions.values():
+            stored.give_back(seconds, now)
+
+    def sweep(self, patience: float) -> None:
+        """Do what is due; closed connections have `patience` seconds to end.  Called every second or so."""
+        now = self.seconds()
+        for connection in [each for each in self._connections if each.closed_at is not None]:
+            if now - (connection.closed_at or 0.0) >= patience:
+                connection.abort()
+                if not connection.is_open:
+                    self.gone(connection)
+        if now >= self._check_at:
+            self._check_at = now + min(_CHECK_INTERVAL, self._config.timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
+            for connection in list(self._connections):
+                connection.check(now)
+        self.store.sweep()
+        self._tell(now)
+        if self._stopping:
+            return
+        if not self._are_known and not self.store.loading:
+            self._are_known = True
+            self._begin_waiting()
+        if self._sweeping is None or not self._sweeping.active():
+            self._sweep_some(list(self.sessions.values()))
+
+    def _tell(self, now: float) -> None:
+        """Log a disk that fails and recovers, and once a minute what was removed without delivery."""
+        failure = "" if self.store.failure is None else str(self.store.failure)
+        if failure and not self._told_failure:
+            _log.error(
+                "store: cannot write: {failure}. Devices get no acknowledgement without the broker until there is room",
+                event="store-failing",
+                failure=failure,
+            )
+        elif self._told_failure and not failure:
+            _log.info("store: writing again", event="store-recovered")
+        self._told_failure = failure
+        if now - self._told_at < _TELL_EVERY:
+            return
+        self._told_at = now
+        counts = Counter(self.store.counts.dropped)
+        counts["set aside: the broker refused them"] = self.store.counts.set_aside
+        for reason, count in (counts - self._told).items():
+            _log.warn("store: {count} messages {reason}", event="store-dropped", count=count, reason=reason)
+        self._told = counts
+
+    def stop(self, *, discard_wills: bool) -> None:
+        """End everything; what is not on disk has been written before, or is the devices' still."""
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._sweeping is not None and self._sweeping.active():
+            self._sweeping.cancel()
+        for stored in list(self.sessions.values()):
+            stored.stop(discard_will=discard_wills)
+
+    def _sweep_some(self, left: list[StoredSession]) -> None:
+        now = self.seconds()
+        for stored in left[:_SWEPT_AT_A_TIME]:
+            try:
+                stored.sweep(now)
+            except Exception:  # noqa: BLE001  an error in one leaves the others alone
+                _log.failure("internal error in the sweep of a stored device")
+        rest = left[_SWEPT_AT_A_TIME:]
+        self._sweeping = self._clock.callLater(0, self._sweep_some, rest) if rest else None
+
+    def _begin_waiting(self) -> None:
+        """Begin to deliver for devices that are away."""
+        for backlog in list(self.store):
+            is_waiting = len(backlog) or _NO_WILL not in self.store.states.get(backlog.name, _NO_WILL)
+            if is_waiting and backlog.name not in self.sessions:
+                self._begin(backlog.name)
+
+    def _begin(self, name: str) -> StoredSession:
+        config = self._config
+        world = World(
+            seconds=self._clock.seconds,
+            now=self._now,
+            is_plausible=self._is_plausible,
+            uniform=self.uniform,
+            max_packet_size=config.limits.max_packet_size,
+            max_connect_size=config.limits.max_connect_size,
+            connack=config.timeouts.connack,
+        )
+        backlog = self.store.backlog(name)
+        stored = StoredSession(name, self.store, backlog, self, world, after=config.store.after)
+        self.sessions[name] = stored
+        return stored
+
+    def _device_full(self, stored: StoredSession, session: Session, is_full: bool) -> None:
+        if stored.visit is not None and stored.visit.device is session:
+            stored.device_full(is_full)
+
+
+def store_is_wanted(config: Config) -> bool:
+    """Whether any rule says `store`."""
+    return any(device.store for device in config.device)

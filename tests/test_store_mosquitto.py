@@ -1,0 +1,374 @@
+"""Stored devices before a real mosquitto: outages, kill -9, dropped packets, an ACL for each device."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import paho.mqtt.client as paho
+import pytest
+
+from gateway.session.stored import Phase
+from tests import mqtt_packets as mqtt
+from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
+from tests.mosquitto import Mosquitto, free_port
+from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
+from tests.stored_world import packets_of
+from tests.tools import require_tool
+
+_TWISTD = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
+_QUICK = {"retry_first": 0.1, "retry_max": 0.3}
+
+
+@pytest.fixture(scope="module")
+def root() -> Certified:
+    """The CA of the broker and of all devices."""
+    return certify_ca()
+
+
+class Plant:
+    """A mosquitto that comes and goes, and a subscriber whose session it keeps."""
+
+    def __init__(self, directory: Path, root: Certified, more: str = "") -> None:
+        require_tool("mosquitto")
+        self.tls, self.plain = free_port(), free_port()
+        self.directory = directory
+        self.ca_file = directory / "root.pem"
+        self.ca_file.write_bytes(root.pem)
+        own = certify(root, names=("DNS:localhost",), purposes=(SERVER,))
+        (directory / "own.pem").write_bytes(own.pem)
+        (directory / "own-key.pem").write_bytes(own.key_pem)
+        self._configuration = (
+            "persistence true\nautosave_interval 1\nautosave_on_changes true\n"
+            f"persistence_location {directory}/\nmax_queued_messages 0\nmax_inflight_messages 0\n{more}"
+            f"listener {self.plain} 127.0.0.1\nlistener {self.tls} 127.0.0.1\ncafile {self.ca_file}\n"
+            f"certfile {directory / 'own.pem'}\nkeyfile {directory / 'own-key.pem'}\n"
+        )
+        self.got: list[str] = []
+        self.broker: Mosquitto | None = None
+        self.subscriber = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id="subscriber", clean_session=False)
+        self.subscriber.username_pw_set("watcher")
+        self.subscriber.on_message = lambda _client, _data, message: self.got.append(message.payload.decode())
+        self.subscriber.on_connect = lambda client, *_: client.subscribe("from/#", 2)
+        self.subscriber.reconnect_delay_set(1, 1)
+        self.up()
+        self.subscriber.connect("127.0.0.1", self.plain)
+        self.subscriber.loop_start()
+        eventually(self.subscriber.is_connected, "the subscriber is there")
+
+    def up(self) -> None:
+        """Start the broker."""
+        self.broker = Mosquitto(self.directory, self._configuration, self.plain, self.tls)
+
+    def down(self) -> None:
+        """Stop it; it keeps its sessions."""
+        if self.broker is not None:
+            self.broker.stop()
+            self.broker = None
+
+    def toggle(self) -> None:
+        """Stop it once its subscriber has everything, or start it."""
+        if self.broker is None:
+            self.up()
+            return
+        seen = -1
+        while seen != len(self.got):
+            seen = len(self.got)
+            time.sleep(0.5)
+        self.down()
+
+    def stop(self) -> None:
+        """Stop everything."""
+        self.subscriber.loop_stop()
+        self.down()
+
+
+@pytest.fixture
+def plant(tmp_path: Path, root: Certified) -> Iterator[Plant]:
+    """A broker that lets anybody in."""
+    made = Plant(tmp_path, root, "allow_anonymous true\n")
+    yield made
+    made.stop()
+
+
+class Sensor:
+    """A client whose session is kept, which sends again what it has no acknowledgement for (paho does)."""
+
+    def __init__(self, name: str, port: int) -> None:
+        self.name = name
+        self.numbers: Counter[int] = Counter()
+        self._acknowledged: set[int] = set()
+        self.disconnects = 0
+        self._payloads: dict[int, str] = {}
+        self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, clean_session=False)
+        self.client.reconnect_delay_set(1, 1)
+        self.client.max_inflight_messages_set(50)
+        self.client.on_publish = self._published
+        self.client.on_disconnect = self._disconnected
+        self.client.connect_async("127.0.0.1", port)
+        self.client.loop_start()
+        eventually(self.client.is_connected, f"{name} is connected")
+
+    def publish(self, qos: int) -> None:
+        """Send the next message of this QoS."""
+        payload = f"{self.name}:{qos}:{self.numbers[qos]}"
+        self.numbers[qos] += 1
+        self._payloads[self.client.publish(f"from/{self.name}", payload, qos).mid] = payload
+
+    def _published(self, _client: Any, _data: Any, mid: int, *_: Any) -> None:
+        # paho may say so before `publish` has returned the number.
+        self._acknowledged.add(mid)
+
+    def _disconnected(self, *_: Any) -> None:
+        self.disconnects += 1
+
+    @property
+    def acknowledged(self) -> set[str]:
+        """The payloads of what was acknowledged."""
+        return {self._payloads[mid] for mid in self._acknowledged.copy() if mid in self._payloads}
+
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether everything is."""
+        return len(self.acknowledged) == sum(self.numbers.values())
+
+    def stop(self) -> None:
+        """Go."""
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+def check_arrivals(got: list[str], sensors: list[Sensor]) -> int:
+    """Everything acknowledged is there, in order; QoS 2 once.  Returns how many came twice."""
+    times = Counter(got)
+    for sensor in sensors:
+        assert sensor.acknowledged <= times.keys()
+        for qos in (1, 2):
+            first = [text for text in dict.fromkeys(got) if text.startswith(f"{sensor.name}:{qos}:")]
+            numbers = [int(text.rpartition(":")[2]) for text in first]
+            assert numbers == sorted(numbers), f"{sensor.name} QoS {qos}"
+    assert [text for text, count in times.items() if count > 1 and ":2:" in text] == []
+    return sum(count - 1 for count in times.values())
+
+
+def store(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Make the sections of a configuration with stored devices."""
+    rule = {"match_client_id": "*", "bound_to": ["127.0.0.0/8"], "store": True, **more}
+    return {"store": {"directory": str(tmp_path / "store"), "after": 2}, "device": [rule], "failover": _QUICK}
+
+
+def test_a_device_notices_nothing_of_an_outage(reactor: Any, plant: Plant, tmp_path: Path) -> None:
+    """It publishes on; the subscriber gets everything in order."""
+    gateway = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **store(tmp_path, store_qos0="confirm"))
+    sensor = Sensor("one", gateway.port)
+    try:
+        for phase in ("before", "outage", "after"):
+            if phase == "outage":
+                # What a restart of mosquitto does to its own subscriber's QoS 2 is not the gateway's.
+                eventually(lambda: len(set(plant.got)) == 120, "what came before has arrived")
+                plant.toggle()
+            for _ in range(40):
+                for qos in (0, 1, 2):
+                    sensor.publish(qos)
+            eventually(lambda: sensor.is_acknowledged, f"everything is acknowledged, {phase}")
+            if phase == "outage":
+                plant.up()
+        eventually(lambda: len(set(plant.got)) == 360, "everything arrives")
+        check_arrivals(plant.got, [sensor])
+        assert sensor.disconnects == 0
+        stored = gateway.service.gateway.stored
+        assert stored is not None
+        eventually(lambda: [each.phase for each in stored.sessions.values()] == [Phase.LIVE], "it is live again")
+    finally:
+        sensor.stop()
+        gateway.stop()
+
+
+def test_a_backlog_outlives_gateway_and_device(reactor: Any, plant: Plant, tmp_path: Path) -> None:
+    """The device is gone, the gateway starts anew, the broker comes back."""
+    plant.down()
+    sections = store(tmp_path)
+    first = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **sections)
+    sensor = Sensor("one", first.port)
+    for _ in range(50):
+        sensor.publish(1)
+        sensor.publish(2)
+    eventually(lambda: sensor.is_acknowledged, "everything is acknowledged")
+    sensor.stop()
+    first.stop()
+    second = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **sections)
+    plant.up()
+    eventually(lambda: len(set(plant.got)) == 100, "everything arrives")
+    check_arrivals(plant.got, [sensor])
+    second.stop()
+
+
+def run_killed(plant: Plant, tmp_path: Path, kills: int, count: int, pause: Callable[[], None]) -> tuple[int, int]:
+    """Kill a gateway at random while devices publish through outages.  Returns messages, and those that came twice."""
+    port = free_port()
+    path = tmp_path / "gateway.toml"
+    path.write_text(
+        f'[[listen]]\nendpoint = "127.0.0.1:{port}"\n[[upstream]]\nhost = "localhost"\nport = {plant.tls}\n'
+        f'[tls]\nca_file = "{plant.ca_file}"\n[drain]\nseconds = 0\n[devices]\nconnects_per_minute = 0\n'
+        f'[store]\ndirectory = "{tmp_path / "store"}"\nafter = 2\n[failover]\nretry_first = 0.1\nretry_max = 0.3\n'
+        '[[device]]\nmatch_client_id = "*"\nbound_to = "127.0.0.0/8"\nstore = true\n'
+    )
+    words = [sys.executable, "-c", _TWISTD, "-n", "--pidfile=", "mqtts-gateway", "--config", str(path)]
+    output = (tmp_path / "output").open("ab")
+    random = Random(7)  # noqa: S311  reproducible
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT)
+
+    process = start()
+    sensors = [Sensor(f"d{number}", port) for number in range(count)]
+    try:
+        for kill in range(kills):
+            for _ in range(10):
+                for sensor in random.sample(sensors, max(1, count // 2)):
+                    sensor.publish(random.choice((1, 2)))
+                time.sleep(random.uniform(0, 0.15))
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            if kill % 3 == 1:
+                plant.toggle()
+            process = start()
+            pause()
+        if plant.broker is None:
+            plant.up()
+        sent = sum(sum(sensor.numbers.values()) for sensor in sensors)
+        for _ in range(20):
+            with suppress(AssertionError):
+                eventually(lambda: all(sensor.is_acknowledged for sensor in sensors), "acknowledged")
+                eventually(lambda: len(set(plant.got)) == sent, "arrived")
+                break
+        assert len(set(plant.got)) == sent
+        time.sleep(1)  # so that what would come twice has come
+        return sent, check_arrivals(plant.got, sensors)
+    finally:
+        for sensor in sensors:
+            sensor.stop()
+        process.terminate()
+        process.wait()
+        output.close()
+
+
+def test_a_gateway_that_is_killed_loses_nothing(plant: Plant, tmp_path: Path) -> None:
+    """SIGKILL, at random."""
+    run_killed(plant, tmp_path, 5, 6, lambda: time.sleep(0.7))
+
+
+@pytest.mark.slow
+def test_a_gateway_that_is_killed_200_times_loses_nothing(plant: Plant, tmp_path: Path) -> None:
+    """With fifty devices."""
+    sent, twice = run_killed(plant, tmp_path, 200, 50, lambda: time.sleep(1.0))
+    print(f"{sent} messages, {twice} of them QoS 1 twice")  # noqa: T201  what it is run for
+
+
+def acknowledges(connection: BrokerConnection) -> None:
+    """Serve as a broker that acknowledges QoS 1."""
+    version = connect_version(connection.read_packet())
+    assert version == 4
+    connection.send(b"\x20\x02\x00\x00")
+    while True:
+        raw = connection.read_packet()
+        if raw[0] >> 4 == 3:
+            size = int.from_bytes(raw[2:4], "big")
+            connection.send(b"\x40\x02" + raw[4 + size : 6 + size])
+        elif raw[0] == 0xC0:
+            connection.send(b"\xd0\0")
+
+
+def test_packets_that_are_dropped_silently_cost_no_message(reactor: Any, root: Certified, tmp_path: Path) -> None:
+    """TCP notices nothing yet; the device gets its acknowledgements all the same."""
+    ca_file = tmp_path / "root.pem"
+    ca_file.write_bytes(root.pem)
+    broker = Broker(tls=certify(root, names=("DNS:localhost",), purposes=(SERVER,)).server(), serve=acknowledges)
+    gateway = RunningGateway(reactor, broker.port, ca_file=ca_file, **store(tmp_path))
+    try:
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect("one"))
+            assert device.read(4) == b"\x20\2\0\0"
+            device.send(mqtt.publish(payload=b"before", qos=1, packet_identifier=1))
+            assert device.read(4) == b"\x40\2\0\1"
+            broker.blackhole()
+            for number in range(2, 12):
+                device.send(mqtt.publish(payload=b"during %d" % number, qos=1, packet_identifier=number))
+            answers = packets_of(device.read(40))
+            assert [raw[3] for raw in answers] == list(range(2, 12))
+            stored = gateway.service.gateway.stored
+            assert stored is not None
+            assert stored.store.messages == 10
+            broker.come_back()
+            eventually(lambda: stored.store.messages == 0, "everything is delivered")
+            for number in range(2, 12):
+                assert b"during %d" % number in broker.received
+        assert len(broker.connections) == 1
+    finally:
+        gateway.stop()
+        broker.stop()
+
+
+def identities_survive(reactor: Any, root: Certified, tmp_path: Path, count: int) -> None:
+    """Half of the devices are gone before the outage ends; each message arrives under its own device's name."""
+    (tmp_path / "acl").write_text("user watcher\ntopic read #\npattern write from/%u/#\n")
+    rules = tmp_path / "devices"
+    rules.mkdir()
+    names = [f"device-{number:03}" for number in range(count)]
+    for name in names:
+        certify(root, subject=name, names=(), purposes=(CLIENT,)).write(rules / f"{name}.pem")
+        (rules / f"{name}.toml").write_text(f'client_cert = "{name}.pem"\nstore = true\nbound_to = "127.0.0.0/8"\n')
+    plant = Plant(tmp_path, root, f"acl_file {tmp_path / 'acl'}\nallow_anonymous true\n")
+    plant._configuration += "require_certificate true\nuse_identity_as_username true\n"
+    plant.down()
+    gateway = RunningGateway(
+        reactor,
+        plant.tls,
+        ca_file=plant.ca_file,
+        devices={"directory": str(rules)},
+        store={"directory": str(tmp_path / "store"), "after": 2},
+        failover=_QUICK,
+        pacing={"new_sessions_per_second": 0},
+    )
+    standing = []
+    try:
+        for number, name in enumerate(names):
+            device = Device(gateway.port)
+            device.send(mqtt.connect(name))
+            assert device.read(4)[:2] == b"\x20\2"
+            for each in range(4):
+                topic = f"from/{name}/x"
+                device.send(mqtt.publish(topic, payload=f"{name}:{each}".encode(), qos=1, packet_identifier=each + 1))
+            assert [raw[3] for raw in packets_of(device.read(16))] == [1, 2, 3, 4]
+            if number % 2:
+                device.close()
+            else:
+                standing.append(device)
+        plant.up()
+        eventually(lambda: len(set(plant.got)) == 4 * count, f"all arrive; so far {len(set(plant.got))}")
+        for name in names:
+            assert [text for text in plant.got if text.startswith(name)] == [f"{name}:{each}" for each in range(4)]
+    finally:
+        for device in standing:
+            device.close()
+        gateway.stop()
+        plant.stop()
+
+
+def test_backlogs_arrive_under_their_devices_identities(reactor: Any, root: Certified, tmp_path: Path) -> None:
+    """The broker's ACL knows each by its certificate."""
+    identities_survive(reactor, root, tmp_path, 24)
+
+
+@pytest.mark.slow
+def test_backlogs_of_500_devices_arrive_under_their_identities(reactor: Any, root: Certified, tmp_path: Path) -> None:
+    """As many as a plant has."""
+    identities_survive(reactor, root, tmp_path, 500)

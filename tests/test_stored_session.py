@@ -1,0 +1,958 @@
+"""A stored device's session: what it is told and what the broker gets, in each phase, without sockets."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+from gateway.config import StoreConfig
+from gateway.errors import EndReason, SessionEnd
+from gateway.mqtt.connect import Connect
+from gateway.session.stored import Phase, StoredSession, World
+from gateway.session.stored_state import DeviceState
+from gateway.session.treatment import Treatment
+from tests import mqtt_packets
+from tests.stored_world import _PEER, EPOCH, open_memory_store, packet, packets_of, parsed, publish, read_publish
+
+PUBACK, PUBREC, PUBREL, PUBCOMP = 0x40, 0x50, 0x62, 0x70
+SUBACK_QOS_1 = b"\x90\3\0\1\1"
+
+
+class Upstream:
+    """The broker's end: what the gateway sent on one connection."""
+
+    def __init__(self) -> None:
+        self.sent: list[bytes] = []
+        self.closed = self.aborted = self.held = False
+
+    def write(self, data: bytes) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.sent += packets_of(data)
+
+    write_last = write
+
+    def hold(self) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.held = True
+
+    def release(self) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.held = False
+
+    def close(self) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.closed = True
+
+    def abort(self) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.aborted = True
+
+    @property
+    def payloads(self) -> list[bytes]:
+        """The payloads of PUBLISHes."""
+        return [read_publish(4, raw)[1] for raw in self.sent if raw[0] >> 4 == 3]
+
+    def take(self) -> list[bytes]:
+        """Return what was sent since this was asked last."""
+        sent, self.sent = self.sent, []
+        return sent
+
+
+class Device:
+    """The device's end."""
+
+    def __init__(self) -> None:
+        self.got: list[bytes] = []
+        self.connack = b""
+        self.ended: tuple[EndReason, str] | None = None
+        self.answer: bytes | None = None
+        self.held = True
+        self.stored: StoredSession | None = None
+
+    def admit(self, connack: bytes) -> bytes:
+        """See `gateway.session.stored.Device`."""
+        self.connack = connack
+        return b""
+
+    def send(self, data: bytes) -> None:
+        """See `gateway.session.stored.Device`."""
+        self.got += packets_of(data)
+
+    def hold(self) -> None:
+        """See `gateway.session.stored.Device`."""
+        self.held = True
+
+    def release(self) -> None:
+        """See `gateway.session.stored.Device`."""
+        self.held = False
+
+    def finish(self, reason: EndReason, detail: str = "", *, answer: Any = None, code: Any = None) -> None:
+        """See `gateway.session.stored.Device`."""
+        if self.ended is None:
+            self.ended, self.answer = (reason, detail), answer
+            assert self.stored is not None
+            self.stored.detached(self)
+
+    def count_up(self) -> None:
+        """See `gateway.session.stored.Device`."""
+
+    def dials(self, dial: Any) -> None:
+        """See `gateway.session.stored.Device`."""
+
+    def verified(self, peer: Any) -> None:
+        """See `gateway.session.stored.Device`."""
+
+    def take(self) -> list[bytes]:
+        """Return what it got since this was asked last."""
+        got, self.got = self.got, []
+        return got
+
+
+class Bench:
+    """A stored session, a clock, a disk that commits when told to, a broker that is there when told so."""
+
+    def __init__(self, directory: Path, name: str, **values: Any) -> None:
+        self.now = 1000.0
+        self.directory, self.name = directory, name
+        self._keeps = sqlite3.connect(name, uri=True)
+        self.config = StoreConfig(**values)
+        self.is_plausible = True
+        self.available = True
+        self.dials = 0
+        self.over_called = False
+        self.treatment: Callable[[bytes, Connect], Treatment] = lambda raw, connect: Treatment(
+            connect=raw, version=connect.version
+        )
+        self.start()
+
+    def start(self) -> None:
+        """Start the gateway, after a crash if it ran before."""
+        self.store, self.disk = open_memory_store(
+            self.directory, self.name, self.config, lambda: self.now, lambda: EPOCH + self.now
+        )
+        self.world = World(
+            seconds=lambda: self.now,
+            now=lambda: EPOCH + self.now,
+            is_plausible=lambda: self.is_plausible,
+            uniform=lambda: 1.0,
+            max_packet_size=1 << 20,
+            max_connect_size=1 << 16,
+            connack=10.0,
+        )
+        self.open()
+
+    def open(self) -> None:
+        """Make the stored session."""
+        self.over_called = False
+        self.stored = StoredSession(
+            "dev", self.store, self.store.backlog("dev"), self, self.world, after=self.config.after
+        )
+
+    # gateway.session.stored.Link
+
+    def dial(self, stored: StoredSession) -> None:
+        """Count."""
+        del stored
+        self.dials += 1
+
+    def cancel(self, stored: StoredSession) -> None:
+        """Nothing to do."""
+
+    def may_dial(self, stored: StoredSession) -> bool:
+        """As the test wants."""
+        del stored
+        return self.available
+
+    def over(self, stored: StoredSession) -> None:
+        """Take note."""
+        del stored
+        self.over_called = True
+
+    # what happens
+
+    def connect(
+        self, version: int = 4, *, clean: bool = False, confirm: bool = False, will: Any = None, **more: Any
+    ) -> Device:
+        """A device comes."""
+        if self.stored.is_over:
+            self.open()
+        device = Device()
+        device.stored = self.stored
+        _, connect = parsed(raw_connect(version, clean=clean))
+        found, connect = parsed(written(attrs.evolve(connect, will=will, **more)))
+        self.stored.attach(device, found, self.treatment(found.raw, connect), ("10.0.0.1", ""), confirm=confirm)
+        self.disk.commit()
+        return device
+
+    def offline(self, **more: Any) -> Device:
+        """A device comes while there is no broker, and is served."""
+        self.available = False
+        device = self.connect(**more)
+        self.disk.commit()
+        assert device.connack
+        return device
+
+    def verified(self) -> Upstream:
+        """A broker is found and verified."""
+        self.available = True
+        if not self.stored._is_dialling:
+            self.stored._retry_at = 0.0
+            self.stored._dial()
+        presented = self.stored.presented()
+        assert presented is not None
+        raw, connect = presented
+        upstream = Upstream()
+        self.stored.upstream_verified(upstream, _PEER, self.treatment(raw.raw, connect))
+        return upstream
+
+    def online(self, *, session_present: bool = False, version: int = 4) -> Upstream:
+        """A broker is found, and accepts."""
+        upstream = self.verified()
+        connack = packet(0x20, bytes((session_present, 0)) + (b"\0" if version == 5 else b""))
+        self.stored.upstream_received(connack)
+        self.settle()
+        return upstream
+
+    def settle(self) -> None:
+        """Let the disk do its work."""
+        while self.disk.queue:
+            self.disk.commit()
+
+    def up(self, payload: bytes, qos: int = 1, identifier: int = 1, *, version: int = 4, dup: bool = False) -> None:
+        """The device publishes."""
+        self.stored.device_received(publish(version, b"t", payload, qos, identifier, dup=dup))
+
+    def ack(self, first: int, identifier: int, *code: int) -> None:
+        """The broker acknowledges."""
+        self.stored.upstream_received(packet(first, identifier.to_bytes(2, "big") + bytes(code)))
+
+    def lose(self) -> None:
+        """The broker's connection breaks."""
+        self.stored.upstream_broken(SessionEnd(EndReason.UPSTREAM_LOST, "test"))
+
+    def sweep(self, seconds: float = 1.0) -> None:
+        """Time passes."""
+        self.now += seconds
+        self.stored.sweep(self.now)
+
+
+def raw_connect(version: int, *, clean: bool) -> bytes:
+    """Write a CONNECT of the device, whose session is kept unless it is `clean`."""
+    properties = (b"\0" if clean else b"\x05\x11\0\0\x0e\x10") if version == 5 else b""
+    flags = 2 if clean else 0
+    return packet(0x10, b"\0\4MQTT" + bytes((version, flags)) + b"\0\x3c" + properties + b"\0\3dev")
+
+
+def written(connect: Connect) -> bytes:
+    """Write a CONNECT again, with the Session Expiry Interval of `raw_connect`."""
+    will = connect.will
+    return mqtt_packets.connect(
+        connect.client_identifier,
+        version=connect.version,
+        clean_start=connect.clean_start,
+        keep_alive=connect.keep_alive,
+        will_topic=None if will is None else will.topic,
+        will_payload=b"" if will is None else will.payload,
+        will_qos=0 if will is None else will.qos,
+        will_retain=will is not None and will.retain,
+        username=connect.username,
+        password=connect.password,
+        properties=b"" if connect.clean_start else b"\x11\0\0\x0e\x10",
+    )
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    """A bench with an empty store."""
+    made = Bench(tmp_path, f"file:{tmp_path.name}?mode=memory&cache=shared", after=5.0)
+    yield made
+    made._keeps.close()
+
+
+def acknowledgements(packets: list[bytes], first: int) -> list[int]:
+    """Return the Packet Identifiers of acknowledgements."""
+    return [int.from_bytes(raw[2:4], "big") for raw in packets if raw[0] == first]
+
+
+# ---- CONNACK
+
+
+def test_without_a_broker_the_device_is_accepted_at_once(bench: Bench) -> None:
+    """After its state is durable."""
+    bench.available = False
+    device = Device()
+    device.stored = bench.stored
+    found, connect = parsed(raw_connect(4, clean=False))
+    treatment = Treatment(connect=found.raw, version=connect.version)
+    bench.stored.attach(device, found, treatment, ("10.0.0.1", ""), confirm=False)
+    assert not device.connack
+    bench.disk.commit()
+    assert device.connack == b"\x20\2\0\0"
+    assert not device.held
+
+
+def test_a_broker_that_does_not_answer_is_waited_for_no_longer_than_after(bench: Bench) -> None:
+    """The sweep comes every second, so it may be a second less."""
+    device = bench.connect()
+    bench.verified()
+    bench.sweep(3.9)
+    assert not device.connack
+    bench.sweep(0.2)
+    assert device.connack
+    assert bench.now - 1000.0 <= 5.0
+
+
+def test_the_brokers_connack_reaches_a_device_that_waits(bench: Bench) -> None:
+    """With its limits, but without Topic Aliases and other servers."""
+    device = bench.connect(5)
+    bench.verified()
+    properties = b"\x22\0\x0a" + b"\x21\0\x05" + b"\x24\1" + b"\x1c\0\1x"
+    bench.stored.upstream_received(packet(0x20, b"\0\0" + bytes((len(properties),)) + properties))
+    assert b"\x21\0\x05" in device.connack
+    assert b"\x24\1" in device.connack
+    assert b"\x22" not in device.connack[4:]
+    assert b"\x1c" not in device.connack
+
+
+def test_offline_the_device_gets_the_limits_of_the_last_connack(bench: Bench) -> None:
+    """Also after a restart."""
+    bench.connect(5)
+    bench.verified()
+    bench.stored.upstream_received(packet(0x20, b"\0\0\3\x21\0\x05"))
+    bench.settle()
+    bench.start()
+    device = bench.offline(version=5)
+    assert b"\x21\0\x05" in device.connack
+
+
+def test_session_present_is_true_offline_once_there_is_a_session(bench: Bench) -> None:
+    """And false for a clean start."""
+    bench.offline()
+    bench.stored.device_received(b"\xe0\0")
+    bench.settle()
+    bench.open()
+    assert bench.offline().connack[2] == 1
+    assert bench.offline(clean=True).connack[2] == 0
+
+
+def test_a_session_that_only_the_broker_knew_ends_the_devices(bench: Bench) -> None:
+    """It was told that there is none."""
+    device = bench.offline()
+    upstream = bench.online(session_present=True)
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORED_SESSION_DIFFERS
+    assert upstream.closed
+
+
+@pytest.mark.parametrize(("version", "code"), [(4, 3), (5, 0x88), (5, 0x97), (5, 0x9F)])
+def test_a_broker_that_is_busy_is_an_outage(bench: Bench, version: int, code: int) -> None:
+    """The device is served."""
+    device = bench.connect(version)
+    bench.verified()
+    bench.stored.upstream_received(packet(0x20, bytes((0, code)) + (b"\0" if version == 5 else b"")))
+    assert device.connack
+    assert device.ended is None
+
+
+@pytest.mark.parametrize(("version", "code"), [(4, 5), (5, 0x86), (5, 0x85)])
+def test_a_broker_that_refuses_the_devices_own_credentials_is_none(bench: Bench, version: int, code: int) -> None:
+    """The device gets the broker's answer; its backlog waits."""
+    device = bench.connect(version, username="u", password=b"wrong")
+    bench.verified()
+    answer = packet(0x20, bytes((0, code)) + (b"\0" if version == 5 else b""))
+    bench.stored.upstream_received(answer)
+    assert device.ended is not None
+    assert device.answer == answer
+    assert not device.connack
+
+
+def test_credentials_of_the_rule_that_are_refused_are_an_outage(bench: Bench) -> None:
+    """The device cannot help it."""
+
+    def treatment(raw: bytes, connect: Connect) -> Treatment:
+        del raw
+        raised = attrs.evolve(connect, username="r", password=b"rule's")
+        return Treatment(connect=written(raised), version=connect.version)
+
+    bench.treatment = treatment
+    device = bench.connect()
+    bench.verified()
+    bench.stored.upstream_received(b"\x20\2\0\5")
+    assert device.connack
+    assert device.ended is None
+
+
+def test_no_credentials_reach_the_disk(bench: Bench) -> None:
+    """Neither password nor its hash."""
+    bench.connect(username="user", password=b"secret-password")
+    bench.up(b"x")
+    bench.settle()
+    (state,) = bench.store.states.values()
+    assert b"secret-password".hex() not in state
+    assert "secret-password" not in state
+    assert DeviceState.load(state).had_password
+
+
+def test_only_the_first_connect_carries_clean_start(bench: Bench) -> None:
+    """A later one would wipe the broker's queue; also if the gateway crashes in between."""
+    bench.offline(version=5, clean=True)
+    first = bench.verified()
+    assert parsed(first.sent[0])[1].clean_start
+    bench.lose()
+    second = bench.verified()
+    assert parsed(second.sent[0])[1].clean_start
+    bench.stored.upstream_received(b"\x20\3\0\0\0")
+    bench.settle()
+    bench.lose()
+    assert not parsed(bench.verified().sent[0])[1].clean_start
+
+
+# ---- upwards
+
+
+def test_offline_a_message_is_acknowledged_after_its_commit(bench: Bench) -> None:
+    """Not before."""
+    device = bench.offline()
+    bench.up(b"x", identifier=7)
+    assert device.got == []
+    bench.disk.commit()
+    assert device.got == [packet(PUBACK, b"\0\7")]
+
+
+def test_live_the_device_gets_the_brokers_own_acknowledgement(bench: Bench) -> None:
+    """With the broker's reason code, and nothing is written."""
+    device = bench.connect(5)
+    upstream = bench.online(version=5)
+    assert bench.stored.phase is Phase.LIVE
+    upstream.take()
+    bench.up(b"x", identifier=7, version=5)
+    ((_, payload, qos, identifier, _),) = [read_publish(5, raw) for raw in upstream.sent]
+    assert (payload, qos) == (b"x", 1)
+    assert device.got == []
+    bench.ack(PUBACK, identifier, 0x10)
+    assert device.got == [packet(PUBACK, b"\0\7\x10")]
+    assert bench.store.counts.stored == 0
+
+
+def test_a_slow_acknowledgement_is_replaced_by_the_disks_on_the_same_connection(bench: Bench) -> None:
+    """The late one deletes the row; nothing is sent twice."""
+    device = bench.connect()
+    upstream = bench.online()
+    for number in (1, 2, 3):
+        bench.up(b"m%d" % number, identifier=number)
+    bench.sweep(3.5)
+    assert bench.stored.phase is Phase.LIVE
+    bench.sweep(1.0)
+    assert device.got == []
+    bench.settle()
+    assert acknowledgements(device.take(), PUBACK) == [1, 2, 3]
+    assert bench.stored.phase is Phase.DRAINING
+    bench.up(b"m4", identifier=4)
+    bench.settle()
+    for identifier in (1, 2, 3):
+        bench.ack(PUBACK, identifier)
+        bench.settle()
+    assert upstream.payloads == [b"m1", b"m2", b"m3", b"m4"]
+    bench.ack(PUBACK, 4)
+    assert bench.stored.phase is Phase.LIVE
+    assert bench.store.messages == 0
+    assert acknowledgements(device.take(), PUBACK) == [4]
+    assert not upstream.aborted
+
+
+def test_an_answer_that_overtakes_the_commit_is_not_lost(bench: Bench) -> None:
+    """The row is deleted as soon as it is there."""
+    device = bench.connect()
+    bench.online()
+    bench.up(b"x", identifier=1)
+    bench.sweep(4.5)
+    bench.ack(PUBACK, 1)
+    bench.settle()
+    assert acknowledgements(device.got, PUBACK) == [1]
+    assert bench.store.messages == 0
+    assert bench.stored.phase is Phase.LIVE
+
+
+def test_copies_survive_the_loss_of_their_connection(bench: Bench) -> None:
+    """They go to disk, and leave again with DUP and the same Packet Identifier in the same session."""
+    device = bench.connect()
+    bench.online()
+    bench.up(b"a", identifier=1)
+    bench.up(b"b", identifier=2)
+    bench.lose()
+    bench.settle()
+    assert acknowledgements(device.take(), PUBACK) == [1, 2]
+    upstream = bench.online(session_present=True)
+    again = [read_publish(4, raw) for raw in upstream.sent if raw[0] >> 4 == 3]
+    assert [(payload, identifier, dup) for _, payload, _, identifier, dup in again] == [
+        (b"a", 1, True),
+        (b"b", 2, True),
+    ]
+
+
+def test_in_a_new_session_nothing_is_a_duplicate(bench: Bench) -> None:
+    """DUP says that the receiver may have it."""
+    bench.connect()
+    bench.online()
+    bench.up(b"a", identifier=1)
+    bench.lose()
+    bench.settle()
+    upstream = bench.online(session_present=False)
+    assert [read_publish(4, raw)[4] for raw in upstream.sent if raw[0] >> 4 == 3] == [False]
+
+
+def test_no_more_than_the_window_is_in_flight(bench: Bench) -> None:
+    """Twenty, or the broker's Receive Maximum if that is less."""
+    bench.offline(version=5)
+    for number in range(1, 51):
+        bench.up(b"%d" % number, identifier=number, version=5)
+    bench.settle()
+    upstream = bench.verified()
+    bench.stored.upstream_received(packet(0x20, b"\0\0\3\x21\0\x04"))
+    bench.settle()
+    assert len([raw for raw in upstream.sent if raw[0] >> 4 == 3]) == 4
+
+
+def test_qos_2_is_released_only_when_that_is_durable(bench: Bench) -> None:
+    """After a crash in between, PUBREL and not PUBLISH follows PUBREC."""
+    device = bench.offline()
+    bench.up(b"x", qos=2, identifier=9)
+    assert device.got == []
+    bench.settle()
+    assert acknowledgements(device.take(), PUBREC) == [9]
+    upstream = bench.online()
+    (raw,) = [raw for raw in upstream.take() if raw[0] >> 4 == 3]
+    identifier = read_publish(4, raw)[3]
+    bench.ack(PUBREC, identifier)
+    assert acknowledgements(upstream.take(), PUBREL) == []
+    bench.settle()
+    assert acknowledgements(upstream.take(), PUBREL) == [identifier]
+    bench.start()
+    bench.stored.state = DeviceState.load(bench.store.states["dev"])
+    bench.stored.sweep(bench.now)
+    again = bench.online(session_present=True)
+    assert acknowledgements(again.sent, PUBREL) == [identifier]
+    assert again.payloads == []
+    bench.ack(PUBCOMP, identifier)
+    assert bench.store.messages == 0
+
+
+def test_qos_2_is_published_anew_in_a_new_session(bench: Bench) -> None:
+    """What the broker had of it is gone."""
+    bench.offline()
+    bench.up(b"x", qos=2)
+    bench.settle()
+    upstream = bench.online()
+    bench.ack(PUBREC, read_publish(4, upstream.sent[-1])[3])
+    bench.settle()
+    bench.lose()
+    again = bench.online(session_present=False)
+    assert again.payloads == [b"x"]
+    assert not bench.store.released
+
+
+def test_a_qos_2_message_that_is_sent_again_is_stored_once(bench: Bench) -> None:
+    """Its Packet Identifier is known until PUBREL, also after a restart."""
+    bench.offline()
+    bench.up(b"x", qos=2, identifier=9)
+    bench.settle()
+    bench.start()
+    device = bench.offline()
+    bench.up(b"x", qos=2, identifier=9, dup=True)
+    assert acknowledgements(device.take(), PUBREC) == [9]
+    assert bench.store.messages == 1
+    bench.stored.device_received(packet(PUBREL, b"\0\x09"))
+    assert device.got == []
+    bench.settle()
+    assert acknowledgements(device.take(), PUBCOMP) == [9]
+    bench.up(b"y", qos=2, identifier=9)
+    bench.settle()
+    assert bench.store.messages == 2
+
+
+def test_qos_0_from_disk_is_deleted_once_a_pingresp_confirms_it(bench: Bench) -> None:
+    """A dead connection would swallow a backlog."""
+    bench.offline()
+    for number in range(30):
+        bench.up(b"%d" % number, qos=0)
+    bench.settle()
+    upstream = bench.online()
+    assert len(upstream.payloads) == 20
+    assert bench.store.messages == 30
+    assert upstream.sent[-1] == b"\xc0\0"
+    bench.stored.upstream_received(b"\xd0\0")
+    bench.settle()
+    bench.stored.upstream_received(b"\xd0\0")
+    bench.settle()
+    assert bench.store.messages == 0
+    assert upstream.payloads == [b"%d" % number for number in range(30)]
+
+
+def test_confirmed_qos_0_is_sent_with_qos_1(bench: Bench) -> None:
+    """And kept until the broker has it; the device hears nothing of it."""
+    device = bench.connect(confirm=True)
+    upstream = bench.online()
+    bench.up(b"x", qos=0)
+    assert read_publish(4, upstream.sent[-1])[2] == 1
+    bench.lose()
+    bench.settle()
+    assert bench.store.messages == 1
+    assert device.got == []
+
+
+def test_a_message_that_expired_is_deleted_and_counted(bench: Bench) -> None:
+    """The time that it waited is taken off the others'."""
+    bench.offline(version=5)
+    for expiry in (10, 100):
+        body = b"\0\1t\0" + bytes((expiry,)) + b"\5\2" + expiry.to_bytes(4, "big") + b"%d" % expiry
+        bench.stored.device_received(packet(0x32, body))
+    bench.settle()
+    bench.now += 30
+    upstream = bench.online(version=5)
+    (sent,) = [raw for raw in upstream.sent if raw[0] >> 4 == 3]
+    assert b"\2\0\0\0\x46" in sent
+    assert bench.store.counts.dropped["expired"] == 1
+
+
+def test_nothing_expires_by_a_clock_that_is_not_believed(bench: Bench) -> None:
+    """It may be wrong by years."""
+    bench.offline(version=5)
+    bench.stored.device_received(packet(0x32, b"\0\1t\0\1\5\2\0\0\0\x0aabc"))
+    bench.settle()
+    bench.now += 1e6
+    bench.is_plausible = False
+    upstream = bench.online(version=5)
+    assert len([raw for raw in upstream.sent if raw[0] >> 4 == 3]) == 1
+
+
+def test_a_message_that_the_broker_refuses_is_set_aside(bench: Bench) -> None:
+    """Those behind it pass."""
+    bench.offline(version=5)
+    bench.up(b"bad", identifier=1, version=5)
+    bench.up(b"good", identifier=2, version=5)
+    bench.settle()
+    bench.online(version=5)
+    bench.ack(PUBACK, 1, 0x87)
+    bench.ack(PUBACK, 2)
+    bench.settle()
+    assert bench.store.messages == 0
+    assert bench.store.aside["dev"] == 1
+
+
+def test_a_quota_is_tried_three_times(bench: Bench) -> None:
+    """It may pass."""
+    bench.offline(version=5)
+    bench.up(b"x", version=5)
+    bench.settle()
+    upstream = bench.online(version=5)
+    for _ in range(3):
+        sent = [raw for raw in upstream.take() if raw[0] >> 4 == 3]
+        assert len(sent) == 1
+        bench.ack(PUBACK, read_publish(5, sent[0])[3], 0x97)
+        bench.settle()
+    assert upstream.take() == []
+    assert bench.store.aside["dev"] == 1
+
+
+def test_a_topic_alias_is_a_fault(bench: Bench) -> None:
+    """None is granted."""
+    device = bench.offline(version=5)
+    bench.stored.device_received(packet(0x32, b"\0\1t\0\1\3\x23\0\1x"))
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.PROTOCOL_ERROR
+
+
+# ---- a store that takes nothing
+
+
+def test_without_broker_and_store_the_device_is_told(bench: Bench) -> None:
+    """Nothing is acknowledged."""
+    device = bench.offline()
+    bench.disk.failing = True
+    bench.up(b"x")
+    bench.settle()
+    assert device.got == []
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORE_UNAVAILABLE
+    again = bench.connect()
+    bench.settle()
+    assert again.answer == b"\x20\2\0\3"
+
+
+def test_with_a_broker_a_failing_store_leaves_the_device_live(bench: Bench) -> None:
+    """However long the broker takes."""
+    device = bench.connect()
+    bench.online()
+    bench.disk.failing = True
+    bench.up(b"a", qos=2, identifier=1)
+    bench.settle()
+    assert device.ended is not None  # QoS 2 needs the disk
+    device = bench.connect()
+    upstream = bench.online(session_present=True)
+    upstream.take()
+    bench.up(b"b", identifier=2)
+    bench.sweep(20)
+    assert device.ended is None
+    assert upstream.payloads == [b"b"]
+    bench.ack(PUBACK, read_publish(4, upstream.sent[0])[3])
+    assert acknowledgements(device.take(), PUBACK) == [2]
+
+
+# ---- subscriptions and what comes down
+
+
+def test_offline_a_subscription_is_answered_and_asked_for_later(bench: Bench) -> None:
+    """Once; what the broker grants reaches nobody, since it was granted already."""
+    device = bench.offline()
+    bench.stored.device_received(packet(0x82, b"\0\5\0\3a/b\1"))
+    assert device.got == []
+    bench.settle()
+    assert device.take() == [packet(0x90, b"\0\5\1")]
+    upstream = bench.online()
+    (asked,) = [raw for raw in upstream.sent if raw[0] == 0x82]
+    bench.stored.upstream_received(packet(0x90, asked[2:4] + b"\1"))
+    assert device.got == []
+    bench.lose()
+    assert [raw for raw in bench.online(session_present=True).sent if raw[0] == 0x82] == []
+
+
+def test_a_broker_that_grants_less_ends_the_session(bench: Bench) -> None:
+    """The device was told something else."""
+    device = bench.offline()
+    bench.stored.device_received(packet(0x82, b"\0\5\0\3a/b\1"))
+    bench.settle()
+    upstream = bench.online()
+    (asked,) = [raw for raw in upstream.sent if raw[0] == 0x82]
+    bench.stored.upstream_received(packet(0x90, asked[2:4] + b"\x80"))
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORED_SESSION_DIFFERS
+
+
+def test_subscriptions_are_restored_in_a_new_session(bench: Bench) -> None:
+    """Also after a restart of the gateway."""
+    bench.connect()
+    upstream = bench.online()
+    bench.stored.device_received(packet(0x82, b"\0\5\0\3a/b\1"))
+    (asked,) = [raw for raw in upstream.sent if raw[0] == 0x82]
+    bench.stored.upstream_received(packet(0x90, asked[2:4] + b"\1"))
+    bench.settle()
+    bench.start()
+    bench.connect()
+    again = bench.online(session_present=False)
+    assert [raw[4:] for raw in again.sent if raw[0] == 0x82] == [b"\0\3a/b\1"]
+
+
+def test_more_subscriptions_than_are_remembered_end_the_session(bench: Bench) -> None:
+    """Memory is bounded."""
+    device = bench.offline()
+    for number in range(102):
+        bench.stored.device_received(packet(0x82, b"\0\5\0\3%03d\1" % number))
+        bench.settle()
+    assert device.ended is not None
+    assert len(bench.stored.state.subscriptions.table) <= 100
+
+
+def test_acknowledgements_owed_to_a_lost_connection_are_swallowed(bench: Bench) -> None:
+    """The next one's broker has not asked for them."""
+    device = bench.connect()
+    bench.online()
+    bench.stored.upstream_received(publish(4, b"c", b"1", 1, 7))
+    assert device.take() == [publish(4, b"c", b"1", 1, 7)]
+    bench.lose()
+    upstream = bench.online(session_present=True)
+    upstream.take()
+    bench.stored.upstream_received(publish(4, b"c", b"1", 1, 7, dup=True))
+    assert device.got == []  # that identifier is not free yet
+    bench.stored.device_received(packet(PUBACK, b"\0\7"))
+    assert upstream.take() == []
+    assert device.take() == [publish(4, b"c", b"1", 1, 7, dup=True)]
+    bench.stored.device_received(packet(PUBACK, b"\0\7"))
+    assert upstream.take() == [packet(PUBACK, b"\0\7")]
+
+
+def test_a_half_done_delivery_that_the_broker_forgot_is_completed(bench: Bench) -> None:
+    """With a PUBREL of the gateway's."""
+    device = bench.connect()
+    bench.online()
+    bench.stored.upstream_received(publish(4, b"c", b"1", 2, 7))
+    bench.stored.device_received(packet(PUBREC, b"\0\7"))
+    bench.lose()
+    device.take()
+    upstream = bench.online(session_present=False)
+    assert device.take() == [packet(PUBREL, b"\0\7")]
+    upstream.take()
+    bench.stored.device_received(packet(PUBCOMP, b"\0\7"))
+    assert upstream.take() == []
+
+
+def test_pingreq_is_answered_by_the_gateway(bench: Bench) -> None:
+    """The broker's Keep Alive is the gateway's to keep."""
+    device = bench.connect()
+    upstream = bench.online()
+    upstream.take()
+    bench.stored.device_received(b"\xc0\0")
+    assert device.take() == [b"\xd0\0"]
+    assert upstream.take() == []
+    bench.sweep(31)
+    assert upstream.take() == [b"\xc0\0"]
+
+
+def test_a_broker_without_pingresp_is_given_up(bench: Bench) -> None:
+    """Half a minute later."""
+    bench.connect()
+    upstream = bench.online()
+    bench.sweep(31)
+    bench.stored.device_received(b"\xc0\0")
+    bench.sweep(29)
+    assert not upstream.aborted
+    bench.sweep(2)
+    assert upstream.aborted
+
+
+def test_a_silent_device_is_ended_by_its_keep_alive(bench: Bench) -> None:
+    """Offline, too."""
+    device = bench.offline()
+    bench.sweep(89)
+    assert device.ended is None
+    bench.sweep(3)
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.KEEPALIVE_TIMEOUT
+
+
+# ---- leaving
+
+
+WILL = parsed(packet(0x10, b"\0\4MQTT\4\x26\0\x3c\0\3dev\0\1s\0\4gone"))[1].will
+
+
+def test_a_disconnect_waits_until_everything_is_delivered(bench: Bench) -> None:
+    """Then it reaches the broker, and nothing is left."""
+    bench.connect()
+    upstream = bench.online()
+    bench.up(b"x", identifier=3)
+    bench.stored.device_received(b"\xe0\0")
+    assert upstream.sent[-1] != b"\xe0\0"
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.settle()
+    assert upstream.sent[-1] == b"\xe0\0"
+    assert upstream.closed
+    assert bench.over_called
+
+
+def test_a_backlog_is_delivered_for_a_device_that_left(bench: Bench) -> None:
+    """Without its Will, one message at a time from the broker, and nothing that comes down is acknowledged."""
+    bench.offline(version=5, will=WILL)
+    bench.up(b"x", version=5)
+    bench.settle()
+    bench.stored.device_received(b"\xe0\0")
+    bench.settle()
+    upstream = bench.online(version=5, session_present=True)
+    _, connect = parsed(upstream.sent[0])
+    assert connect.will is None
+    assert connect.client_identifier == "dev"
+    assert connect.properties is not None
+    assert connect.properties.values[0x21] == 1
+    upstream.sent.pop(0)
+    bench.stored.upstream_received(publish(5, b"c", b"1", 1, 7))
+    assert acknowledgements(upstream.sent, PUBACK) == []
+    bench.ack(PUBACK, read_publish(5, upstream.sent[0])[3])
+    bench.settle()
+    assert upstream.closed
+    assert bench.over_called
+
+
+def test_a_device_that_vanishes_offline_leaves_its_will_as_the_last_message(bench: Bench) -> None:
+    """The broker knows of none."""
+    device = bench.offline(will=WILL)
+    bench.up(b"x")
+    bench.settle()
+    device.finish(EndReason.DEVICE_LOST)
+    bench.sweep()
+    bench.settle()
+    upstream = bench.online()
+    assert upstream.payloads == [b"x", b"gone"]
+
+
+def test_a_device_that_disconnects_offline_has_no_will(bench: Bench) -> None:
+    """As MQTT says."""
+    bench.offline(will=WILL)
+    bench.up(b"x")
+    bench.settle()
+    bench.stored.device_received(b"\xe0\0")
+    bench.sweep()
+    bench.settle()
+    assert bench.online().payloads == [b"x"]
+
+
+def test_a_will_survives_the_gateway(bench: Bench) -> None:
+    """A device that does not come back within one and a half times its Keep Alive has vanished."""
+    bench.offline(will=WILL)
+    bench.settle()
+    bench.start()
+    bench.sweep(89)
+    bench.settle()
+    assert bench.store.messages == 0
+    bench.sweep(2)
+    bench.settle()
+    assert bench.store.messages == 1
+
+
+def test_what_the_will_overwrote_is_said_again(bench: Bench) -> None:
+    """The broker published the Will of a device that lives."""
+    bench.connect(will=attrs.evolve(WILL, retain=True))
+    upstream = bench.online()
+    bench.stored.device_received(packet(0x33, b"\0\1s\0\1here"))
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.lose()
+    bench.settle()
+    again = bench.online(session_present=True)
+    bench.settle()
+    assert again.payloads == [b"here"]
+    assert again.sent[-1][0] & 1
+
+
+def test_a_predecessor_that_is_half_open_is_ended(bench: Bench) -> None:
+    """Without a broker nobody else does it."""
+    first = bench.offline()
+    second = bench.offline()
+    assert first.ended is not None
+    assert first.ended[0] is EndReason.TAKEN_OVER
+    assert second.ended is None
+
+
+def test_a_stop_writes_and_acknowledges_what_is_in_memory(bench: Bench) -> None:
+    """Then the sessions end."""
+    device = bench.connect()
+    bench.online()
+    bench.up(b"x", identifier=3)
+    settled: list[bool] = []
+    bench.stored.settle(lambda: settled.append(True))
+    assert not settled
+    bench.settle()
+    assert settled
+    assert acknowledgements(device.take(), PUBACK) == [3]
+
+
+def test_nothing_leaves_before_the_scan_has_ended(bench: Bench) -> None:
+    """The order is not known."""
+    bench.stored.backlog.loading = True
+    device = bench.connect()
+    assert bench.dials == 0
+    assert device.connack
+    bench.stored.backlog.loading = False
+    bench.sweep()
+    assert bench.dials == 1
+
+
+def test_another_client_that_took_over_at_the_broker_ends_the_session(bench: Bench) -> None:
+    """To come back at once would throw it out."""
+    device = bench.connect(5)
+    bench.online(version=5)
+    bench.stored.upstream_received(b"\xe0\1\x8e")
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.UPSTREAM_DISCONNECT
