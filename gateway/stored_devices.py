@@ -408,8 +408,3 @@ class StoredDevices:
     def _device_full(self, stored: StoredSession, session: Session, is_full: bool) -> None:
         if stored.visit is not None and stored.visit.device is session:
             stored.device_full(is_full)
-
-
-def store_is_wanted(config: Config) -> bool:
-    """Whether any rule says `store`."""
-    return any(device.store for device in config.device)

@@ -520,7 +520,7 @@ def test_a_power_cut_at_any_moment_loses_nothing_acknowledged(shim: Path, tmp_pa
     operations = read_log((tmp_path / "log").read_bytes())
     random = Random(3)  # noqa: S311  reproducible
     lost = 0
-    for attempt in range(60):
+    for attempt in range(25):
         cut = random.randrange(20, len(operations))
         directory = tmp_path / f"cut{attempt}"
         directory.mkdir()

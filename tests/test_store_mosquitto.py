@@ -165,6 +165,7 @@ def store(tmp_path: Path, **more: Any) -> dict[str, Any]:
     return {"store": {"directory": str(tmp_path / "store"), "after": 2}, "device": [rule], "failover": _QUICK}
 
 
+@pytest.mark.slow
 def test_a_device_notices_nothing_of_an_outage(reactor: Any, plant: Plant, tmp_path: Path) -> None:
     """It publishes on; the subscriber gets everything in order."""
     gateway = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **store(tmp_path, store_qos0="confirm"))
@@ -261,6 +262,7 @@ def run_killed(plant: Plant, tmp_path: Path, kills: int, count: int, pause: Call
         output.close()
 
 
+@pytest.mark.slow
 def test_a_gateway_that_is_killed_loses_nothing(plant: Plant, tmp_path: Path) -> None:
     """SIGKILL, at random."""
     run_killed(plant, tmp_path, 5, 6, lambda: time.sleep(0.7))
@@ -363,6 +365,7 @@ def identities_survive(reactor: Any, root: Certified, tmp_path: Path, count: int
         plant.stop()
 
 
+@pytest.mark.slow
 def test_backlogs_arrive_under_their_devices_identities(reactor: Any, root: Certified, tmp_path: Path) -> None:
     """The broker's ACL knows each by its certificate."""
     identities_survive(reactor, root, tmp_path, 24)

@@ -31,6 +31,7 @@ from gateway.cli.openssl import s_client_command
 from gateway.cli.probe import Probe, upstream_steps
 from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
+from gateway.cli.store_check import store_step
 from gateway.config import TLS, Config, Listener, Upstream
 from gateway.config.flags import CONFIG, FLAGS, config_from
 from gateway.config.listen import is_open_to_all
@@ -85,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     from twisted.internet import reactor  # imported late: the first import installs the reactor
 
     if arguments.files:
-        examine_files(given, report)
+        examine_files(given, report, running=True)
     else:
         run_in_reactor(reactor, examine(reactor, given, None if arguments.offline else login, report, worn))
     if arguments.json:
@@ -154,8 +155,13 @@ def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None])
         result.raiseException()
 
 
-def examine_files(given: dict[str, list[str]], report: Report) -> tuple[Config | None, TLSPolicy | None]:
-    """Check whether a gateway can start with this; return what sessions use, if so."""
+def examine_files(
+    given: dict[str, list[str]], report: Report, *, running: bool = False
+) -> tuple[Config | None, TLSPolicy | None]:
+    """Check whether a gateway can start with this; return what sessions use, if so.
+
+    `running` means that a gateway is expected to run, and to use its store.
+    """
     try:
         config = config_from(given)
     except ConfigError as error:
@@ -173,7 +179,11 @@ def examine_files(given: dict[str, list[str]], report: Report) -> tuple[Config |
         if view is not None and obstacle:
             message = f"{source}: {view.unit} cannot read it: {obstacle}"
             report.add(Step("file", Status.FAIL, message, f"chmod o+r {source}; directories above it need o+x."))
-    return config, _files(config, view, report)
+    policy = _files(config, view, report)
+    store = store_step(config, view, with_lock=not running)
+    if store is not None:
+        report.add(store)
+    return config, policy
 
 
 async def examine(

@@ -25,7 +25,8 @@ _UNIT_DIRECTORIES = ("usr/lib/systemd/system", "run/systemd/system", "etc/system
 # What ProtectHome=, PrivateTmp= and PrivateDevices= hide.
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp", "/dev")  # noqa: S108  named, not used
 # The directories that systemd makes for the service, and gives to its user.
-_OWN = ("/var/lib/mqtts-gateway", "/var/lib/private/mqtts-gateway", "/run/mqtts-gateway")
+OWN = ("/var/lib/mqtts-gateway", "/var/lib/private/mqtts-gateway")
+_RUNTIME = "/run/mqtts-gateway"
 _OVERFLOW_GROUP = 65534  # how a group looks that has no number in this user namespace (user_namespaces(7))
 _LISTS = frozenset({"SupplementaryGroups", "LoadCredential", "ExecStart"})
 
@@ -83,7 +84,7 @@ class ServiceView:
             path = path.resolve(strict=True)
         except OSError:
             return ""  # missing for everyone, which is reported as such
-        if any(path.is_relative_to(directory) for directory in _OWN):
+        if any(path.is_relative_to(directory) for directory in (*OWN, _RUNTIME)):
             return ""
         hidden = next((top for top in HIDDEN if path.is_relative_to(top)), None)
         if hidden is not None:

@@ -28,6 +28,11 @@ def store_directory(config: Config, environment: Mapping[str, str] = os.environ)
     return Path(state) / "store" if state else None
 
 
+def store_is_wanted(config: Config) -> bool:
+    """Whether any rule says `store`."""
+    return any(device.store for device in config.device)
+
+
 def open_store(
     config: Config,
     post: Callable[[Callable[[], None]], None],
@@ -39,7 +44,7 @@ def open_store(
 
     `post` calls a function in the reactor's thread.
     """
-    is_wanted = any(device.store for device in config.device)
+    is_wanted = store_is_wanted(config)
     directory = store_directory(config, environment)
     if directory is None:
         if is_wanted:
