@@ -27,6 +27,7 @@ from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import carried_on
 from gateway.drain import Spread
 from gateway.errors import ConfigError, EndReason, Refusal
+from gateway.mqtt.packets import ReasonCode
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.ops.journal import GatewayJournal
@@ -50,8 +51,13 @@ SWEEP_INTERVAL = 1.0  # seconds; the precision of timeouts
 _LATE = 1.0  # seconds; by which a sweep must be late to give the time back
 # This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
-_CODE_3_NOT_AUTHORIZED, _CODE_5_NOT_AUTHORIZED = 5, 0x87
 _ESTABLISHED = frozenset({State.RELAYING, State.STORED})
+# The codes of the CONNACK, before 5.0 and in 5.0, for a device that a reload has shut out.
+_REFUSED_AFTER_RELOAD = {
+    EndReason.NETWORK_NOT_ALLOWED: (5, ReasonCode.NOT_AUTHORIZED),
+    EndReason.PROXY_NOT_TRUSTED: (5, ReasonCode.NOT_AUTHORIZED),
+    EndReason.CONFIGURATION_CHANGED: (3, ReasonCode.SERVER_UNAVAILABLE),
+}
 DRAIN_INTERVAL = 0.1  # seconds between two groups of sessions that a drain ends
 
 
@@ -67,23 +73,30 @@ class Generation:
 class _Opening:
     """An admitted connection, and what its session needs of the gateway; cheaper than closures."""
 
-    __slots__ = ("_device", "_gateway", "accepted", "address", "changes", "listener", "via")
+    __slots__ = ("_device", "_gateway", "accepted", "address", "balancer", "changes", "door", "is_proxied")
 
     def __init__(
         self,
         gateway: Gateway,
         address: IAddress | None,
-        listener: str,
+        door: ListenerFactory,
         accepted: float,
-        via: str,
+        balancer: IAddress | None,
+        is_proxied: bool,
     ) -> None:
         self._gateway = gateway
         self._device: DeviceProtocol
         self.address = address
         self.changes = gateway.changes
-        self.listener = listener
+        self.door = door
         self.accepted = accepted
-        self.via = via
+        self.balancer = balancer
+        self.is_proxied = is_proxied
+
+    @property
+    def via(self) -> str:
+        """The address of the load balancer, if the device has another one."""
+        return shown_address(self.balancer) if self.is_proxied and self.balancer is not self.address else ""
 
     def open(self, device: DeviceProtocol) -> Session:
         """Begin the session."""
@@ -92,10 +105,13 @@ class _Opening:
 
     def dial(self, session: Session) -> Deferred[None]:
         """Dial the broker for the session."""
-        caller = Caller(host_of(self.address) or "", self.listener)
-        if not self._gateway.still_admits(self):
-            session.refuse(Refusal(EndReason.NETWORK_NOT_ALLOWED, "", _CODE_3_NOT_AUTHORIZED, _CODE_5_NOT_AUTHORIZED))
+        reason = self._gateway.judge_again(self)
+        if reason is not None:
+            session.refuse(Refusal(reason, "", *_REFUSED_AFTER_RELOAD[reason]))
             return succeed(None)
+        # A reload may have renamed the listener.
+        session.record.listener = self.door.listener.name
+        caller = Caller(host_of(self.address) or "", session.record.listener)
         dialling = self._gateway.generation.reception.dial(session, self._device, caller)
         dialling.addErrback(self._dial_again, session)
         return dialling
@@ -132,6 +148,8 @@ class Gateway:
         helpers: Helpers = Helpers(),  # noqa: B008  frozen
     ) -> None:
         self.sessions: set[Session] = set()
+        # Sessions that the broker has not accepted yet, and some others until the next sweep.
+        self._not_accepted: dict[Session, _Opening] = {}
         self._clock = clock
         self._network = network
         self._journal = journal
@@ -150,7 +168,7 @@ class Gateway:
         self.stored: StoredDevices | None = None
         # A store that is open and not in use yet.
         self._opened: Store | None = None
-        self._generation = self._made(prepare(config, uniform, helpers.programs))
+        self._generation = self._built(prepare(config, uniform, helpers.programs), None)
         self._open_store(config)
         self._use_store()
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
@@ -198,26 +216,36 @@ class Gateway:
         self._open_store(config)
         return prepared
 
-    def adopt(self, prepared: Prepared) -> None:
+    def adopt(self, generation: Generation) -> None:
         """Begin new sessions under another configuration; established sessions keep their own.
 
         Sessions that the broker has not accepted yet are judged again, unless it would come to the same; those whose
         CONNECT has been sent are ended.
         """
-        before = self._generation
-        self._generation = self._made(prepared, before)
+        before, self._generation = self._generation, generation
+        prepared = generation.prepared
         self.changes += 1
-        before.dialler.stop()
+        before.dialler.superseded = not prepared.is_equivalent
         self.doorkeeper.rule(prepared.config.admission, self.max_sessions)
+        before.dialler.stop()
         self._use_store()
         if self.stored is not None:
             self.stored.adopt(prepared.config)
-        if not prepared.is_equivalent:
-            before.dialler.superseded = True
-            for session in [each for each in self.sessions if each.state is State.WAIT_CONNACK]:
-                self._guarded(session, lambda session: session.stop(EndReason.CONFIGURATION_CHANGED))
+        for session, opening in list(self._not_accepted.items()):
+            self._guarded(session, partial(self._judge_waiting, opening, before))
 
-    def _made(self, prepared: Prepared, before: Generation | None = None) -> Generation:
+    def _judge_waiting(self, opening: _Opening, before: Generation, session: Session) -> None:
+        """End a session that the new configuration does not permit, or that the broker has under the old one."""
+        if session.state is State.WAIT_CONNACK and before.dialler.superseded:
+            session.stop(EndReason.CONFIGURATION_CHANGED)
+        elif session.state in {State.DIALLING, State.WAIT_CONNACK} and (reason := self.judge_again(opening)):
+            session.stop(reason, connack_codes=_REFUSED_AFTER_RELOAD[reason])
+
+    def made(self, prepared: Prepared) -> Generation:
+        """Return the generation that `adopt` takes; nothing is changed yet.  Brokers' health carries over."""
+        return self._built(prepared, self._generation)
+
+    def _built(self, prepared: Prepared, before: Generation | None) -> Generation:
         config, policy, websockets = prepared.config, prepared.policy, prepared.websockets
         proxies = carried_on(prepared.proxies, () if before is None else before.dialler.proxies, config.failover)
         targets = [
@@ -280,19 +308,27 @@ class Gateway:
         """Return the factory whose connections become sessions of this gateway."""
         return _DeviceFactory(self, listener)
 
-    def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
+    def admit(self, address: IAddress | None, door: ListenerFactory) -> Protocol | None:
         """Return the protocol for a new connection, or `None` if it is refused."""
-        if listener.proxies and not self.stopping:
-            return self.doorstep.admit(address, listener)
+        if door.listener.proxies and not self.stopping:
+            return self.doorstep.admit(address, door)
         reason = EndReason.GATEWAY_STOPPING if self.stopping else self.doorkeeper.admit(host_of(address))
         if reason is not None:
             self._journal.refused(reason, shown_address(address))
             return None
-        return self._enter(address, listener.name, self._clock.seconds())
+        return self._enter(address, door, self._clock.seconds())
 
-    def _enter(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> DeviceProtocol:
+    def _enter(
+        self,
+        address: IAddress | None,
+        door: ListenerFactory,
+        accepted: float,
+        balancer: IAddress | None = None,
+        *,
+        is_proxied: bool = False,
+    ) -> DeviceProtocol:
         """Return the protocol for a connection that the doorkeeper admitted; see `gateway.relay.proxied.Enter`."""
-        opening = _Opening(self, address, listener, accepted, via)
+        opening = _Opening(self, address, door, accepted, balancer, is_proxied)
         return DeviceProtocol(opening.open, self.config.timeouts.tcp_user)
 
     def open(self, opening: _Opening, device: DeviceProtocol) -> Session:
@@ -304,7 +340,7 @@ class Gateway:
                 self._numbered,
                 shown_address(opening.address),
                 opening.accepted,
-                listener=opening.listener,
+                listener=opening.door.listener.name,
                 via=opening.via,
             ),
             device,
@@ -316,11 +352,16 @@ class Gateway:
             config.timeouts,
         )
         self.sessions.add(session)
+        self._not_accepted[session] = opening
         return session
 
-    def still_admits(self, opening: _Opening) -> bool:
-        """Whether a connection may stay whose CONNECT has come: the configuration may have changed meanwhile."""
-        return opening.changes == self.changes or self.doorkeeper.allows(host_of(opening.address))
+    def judge_again(self, opening: _Opening) -> EndReason | None:
+        """Return why a connection may not stay whose CONNECT has come: a reload may have taken effect meanwhile."""
+        if opening.changes == self.changes:
+            return None
+        return self.doorkeeper.judge_again(
+            host_of(opening.address), opening.door, host_of(opening.balancer), is_proxied=opening.is_proxied
+        )
 
     def leave(self, session: Session) -> None:
         """Count a session out whose CONNECT is to be judged again."""
@@ -329,6 +370,7 @@ class Gateway:
     def gone(self, opening: _Opening, session: Session) -> None:
         """Forget a session whose connections are closed."""
         self.sessions.discard(session)
+        self._not_accepted.pop(session, None)
         self.presence.leave(session)
         self.doorkeeper.leave(host_of(opening.address))
         self._check_all_gone()
@@ -384,6 +426,7 @@ class Gateway:
         patience = self.config.timeouts.connect_packet + max(lost, 0.0)
         steps: list[Callable[[], object]] = [
             partial(self._sweep_all, lost, now),
+            self._forget_accepted,
             partial(self.doorstep.sweep, now, patience),
             self.doorkeeper.sweep,
             partial(self.presence.sweep, self.config.devices),
@@ -432,6 +475,10 @@ class Gateway:
         rest = left[_SWEPT_AT_A_TIME:]
         self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest) if rest else None
 
+    def _forget_accepted(self) -> None:
+        for session in [each for each in self._not_accepted if each.state is State.ENDED or each.state in _ESTABLISHED]:
+            del self._not_accepted[session]
+
     def _drain_some(self) -> None:
         if self._drain is not None:
             for session in self._drain.due(self._clock.seconds()):
@@ -468,4 +515,4 @@ class _DeviceFactory(ListenerFactory):
 
     def buildProtocol(self, addr: IAddress | None) -> Protocol | None:
         """Admit a connection; `None` makes Twisted close it at once."""
-        return self._gateway.admit(addr, self.listener)
+        return self._gateway.admit(addr, self)

@@ -178,6 +178,7 @@ def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
     is_equivalent = (
         after.policy is before.policy
         and (old.upstream, old.devices, old.device, old.limits) == (new.upstream, new.devices, new.device, new.limits)
+        and (_listener_names(old) <= _listener_names(new) or not any(device.match_listener for device in new.device))
         and all(after.files[path] == before.files.get(path) for path in upstream_files(new))
         and all(keys is before.keys.get(device) for device, keys in after.keys.items())
     )
@@ -189,6 +190,10 @@ def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
     leftovers += before.names.parts
     leftovers += [part for rule in before.rules for part in _parts(rule)]
     return evolve(after, changed=changed, is_equivalent=is_equivalent, leftovers=leftovers)
+
+
+def _listener_names(config: Config) -> set[tuple[str, str]]:
+    return {(listener.description, listener.name) for listener in config.listen}
 
 
 def _parts(rule: Rule) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from gateway import MADE
-from gateway.config import Config
+from gateway.config import Config, Listener
 from gateway.config.listen import is_open_to_all
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import ConfigError
@@ -65,6 +65,7 @@ _DESCRIPTORS_PER_SESSION = 2
 _COLLECTOR_THRESHOLD = 20_000
 _CHANGES_SHOWN = 20
 _MAX_PROBLEM = 1000  # characters
+_STOPPING = ["the gateway is stopping"]
 # Seconds after which a thread that computes must let the event loop run, when that is due.
 _SWITCH_INTERVAL = 0.0005
 
@@ -242,8 +243,8 @@ class GatewayService(Service):
             request.callback(problems)
 
     async def _reload(self, read: Callable[[], Config]) -> Sequence[str]:
-        if self.gateway.stopping:
-            return ["the gateway is stopping"]
+        if self._is_stopping():
+            return _STOPPING
         self._notifier.reloading()
         now = self.gateway.config
         refused = ["configuration"]
@@ -257,8 +258,10 @@ class GatewayService(Service):
 
         try:
             prepared = await self._prepared(prepare)
-            if not self.gateway.stopping:
-                self.adopt(prepared)
+            if self._is_stopping():
+                # systemd has been told so; READY=1 would take it back.
+                return _STOPPING
+            self.adopt(prepared)
         except ConfigError as error:
             self.ledger.refused_reloads += 1
             problems = error.problems
@@ -278,8 +281,13 @@ class GatewayService(Service):
             self.ledger.reloads += 1
             if read is self.reread:
                 self._refused["configuration"] = ""
-        self._notifier.ready(self.status)
+        if not self._is_stopping():
+            self._notifier.ready(self.status)
         return problems
+
+    def _is_stopping(self) -> bool:
+        # A call, since the answer changes while a coroutine waits.
+        return self.gateway.stopping
 
     def change(self, config: Config) -> Deferred[Sequence[str]]:
         """Change to another configuration; fires with the changed keys and files.
@@ -290,6 +298,8 @@ class GatewayService(Service):
 
     async def _change(self, config: Config) -> Sequence[str]:
         prepared = await self._prepared(lambda: self.gateway.prepare(config, Pauses()))
+        if self._is_stopping():
+            raise ConfigError(_STOPPING)
         self.adopt(prepared)
         return prepared.changed
 
@@ -311,19 +321,32 @@ class GatewayService(Service):
     def adopt(self, prepared: Prepared) -> None:
         """Begin new sessions under another configuration; established sessions keep their own.
 
-        Raises `ConfigError` with every problem; the previous configuration then stays active.
+        Raises `ConfigError` with every problem; after any exception the previous configuration stays active.
         """
         config = prepared.config
         status = self.status_port.prepare(config.status)
         # The reactor does not run during what follows, so no connection can come in between.
         try:
+            generation = self.gateway.made(prepared)
             opened, closed = self._listeners.change(config.listen)
-        except ConfigError:
+        except BaseException:
             self.status_port.discard(status)
             raise
-        self.gateway.adopt(prepared)
-        self.status_port.adopt(status)
-        self._watch.know(prepared.files)
+        # From here on the new configuration is active, so an internal error must not look like a refusal.
+        steps: list[Callable[[], object]] = [
+            partial(self.gateway.adopt, generation),
+            partial(self.status_port.adopt, status),
+            partial(self._watch.know, prepared.files),
+            partial(self._tell_adopted, opened, closed),
+            partial(self._in_thread, partial(free, prepared.leftovers, Pauses())),
+        ]
+        for step in steps:
+            try:
+                step()
+            except Exception:  # noqa: BLE001  see above
+                _log.failure("internal error during a reload; the new configuration is active")
+
+    def _tell_adopted(self, opened: Sequence[IListeningPort], closed: Sequence[Listener]) -> None:
         self._tell_limits()
         self._tell_open_sockets()
         self._tell_refused_rules()
@@ -336,7 +359,6 @@ class GatewayService(Service):
                     "systemd keeps {endpoint} open: devices that connect there will hang; stop its .socket unit",
                     endpoint=listener.endpoint,
                 )
-        self._in_thread(partial(free, prepared.leftovers, Pauses()))
 
     def _in_thread(self, work: Callable[[], _T]) -> Deferred[_T]:
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)

@@ -226,16 +226,18 @@ def gateway() -> Gateway:
 @pytest.mark.parametrize("host", ["::ffff:10.0.0.1", "10.0.0.1"])
 def test_one_device_is_one_address_however_it_comes_in(gateway: Gateway, host: str) -> None:
     """By IPv4 or by IPv6 that carries it: both count for the same address."""
-    gateway.admit(IPv4Address("TCP", "10.0.0.1", 1), Listener("1883"))
-    gateway.admit(IPv6Address("TCP", "::ffff:10.0.0.1", 2), Listener("1883"))
-    assert gateway.admit(IPv6Address("TCP", host, 3), Listener("1883")) is None
+    admit = gateway.factory(Listener("1883")).buildProtocol
+    admit(IPv4Address("TCP", "10.0.0.1", 1))
+    admit(IPv6Address("TCP", "::ffff:10.0.0.1", 2))
+    assert admit(IPv6Address("TCP", host, 3)) is None
     assert gateway.doorkeeper.refused == {EndReason.TOO_MANY_FROM_ADDRESS: 1}
 
 
 @pytest.mark.parametrize("address", [None, UNIXAddress(None), UNIXAddress("/run/gateway.sock")])
 def test_a_unix_socket_has_no_network(gateway: Gateway, address: Any) -> None:
     """Nor a limit per address."""
-    assert [gateway.admit(address, Listener("1883")) is not None for _ in range(4)] == [True, True, True, False]
+    admit = gateway.factory(Listener("1883")).buildProtocol
+    assert [admit(address) is not None for _ in range(4)] == [True, True, True, False]
     assert gateway.doorkeeper.refused == {EndReason.TOO_MANY_SESSIONS: 1}
 
 

@@ -290,20 +290,81 @@ def test_whoever_may_open_the_unix_socket_is_believed(
 
 
 def test_a_reload_changes_who_is_believed(start: Callable[..., RunningGateway]) -> None:
-    """From the next connection on; whoever waits at the doorstep is judged as it came in."""
+    """From the next connection on."""
     gateway = start()
     listen = {"endpoint": "127.0.0.1:0", "name": "balanced"}
-    with Device(gateway.port) as before:
-        eventually(lambda: waiting(gateway) == 1, "one at the doorstep")
-        gateway.change(listen=[{**listen, "proxies": "127.0.0.2"}])
-        with Device(gateway.port) as after:
-            assert hang_up(after) == b""
-        assert turned_away(gateway)[0] is EndReason.PROXY_NOT_TRUSTED
-        before.send(v2() + mqtt.connect())
-        assert before.read(4) == mqtt.connack()
+    gateway.change(listen=[{**listen, "proxies": "127.0.0.2"}])
+    with Device(gateway.port) as after:
+        assert hang_up(after) == b""
+    assert turned_away(gateway)[0] is EndReason.PROXY_NOT_TRUSTED
     gateway.change(listen=[listen])
     session(gateway, b"")
-    gateway.wait_ended(2)
+    gateway.wait_ended()
+
+
+CHANGES: dict[str, tuple[list[dict[str, Any]], EndReason]] = {
+    "not trusted any more": ([{"proxies": "127.0.0.2"}], EndReason.PROXY_NOT_TRUSTED),
+    "no balancers any more": ([{}], EndReason.PROXY_NOT_TRUSTED),
+    "listener closed": ([{"endpoint": "127.0.0.2:0"}], EndReason.CONFIGURATION_CHANGED),
+}
+
+
+@pytest.mark.parametrize(("changed", "reason"), CHANGES.values(), ids=CHANGES)
+def test_a_connection_from_before_a_reload_is_judged_by_the_new_listener(
+    start: Callable[..., RunningGateway], broker: Broker, changed: list[dict[str, Any]], reason: EndReason
+) -> None:
+    """At the doorstep, before its CONNECT, and while it waits for its turn; not when it is established."""
+    gateway = start(pacing={"new_sessions_per_second": 0.1, "queue_seconds": 60})
+    with Device(gateway.port) as old, Device(gateway.port) as waits, Device(gateway.port) as named:
+        old.send(v2() + mqtt.connect("old"))
+        assert old.read(4) == mqtt.connack()
+        waits.send(v2() + mqtt.connect("waits"))
+        pacer = gateway.service.gateway.generation.dialler.pacer
+        eventually(lambda: pacer.waiting == 1, "one waits for its turn")
+        named.send(v2() + mqtt.connect("named")[:5])
+        eventually(lambda: len(gateway.service.gateway.sessions) == 3, "a header without CONNECT")
+        with Device(gateway.port) as silent:
+            eventually(lambda: waiting(gateway) == 1, "one at the doorstep")
+            listen = {"endpoint": "127.0.0.1:0", "name": "balanced"}
+            gateway.change(listen=[{**listen, **each} for each in changed], pacing={"new_sessions_per_second": 0})
+            silent.send(v2() + mqtt.connect("silent"))
+            assert hang_up(silent) == b""
+        assert turned_away(gateway)[0] is reason
+        assert hang_up(waits) == mqtt.connack(code=3 if reason is EndReason.CONFIGURATION_CHANGED else 5)
+        named.send(mqtt.connect("named")[5:])
+        assert hang_up(named) == mqtt.connack(code=3 if reason is EndReason.CONFIGURATION_CHANGED else 5)
+        assert [gateway.wait_ended(2).reason, gateway.ended[0].reason] == [reason] * 2
+        old.send(mqtt.publish())
+        eventually(lambda: mqtt.publish() in broker.received, "the established session goes on")
+    assert b"named" not in broker.received
+    assert b"waits" not in broker.received
+
+
+def test_a_device_that_came_without_a_header_is_judged_by_a_listener_of_balancers(
+    start: Callable[..., RunningGateway], broker: Broker
+) -> None:
+    """Its listener takes only load balancers now."""
+    gateway = start(proxies=[])
+    with Device(gateway.port) as device:
+        eventually(lambda: len(gateway.service.gateway.sessions) == 1, "it is accepted")
+        gateway.change(listen=[{"endpoint": "127.0.0.1:0", "proxies": LOOPBACK}])
+        device.send(mqtt.connect())
+        assert hang_up(device) == mqtt.connack(code=5)
+    assert gateway.wait_ended().reason is EndReason.PROXY_NOT_TRUSTED
+    assert broker.received == b""
+
+
+def test_a_rule_knows_a_listener_by_its_new_name(start: Callable[..., RunningGateway], broker: Broker) -> None:
+    """A connection is judged by the name that its listener has when CONNECT comes."""
+    gateway = start(devices={"unknown": "refuse"})
+    with Device(gateway.port) as device:
+        device.send(v2() + mqtt.connect()[:5])
+        eventually(lambda: len(gateway.service.gateway.sessions) == 1, "it is accepted")
+        listen = [{"endpoint": "127.0.0.1:0", "name": "new", "proxies": LOOPBACK}]
+        gateway.change(listen=listen, device=[{"match_listener": "new"}])
+        device.send(mqtt.connect()[5:])
+        assert device.read(4) == mqtt.connack()
+        eventually(lambda: [each.listener for each in gateway.journal.started] == ["new"], "the new name")
 
 
 # ---- health checks

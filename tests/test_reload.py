@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -28,8 +29,10 @@ from gateway.config import changed_keys, from_mapping
 from gateway.dial.dialler import Dialler
 from gateway.errors import ConfigError, EndReason
 from gateway.gateway import Generation
+from gateway.ops.notify import Notifier
 from gateway.ops.reload_port import ReloadPort
 from gateway.ops.status_words import verdict
+from gateway.service import GatewayService
 from gateway.session.session import State
 from gateway.tls.trust import TLSPolicy
 from tests import mqtt_packets as mqtt
@@ -826,3 +829,101 @@ def test_unix_sockets_are_not_for_everybody(
         assert [line for line in told if "every user" in line and "wide" in line]
     finally:
         globalLogPublisher.removeObserver(observe)
+
+
+# ---- a stop in between, and internal errors
+
+
+class Told(Notifier):
+    """Records the states that systemd is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.states: list[str] = []
+
+    def ready(self, status: str) -> None:
+        self.states.append("READY")
+
+    def reloading(self) -> None:
+        self.states.append("RELOADING")
+
+    def stopping(self, status: str, seconds: float) -> None:
+        self.states.append("STOPPING")
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_a_reload_that_a_stop_overtakes_has_no_effect(
+    start_gateway: StartGateway, start_broker: StartBroker, is_refused: bool, logged_errors: list[Any]
+) -> None:
+    """Whoever asked for it is told so; systemd is not told READY=1 after STOPPING=1, and no listener is opened."""
+    config, reactor = (running := start_gateway(upstream=start_broker().port)).config, running.reactor
+    told, began, proceed = Told(), threading.Event(), threading.Event()
+    service = running.call(GatewayService, config, reactor, None, told)
+    added, answers = free_port(), Queue[Any]()
+
+    def read() -> Any:
+        began.set()
+        proceed.wait(PATIENCE)
+        if is_refused:
+            raise ConfigError(["no good"])
+        return from_mapping({"listen": [{"endpoint": f"127.0.0.1:{added}"}], "upstream": [{"host": "localhost"}]})
+
+    running.call(service.startService)
+    eventually(lambda: told.states == ["READY"], "it is ready")
+    service.reread = read
+    reactor.callFromThread(lambda: service.reload().addBoth(answers.put))
+    assert began.wait(PATIENCE)
+    running.call(service.stopService)
+    proceed.set()
+    assert answers.get(timeout=PATIENCE) == (["no good"] if is_refused else ["the gateway is stopping"])
+    assert told.states == ["READY", "RELOADING", "STOPPING"]
+    assert service.ledger.reloads == 0
+    assert not can_connect(added)
+    with pytest.raises(ConfigError, match="stopping"):
+        running.call(service.change, config)
+    logged_errors.clear()
+
+
+def test_an_internal_error_before_a_change_leaves_everything_as_it_was(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was opened for the new configuration is closed, and listeners and rules are those of the old one."""
+    gateway = start_gateway(upstream=start_broker().port)
+    before, devices, status = gateway.service.gateway.config, free_port(), free_port()
+
+    def fail(*_: object) -> Any:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.gateway.Dialler", fail)
+        with pytest.raises(ZeroDivisionError):
+            gateway.change(listen=[{"endpoint": f"127.0.0.1:{devices}"}], status={"endpoint": f"127.0.0.1:{status}"})
+    assert gateway.service.gateway.config is before
+    eventually(lambda: not can_connect(devices) and not can_connect(status), "nothing new is open")
+    established(gateway.port).close()
+
+
+def test_an_internal_error_after_a_change_is_no_refusal(
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    monkeypatch: pytest.MonkeyPatch,
+    logged_errors: list[Any],
+) -> None:
+    """The new configuration is active, completely, and nobody is told otherwise."""
+    gateway = start_gateway(upstream=start_broker().port)
+    service, added = gateway.service, free_port()
+
+    def fail(*_: object) -> Any:
+        raise ZeroDivisionError
+
+    config = from_mapping({**gateway._mapping, "listen": [{"endpoint": f"127.0.0.1:{added}"}]})
+    service.reread = lambda: config
+    monkeypatch.setattr(Dialler, "stop", fail)
+    assert not gateway.call(service.reload)
+    assert logged_errors[0]["log_failure"].check(ZeroDivisionError)
+    logged_errors.clear()
+    assert service.gateway.config is config
+    assert service.status.startswith("0 sessions")
+    established(added).close()
+    eventually(lambda: not service.gateway.sessions, "the session has gone")
+    monkeypatch.undo()

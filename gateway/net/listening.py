@@ -41,12 +41,16 @@ class ListenFailed(Exception):
 
 
 class ListenerFactory(Factory):
-    """The factory for one listener's connections; a reload replaces `listener` if the endpoint stays the same."""
+    """The factory for one listener's connections; a reload replaces `listener` if the endpoint stays the same.
+
+    `is_open` becomes false when a reload closes the listener.
+    """
 
     noisy = False
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
+        self.is_open = True
 
     def logPrefix(self) -> str:
         """See ILoggingContext; appears in Twisted's own log line at start."""
@@ -112,6 +116,8 @@ class Listeners:
             raise ConfigError(problems)
         for listener, each in wanted:
             each.factory.listener = listener
+        for each in staying:
+            each.factory.is_open = False
         self._open = [each for _, each in wanted]
         _close(staying)
         return [each.port for each in opened], [each.factory.listener for each in staying]

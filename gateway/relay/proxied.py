@@ -14,8 +14,8 @@ from twisted.internet.interfaces import IAddress, ITCPTransport
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
-from gateway.config import Listener
 from gateway.errors import EndReason
+from gateway.net.listening import ListenerFactory
 from gateway.net.network import shown_address
 from gateway.net.proxy_header import MalformedProxyHeader, parse_proxy_header
 from gateway.rules.admission import Doorkeeper, host_of
@@ -24,8 +24,19 @@ from gateway.rules.admission import Doorkeeper, host_of
 class Enter(Interface):
     """Creates the protocol of an admitted device connection."""
 
-    def __call__(self, address: IAddress | None, listener: str, accepted: float, via: str = "") -> Protocol:
-        """Return the protocol; `accepted` is in seconds on the gateway's clock, `via` the load balancer's address."""
+    def __call__(
+        self,
+        address: IAddress | None,
+        door: ListenerFactory,
+        accepted: float,
+        balancer: IAddress | None = None,
+        *,
+        is_proxied: bool = False,
+    ) -> Protocol:
+        """Return the protocol; `accepted` is in seconds on the gateway's clock.
+
+        `is_proxied` tells that the connection began with a PROXY header, sent by the load balancer at `balancer`.
+        """
 
 
 class Doorstep:
@@ -50,13 +61,13 @@ class Doorstep:
         self._left = left
         self._seconds = seconds
 
-    def admit(self, address: IAddress | None, listener: Listener) -> Protocol | None:
+    def admit(self, address: IAddress | None, door: ListenerFactory) -> Protocol | None:
         """Return the protocol for a new connection to a listener with `proxies`, or `None` if it is refused."""
-        reason = self._doorkeeper.admit_proxy(host_of(address), listener.proxies)
+        reason = self._doorkeeper.admit_proxy(host_of(address), door.listener.proxies)
         if reason is not None:
             self._refused(reason, shown_address(address), "")
             return None
-        connection = ProxiedConnection(self, address, listener.name, self._seconds())
+        connection = ProxiedConnection(self, address, door, self._seconds())
         self.connections.add(connection)
         return connection
 
@@ -73,13 +84,16 @@ class Doorstep:
 
     def named(self, connection: ProxiedConnection, source: IAddress | None, rest: bytes) -> None:
         """Admit or refuse a connection of the device at `source`, which sent `rest` after the header."""
-        reason = self._doorkeeper.admit_device(host_of(source))
+        door, host, balancer = connection.door, host_of(source), host_of(connection.proxy)
+        # A reload may have changed the listener since the connection was accepted.
+        reason = self._doorkeeper.judge_again(host, door, balancer, is_proxied=True)
+        reason = reason or self._doorkeeper.admit_device(host)
         if reason is not None:
             self.refuse(connection, reason, f"via {shown_address(connection.proxy)}", source)
             return
         self.connections.discard(connection)
-        via = shown_address(connection.proxy) if source is not connection.proxy else ""
-        connection.become(self._enter(source, connection.listener, connection.accepted, via), rest)
+        device = self._enter(source, door, connection.accepted, connection.proxy, is_proxied=True)
+        connection.become(device, rest)
 
     def refuse(
         self, connection: ProxiedConnection, reason: EndReason, detail: str, source: IAddress | None = None
@@ -103,9 +117,9 @@ class ProxiedConnection(Protocol):
 
     transport: ITCPTransport
 
-    def __init__(self, doorstep: Doorstep, proxy: IAddress | None, listener: str, accepted: float) -> None:
+    def __init__(self, doorstep: Doorstep, proxy: IAddress | None, door: ListenerFactory, accepted: float) -> None:
         self.proxy = proxy
-        self.listener = listener
+        self.door = door
         self.accepted = accepted
         self._doorstep = doorstep
         self._header = b""

@@ -16,6 +16,7 @@ from twisted.internet.interfaces import IAddress
 
 from gateway.config import Admission, Proxy
 from gateway.errors import EndReason
+from gateway.net.listening import ListenerFactory
 
 
 class Doorkeeper:
@@ -76,9 +77,21 @@ class Doorkeeper:
         self._count(host)
         return None
 
-    def allows(self, host: str | None) -> bool:
-        """Whether devices may connect from `host`; a UNIX socket's mode decides who may connect there."""
-        return host is None or _is_one_of(host, self._admission.allow)
+    def judge_again(
+        self, host: str | None, door: ListenerFactory, balancer: str | None, *, is_proxied: bool
+    ) -> EndReason | None:
+        """Return why a connection accepted before a reload may not become a session after it.
+
+        `is_proxied` tells that the connection began with a PROXY header, sent by the load balancer at `balancer`.
+        """
+        if not door.is_open:
+            return EndReason.CONFIGURATION_CHANGED
+        proxies = door.listener.proxies
+        if not (_is_one_of(balancer, proxies) if is_proxied else not proxies):
+            return EndReason.PROXY_NOT_TRUSTED
+        # A UNIX socket's mode decides who may connect there.
+        is_allowed = host is None or _is_one_of(host, self._admission.allow)
+        return None if is_allowed else EndReason.NETWORK_NOT_ALLOWED
 
     def leave(self, host: str | None) -> None:
         """Remove a session from the counts."""

@@ -83,7 +83,8 @@ TRANSITIONS: dict[State, frozenset[State]] = {
 
 # What a 5.0 device may send before CONNACK if its CONNECT has an Authentication Method [MQTT-3.1.2-30].
 _AUTHENTICATING = frozenset({PacketType.AUTH, PacketType.DISCONNECT})
-_CONNACK_SERVER_UNAVAILABLE = 0x03  # MQTT 3.1.1 §3.2.2.3
+# Server unavailable, before 5.0 (MQTT 3.1.1 §3.2.2.3) and in 5.0.
+_NO_SERVER = (0x03, ReasonCode.SERVER_UNAVAILABLE)
 
 _PINGREQ = bytes((PacketType.PINGREQ << 4, 0))
 # Without a reason code, which means normal disconnection in 5.0 (§3.14.2.1), it is the same in all versions.
@@ -632,8 +633,10 @@ class Session:
         }
         return of_state.get(self._state, float("inf"))
 
-    def stop(self, reason: EndReason, *, discard_will: bool = False) -> None:
-        """End the session for a reason of the gateway.
+    def stop(
+        self, reason: EndReason, *, discard_will: bool = False, connack_codes: tuple[int, int] = _NO_SERVER
+    ) -> None:
+        """End the session for a reason of the gateway; `connack_codes` as in a `Refusal`, if no CONNACK has been sent.
 
         With `discard_will` the broker gets a DISCONNECT on the device's behalf, so that it does not publish the Will
         (MQTT 3.1.1 and 5.0 §3.14.4), unless an incomplete packet was passed on, whose body it would become.
@@ -649,7 +652,7 @@ class Session:
             self._lives_until = self._seconds() + self._timeouts.close
             self._stored.settle(lambda: self._end(reason))
             return
-        self._end(reason)
+        self._end(reason, connack_codes=connack_codes)
 
     def fail(self, detail: str) -> None:
         """End the session after an internal error, without sending another packet to either side."""
@@ -964,7 +967,7 @@ class Session:
         answer: bytes | None = None,
         code: int | None = None,
         answered: bool = False,
-        connack_codes: tuple[int, int] = (_CONNACK_SERVER_UNAVAILABLE, ReasonCode.SERVER_UNAVAILABLE),
+        connack_codes: tuple[int, int] = _NO_SERVER,
     ) -> None:
         """End the session: tell the device, close both sides, write the record.
 

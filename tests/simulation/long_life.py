@@ -169,9 +169,9 @@ class LongLife(World):
         self.config = self._configured(hour)
         if hour % 5 == 4:
             self.config = attrs.evolve(self.config, upstream=self.config.upstream[::-1])
-        generation = self.gateway.prepare(self.config)
-        self.generations.append(weakref.ref(generation))
-        self.gateway.adopt(generation)
+        prepared = self.gateway.prepare(self.config)
+        self.generations.append(weakref.ref(prepared))
+        self.gateway.adopt(self.gateway.made(prepared))
 
     def _trouble(self, hour: int) -> None:
         broker = self.brokers[hour % 2]

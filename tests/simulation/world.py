@@ -282,7 +282,7 @@ class World:
     def _change(self) -> None:
         """All is made anew, as at a reload; nobody may notice."""
         self.note("gateway", "changes to another generation")
-        self.gateway.adopt(self.gateway.prepare(self.config))
+        self.gateway.adopt(self.gateway.made(self.gateway.prepare(self.config)))
 
     def _stopped(self, _: object) -> None:
         self.note("gateway", "has stopped")
