@@ -595,6 +595,26 @@ def test_what_a_broker_sends_beyond_the_limits_passes_unread(properties):
     assert from_broker(version=5, limit=1_000_000).feed(there) == here
 
 
+@pytest.mark.parametrize("size", [131_072, 268_000_000])
+def test_a_property_length_that_comes_byte_by_byte_ends_the_reading(size, monkeypatch):
+    """It says that the properties pass unread when a part of it is held already: there is nothing to go back to."""
+    turns = []
+
+    def collect(self, *arguments):
+        turns.append(arguments)
+        assert len(turns) < 1000, "the inspector makes no progress"
+        return real(self, *arguments)
+
+    real = BrokerInspector._collect
+    monkeypatch.setattr(BrokerInspector, "_collect", collect)
+    head = string("down/t") + variable_byte_integer(size)
+    sent = packet(0x30, head + bytes(100), length=len(head) + size)
+    inspector = from_broker(version=5, limit=268_435_460)
+    passed = b"".join(inspector.feed(sent[at : at + 1]) for at in range(len(sent)))
+    assert passed == packet(0x30, string("t") + head[8:] + bytes(100), length=len(head) + size - 5)
+    assert (inspector.packets, inspector.error) == (1, None)
+
+
 def test_small_packets_are_passed_on_whole():
     """So that the gateway can send a PINGREQ of its own while a slow device is in the middle of one."""
     inspector = from_device(WATCHFUL)

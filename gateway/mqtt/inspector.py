@@ -261,7 +261,9 @@ class _Cutter:
         end = min(offset + self._need - len(self._held), len(data))
         self._held += data[offset:end]
         if len(self._held) == self._need and self._need < self._size:
-            self._need = self._needed(PacketType(self._held[0] >> 4), self._held, 0, self._size)
+            # A Property Length may show that less has to be read than is held by then.
+            needed = self._needed(PacketType(self._held[0] >> 4), self._held, 0, self._size)
+            self._need = max(needed, len(self._held))
         if len(self._held) == self._need:
             packet, self._held = bytes(self._held), bytearray()
             self._finish(packet, passed)
