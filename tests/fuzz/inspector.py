@@ -78,17 +78,6 @@ def _matches(wanted: str, topic: str) -> bool:
     return len(levels) == len(names)
 
 
-def _agree(cut: Any, whole: Any) -> bool:
-    """Say whether two outcomes of one stream are the same.
-
-    The beginning of a packet whose rest is still to come may wait for it in one of them, and have passed in the other.
-    """
-    if cut == whole:
-        return True
-    is_open = cut[2:4] == whole[2:4] == (None, False)
-    return bool(is_open and (cut[0].startswith(whole[0]) or whole[0].startswith(cut[0])))
-
-
 def check(data: bytes) -> None:
     """Inspect one direction, whole and cut."""
     choices = Choices(data)
@@ -103,10 +92,15 @@ def check(data: bytes) -> None:
         fresh = lambda: BrokerInspector(rules, version, _LIMIT)  # noqa: E731
     inspector = fresh()
     whole = _outcome(inspector, [stream])
-    assert _agree(_outcome(fresh(), cut_in_three(stream, where)), whole)
+    assert _outcome(fresh(), cut_in_three(stream, where)) == whole
     if len(stream) <= 300:
-        assert _agree(_outcome(fresh(), single_bytes(stream)), whole)
-    passed = whole[0]
+        assert _outcome(fresh(), single_bytes(stream)) == whole
+    passed, packets, error, disconnected, at_boundary = whole
+    sent = packets_of(stream)
+    if error is None and not disconnected and stream == stream[: sent[-1][0] if sent else 0]:
+        assert packets == len(sent)
+        assert at_boundary
+        assert not inspector.withholds, "a whole packet is held back"
     towards = ProtocolVersion.MQTT_3_1_1 if side is Sender.DEVICE and upgraded else version
     # A broker's packet may only become shorter; a device's that became too long would have been refused.
     framer = Framer(side, towards, _LIMIT)
@@ -114,6 +108,8 @@ def check(data: bytes) -> None:
     assert framer.error is None
     if side is Sender.DEVICE:
         _check_device(rules, stream, passed)
+    else:
+        _check_broker(rules, stream, passed)
     # Work is counted in what there is to look at: bytes at most, never bytes by bytes.
     assert calls(lambda: fresh().feed(stream)) <= 300 + 25 * len(stream)
 
@@ -134,6 +130,25 @@ def _check_device(rules: TopicRules, stream: bytes, passed: bytes) -> None:
             assert any(_matches(each, topic) for each in rules.publish.filters), (
                 "a topic that the rule does not name has passed"
             )
+
+
+def _check_broker(rules: TopicRules, stream: bytes, passed: bytes) -> None:
+    sent = [_topic(first, body) for _, first, body in packets_of(stream)]
+    for _, first, body in packets_of(passed):
+        topic = _topic(first, body)
+        if not topic:
+            continue
+        came = topic in sent if topic.startswith("$") or not rules.subscribe_prefix else _PREFIX + topic in sent
+        assert came, "a topic has passed that the broker never named, or not with the prefix"
+        if rules.subscribe is not None:
+            assert any(_matches(each, topic) for each in rules.subscribe.filters), (
+                "a topic has passed that the device may not subscribe to"
+            )
+
+
+def receives_what_it_may_not() -> None:
+    """What the broker sends is not judged by what the device may subscribe to."""
+    inspector_module.may_receive = lambda *_: True
 
 
 def permits_the_first_level() -> None:
@@ -173,4 +188,9 @@ def is_quadratic_in_topic_filters() -> None:
     relayed_module._read_filters = faulty
 
 
-FAULTS = (permits_the_first_level, judges_only_what_comes_whole, is_quadratic_in_topic_filters)
+FAULTS = (
+    receives_what_it_may_not,
+    permits_the_first_level,
+    judges_only_what_comes_whole,
+    is_quadratic_in_topic_filters,
+)
