@@ -40,6 +40,7 @@ from gateway.ops.reload_port import NAME as RELOAD_SOCKET
 from gateway.ops.reload_port import ReloadPort
 from gateway.ops.sight import Sight, Sources
 from gateway.ops.status_words import shown_state
+from gateway.ops.store_port import StorePort
 from gateway.ops.watch import Watch
 from gateway.ops.web.port import StatusPort
 from gateway.pieces import Pauses
@@ -47,7 +48,7 @@ from gateway.prepared import Prepared, free, look
 from gateway.reception import Helpers
 from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
-from gateway.store.opening import open_store
+from gateway.store.opening import open_store, store_directory
 from gateway.store.store import Store
 from gateway.text import printable
 
@@ -127,6 +128,7 @@ class GatewayService(Service):
         self._now = now
         self._expiry = ExpiryWatch(now, reactor.seconds)
         self.status_port = StatusPort(reactor, self.sight)
+        self._store_port: StorePort | None = None
         self._reload_port = (
             None if runtime_directory is None else ReloadPort(reactor, runtime_directory / RELOAD_SOCKET, self.reload)
         )
@@ -188,6 +190,7 @@ class GatewayService(Service):
             )
         if self._reload_port is not None:
             self._reload_port.open()
+        self._follow_store()
         # Everything is open and loaded, but the process may still end before the reactor's first turn.
         self._reactor.callWhenRunning(self._tell_ready)
 
@@ -212,6 +215,8 @@ class GatewayService(Service):
         )
         if self._reload_port is not None:
             self._reload_port.close()
+        if self._store_port is not None:
+            self._store_port.close()
         waiting = self._listeners.close()
         gone = self.gateway.stop(config.drain.seconds)
         self._notifier.stopping(self.status, config.drain.seconds + config.timeouts.close + _STOP_MARGIN)
@@ -335,6 +340,7 @@ class GatewayService(Service):
         # From here on the new configuration is active, so an internal error must not look like a refusal.
         steps: list[Callable[[], object]] = [
             partial(self.gateway.adopt, generation),
+            self._follow_store,
             partial(self.status_port.adopt, status),
             partial(self._watch.know, prepared.files),
             partial(self._tell_adopted, opened, closed),
@@ -393,6 +399,13 @@ class GatewayService(Service):
         self._notifier.close()
         # Last, so that the status page shows the sessions ending.
         return self.status_port.close()
+
+    def _follow_store(self) -> None:
+        """Open the socket of a store that has come into use."""
+        directory, stored = store_directory(self.gateway.config), self.gateway.stored
+        if self._store_port is None and stored is not None and directory is not None:
+            self._store_port = StorePort(self._reactor, directory, stored.change)
+            self._store_port.open()
 
     def _tell_ready(self) -> None:
         if self.running and not self.gateway.stopping:

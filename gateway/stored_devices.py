@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -26,7 +26,9 @@ from gateway.session.record import Dial, Peer, SessionRecord
 from gateway.session.session import Session
 from gateway.session.stored import StoredSession, World
 from gateway.session.treatment import Treatment
+from gateway.store.backlog import Backlog, client_identifier_of
 from gateway.store.store import Store
+from gateway.text import printable
 
 _log = Logger(namespace="gateway")
 
@@ -34,6 +36,7 @@ _log = Logger(namespace="gateway")
 _SWEPT_AT_A_TIME = 200
 _BUSY = frozenset({EndReason.TOO_MANY_NEW_SESSIONS})
 _LATER = 5.0  # seconds until a dial that was not let through is tried again, on average
+_SHOWN = 200  # characters of a name
 _TELL_EVERY = 60.0  # seconds
 # How often the kernel is asked whether brokers acknowledge: in seconds, and per timeout.
 _CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
@@ -249,6 +252,42 @@ class StoredDevices:
         session.become_stored(stored)
         stored.after = stored.outgoing.after = self._config.store.after
         stored.attach(session, packet, treatment, caller, confirm=confirm)
+
+    def change(self, action: str, device: str) -> Deferred[list[tuple[str, int]]]:
+        """Do what a person asks for: `drop` or `retry`; fires with the backlogs of `device` and numbers of messages.
+
+        `device` is the name of a backlog, or the Client Identifier in it.
+        """
+        return gatherResults(
+            self._changed_by_hand(action, backlog)
+            for backlog in list(self.store)
+            if device in {backlog.name, client_identifier_of(backlog.name)}
+        )
+
+    def _changed_by_hand(self, action: str, backlog: Backlog) -> Deferred[tuple[str, int]]:
+        done: Deferred[tuple[str, int]] = Deferred()
+        name = backlog.name
+
+        def changed(count: int) -> None:
+            _log.warn(
+                "store: {count} messages of {device}: {action} by hand",
+                event="store-changed",
+                count=count,
+                device=printable(name, _SHOWN),
+                action=action,
+            )
+            stored = self.sessions.get(name)
+            if action == "drop" and stored is not None:
+                stored.dropped()
+            elif action == "retry" and stored is None and count and not self._stopping:
+                self._begin(name)
+            done.callback((name, count))
+
+        if action == "drop":
+            self.store.drop(backlog, changed)
+        else:
+            self.store.retry(backlog, changed)
+        return done
 
     # ---- see `gateway.session.stored.Link`
 

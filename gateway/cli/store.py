@@ -1,7 +1,8 @@
 """`mqtts-gateway store`: what waits on disk for a broker, and what was set aside.
 
 In: the directory of a store, or the configuration that names it.  Out: lines, or JSON; an exit status: 0, or 1 if the
-store cannot be read.  `list`, `show` and `export` only read; `drop` and `retry` need the gateway stopped.
+store cannot be read.  `list`, `show` and `export` only read.  `drop` and `retry` ask the gateway that uses the store,
+if one runs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import socket
 import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,6 +20,8 @@ from typing import Any
 from gateway.cli.report import complain
 from gateway.config import load_file
 from gateway.errors import ConfigError
+from gateway.ops.store_port import NAME as SOCKET
+from gateway.store.backlog import client_identifier_of
 from gateway.store.database import Database, Delete, Forget, StoreError
 from gateway.store.opening import store_directory
 from gateway.store.row import DamagedRow, Row, decode_row
@@ -25,6 +29,7 @@ from gateway.text import printable
 
 _DEFAULT = Path("/var/lib/mqtts-gateway/store")
 _SHOWN = 200  # characters of a name or a topic
+_PATIENCE = 60.0  # seconds until the gateway has answered
 _DELETED = 1_000  # rows in one transaction
 
 
@@ -35,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("list", "list devices with messages on disk"),
         ("show", "list the messages of a device"),
         ("export", "write the messages of a device with their payloads, as JSON lines"),
-        ("retry", "put what was set aside behind the backlog; needs the gateway stopped"),
-        ("drop", "delete all messages of a device; needs the gateway stopped"),
+        ("retry", "deliver again what was set aside"),
+        ("drop", "delete all messages of a device"),
     ):
         action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         if name != "list":
@@ -122,17 +127,46 @@ def _show(connection: sqlite3.Connection, wanted: str, *, with_payload: bool) ->
 
 
 def _change(directory: Path, action: str, wanted: str) -> int:
+    changed = _ask(directory / SOCKET, action, wanted)
+    if changed is None:
+        changed = _change_file(directory, action, wanted)
+    if not changed:
+        complain(f"the store knows no device {printable(wanted, _SHOWN)}")
+        return 1
+    for name, count in changed:
+        words = "queued again" if action == "retry" else "deleted"
+        print(f"{words}: {count} message{'' if count == 1 else 's'} of {_shown(name)}")
+    return 0
+
+
+def _ask(path: Path, action: str, wanted: str) -> list[tuple[str, int]] | None:
+    """Ask the gateway that uses the store; return None if there is none.  Raises StoreError, OSError."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_PATIENCE)
+        try:
+            connection.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        connection.sendall(json.dumps({"action": action, "device": wanted}).encode() + b"\n")
+        answer = b""
+        while part := connection.recv(65_536):
+            answer += part
+    values = json.loads(answer) if answer else {"error": "the gateway gave no answer"}
+    if "error" in values:
+        raise StoreError(printable(str(values["error"]), _SHOWN))
+    return [(str(each[0]), int(each[1])) for each in values["changed"]]
+
+
+def _change_file(directory: Path, action: str, wanted: str) -> list[tuple[str, int]]:
+    """Make the change without a gateway.  Raises StoreError."""
+    changed: list[tuple[str, int]] = []
     database = Database(directory)
     opened = database.open()
     try:
-        devices = [device for device in opened.devices if wanted in {device.name, _client_identifier(device.name)}]
-        if not devices:
-            complain(f"the store knows no device {printable(wanted, _SHOWN)}")
-            return 1
+        devices = [device for device in opened.devices if wanted in {device.name, client_identifier_of(device.name)}]
         for device in devices:
             if action == "retry":
-                moved = database.retry_aside(device.number, opened.last_number + 1)
-                print(f"{len(moved)} messages are behind the backlog of {_shown(device.name)}")
+                changed.append((device.name, len(database.retry_aside(device.number, opened.last_number + 1))))
                 continue
             count = database.drop_aside(device.number)
             after = 0
@@ -142,26 +176,18 @@ def _change(directory: Path, action: str, wanted: str) -> int:
                 count += len(numbers)
                 database.commit([Delete(numbers)])
             database.commit([Forget(device.number)])
-            print(f"{count} messages of {_shown(device.name)} were deleted")
+            changed.append((device.name, count))
     finally:
         database.close()
-    return 0
+    return changed
 
 
 def _find(connection: sqlite3.Connection, wanted: str) -> list[int]:
     return [
         number
         for number, name in connection.execute("SELECT number, name FROM device")
-        if wanted in {name, _client_identifier(name)}
+        if wanted in {name, client_identifier_of(name)}
     ]
-
-
-def _client_identifier(name: str) -> str:
-    """Give the Client Identifier in the name of a backlog."""
-    try:
-        return str(json.loads(name)[0])
-    except (ValueError, IndexError, TypeError):
-        return name
 
 
 def _shown(name: str) -> str:

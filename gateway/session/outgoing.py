@@ -398,7 +398,7 @@ class Outgoing:
             self._changed()
             return
         if number in self._early or any(flight.row.number == number for flight in self._flights.values()):
-            self._backlog.adopt()
+            self._backlog.adopt(number)
         code = self._early.pop(number, None)
         if code is not None:
             self._store.finish(self._backlog, [number])

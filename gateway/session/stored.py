@@ -406,6 +406,14 @@ class StoredSession:
         self._settled.append(done)
         self._check_settled()
 
+    def dropped(self) -> None:
+        """A person has dropped the messages; for a device that is away nothing more is published, not even its Will."""
+        if self.visit is None:
+            self.state.will = None
+            self._will_at = float("inf")
+            self._save(None)
+            self._check_over()
+
     def stop(self, *, discard_will: bool) -> None:
         """The gateway stops and the device's session has ended: leave the broker, too."""
         self.stopping = True

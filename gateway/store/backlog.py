@@ -5,6 +5,7 @@ In: rows that became durable, rows that are finished.  Out: which row is next.  
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable
 
@@ -73,8 +74,15 @@ class Backlog:
         """Put back what was taken and is not finished."""
         self.taken = 0
 
-    def adopt(self) -> None:
-        """Count the first row that is not taken as taken: it was sent before it was stored."""
+    def adopt(self, number: int) -> None:
+        """Count a row that became durable as taken, before all that are not: it was sent before it was stored."""
+        numbers, first = self._numbers, self._head + self.taken
+        # It is the last one, unless a person has put rows back that had been set aside.
+        at = len(numbers) - 1
+        while at > first and numbers[at] != number:
+            at -= 1
+        for column in (numbers, self._sizes, self._stamps):
+            column.insert(first, column.pop(at))
         self.taken += 1
 
     def finish(self, number: int) -> int:
@@ -132,6 +140,14 @@ class Backlog:
             else:
                 high = middle
         return low
+
+
+def client_identifier_of(name: str) -> str:
+    """Return the Client Identifier in the name of a backlog, or the name if there is none."""
+    try:
+        return str(json.loads(name)[0])
+    except (ValueError, IndexError, TypeError, KeyError):
+        return name
 
 
 def _clamped(stamp: int) -> int:

@@ -274,15 +274,21 @@ class Store:
             self.received[backlog.name].clear()
         self._writer.write(Save(backlog.number, backlog.name, state, forget_received), done)
 
-    def drop(self, backlog: Backlog, done: Callable[[], None]) -> int:
-        """Delete all that waits of a device and is not in flight, and what was set aside; return how many waited."""
+    def drop(self, backlog: Backlog, done: Callable[[int], None]) -> None:
+        """Delete all that waits of a device and is not in flight, and what was set aside.
+
+        `done` gets how many there were.
+        """
         self.aside.pop(backlog.name, None)
         numbers, freed = backlog.evict(1 << 62)
         self.bytes -= freed
         self.counts.dropped["dropped by hand"] += len(numbers)
         self._writer.write(Delete(tuple(numbers)))
-        self._writer.work(lambda database: database.drop_aside(backlog.number), lambda *_: done())
-        return len(numbers)
+
+        def dropped(aside: object, error: StoreError | None) -> None:
+            done(len(numbers) + (aside if error is None and isinstance(aside, int) else 0))
+
+        self._writer.work(lambda database: database.drop_aside(backlog.number), dropped)
 
     def retry(self, backlog: Backlog, done: Callable[[int], None]) -> None:
         """Put what was set aside behind the backlog; `done` gets how many there were."""
