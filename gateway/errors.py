@@ -34,8 +34,8 @@ class EndReason(StrEnum):
     )
     DEVICE_LOST = (
         "device-lost",
-        "The device closed or reset its connection without DISCONNECT.",
-        "Check the device's power and network. If it was connected to the broker, the broker publishes its Will.",
+        "The device closed or reset its connection without DISCONNECT; the broker publishes its Will, if it has one.",
+        "Check the device's power and network. If it sent no CONNECT, it may be a port scan or a TCP health check.",
     )
     KEEPALIVE_TIMEOUT = (
         "keepalive-timeout",
@@ -45,7 +45,7 @@ class EndReason(StrEnum):
     UPSTREAM_DISCONNECT = (
         "upstream-disconnect",
         "The broker ended the session with DISCONNECT.",
-        "Look up the reason code in the record; often another client took over the Client Identifier.",
+        "See the reason code in the detail; often another client took over the Client Identifier.",
     )
     UPSTREAM_LOST = (
         "upstream-lost",
@@ -89,7 +89,7 @@ class EndReason(StrEnum):
     PROTOCOL_ERROR = (
         "protocol-error",
         "The device sent a packet that is not allowed at this point.",
-        "Update the device's firmware, or report the detail in the record to its vendor.",
+        "Update the device's firmware, or report the detail to its vendor.",
     )
     PACKET_TOO_LARGE = (
         "packet-too-large",
@@ -246,7 +246,7 @@ class EndReason(StrEnum):
     )
     PROXY_INTERCEPTS_TLS = (
         "proxy-intercepts-tls",
-        "The certificate that came through the proxy is from no trusted CA: the proxy may be intercepting TLS.",
+        "No trusted CA issued the certificate that came through the proxy: the proxy may be intercepting TLS.",
         "Have the proxy exempt the broker from inspection; if the broker has a private CA, set tls.ca_file.",
     )
 
@@ -269,7 +269,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "If the broker has only RSA key exchange, CBC ciphers or other curves, enable there what the detail lists.",
+        "If the broker offers only RSA key exchange, CBC ciphers or other curves, enable there what the detail lists.",
     )
     TLS_VERSION = (
         "tls-version",
@@ -279,7 +279,7 @@ class EndReason(StrEnum):
     TLS_CLIENT_CERTIFICATE_REFUSED = (
         "tls-client-certificate-refused",
         "The broker requires a client certificate, or rejected the one it got.",
-        "Check tls.client_cert and tls.client_key, or those of the device's rule: is the certificate right, and valid?",
+        "Set tls.client_cert and tls.client_key, or those of the rule, to a certificate that the broker accepts.",
     )
     TLS_ALPN_MISMATCH = (
         "tls-alpn-mismatch",
@@ -365,7 +365,7 @@ class EndReason(StrEnum):
     UPSTREAM_REFUSED = (
         "upstream-refused",
         "The broker refused CONNECT; the device got the broker's answer.",
-        "Look up the code in the record: wrong credentials, a rejected Client Identifier, or a policy.",
+        "See the code in the detail: wrong credentials, a rejected Client Identifier, or a policy.",
     )
     UPSTREAM_CLOSED = (
         "upstream-closed",

@@ -67,6 +67,8 @@ _COLLECTOR_THRESHOLD = 20_000
 _CHANGES_SHOWN = 20
 _MAX_PROBLEM = 1000  # characters
 _STOPPING = ["the gateway is stopping"]
+# Begins each line about a refused reload.
+_REFUSED = "reload refused, previous configuration still active"
 # Seconds after which a thread that computes must let the event loop run, when that is due.
 _SWITCH_INTERVAL = 0.0005
 
@@ -271,14 +273,14 @@ class GatewayService(Service):
             self.ledger.refused_reloads += 1
             problems = error.problems
             for problem in problems:
-                _log.error("reload refused: {problem}", event="reload-refused", problem=problem)
+                _log.error(f"{_REFUSED}: {{problem}}", event="reload-refused", problem=problem)
             more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
-            self._refused[refused[0]] = f"reload refused, previous configuration still active: {problems[0]}{more}"
+            self._refused[refused[0]] = f"{_REFUSED}: {problems[0]}{more}"
         except Exception:  # noqa: BLE001  systemd must not wait for the end of this reload, whatever happens
             self.ledger.refused_reloads += 1
             problems = ["internal error, see the log"]
-            _log.failure("reload refused: internal error; previous configuration still active")
-            self._refused[refused[0]] = f"reload refused, previous configuration still active: {problems[0]}"
+            _log.failure(f"{_REFUSED}: internal error")
+            self._refused[refused[0]] = f"{_REFUSED}: {problems[0]}"
         else:
             what = _listed(prepared.changed) or "no changes"
             _log.info("reloaded: {what}", event="reloaded", what=what)
@@ -446,7 +448,7 @@ class GatewayService(Service):
                 wanted=wanted,
                 carried=carried,
             )
-        _log.info("at most {carried} sessions at a time", carried=carried)
+        _log.info("session limit: {carried}", carried=carried)
 
 
 def _listed(changed: Sequence[str]) -> str:

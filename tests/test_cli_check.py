@@ -271,11 +271,11 @@ def test_an_untrusted_chain_shows_what_was_presented(offered: Callable[..., tupl
 @pytest.mark.parametrize(
     ("names", "settings", "words", "remedy"),
     [
-        (["DNS:other.example"], {}, "is for DNS:other.example; wanted localhost", "server_name"),
+        (["DNS:other.example"], {}, "is for DNS:other.example; expected localhost", "server_name"),
         ([], {}, "has no subjectAltName", "reissued with the subjectAltName DNS:localhost; the common name"),
         (["email:a@b.example"], {}, "usable subjectAltName (email:a@b.example)", "Have the certificate reissued"),
-        (["IP:127.0.0.1"], {}, "is for IP:127.0.0.1; wanted localhost, a host name", "DNS:localhost"),
-        (["DNS:localhost"], {"host": "127.0.0.1"}, "wanted 127.0.0.1, an IP address", "subjectAltName IP:127.0.0.1"),
+        (["IP:127.0.0.1"], {}, "is for IP:127.0.0.1; expected localhost, a host name", "DNS:localhost"),
+        (["DNS:localhost"], {"host": "127.0.0.1"}, "expected 127.0.0.1, an IP address", "subjectAltName IP:127.0.0.1"),
         (["DNS:*.lan"], {"server_name": "broker.lan"}, "wildcard that is too wide", "leftmost label"),
     ],
     ids=["other name", "no SAN", "no name of a host", "IP for a name", "name for an IP", "wildcard"],
@@ -406,7 +406,7 @@ def test_a_broker_that_wants_a_client_certificate(
         (4, {}, Status.WARN, "0x04, bad user name or password", "which devices send"),
         (5, {}, Status.WARN, "0x05, not authorized", "The connection works"),
         (5, {"username": "d1"}, Status.FAIL, "0x05, not authorized", "administrator"),
-        (7, {}, Status.FAIL, "0x07, unknown code", "code in the record"),
+        (7, {}, Status.FAIL, "0x07, unknown code", "code in the detail"),
     ],
 )
 def test_a_broker_that_refuses_connect(
@@ -487,7 +487,7 @@ def test_files_are_looked_at_one_by_one(
     assert [step.message.partition(": ")[0] for step in steps] == [
         str(tmp_path / name) for name in ("ca.pem", "cas/one.crt", "client.pem", "key.pem", "crl.pem")
     ]
-    assert "2 certificates in order; 88 days left" in steps[2].message
+    assert "2 certificates in the right order; 88 days left" in steps[2].message
     assert "due by" in steps[4].message
     assert [step.name for step in done.report.steps if step.upstream] == []
 

@@ -75,8 +75,8 @@ def test_a_whole_life(tmp_path: Path, manager: ServiceManager, start_broker: Sta
         assert refused["STATUS"].startswith("reload refused")
         assert "upstream[0].prot: unknown key" in refused["STATUS"]
         assert "(and 1 more, see the log)" in refused["STATUS"]
-        assert "reload refused: upstream[0].prot: unknown key: did you mean `port`?" in gateway.text
-        assert "reload refused: limits.max_packet_size: 0 is out of range" in gateway.text
+        assert "still active: upstream[0].prot: unknown key: did you mean `port`?" in gateway.text
+        assert "still active: limits.max_packet_size: 0 is out of range" in gateway.text
         established(gateway.ports[0]).close()
         eventually(lambda: manager.messages.count({"WATCHDOG": "1"}) >= 3, "the watchdog is fed")
 
@@ -160,7 +160,7 @@ def test_flags_are_reloaded_too(tmp_path: Path, start_broker: StartBroker, ca_fi
         eventually(lambda: "reloaded: " in gateway.text, "the reload")
         (tmp_path / "ca.pem").write_text("no certificate")
         gateway.signal(signal.SIGHUP)
-        eventually(lambda: f"reload refused: tls.ca_file: {tmp_path}/ca.pem" in gateway.text, "the refusal")
+        eventually(lambda: f"still active: tls.ca_file: {tmp_path}/ca.pem" in gateway.text, "the refusal")
         established(gateway.ports[0]).close()
         gateway.signal(signal.SIGTERM)
         assert gateway.wait() in ENDED_BY_SIGTERM

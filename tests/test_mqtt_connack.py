@@ -119,7 +119,7 @@ WRONG = [
     ("reserved flags in 5.0", 5, connack(version=5, flags=0x81), 0x81, "flags 0b10000001"),
     ("session with refusal", 4, connack(flags=1, code=5), 0x82, "Session Present and code 0x05"),
     ("session with refusal in 5.0", 5, connack(version=5, flags=1, code=0x87), 0x82, "Session Present and code 0x87"),
-    ("success without properties", 5, connack(version=4), 0x81, "bytes end within the Property Length of CONNACK"),
+    ("success without properties", 5, connack(version=4), 0x81, "packet ends within the Property Length of CONNACK"),
     ("undefined code", 5, connack(version=5, code=0x10), 0x82, "code 0x10, neither success nor refusal"),
     ("trailing bytes", 5, connack(version=5, extra=b"\0"), 0x81, "1 bytes after its properties"),
     ("padded", 5, connack(version=5, length_size=2), 0x81, "in more bytes than it needs"),

@@ -216,12 +216,18 @@ MALFORMED = [
     ("Client Identifier with U+0000", {"client_identifier": "a\0b"}, VERSIONS, 0x81, "U+0000"),
     ("Will Topic not UTF-8", {"will_topic": b"\xff"}, VERSIONS, 0x81, "Will Topic of CONNECT is not UTF-8"),
     ("user name not UTF-8", {"username": b"\xff"}, VERSIONS, 0x81, "user name of CONNECT is not UTF-8"),
-    ("user name flag without user name", {"flags": 0x82}, [4, 5], 0x81, "bytes end within the user name"),
-    ("password flag without password", {"username": "u", "flags": 0xC2}, [4, 5], 0x81, "bytes end within the password"),
-    ("Will flag without Will", {"flags": 0x06}, VERSIONS, 0x81, "bytes end within the"),
+    ("user name flag without user name", {"flags": 0x82}, [4, 5], 0x81, "packet ends within the user name"),
+    (
+        "password flag without password",
+        {"username": "u", "flags": 0xC2},
+        [4, 5],
+        0x81,
+        "packet ends within the password",
+    ),
+    ("Will flag without Will", {"flags": 0x06}, VERSIONS, 0x81, "packet ends within the"),
     ("user name without its flag", {"username": "u", "flags": 0x02}, VERSIONS, 0x81, "3 bytes after its last field"),
     ("bytes after the end", {"extra": b"\0"}, VERSIONS, 0x81, "1 bytes after its last field"),
-    ("cut user name", {"flags": 0x82, "extra": b"\0\2u"}, VERSIONS, 0x81, "bytes end within the user name"),
+    ("cut user name", {"flags": 0x82, "extra": b"\0\2u"}, VERSIONS, 0x81, "packet ends within the user name"),
     ("padded Remaining Length", {"length_size": 2}, [5], 0x81, "Remaining Length in more bytes than it needs"),
 ]
 
@@ -254,9 +260,9 @@ WRONG_PROPERTIES = [
     ("Maximum Packet Size 0", number(0x27, 0, size=4), 0x82, "Maximum Packet Size of CONNECT is 0"),
     ("flag of 2", number(0x17, 2, size=1), 0x82, "Request Problem Information of CONNECT is 2"),
     ("data without method", b"\x16" + binary(b"x"), 0x82, "Authentication Data without a method"),
-    ("cut number", b"\x11\0\0\0", 0x81, "bytes end within the Session Expiry Interval"),
-    ("cut string", b"\x15\0\5abc", 0x81, "bytes end within the Authentication Method"),
-    ("cut User Property", b"\x26" + string("key"), 0x81, "bytes end within the User Property"),
+    ("cut number", b"\x11\0\0\0", 0x81, "packet ends within the Session Expiry Interval"),
+    ("cut string", b"\x15\0\5abc", 0x81, "packet ends within the Authentication Method"),
+    ("cut User Property", b"\x26" + string("key"), 0x81, "packet ends within the User Property"),
     ("User Property not UTF-8", b"\x26\0\1\xff\0\0", 0x81, "User Property of CONNECT is not UTF-8"),
     ("string with U+0000", text(0x15, "\0"), 0x81, "U+0000"),
 ]
@@ -284,11 +290,11 @@ def test_wrong_will_properties_are_refused(properties):
 @pytest.mark.parametrize(
     ("property_length", "detail"),
     [
-        (b"", "bytes end within the Property Length"),
-        (b"\x80", "bytes end within the Property Length"),
+        (b"", "packet ends within the Property Length"),
+        (b"\x80", "packet ends within the Property Length"),
         (b"\x80\x00", "takes 2 bytes"),
         (b"\xff\xff\xff\xff\x01", "more than four bytes"),
-        (b"\x05\x11", "bytes end within the properties"),
+        (b"\x05\x11", "packet ends within the properties"),
     ],
 )
 def test_a_wrong_property_length_is_malformed(property_length, detail):
@@ -315,7 +321,7 @@ def test_no_body_that_ends_too_soon_is_read(version):
     # In 3.1 a user name and a password that were announced may be left out: the body may end before either.
     allowed = {len(body) - 6, len(body) - 3} if version == 3 else set()
     for end in set(range(len(body))) - allowed:
-        with pytest.raises(PacketError, match="bytes end within"):
+        with pytest.raises(PacketError, match="packet ends within"):
             parse(packet(0x10, body[:end]))
 
 

@@ -86,7 +86,7 @@ def test_a_padded_remaining_length_is_noted():
         (b"HEAD / HTTP/1.0\r\n", 0x82, "an HTTP request"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 0x82, "an HTTP/2 request"),
         (b"PROXY TCP4 ", 0x82, "a PROXY protocol header"),
-        (b"\x16\x03\x01\x02\0\x01", 0x81, "a TLS ClientHello: this port takes plain MQTT"),
+        (b"\x16\x03\x01\x02\0\x01", 0x81, "a TLS ClientHello"),
         (b"\x16", 0x81, "first byte 0x16, of CONNECT with flags 0b0110 instead of 0b0000, where CONNECT was expected"),
         (b"\x00", 0x81, "first byte 0x00, of the reserved type 0, where CONNECT was expected"),
         (b"\xff\xff\xff\xff", 0x82, "first byte 0xFF, of AUTH, where CONNECT was expected"),

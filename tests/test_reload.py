@@ -303,7 +303,8 @@ def test_a_renewed_client_certificate_is_shown_by_the_next_session(
     eventually(lambda: told, "the half of it is seen")
     (refused,) = told
     assert refused.startswith(
-        f"reload refused: tls.client_key: {key} is not the key of the first certificate in {certificate}; "
+        "reload refused, previous configuration still active: "
+        f"tls.client_key: {key} is not the key of the first certificate in {certificate}; "
     )
     assert gateway.service.status.startswith("reload refused")
     assert ": tls.client_key: " in gateway.service.status

@@ -658,7 +658,7 @@ def test_the_clock_is_shown_where_it_matters() -> None:
 def test_a_failure_says_which_certificate() -> None:
     """A chain has several certificates, and it matters whose is wrong."""
     assert "the broker's certificate" in verification_failure(10, 0, NOW).detail
-    assert "the CA certificate 2 above" in verification_failure(10, 2, NOW).detail
+    assert "the CA certificate at depth 2" in verification_failure(10, 2, NOW).detail
 
 
 def test_a_clock_before_this_versions_day_is_named_as_the_cause() -> None:
@@ -756,8 +756,12 @@ def test_the_entry_that_matches_is_named(wanted: str, names: list[str], matched:
     ("wanted", "names", "words"),
     [
         ("broker.test", [], "the certificate has no subjectAltName, and its common name is not used"),
-        ("broker.test", ["DNS:a.test", "IP:192.0.2.1"], "is for DNS:a.test, IP:192.0.2.1; wanted broker.test, a host"),
-        ("192.0.2.1", ["DNS:a.test"], "is for DNS:a.test; wanted 192.0.2.1, an IP address"),
+        (
+            "broker.test",
+            ["DNS:a.test", "IP:192.0.2.1"],
+            "is for DNS:a.test, IP:192.0.2.1; expected broker.test",
+        ),
+        ("192.0.2.1", ["DNS:a.test"], "is for DNS:a.test; expected 192.0.2.1, an IP address"),
         ("broker.test", ["email:a@b.test"], "no usable subjectAltName (email:a@b.test)"),
         ("broker.test", ["URI:mqtts://broker.test"], "no usable subjectAltName (URI:mqtts://broker.test)"),
         ("broker.test", ["DNS:*"], "a wildcard that is too wide or misplaced (DNS:*)"),
@@ -770,7 +774,7 @@ def test_the_entry_that_matches_is_named(wanted: str, names: list[str], matched:
         ("broker.test", ["DNS:broker.test\r\n", "DNS:broker.test\0"], r"no usable subjectAltName (DNS:broker.test\r\n"),
         ("broker.test", ["DNS:broker.test.", "DNS:.broker.test"], "no usable subjectAltName"),
         ("127.0.0.1", ["DNS:127.0.0.1", "DNS:*.lan"], "a wildcard that is too wide"),
-        ("a.test", [f"DNS:{index}.test" for index in range(20)], "DNS:7.test and 12 more; wanted a.test"),
+        ("a.test", [f"DNS:{index}.test" for index in range(20)], "DNS:7.test and 12 more; expected a.test"),
     ],
 )
 def test_a_mismatch_says_why(wanted: str, names: list[str], words: str) -> None:

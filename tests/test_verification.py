@@ -866,8 +866,8 @@ RULES = {
     "root with a purpose": "the root: it has an extended key usage",
     "serial number zero": "serial number",
     "RSA key of 2052 bits": "2052 bits",
-    "intermediate with name constraints that are not critical": "1 above the broker's: its name constraints",
-    "intermediate with policy constraints that are not critical": "1 above the broker's: its policy constraints",
+    "intermediate with name constraints that are not critical": "at depth 1: its name constraints",
+    "intermediate with policy constraints that are not critical": "at depth 1: its policy constraints",
     "key usage without digitalSignature": "digitalSignature",
 }
 """The words for rules that the gateway applies itself."""

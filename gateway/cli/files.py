@@ -316,9 +316,15 @@ def _chain(path: Path, chain: Sequence[x509.Certificate]) -> Step:
     for lower, upper in pairwise(chain):
         if not _issued(lower, upper):
             message = f"{subject(lower)} was not issued by the certificate after it, {subject(upper)}"
-            return _step(Status.FAIL, path, message, "Put the own certificate first, then each issuer, nothing else.")
+            return _step(
+                Status.FAIL,
+                path,
+                message,
+                "Put the key's own certificate first, then each issuer.",
+            )
     status, words = expiry(leaf)
-    message = f"client certificate {subject(leaf)}, issuer {issuer(leaf)}, {_count(chain)} in order; {words}"
+    order = " in the right order" if len(chain) > 1 else ""
+    message = f"client certificate {subject(leaf)}, issuer {issuer(leaf)}, {_count(chain)}{order}; {words}"
     if status is not Status.PASS:
         return _step(status, path, message, "Renew it: brokers reject a certificate that is not valid.")
     if not _is_for_clients(leaf):

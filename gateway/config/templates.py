@@ -59,7 +59,7 @@ def expand(template: str, values: Mapping[str, str | None]) -> str:
     for name in placeholders(template):
         value = values.get(name)
         if value is None:
-            raise UnusableValueError(f"{{{name}}} is not known for this device")
+            raise UnusableValueError(f"{{{name}}} has no value for this device")
         if not SAFE.fullmatch(value):
             raise UnusableValueError(
                 f"{{{name}}} is empty, too long, or contains characters that templates do not accept"

@@ -6,6 +6,7 @@ In: a configured broker, then its addresses, then a connection.  Out: the result
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -120,7 +121,7 @@ async def within(seconds: float, awaited: Deferred[_T], clock: IReactorTime) -> 
 def _tcp_failure(failures: list[Failure]) -> UpstreamFailure:
     """Return the reason of the address that failed first, which was the preferred one, and the details of all."""
     reasons = [_tcp_reason(failure) for failure in failures]
-    details = dict.fromkeys(str(failure.value) for failure in failures)
+    details = dict.fromkeys(_tcp_words(failure) for failure in failures)
     return UpstreamFailure(reasons[0], "; ".join(details))
 
 
@@ -130,6 +131,12 @@ def _tcp_reason(failure: Failure) -> EndReason:
     if failure.check(error.TimeoutError, error.TCPTimedOutError):
         return EndReason.TCP_TIMEOUT
     return EndReason.TCP_UNREACHABLE
+
+
+def _tcp_words(failure: Failure) -> str:
+    """Return the kernel's words, which Twisted's exceptions repeat in words of their own."""
+    number = getattr(failure.value, "osError", None)
+    return os.strerror(number) if isinstance(number, int) and number else str(failure.value)
 
 
 class _ConnectionFactory(Factory):

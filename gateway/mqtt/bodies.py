@@ -55,7 +55,7 @@ def _judge_publish(version: ProtocolVersion, first: int, body: bytes, length: in
     end = topic_end + number_size
     is_5 = version is ProtocolVersion.MQTT_5_0
     if end + is_5 > length:
-        raise malformed("the bytes end within the head of PUBLISH")
+        raise malformed("the packet ends within the head of PUBLISH")
     if len(body) < end:
         return end
     if number_size:
@@ -130,10 +130,10 @@ def _properties_end(body: bytes, offset: int, length: int, name: str) -> int:
         raise malformed(f"the Property Length of {name} takes more than four bytes (MQTT 5.0 §1.5.5)") from None
     if decoded is None:
         if len(body) >= length:
-            raise malformed(f"the bytes end within the Property Length of {name}")
+            raise malformed(f"the packet ends within the Property Length of {name}")
         return -1
     size, taken = decoded
     end = offset + taken + size
     if end > length:
-        raise malformed(f"the bytes end within the properties of {name}")
+        raise malformed(f"the packet ends within the properties of {name}")
     return end

@@ -104,16 +104,18 @@ class TopicRules:
 def judge_publish(rules: TopicRules, message: Publish, what: str = "PUBLISH") -> PacketError | None:
     """Return why a message of the device is not permitted, or None; `what` names the message in the error."""
     if rules.publish is not None and message.topic and not rules.publish.permits_name(message.topic):
-        return _refused(ReasonCode.NOT_AUTHORIZED, f"{what} to {_shown(message.topic)}, which publish does not cover")
+        detail = f"{what} to {_shown(message.topic)}: not allowed by publish of its rule"
+        return _refused(ReasonCode.NOT_AUTHORIZED, detail)
     answer = message.response_topic
     if rules.publish is not None and answer is not None and not rules.publish.permits_name(answer):
         # The responder would publish where the device itself may not.
-        detail = f"{what} with the Response Topic {_shown(answer)}, which publish does not cover"
+        detail = f"{what} with the Response Topic {_shown(answer)}: not allowed by publish of its rule"
         return _refused(ReasonCode.NOT_AUTHORIZED, detail)
     if message.qos > rules.max_qos:
-        return _refused(ReasonCode.QOS_NOT_SUPPORTED, f"{what} with QoS {message.qos}, above max_qos {rules.max_qos}")
+        detail = f"{what} with QoS {message.qos}: its rule has max_qos = {rules.max_qos}"
+        return _refused(ReasonCode.QOS_NOT_SUPPORTED, detail)
     if message.retain and rules.refuse_retain:
-        return _refused(ReasonCode.RETAIN_NOT_SUPPORTED, f"{what} with Retain")
+        return _refused(ReasonCode.RETAIN_NOT_SUPPORTED, f'{what} with Retain: its rule has retain = "refuse"')
     return None
 
 
@@ -558,7 +560,8 @@ def _check_permitted(permitted: TopicFilters, wanted: str) -> None:
     except ValueError as error:
         raise _refused(ReasonCode.TOPIC_FILTER_INVALID, f"SUBSCRIBE with an invalid Topic Filter: {error}") from None
     if not permitted.permits(wanted):
-        raise _refused(ReasonCode.NOT_AUTHORIZED, f"SUBSCRIBE to {_shown(wanted)}, which subscribe does not cover")
+        detail = f"SUBSCRIBE to {_shown(wanted)}: not allowed by subscribe of its rule"
+        raise _refused(ReasonCode.NOT_AUTHORIZED, detail)
 
 
 def _shown(topic: str) -> str:

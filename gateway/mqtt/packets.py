@@ -210,7 +210,7 @@ def decode_integer(data: bytes, offset: int, size: int, what: str) -> tuple[int,
     """
     end = offset + size
     if end > len(data):
-        raise malformed(f"the bytes end within the {what}")
+        raise malformed(f"the packet ends within the {what}")
     return int.from_bytes(data[offset:end], "big"), end
 
 
@@ -222,7 +222,7 @@ def decode_binary(data: bytes, offset: int, what: str) -> tuple[bytes, int]:
     length, start = decode_integer(data, offset, 2, what)
     end = start + length
     if end > len(data):
-        raise malformed(f"the bytes end within the {what}")
+        raise malformed(f"the packet ends within the {what}")
     return data[start:end], end
 
 

@@ -168,14 +168,14 @@ def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where:
     except ValueError:
         raise malformed(f"the Property Length of {where} takes more than four bytes (MQTT 5.0 §1.5.5)") from None
     if decoded is None:
-        raise malformed(f"the bytes end within the Property Length of {where}")
+        raise malformed(f"the packet ends within the Property Length of {where}")
     length, length_size = decoded
     if not is_minimal(length, length_size):
         raise malformed(f"the Property Length {length} of {where} takes {length_size} bytes (MQTT 5.0 §1.5.5)")
     start = offset + length_size
     end = start + length
     if end > len(data):
-        raise malformed(f"the bytes end within the properties of {where}")
+        raise malformed(f"the packet ends within the properties of {where}")
     # Slice, so that no value can extend beyond the Property Length.
     return _parse_section(data[start:end], permitted, where), end
 
@@ -184,7 +184,7 @@ def end_of_properties(data: bytes, offset: int) -> int:
     """Return the offset after a Property Length and its already validated properties (MQTT 5.0 §2.2.2.1)."""
     decoded = decode_remaining_length(data, offset)
     if decoded is None:
-        raise malformed("the bytes end within a Property Length")
+        raise malformed("the packet ends within a Property Length")
     length, length_size = decoded
     return offset + length_size + length
 
@@ -253,7 +253,7 @@ def _spans(properties: bytes) -> Iterator[tuple[int, int, int]]:
         else:
             raise malformed(f"unknown property 0x{identifier:02X} (MQTT 5.0 §2.2.2.2)")
         if offset > size:
-            raise malformed("the bytes end within a property")
+            raise malformed("the packet ends within a property")
         yield identifier, start, offset
 
 

@@ -16,15 +16,15 @@ from gateway.mqtt.packets import PacketType, ReasonCode, decode_remaining_length
 
 # The first bytes of protocols that often reach the wrong port. Naming the protocol helps the operator most.
 _STRANGERS = (
-    (b"GET ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
-    (b"POST ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
-    (b"HEAD ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
-    (b"PUT ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
-    (b"OPTIONS ", "an HTTP request: this port takes plain MQTT, neither HTTP nor WebSocket"),
-    (b"PRI * HTTP/2", "an HTTP/2 request: this port takes plain MQTT"),
+    (b"GET ", "an HTTP request"),
+    (b"POST ", "an HTTP request"),
+    (b"HEAD ", "an HTTP request"),
+    (b"PUT ", "an HTTP request"),
+    (b"OPTIONS ", "an HTTP request"),
+    (b"PRI * HTTP/2", "an HTTP/2 request"),
     (b"HTTP/", "an HTTP response: the port that was dialled speaks HTTP, not MQTT"),
-    (b"PROXY ", "a PROXY protocol header: this port takes plain MQTT without it"),
-    (b"\x16\x03", "a TLS ClientHello: this port takes plain MQTT"),
+    (b"PROXY ", "a PROXY protocol header"),
+    (b"\x16\x03", "a TLS ClientHello"),
 )
 
 

@@ -41,7 +41,7 @@ _WHOSE = {
     Role.OWN: "the gateway's own certificate",
     Role.CA: "the CA certificate",
     Role.BROKER: "the certificate of the broker",
-    Role.DEVICE: "the device's certificate of rule",
+    Role.DEVICE: "the client certificate of rule",
 }
 _REMEDIES = {
     Role.OWN: "Renew it and install the new one as tls.client_cert. Brokers refuse the gateway once it has expired.",

@@ -160,7 +160,7 @@ class Presence(Generic[_S]):
         counted = "" if cost == 1.0 else f"; one that ends an established session counts as {cost:g}"
         cost = min(cost, _burst(devices))
         if tokens < cost:
-            detail = f"more than {devices.connects_per_minute:g} times a minute{counted}"
+            detail = f"more than {devices.connects_per_minute:g} CONNECTs a minute{counted}"
             raise Refusal(EndReason.CLIENT_ID_PACED, detail, 3, 0x9F)
         return tokens - cost
 

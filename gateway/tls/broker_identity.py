@@ -63,15 +63,15 @@ class Identity:
         return matched
 
     def _mismatch(self, certificate: x509.Certificate) -> str:
-        wanted = f"wanted {self.name}, {'an IP address' if self.sni is None else 'a host name'}"
+        expected = f"expected {self.name}, {'an IP address' if self.sni is None else 'a host name'}"
         names, shown = alt_names(certificate), shown_names(certificate)
         if not names:
-            return f"the certificate has no subjectAltName, and its common name is not used; {wanted}"
+            return f"the certificate has no subjectAltName, and its common name is not used; {expected}"
         if any(_pattern(name) is not None for name in names):
-            return f"the certificate is for {shown}; {wanted}"
+            return f"the certificate is for {shown}; {expected}"
         if any("*" in (name.dns or "") for name in names):
-            return f"the certificate has a wildcard that is too wide or misplaced ({shown}); {wanted}"
-        return f"the certificate has no usable subjectAltName ({shown}); {wanted}"
+            return f"the certificate has a wildcard that is too wide or misplaced ({shown}); {expected}"
+        return f"the certificate has no usable subjectAltName ({shown}); {expected}"
 
 
 @lru_cache(maxsize=32)

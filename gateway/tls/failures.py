@@ -30,8 +30,8 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     14: (EndReason.TLS_EXPIRED, "its notAfter field is malformed"),
     15: (EndReason.TLS_CRL_UNUSABLE, "the CRL's lastUpdate field is malformed"),
     16: (EndReason.TLS_CRL_UNUSABLE, "the CRL's nextUpdate field is malformed"),
-    18: (EndReason.TLS_UNTRUSTED_CHAIN, "self-signed, and not among the trusted roots"),
-    19: (EndReason.TLS_UNTRUSTED_CHAIN, "the chain ends in a root that is not among the trusted ones"),
+    18: (EndReason.TLS_UNTRUSTED_CHAIN, "self-signed, and not a trusted root"),
+    19: (EndReason.TLS_UNTRUSTED_CHAIN, "the chain ends in a root that is not trusted"),
     20: (
         EndReason.TLS_UNTRUSTED_CHAIN,
         "its issuer is neither a trusted root nor sent by the broker",
@@ -116,7 +116,7 @@ def verification_failure(
     reason, different from a `certificate` that starts too late, and is still a refusal.
     """
     reason, words = _VERIFY_ERRORS.get(code, (EndReason.TLS_UNTRUSTED_CHAIN, "verification failed"))
-    whose = "the broker's certificate" if depth == 0 else f"the CA certificate {depth} above the broker's"
+    whose = "the broker's certificate" if depth == 0 else f"the CA certificate at depth {depth}"
     detail = f"{whose}: {words} (OpenSSL error {code})"
     if code in _NOT_YET and now < MADE:
         reason = EndReason.CLOCK_IMPLAUSIBLE

@@ -32,7 +32,7 @@ def judge(chain: Sequence[x509.Certificate], roots: Collection[x509.Certificate]
     Raises `UpstreamFailure`; what `cryptography` cannot parse raises `ValueError` or its kin, a refusal as well.
     """
     for index, certificate in enumerate(chain):
-        shown = "the broker's certificate" if index == 0 else f"the CA certificate {index} above the broker's"
+        shown = "the broker's certificate" if index == 0 else f"the CA certificate at depth {index}"
         for rule in _broken(certificate):
             raise _refused(f"{shown}: {rule}")
     for rule in _broken_by_broker(chain[0]):

@@ -200,7 +200,7 @@ def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
     if _spki(chain[0].public_key()) != _spki(keys[0].public_key()):
         problems.append(
             f"tls.client_key: {key_path} is not the key of the first certificate in {tls.client_cert}; "
-            "the device's own certificate comes first, then those of its CAs"
+            "put the certificate of this key first, then its CAs' certificates"
         )
         return None, problems
     return ClientIdentity(tuple(chain), keys[0]), problems
