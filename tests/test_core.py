@@ -30,6 +30,7 @@ from gateway.tls.choice import connected_pair
 from gateway.tls.direct import DirectCalls
 from gateway.tls.engine import PublicCalls
 from tests import mqtt_packets as mqtt
+from tests.core.virtual import Records, build
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers
 from tests.test_mqtt_framer import valid_packets
@@ -129,17 +130,17 @@ def test_the_core_knows_utf8_as_python_does(core: Any, raw: bytes) -> None:
 
 
 @given(data=st.data())
-def test_the_core_counts_records_as_the_channel_does(core: Any, data: st.DataObject) -> None:
+def test_the_core_counts_records_as_the_channel_does(data: st.DataObject) -> None:
     """Headers and all, cut anywhere."""
     sizes = data.draw(st.lists(st.integers(0, 300), max_size=6))
     stream = b"".join(b"\x17\x03\x03" + size.to_bytes(2, "big") + bytes(size) for size in sizes)
     channel = TLSChannel.__new__(TLSChannel)
     channel.take_back(0, b"")
-    missing, header = 0, b""
+    state = Records()
     for piece in pieces(data.draw, stream):
-        completed, missing, header = core.records(missing, header, piece)
-        assert completed == channel._completed_records(piece)
-        assert (missing, header) == (channel._missing, channel._partial_header)
+        assert build().records(state, piece) == channel._completed_records(piece)
+        header = bytes(state.header[: state.header_size])
+        assert (state.missing, header) == (channel._missing, channel._partial_header)
 
 
 # ---- a pair, by itself
@@ -538,6 +539,29 @@ def test_a_session_that_is_held_is_taken_back_and_then_lent_again(compiled: Runn
     eventually(lambda: len(lent_to(compiled)) == 2, "the session is lent again")
     device.send(PACKET)
     assert device.read(len(PACKET)) == PACKET
+
+
+@pytest.mark.parametrize("rule", [{"max_qos": 1}, {"publish": ["#"]}, {"packets_per_second": 1000}])
+def test_a_session_whose_rule_reads_packets_or_limits_them_is_never_lent(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
+) -> None:
+    """The core knows nothing of rules."""
+    monkeypatch.delenv(choosing.SWITCH, raising=False)
+    rules = [{"name": "bound", "match_client_id": ["sensor-1"], **rule}]
+    gateway = start_gateway(upstream=start_broker(serve=echo).port, device=rules)
+    bound = relaying(gateway)
+    assert not lent_to(gateway)
+    other = established(gateway, client_identifier="sensor-2")
+    for _ in range(2):
+        other.send(PACKET)
+        assert other.read(len(PACKET)) == PACKET
+    eventually(lambda: len(lent_to(gateway)) == 2, "a session without a rule is lent")
+    bound.send(PACKET)
+    assert bound.read(len(PACKET)) == PACKET
+    assert len(lent_to(gateway)) == 2
+    bound.close()
+    other.close()
+    gateway.wait_empty()
 
 
 def test_a_stop_takes_all_sessions_back(compiled: RunningGateway) -> None:

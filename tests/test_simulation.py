@@ -22,6 +22,7 @@ from gateway.errors import SessionEnd
 from gateway.mqtt.framer import Framer
 from gateway.net.race import _Race
 from gateway.net.transport import RelayReactor
+from gateway.relay import core as choosing
 from gateway.relay.proxied import Doorstep, ProxiedConnection
 from gateway.relay.side import RelaySide
 from gateway.relay.upstream import UpstreamProtocol
@@ -33,6 +34,7 @@ from gateway.tls import channel
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import ChannelState, TLSChannel
 from tests import mqtt_packets as mqtt
+from tests.core.virtual import VirtualCore, build
 from tests.simulation.identities import Identities
 from tests.simulation.run import report, run
 from tests.simulation.world import simulate
@@ -56,6 +58,44 @@ def test_no_seed_finds_anything(identities: Identities) -> None:
     seeds = sorted({*range(SEEDS), *FAILED_ONCE})
     failed = [report(outcome) for outcome in run(seeds, identities) if outcome.violations]
     assert not failed, "\n".join(failed)
+
+
+@pytest.fixture(scope="module")
+def core() -> VirtualCore:
+    """Return the compiled core over a made-up kernel."""
+    if choosing.engine().core is None and os.environ.get(choosing.SWITCH) != "1":
+        pytest.skip(choosing.engine().why)
+    return build()
+
+
+def test_no_seed_finds_anything_with_the_compiled_core(identities: Identities, core: VirtualCore) -> None:
+    """Its system calls are those of the virtual network, its source is unchanged.  CI has more seeds, with `--core`."""
+    outcomes = list(run(range(12), identities, core))
+    failed = [report(outcome) for outcome in outcomes if outcome.violations]
+    assert not failed, "\n".join(failed)
+    assert sum(outcome.loans > 0 for outcome in outcomes) > len(outcomes) / 5
+
+
+# Faults that are planted in the core's source: each text, and what it becomes.
+CORE_FAULTS = {
+    "a short send loses the rest": (
+        "hand_over(pair, rest, data + gone, size - gone, 0);",
+        "hand_over(pair, NOTHING, NULL, 0, 0);",
+    ),
+    "what is held is forgotten": ("stream->held_size = size - found->passed;", "stream->held_size = 0;"),
+    "the device is never heard": ("pair->heard = true;", ""),
+    "an unfinished record is forgotten": ("records->missing -= taken;", "records->missing = 0;"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CORE_FAULTS)
+def test_a_broken_core_is_found(name: str, identities: Identities, logged_errors: list[dict[str, Any]]) -> None:
+    """Within as many seeds as a broken gateway."""
+    broken = build(CORE_FAULTS[name])
+    found = next((outcome for outcome in run(range(MUTANT_SEEDS), identities, broken) if outcome.violations), None)
+    logged_errors.clear()
+    assert found is not None
 
 
 @pytest.mark.slow

@@ -279,6 +279,16 @@ def test_packets_are_not_aligned_to_frames(scripted: Scripted) -> None:
     assert scripted.device.read(len(wire)) == wire
 
 
+def test_a_websocket_is_never_lent_to_the_compiled_core(scripted: Scripted) -> None:
+    """The core would write packets without frames, and take frames for packets."""
+    for _ in range(3):
+        scripted.device.send(packets.publish())
+        eventually(lambda: packets.publish() in scripted.websocket.mqtt, "the message at the broker")
+        scripted.websocket.send(packets.publish())
+        assert scripted.device.read(len(packets.publish())) == packets.publish()
+    assert not scripted.gateway.service._relay._lent
+
+
 def test_a_ping_is_answered(scripted: Scripted) -> None:
     """With its payload; the device sees nothing of it."""
     scripted.websocket.send_event(Ping(b"are you there"))

@@ -80,6 +80,7 @@ class Core(Protocol):
     """The compiled core (`gateway/relay/_core.c`)."""
 
     HELD: int
+    DESCRIPTORS: int
     Pair: Any
 
     def poll(self, epoll: int, milliseconds: int, most: int, /) -> tuple[int, list[Lent], list[tuple[int, int]]]:
@@ -379,7 +380,7 @@ class RelayReactor:
             watched: object = self._selectables.get(descriptor)
             if watched is not each or self._events[descriptor] != _READ:
                 return False
-            if not each.is_ordinary or self._epoll.closed:
+            if not each.is_ordinary or self._epoll.closed or self.core is None or descriptor >= self.core.DESCRIPTORS:
                 return False
         for each in connections:
             self._lent[each.fileno()] = lent

@@ -52,6 +52,7 @@ enum {
     PLAIN = READ + 3 * RECORD, /* READ bytes complete at most READ bytes of plaintext and a record more; room for one */
     CIPHER = 2 * READ,    /* more than the records of READ + HELD bytes of plaintext */
     TABLE = 256,
+    DESCRIPTORS = 0x20000, /* those beyond are not lent; pages of the table that are not used take no memory */
 };
 
 /* ---- OpenSSL, as cryptography has it */
@@ -130,28 +131,16 @@ typedef struct {
 
 /* ---- The table of lent descriptors */
 
-static Pair **slots;
-static size_t slot_count;
+static Pair *slots[DESCRIPTORS];
+
+static bool is_in_table(int descriptor)
+{
+    return descriptor >= 0 && descriptor < DESCRIPTORS;
+}
 
 static Pair *lent(int descriptor)
 {
-    return descriptor >= 0 && (size_t)descriptor < slot_count ? slots[descriptor] : NULL;
-}
-
-/* Make room for `descriptor`; false when there is no memory. */
-static bool make_slot(int descriptor)
-{
-    size_t wanted = (size_t)descriptor + 1;
-    if (wanted <= slot_count)
-        return true;
-    wanted = (wanted + 1023) / 1024 * 1024;
-    Pair **grown = PyMem_Realloc(slots, wanted * sizeof *grown);
-    if (grown == NULL)
-        return false;
-    memset(grown + slot_count, 0, (wanted - slot_count) * sizeof *grown);
-    slots = grown;
-    slot_count = wanted;
-    return true;
+    return is_in_table(descriptor) ? slots[descriptor] : NULL;
 }
 
 /* Take a pair out of the table.  The caller has a reference of its own. */
@@ -301,6 +290,24 @@ static bool are_properties(const struct rules *rules, const uint8_t *at, size_t 
 
 enum verdict { PASS, CUT, LOOK };
 
+/* Judge properties at the beginning of `body`, of whose `length` bytes `left` are there. */
+static enum verdict judge_properties(const struct rules *rules, const uint8_t *body, size_t left, size_t length,
+                                     bool *has_alias)
+{
+    size_t size;
+    int taken = variable_integer(body, left < length ? left : length, &size);
+    if (taken < 0 || (taken == 0 && left >= length))
+        return LOOK;
+    if (taken == 0)
+        return CUT;
+    size_t offset = (size_t)taken;
+    if (length - offset < size)
+        return LOOK;
+    if (left - offset < size)
+        return CUT;
+    return are_properties(rules, body + offset, size, has_alias) ? PASS : LOOK;
+}
+
 /* Judge the head of a body of `length` bytes of which `left` are there, or more behind it. */
 static enum verdict judge(const struct rules *rules, uint8_t bits, const uint8_t *body, size_t left, size_t length)
 {
@@ -333,19 +340,9 @@ static enum verdict judge(const struct rules *rules, uint8_t bits, const uint8_t
     if ((bits & SHORT) && length > offset + 1)
         return LOOK;
     if (bits & PROPERTIES) {
-        size_t size, there = left < length ? left : length;
-        int taken = variable_integer(body + offset, there - offset, &size);
-        if (taken < 0 || (taken == 0 && left >= length))
-            return LOOK;
-        if (taken == 0)
-            return CUT;
-        offset += (size_t)taken;
-        if (length - offset < size)
-            return LOOK;
-        if (left < offset + size)
-            return CUT;
-        if (!are_properties(rules, body + offset, size, &has_alias))
-            return LOOK;
+        enum verdict verdict = judge_properties(rules, body + offset, left - offset, length - offset, &has_alias);
+        if (verdict != PASS)
+            return verdict;
     }
     return needs_alias && !has_alias ? LOOK : PASS;
 }
@@ -631,28 +628,22 @@ static bool read_rules(struct rules *rules, PyObject *tables, Py_ssize_t max_pac
 
 static PyObject *pair_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    PyObject *kept, *pointers[3], *up, *down;
+    PyObject *kept, *up, *down;
     Py_ssize_t max_up, max_down;
-    void *addresses[3];
+    unsigned long long ssl, into_ssl, from_ssl;
     (void)keywords;
-    if (!PyArg_ParseTuple(args, "O(OOO)OnOn:Pair", &kept, &pointers[0], &pointers[1], &pointers[2], &up, &max_up, &down,
-                          &max_down))
+    if (!PyArg_ParseTuple(args, "O(KKK)OnOn:Pair", &kept, &ssl, &into_ssl, &from_ssl, &up, &max_up, &down, &max_down))
         return NULL;
-    for (int index = 0; index < 3; index++) {
-        addresses[index] = PyLong_AsVoidPtr(pointers[index]);
-        if (addresses[index] == NULL)
-            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "a null pointer");
-    }
-    if (openssl.ssl_read == NULL)
-        return PyErr_Format(PyExc_RuntimeError, "`use` comes first");
+    if (!ssl || !into_ssl || !from_ssl || !openssl.ssl_read)
+        return PyErr_Format(PyExc_ValueError, "a null pointer, or `use` has not been called");
     allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
     Pair *pair = (Pair *)allocate(type, 0); /* zeroed */
     if (pair == NULL)
         return NULL;
     pair->device = pair->broker = -1;
-    pair->ssl = addresses[0];
-    pair->into_ssl = addresses[1];
-    pair->from_ssl = addresses[2];
+    pair->ssl = (void *)(uintptr_t)ssl;
+    pair->into_ssl = (void *)(uintptr_t)into_ssl;
+    pair->from_ssl = (void *)(uintptr_t)from_ssl;
     pair->kept = PyTuple_Pack(3, kept, up, down);
     if (pair->kept == NULL || !read_rules(&pair->up.rules, up, max_up) ||
         !read_rules(&pair->down.rules, down, max_down)) {
@@ -701,14 +692,13 @@ static PyObject *pair_lend(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "iiOny#ny#ny#:lend", &device, &broker, &owner, &up_skip, &up_held, &up_size, &down_skip,
                           &down_held, &down_size, &missing, &header, &header_size))
         return NULL;
-    if (pair->owner != NULL || device < 0 || broker < 0 || device == broker || lent(device) || lent(broker))
+    if (pair->owner != NULL || !is_in_table(device) || !is_in_table(broker) || device == broker || lent(device) ||
+        lent(broker))
         return PyErr_Format(PyExc_ValueError, "descriptors %d and %d cannot be lent", device, broker);
     if (missing < 0 || header_size >= RECORD_HEADER || (missing > 0 && header_size > 0))
         return PyErr_Format(PyExc_ValueError, "records cannot stand so");
     if (!place(&pair->up, up_skip, up_held, up_size) || !place(&pair->down, down_skip, down_held, down_size))
         return NULL;
-    if (!make_slot(device) || !make_slot(broker))
-        return PyErr_NoMemory();
     pair->records.missing = (size_t)missing;
     pair->records.header_size = (size_t)header_size;
     memcpy(pair->records.header, header, (size_t)header_size);
@@ -799,21 +789,17 @@ PyDoc_STRVAR(use_doc,
 
 static PyObject *use(PyObject *self, PyObject *args)
 {
-    PyObject *given[5];
-    uintptr_t addresses[5];
+    unsigned long long ssl_write, ssl_read, bio_write, bio_read, clear_errors;
     (void)self;
-    if (!PyArg_ParseTuple(args, "OOOOO:use", &given[0], &given[1], &given[2], &given[3], &given[4]))
+    if (!PyArg_ParseTuple(args, "KKKKK:use", &ssl_write, &ssl_read, &bio_write, &bio_read, &clear_errors))
         return NULL;
-    for (int index = 0; index < 5; index++) {
-        addresses[index] = (uintptr_t)PyLong_AsVoidPtr(given[index]);
-        if (addresses[index] == 0)
-            return PyErr_Occurred() ? NULL : PyErr_Format(PyExc_ValueError, "a null pointer");
-    }
-    openssl.ssl_write = (int (*)(void *, const void *, int))addresses[0];
-    openssl.ssl_read = (int (*)(void *, void *, int))addresses[1];
-    openssl.bio_write = (int (*)(void *, const void *, int))addresses[2];
-    openssl.bio_read = (int (*)(void *, void *, int))addresses[3];
-    openssl.clear_errors = (void (*)(void))addresses[4];
+    if (!ssl_write || !ssl_read || !bio_write || !bio_read || !clear_errors)
+        return PyErr_Format(PyExc_ValueError, "a null pointer");
+    openssl.ssl_write = (int (*)(void *, const void *, int))(uintptr_t)ssl_write;
+    openssl.ssl_read = (int (*)(void *, void *, int))(uintptr_t)ssl_read;
+    openssl.bio_write = (int (*)(void *, const void *, int))(uintptr_t)bio_write;
+    openssl.bio_read = (int (*)(void *, void *, int))(uintptr_t)bio_read;
+    openssl.clear_errors = (void (*)(void))(uintptr_t)clear_errors;
     Py_RETURN_NONE;
 }
 
@@ -838,33 +824,10 @@ static PyObject *walk_stream(PyObject *self, PyObject *args)
     return Py_BuildValue("(nnn)", (Py_ssize_t)found.passed, (Py_ssize_t)found.skip, (Py_ssize_t)found.packets);
 }
 
-PyDoc_STRVAR(records_doc,
-"records(missing, header, data) -> (completed, missing, header)\n\n"
-"Count TLS records as for a lent pair.  For the trial at the start, and for tests.");
-
-static PyObject *count_records(PyObject *self, PyObject *args)
-{
-    struct records records = {0};
-    const char *header, *data;
-    Py_ssize_t missing, header_size, size;
-    (void)self;
-    if (!PyArg_ParseTuple(args, "ny#y#:records", &missing, &header, &header_size, &data, &size))
-        return NULL;
-    if (missing < 0 || header_size >= RECORD_HEADER || (missing > 0 && header_size > 0))
-        return PyErr_Format(PyExc_ValueError, "records cannot stand so");
-    records.missing = (size_t)missing;
-    records.header_size = (size_t)header_size;
-    memcpy(records.header, header, (size_t)header_size);
-    size_t completed = completed_records(&records, (const uint8_t *)data, (size_t)size);
-    return Py_BuildValue("(nny#)", (Py_ssize_t)completed, (Py_ssize_t)records.missing, (const char *)records.header,
-                         (Py_ssize_t)records.header_size);
-}
-
 static PyMethodDef core_methods[] = {
     {"use", use, METH_VARARGS, use_doc},
     {"poll", poll_events, METH_VARARGS, poll_doc},
     {"walk", walk_stream, METH_VARARGS, walk_doc},
-    {"records", count_records, METH_VARARGS, records_doc},
     {NULL, NULL, 0, NULL},
 };
 
@@ -883,7 +846,8 @@ PyMODINIT_FUNC PyInit__core(void)
         return NULL;
     PyObject *type = PyType_FromSpec(&pair_spec);
     if (type == NULL || PyModule_AddObjectRef(module, "Pair", type) < 0 ||
-        PyModule_AddIntConstant(module, "HELD", HELD) < 0 || PyModule_AddIntConstant(module, "BATCH", BATCH) < 0) {
+        PyModule_AddIntConstant(module, "HELD", HELD) < 0 ||
+        PyModule_AddIntConstant(module, "DESCRIPTORS", DESCRIPTORS) < 0) {
         Py_XDECREF(type);
         Py_DECREF(module);
         return NULL;

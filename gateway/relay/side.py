@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import IConsumer, IPushProducer, ISystemHandle, ITCPTransport
+from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -183,7 +184,8 @@ def how_lost(reason: Failure) -> str:
     why = reason.value
     if isinstance(why, ConnectionDone):
         return "closed"
-    return str(why.args[0]) if isinstance(why, ConnectionLost) and why.args else "reset"
+    # Twisted's own words for a reset say less.
+    return str(why.args[0]) if isinstance(why, ConnectionLost) and why.args and why is not CONNECTION_LOST else "reset"
 
 
 def tune(transport: RelayTransport, user_timeout: float) -> None:

@@ -5,6 +5,7 @@ that passes only when it is told to.
 
 Only sockets, the polling of them, names and time are made up here.  In half of the runs the gateway's connections are
 polled by its own `RelayReactor`, which works off batches of events; then only the epoll is made up (`VirtualRelay`).
+There the compiled core may relay, its source unchanged; its system calls are those of `VirtualEpoll`.
 The transports are Twisted's own `tcp.Connection` over a virtual socket, on the gateway's side with what
 `net/transport.py` puts on top, so that producers, half-closes, aborts and partial writes behave as they do in
 production.
@@ -37,7 +38,8 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.net.network import Address
-from gateway.net.transport import RelayReactor, SendsAtOnce
+from gateway.net.transport import Lent, RelayReactor, SendsAtOnce
+from tests.core.virtual import VirtualCore
 
 # How long the gateway waits for a peer that no longer answers (`timeouts.tcp_user`). A peer that answers but takes
 # nothing is cut here as well, so that each life ends; the real gateway would wait for it.
@@ -217,6 +219,11 @@ class VirtualEpoll:
         self._open: dict[int, Any] = {}
         self._events: dict[int, int] = {}
         self.closed = False
+        # What the core has done that it must not do.
+        self.mistakes: list[str] = []
+
+    def fileno(self) -> int:
+        return 0
 
     def open(self, end: Any) -> int:
         """Give `end`, which has `readable`, `writable` and `ended`, the lowest free descriptor."""
@@ -256,6 +263,25 @@ class VirtualEpoll:
         self._random.shuffle(ready)
         return ready[:most]
 
+    # ---- for the compiled core (`tests.core.virtual.Kernel`)
+
+    def wait(self, most: int) -> list[tuple[int, int]]:
+        return self.poll(0.0, most)
+
+    def recv(self, descriptor: int, size: int) -> bytes:
+        received: bytes = self._of(descriptor).recv(size)
+        return received
+
+    def send(self, descriptor: int, data: bytes) -> int:
+        sent: int = self._of(descriptor).send(data)
+        return sent
+
+    def _of(self, descriptor: int) -> Any:
+        if descriptor not in self._open:
+            self.mistakes.append(f"descriptor {descriptor} is closed")
+            raise OSError(errno.EBADF, "closed")
+        return self._open[descriptor]
+
     def ready(self) -> list[tuple[int, int]]:
         """Return what there is to report."""
         found = []
@@ -275,11 +301,15 @@ class VirtualEpoll:
 class VirtualRelay(RelayReactor):
     """The gateway's own reactor over a made-up epoll."""
 
-    def __init__(self, clock: VirtualClock, random: Random) -> None:
-        super().__init__(clock)
+    def __init__(self, clock: VirtualClock, random: Random, core: VirtualCore | None) -> None:
+        super().__init__(clock, core)
         self._clock = clock
         self._random = random
         self._epoll: Any = VirtualEpoll(random)
+        if core is not None:
+            core.use_kernel(self._epoll)
+        # How often a session was lent to the core.
+        self.loans = 0
         self._awake = False
         self._turns = 0.0
         self.after_turn: Callable[[Connection], None] = lambda _: None
@@ -301,6 +331,16 @@ class VirtualRelay(RelayReactor):
         super()._change(selectable, added, removed)
         if added:
             self.wake(selectable)
+
+    def lend(self, lent: Lent, *connections: SendsAtOnce) -> bool:
+        is_lent = super().lend(lent, *connections)
+        self.loans += is_lent
+        return is_lent
+
+    @property
+    def lent(self) -> int:
+        """How many descriptors are lent."""
+        return len(self._lent)
 
     def wake(self, _: object) -> None:
         """Have a turn soon."""

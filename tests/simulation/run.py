@@ -16,27 +16,29 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.core.virtual import VirtualCore, build
 from tests.simulation.identities import Identities
 from tests.simulation.world import Outcome, simulate
 
 COMMAND = "python -m tests.simulation --seed {seed} --verbose"
 
 
-def run(seeds: Iterable[int], identities: Identities) -> Iterable[Outcome]:
-    """Run seeds one after the other."""
+def run(seeds: Iterable[int], identities: Identities, core: VirtualCore | None = None) -> Iterable[Outcome]:
+    """Run seeds one after the other; with `core`, that is what relays."""
     gc.collect()
     # What is there already need not be looked at again each time that a run looks for what it left behind.
     gc.freeze()
     try:
         for seed in seeds:
-            yield simulate(seed, identities)
+            yield simulate(seed, identities, core)
     finally:
         gc.unfreeze()
 
 
 def report(outcome: Outcome) -> str:
     """Return what is wrong, and how to see it again."""
-    lines = [f"seed {outcome.seed}: {COMMAND.format(seed=outcome.seed)}"]
+    option = " --core" if outcome.has_core else ""
+    lines = [f"seed {outcome.seed}: {COMMAND.format(seed=outcome.seed)}{option}"]
     lines += [f"  {violation.oracle}: {violation.what}" for violation in outcome.violations]
     return "\n".join(lines)
 
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     which.add_argument("--seed", type=int, help="run one seed")
     which.add_argument("--seeds", metavar="A-B", help="run seeds A to B, both included")
     parser.add_argument("--verbose", action="store_true", help="show the trace of each seed")
+    parser.add_argument("--core", action="store_true", help="let the compiled core relay (needs a C compiler)")
     options = parser.parse_args(arguments)
     if options.seed is not None:
         seeds = range(options.seed, options.seed + 1)
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed, steps, reasons = 0, 0, Counter[str]()
     began = time.monotonic()
     with TemporaryDirectory() as directory:
-        for outcome in run(seeds, Identities(Path(directory))):
+        for outcome in run(seeds, Identities(Path(directory)), build() if options.core else None):
             steps += outcome.steps
             reasons.update(outcome.reasons)
             if options.verbose:

@@ -31,6 +31,7 @@ from gateway.ops.journal import Journal
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
 from gateway.tls.channel import ChannelState
+from tests.core.virtual import VirtualCore
 from tests.simulation.identities import FAULTS, Identities
 from tests.simulation.models import (
     CONNACK,
@@ -82,11 +83,14 @@ class Outcome:
     trace: list[str]
     steps: int
     reasons: list[str] = field(factory=list)
+    # How often a session was lent to the compiled core, and whether there was one.
+    loans: int = 0
+    has_core: bool = False
 
 
-def simulate(seed: int, identities: Identities) -> Outcome:
-    """Run a seed."""
-    world = World(seed, identities)
+def simulate(seed: int, identities: Identities, core: VirtualCore | None = None) -> Outcome:
+    """Run a seed; with `core`, that is what relays, and always under the gateway's own reactor."""
+    world = World(seed, identities, core)
     return judge(world)
 
 
@@ -107,13 +111,15 @@ def judge(world: World) -> Outcome:
         transport.monotonic = monotonic
         globalLogPublisher.removeObserver(world.observe)
     reasons = [str(record.reason) for record in world.journal.ended]
-    return Outcome(world.seed, world.violations, world.trace, world.clock.steps, reasons)
+    has_core = world.relay is not None and world.relay.core is not None
+    loans = 0 if world.relay is None else world.relay.loans
+    return Outcome(world.seed, world.violations, world.trace, world.clock.steps, reasons, loans, has_core)
 
 
 class World:
     """Everything of one seed."""
 
-    def __init__(self, seed: int, identities: Identities) -> None:
+    def __init__(self, seed: int, identities: Identities, core: VirtualCore | None = None) -> None:
         self.seed = seed
         self._thread = threading.get_ident()
         self.random = random = self.fork("world")
@@ -127,7 +133,8 @@ class World:
         self.poller = Poller(self.clock, self.fork("poller"))
         self.poller.after_turn = self._watch_session
         relay = self.fork("relay")
-        self.relay = VirtualRelay(self.clock, relay) if relay.random() < 0.5 else None
+        has_relay = relay.random() < 0.5 or core is not None
+        self.relay = VirtualRelay(self.clock, relay, core) if has_relay else None
         if self.relay is not None:
             self.relay.after_turn = self._watch_session
         self.network = VirtualNetwork(self.clock, self.poller, self._make_link, self.relay)
@@ -551,6 +558,8 @@ class World:
         if self.relay is not None:
             descriptors = len(self.relay.epoll.descriptors)
             self.expect(descriptors == 1, "liveness", f"{descriptors} descriptors are open, the listener's among them")
+            self.expect(not self.relay.lent, "liveness", f"{self.relay.lent} descriptors are lent to the core")
+            self.expect(not self.relay.epoll.mistakes, "liveness", f"mistakes of the core: {self.relay.epoll.mistakes}")
         if self.stop_at is None:
             self.expect(len(calls) == 1, "liveness", f"{len(calls)} delayed calls, the sweep among them")
             self._stop()
