@@ -663,7 +663,7 @@ def test_the_devices_disconnect_is_relayed_and_ends_the_session(version: int) ->
 
 
 def test_a_device_that_vanishes_sends_no_disconnect() -> None:
-    """Loss is passed on as loss, so that the broker publishes the Will."""
+    """The broker gets no DISCONNECT either, so it publishes the Will."""
     bench = Bench().relaying(version=5)
     bench.session.device_received(mqtt.publish(version=5)[:-1])
     bench.session.device_gone("Connection to the other side was lost in a non-clean fashion.")

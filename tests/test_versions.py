@@ -208,7 +208,7 @@ def test_a_retained_message_is_kept_and_cleared(client: Callable[..., Client], v
 
 @all_versions
 def test_the_will_of_a_device_that_vanishes_is_published(client: Callable[..., Client], version: Any) -> None:
-    """Loss is passed on as loss."""
+    """A lost device looks lost to the broker."""
     heir = client(version).subscribe("will/#")
     client(version, will=("will/lost", b"gone")).vanish()
     assert (heir.message().topic, heir.message().payload) == ("will/lost", b"gone")

@@ -413,7 +413,7 @@ class Session:
         if self._state is State.ENDED:
             self._check_gone()
             return
-        # Loss is passed on as loss: the upstream closes without DISCONNECT, so that the broker publishes the Will.
+        # The broker gets no DISCONNECT either, so that it publishes the Will.
         if self._connect is None:
             detail = f"{detail}, before CONNECT"  # a port scanner or a health check, most likely
         self._end(EndReason.DEVICE_LOST, detail)
