@@ -269,7 +269,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "If the broker offers only RSA key exchange, CBC ciphers or other curves, enable there what the detail lists.",
+        "Run `mqtts-gateway check`: it shows what the broker has. Enable what the detail lists, or set tls.ciphers.",
     )
     TLS_VERSION = (
         "tls-version",

@@ -249,7 +249,13 @@ class Gateway:
         config, policy, websockets = prepared.config, prepared.policy, prepared.websockets
         proxies = carried_on(prepared.proxies, () if before is None else before.dialler.proxies, config.failover)
         targets = [
-            Target(upstream, Identity.of(upstream.verify_name), policy, proxy, websocket)
+            Target(
+                upstream,
+                Identity.of(upstream.verify_name),
+                prepared.upstream_policies[config.algorithms(upstream)],
+                proxy,
+                websocket,
+            )
             for upstream, proxy, websocket in zip(config.upstream, proxies, websockets, strict=True)
         ]
         healths = accounts(

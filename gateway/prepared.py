@@ -16,6 +16,7 @@ from typing import Any
 from attrs import evolve, field, frozen
 
 from gateway.config import Config, DeviceRule, changed_keys
+from gateway.config.algorithms import Algorithms
 from gateway.config.devices import BrokenRule
 from gateway.dial.proxy import ProxyRoute, proxy_routes
 from gateway.dial.websocket import WebSocketRoute, websocket_routes
@@ -26,7 +27,7 @@ from gateway.rules.credentials import DeviceKeys, key_files, read_keys
 from gateway.rules.names import Names
 from gateway.rules.rules import Rule, Rules
 from gateway.rules.secrets import Programs
-from gateway.tls.channel import make_policy
+from gateway.tls.channel import make_policies
 from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import ClientIdentity, TLSPolicy, policy_files
 
@@ -38,9 +39,10 @@ _FREED_AT_A_TIME = 20
 class Prepared:
     """What was made of one configuration.
 
-    `files` has the states of all certificates, keys and CRLs from just before they were read.  `refused` gives the
-    problem of each rule that cannot be used; its devices are refused.  `changed` names the keys and files that differ
-    from the configuration before.  `is_equivalent` means that sessions are verified and judged as before.
+    `files` has the states of all certificates, keys and CRLs from just before they were read.  `policy` is the
+    first upstream's, `upstream_policies` has those of all.  `refused` gives the problem of each rule that cannot be
+    used; its devices are refused.  `changed` names the keys and files that differ from the
+    configuration before.  `is_equivalent` means that sessions are verified and judged as before.
     """
 
     config: Config
@@ -48,6 +50,7 @@ class Prepared:
     other_files: Sequence[Path]
     files: Mapping[Path, FileState]
     policy: TLSPolicy
+    upstream_policies: Mapping[Algorithms, TLSPolicy]
     rules: Rules
     keys: Mapping[DeviceRule, DeviceKeys]
     policies: DevicePolicies[DeviceRule]
@@ -76,8 +79,9 @@ def prepare(
     of_policy, of_others = policy_files(config.tls), [*upstream_files(config), *device_files(config)]
     files = states([*of_policy, *of_others], pause)
     is_policy_kept = before is not None and _is_policy_kept(config, files, of_policy, before)
-    policy = before.policy if before is not None and is_policy_kept else make_policy(config.tls)
-    policies = DevicePolicies(config.tls, before.policies if before is not None and is_policy_kept else None)
+    kept = before if is_policy_kept else None
+    upstream_policies = make_policies(config) if kept is None else kept.upstream_policies
+    policies = DevicePolicies(config.tls, None if kept is None else kept.policies, config.all_algorithms)
     keys: dict[DeviceRule, DeviceKeys] = {}
     refused: dict[DeviceRule, str] = {}
     for device in config.device:
@@ -95,7 +99,8 @@ def prepare(
         policy_files=of_policy,
         other_files=of_others,
         files=files,
-        policy=policy,
+        policy=upstream_policies[config.all_algorithms[0]],
+        upstream_policies=upstream_policies,
         rules=rules,
         keys=keys,
         policies=policies,
@@ -141,6 +146,7 @@ def _is_policy_kept(
 ) -> bool:
     return (
         config.tls == before.config.tls
+        and config.all_algorithms == before.config.all_algorithms
         and of_policy == before.policy_files
         and all(files[path] == before.files.get(path) for path in of_policy)
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from attrs import evolve, frozen
@@ -20,7 +21,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from gateway.config import Config, DeviceRule
+from gateway.config import Config, DeviceRule, Upstream
 from gateway.dial.dialler import Dialler, Route, Superseded
 from gateway.errors import EndReason, Refusal, SessionEnd
 from gateway.mqtt.connect import Connect
@@ -37,6 +38,7 @@ from gateway.rules.turns import Turns, Visitor
 from gateway.session.session import Session, State
 from gateway.store.store import Store
 from gateway.stored_devices import StoredConnection, StoredDevices
+from gateway.tls.trust import TLSPolicy
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
@@ -302,10 +304,17 @@ class Reception:
     def _route(self, device: DeviceRule) -> Route | None:
         """Return the rule's own route to its broker; None for the common one."""
         if device not in self._routes:
-            policy = self._prepared.policies.get(device)
-            has_own = bool(device.upstream) or policy is not None
-            self._routes[device] = self._dialler.route(device.upstream, policy) if has_own else None
+            has_policy = self._prepared.policies.get(device) is not None
+            has_own = bool(device.upstream) or has_policy
+            policy_for = partial(self._policy, device) if has_policy else None
+            self._routes[device] = self._dialler.route(device.upstream, policy_for) if has_own else None
         return self._routes[device]
+
+    def _policy(self, device: DeviceRule, upstream: Upstream) -> TLSPolicy:
+        policy = self._prepared.policies.get(device, self._prepared.config.algorithms(upstream))
+        if policy is None:
+            raise AssertionError("a device with a certificate of its own must never show another")
+        return policy
 
 
 def is_over(session: Session) -> bool:

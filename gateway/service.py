@@ -24,7 +24,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from gateway import MADE
-from gateway.config import Config, Listener
+from gateway.config import Config, Listener, weak_ciphers
 from gateway.config.listen import is_open_to_all
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import ConfigError
@@ -181,6 +181,7 @@ class GatewayService(Service):
         self.gateway.start()
         self._tell_limits()
         self._tell_open_sockets()
+        self._tell_weak_ciphers()
         self._tell_refused_rules()
         tell = _log.warn if self.engine.remedy else _log.info
         tell("{words}", words=" ".join(filter(None, (self.engine.words, self.engine.remedy))))
@@ -357,6 +358,7 @@ class GatewayService(Service):
     def _tell_adopted(self, opened: Sequence[IListeningPort], closed: Sequence[Listener]) -> None:
         self._tell_limits()
         self._tell_open_sockets()
+        self._tell_weak_ciphers()
         self._tell_refused_rules()
         for port in opened:
             _tell_listening(port)
@@ -427,6 +429,15 @@ class GatewayService(Service):
                     event="socket-open-to-all",
                     endpoint=endpoint,
                 )
+
+    def _tell_weak_ciphers(self) -> None:
+        for key, words in weak_ciphers(self.gateway.config):
+            _log.warn(
+                "{key}: weaker than the defaults: {cipher}; remove it as soon as the broker has a better one",
+                event="weak-cipher",
+                key=key,
+                cipher=words,
+            )
 
     def _tell_refused_rules(self) -> None:
         refused = self.gateway.generation.prepared.refused

@@ -10,11 +10,11 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from random import random
-from typing import Any
+from typing import Any, TypeAlias
 
 from attrs import evolve, frozen
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
@@ -33,6 +33,7 @@ from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
 from gateway.cli.store_check import store_step
 from gateway.config import TLS, Config, Listener, Upstream
+from gateway.config.algorithms import Algorithms
 from gateway.config.flags import CONFIG, FLAGS, config_from
 from gateway.config.listen import is_open_to_all
 from gateway.dial.dialler import Target
@@ -45,8 +46,10 @@ from gateway.net.transport import RelayReactor
 from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
 from gateway.tls.broker_identity import Identity
-from gateway.tls.channel import make_policy
+from gateway.tls.channel import make_policies
 from gateway.tls.trust import TLSPolicy
+
+_Policies: TypeAlias = Mapping[Algorithms, TLSPolicy]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +160,7 @@ def run_in_reactor(reactor: Any, coroutine: Coroutine[Deferred[Any], Any, None])
 
 def examine_files(
     given: dict[str, list[str]], report: Report, *, running: bool = False
-) -> tuple[Config | None, TLSPolicy | None]:
+) -> tuple[Config | None, _Policies | None]:
     """Check whether a gateway can start with this; return what sessions use, if so.
 
     `running` means that a gateway is expected to run, and to use its store.
@@ -190,7 +193,7 @@ async def examine(
     reactor: Any, given: dict[str, list[str]], login: Login | None, report: Report, worn: _Worn | None = None
 ) -> None:
     """Run all steps; without `login` only those that need no broker; with `worn`, as that device."""
-    config, policy = examine_files(given, report)
+    config, policies = examine_files(given, report)
     if config is None:
         _skip(["listen"], "the configuration cannot be used", report)
         report.add(_clock())
@@ -216,9 +219,9 @@ async def examine(
             for upstream in config.upstream:
                 _skip(upstream_steps(config.tls), "the gateway refuses this device", report, upstream.address)
             return
-        tls, shown = config.tls, policy
-        if guise is not None and guise.device is not None and guise.policy is not None:
-            shown = guise.policy
+        tls, shown = config.tls, policies
+        if guise is not None and guise.device is not None and guise.policies is not None:
+            shown = guise.policies
             tls = evolve(tls, client_cert=guise.device.client_cert, client_key=guise.device.client_key)
         try:
             proxies = dict(zip(config.upstream, proxy_routes(config, os.environ, random), strict=True))
@@ -228,18 +231,22 @@ async def examine(
                 report.add(Step("upstream", Status.FAIL, problem, "Correct the key, or the file that it names."))
             return
         for upstream in _led_to(config, guise):
-            if policy is None or shown is None:
+            if policies is None or shown is None:
                 _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
                 continue
-            target = Target(upstream, Identity.of(upstream.verify_name), shown, proxies[upstream], websockets[upstream])
+            algorithms = config.algorithms(upstream)
+            policy, proxied, websocket = shown[algorithms], proxies[upstream], websockets[upstream]
+            target = Target(upstream, Identity.of(upstream.verify_name), policy, proxied, websocket)
             await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add, guise).run()
-            client = shown.own or shown.client
+            client = policy.own or policy.client
             client_chain = client is not None and len(client.chain) > 1
             proxy = target.proxy.server if target.proxy is not None else None
             if proxy is None or proxy.scheme == "http":
                 named = _has_names(report, upstream)
                 report.commands.append(
-                    s_client_command(upstream, tls, proxy, client_chain=client_chain, has_names=named)
+                    s_client_command(
+                        upstream, tls.offering(algorithms), proxy, client_chain=client_chain, has_names=named
+                    )
                 )
     finally:
         relay.stop()
@@ -263,14 +270,14 @@ def _led_to(config: Config, guise: Guise | None) -> list[Upstream]:
     return [upstream for name in names for upstream in config.upstream if upstream.name == name]
 
 
-def _files(config: Config, view: ServiceView | None, report: Report) -> TLSPolicy | None:
+def _files(config: Config, view: ServiceView | None, report: Report) -> _Policies | None:
     """Check the files, and load what sessions use; `None` if that fails."""
     failed = False
     for step in file_steps(config, view):
         report.add(step)
         failed = failed or step.status is Status.FAIL
     try:
-        return make_policy(config.tls)
+        return make_policies(config)
     except ConfigError as error:
         if not failed:
             for problem in error.problems:

@@ -8,7 +8,7 @@ Other sessions with the same Client Identifier are not considered: the check run
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import random
 from typing import Any
 
@@ -18,6 +18,7 @@ from gateway.cli.certificates import expiry, subject
 from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
 from gateway.config import Config, DeviceRule
+from gateway.config.algorithms import Algorithms
 from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
@@ -29,7 +30,7 @@ from gateway.rules.secrets import Programs
 from gateway.session.treatment import Treatment
 from gateway.text import printable
 from gateway.tls.devices import DevicePolicies
-from gateway.tls.trust import TLSPolicy
+from gateway.tls.trust import ClientIdentity, TLSPolicy
 
 STEPS = ["rule", "lan-password", "credentials"]
 _LOCALHOST = "127.0.0.1"
@@ -39,12 +40,12 @@ _LOCALHOST = "127.0.0.1"
 class Guise:
     """What the broker sees of a device: its CONNECT and its certificate; and the rule, which names the brokers.
 
-    `treatment` is None if no rule matches, `policy` if the device has no certificate of its own.
+    `treatment` is None if no rule matches, `policies` if the device has no certificate of its own.
     """
 
     connect: Connect
     treatment: Treatment | None = None
-    policy: TLSPolicy | None = None
+    policies: Mapping[Algorithms, TLSPolicy] | None = None
     device: DeviceRule | None = None
 
 
@@ -92,10 +93,7 @@ async def put_on(
         password, lives = await credentials.password(matched)
         treatment = treat(matched, packet, connect, password, lives, config.limits.max_connect_size)
         client = credentials.client_identity(device)
-        policies: DevicePolicies[int] = DevicePolicies(config.tls)
-        if client is not None:
-            policies.add(0, client)
-        policy = policies.get(0)
+        policies = None if client is None else _policies(config, client)
     except Refusal as refusal:
         refused("credentials", refusal)
         return None
@@ -112,7 +110,15 @@ async def put_on(
         parts.append(f"client certificate {subject(client.chain[0])}, {words}")
     parts.append(_words(device, presented, lives))
     told("credentials", status, "; ".join(parts), "Renew it." if status is not Status.PASS else "")
-    return Guise(presented, treatment, policy, device)
+    return Guise(presented, treatment, policies, device)
+
+
+def _policies(config: Config, client: ClientIdentity) -> Mapping[Algorithms, TLSPolicy]:
+    """Return the policies that show a device's certificate.  Raises `ConfigError` and `ValueError`."""
+    made: DevicePolicies[int] = DevicePolicies(config.tls, None, config.all_algorithms)
+    made.add(0, client)
+    policies = ((algorithms, made.get(0, algorithms)) for algorithms in config.all_algorithms)
+    return {algorithms: policy for algorithms, policy in policies if policy is not None}
 
 
 def _lan_password(matched: Matched, connect: Connect) -> tuple[Status, str] | tuple[Status, str, str]:

@@ -27,7 +27,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from gateway.cli.certificates import expiry, first_to_expire, is_ca, issuer, now, subject
 from gateway.cli.report import Status, Step
 from gateway.cli.service_view import KEY_GROUP, ServiceView
-from gateway.config import TLS, Config, DeviceRule
+from gateway.config import TLS, Config, DeviceRule, weak_ciphers
 from gateway.rules.secrets import SecretUnavailable, read_secret
 from gateway.rules.tokens import check_signing_key, sas_key
 from gateway.text import printable
@@ -60,6 +60,9 @@ def file_steps(config: Config, view: ServiceView | None = None) -> Iterator[Step
     """Check each file that `config` names; with `view`, also whether the service can read it."""
     for step in (*_tls_steps(config.tls), *_proxy_steps(config)):
         yield _as_seen(step, view)
+    for key, words in weak_ciphers(config):
+        remedy = "Remove it as soon as the broker has a better one."
+        yield Step(_STEP, Status.WARN, f"{key}: weaker than the defaults: {words}", remedy)
     yield from _rule_steps(config, view)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.config import TLS, Upstream
+from gateway.config.algorithms import is_of_tls_1_3
 from gateway.config.proxies import ProxyServer
 from gateway.tls.broker_identity import Identity
 from gateway.tls.trust import ca_dir_files, platform_bundle
@@ -47,6 +48,16 @@ def s_client_command(
         words.append("-x509_strict")
     if tls.min_version == "1.3":
         words.append("-tls1_3")
+    of_tls_1_3 = [cipher for cipher in tls.ciphers if is_of_tls_1_3(cipher)]
+    of_tls_1_2 = [cipher for cipher in tls.ciphers if not is_of_tls_1_3(cipher)]
+    for option, names in (
+        ("-ciphersuites", of_tls_1_3),
+        ("-cipher", of_tls_1_2),
+        ("-groups", tls.groups),
+        ("-sigalgs", tls.signature_algorithms),
+    ):
+        if names:
+            words += [option, ":".join(names)]
     if tls.alpn:
         words += ["-alpn", ",".join(tls.alpn)]
     if tls.client_cert is not None:

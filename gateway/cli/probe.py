@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from attrs import evolve
+from attrs import asdict, evolve, fields_dict
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.task import LoopingCall
 from twisted.python.failure import Failure
 
@@ -24,9 +25,10 @@ from gateway.cli.login import Login
 from gateway.cli.report import Status, Step
 from gateway.cli.verdict import failed, tls_steps
 from gateway.config import TLS, Config
+from gateway.config.algorithms import Algorithms
 from gateway.dial.dialler import Target, make_upstream
 from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
-from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
+from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve, within
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.gateway import SWEEP_INTERVAL
 from gateway.mqtt.connect import Connect
@@ -39,8 +41,12 @@ from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Session
 from gateway.text import printable
+from gateway.tls.algorithms import Offer, shown
 from gateway.tls.channel import TLSChannel
+from gateway.tls.survey import Answer, Reader, Survey
 
+# Failures that a broker may give as its answer to a ClientHello with nothing that it has.
+_OF_ALGORITHMS = {EndReason.TLS_HANDSHAKE_FAILED, EndReason.TLS_VERSION, EndReason.TLS_CLOSED}
 _DISCONNECT = bytes((PacketType.DISCONNECT << 4, 0))
 _SHOWN_ADDRESSES = 8
 _Connection = TypeVar("_Connection", UpstreamProtocol, ProxyConnection | TLSLayer)
@@ -190,7 +196,13 @@ class Probe:
             protocol = await self._connect_through(target.proxy, build)
         sni = "no SNI (IP address)" if target.identity.sni is None else f"SNI {target.identity.name}"
         alpn = f"ALPN {', '.join(target.policy.alpn)}" if target.policy.alpn else "no ALPN"
-        self._pass("client-hello", f"sent with {sni}, {alpn}, TLS {self._config.tls.min_version} or later")
+        message = f"sent with {sni}, {alpn}, TLS {self._config.tls.min_version} or later"
+        chosen = self._config.algorithms(target.upstream)
+        offer = target.policy.offer
+        for key, words, names in zip(fields_dict(Algorithms), *zip(*offer.lists, strict=True), strict=True):
+            if getattr(chosen, key):
+                message += f"; {shown(words, names)}"
+        self._pass("client-hello", message, offer=asdict(offer))
         return protocol, channels[protocol]
 
     async def _connect_to(self, host: str, port: int, build: Callable[[], _Connection]) -> _Connection:
@@ -235,7 +247,8 @@ class Probe:
         try:
             peer = await handshake(protocol, self._clock, self._config.timeouts)
         except UpstreamFailure as failure:
-            for step in tls_steps(channel, target.identity, target.policy, failure):
+            found = await self._survey() if failure.reason in _OF_ALGORITHMS and not channel.approved else None
+            for step in tls_steps(channel, target.identity, target.policy, failure, found):
                 if target.proxy is not None and step.facts.get("reason") is EndReason.TLS_UNTRUSTED_CHAIN:
                     detail = step.message.partition(": ")[2]
                     step = failed(step.name, intercepted(target.proxy.server, UpstreamFailure(failure.reason, detail)))
@@ -253,6 +266,33 @@ class Probe:
             message = f"opened at {request.authority}, subprotocol mqtt"
             self._pass("websocket", message, self._clock.seconds() - began)
         return peer
+
+    async def _survey(self) -> Offer | None:
+        """Return what the broker has, where a handshake may have failed for want of a common algorithm."""
+        survey = Survey()
+        while survey.hello is not None:
+            record = survey.hello.record(_server_name(self._target), self._target.policy.alpn)
+            try:
+                asked = await self._asked(record)
+                survey.answered(await within(self._config.timeouts.tls, asked.answer, self._clock))
+            except (UpstreamFailure, TimeoutError):
+                break
+        return survey.offer
+
+    async def _asked(self, record: bytes) -> Question:
+        """Connect as a session does, and send a ClientHello.  Raises `UpstreamFailure`."""
+        upstream, clock, timeouts, proxy = self._target.upstream, self._clock, self._config.timeouts, self._target.proxy
+        build: Any = partial(Question, record)
+        if proxy is None:
+            addresses = await resolve(self._network, upstream.connect_name, upstream.port, clock, timeouts)
+            direct: Question = await connect(self._network, addresses, build, clock, timeouts)
+            return direct
+        addresses = await resolve(self._network, proxy.server.host, proxy.server.port, clock, timeouts)
+        to_proxy: Any = partial(proxy.connection, upstream, build, timeouts.tcp_user)
+        connection = await connect(self._network, addresses, to_proxy, clock, timeouts)
+        opened: Any = await open_tunnel(connection, proxy.server, clock, timeouts)
+        question: Question = opened
+        return question
 
     # ---- results
 
@@ -307,6 +347,44 @@ class Probe:
         if step.status is Status.FAIL and not self._failed_at:
             self._failed_at = step.name
         self._add_step(evolve(step, upstream=self._target.upstream.address))
+
+
+def _server_name(target: Target) -> str | None:
+    return None if target.identity.sni is None else target.identity.sni.decode("ascii")
+
+
+class Question(Protocol):
+    """A connection that sends one ClientHello, reads the answer and ends.
+
+    `answer` fires with what the broker chose, `None` if it chose nothing; cancelling it ends the connection.
+    """
+
+    def __init__(self, record: bytes) -> None:
+        self._record = record
+        self._reader = Reader()
+        self.answer: Deferred[Answer | None] = Deferred(lambda _: self._end())
+
+    def connectionMade(self) -> None:
+        """Send the ClientHello."""
+        assert self.transport is not None  # noqa: S101  narrows the type
+        self.transport.write(self._record)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Read the answer."""
+        is_complete, answer = self._reader.feed(data)
+        if is_complete and not self.answer.called:
+            self.answer.callback(answer)
+            self._end()
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        """Take it as a refusal."""
+        del reason
+        if not self.answer.called:
+            self.answer.callback(None)
+
+    def _end(self) -> None:
+        transport: Any = self.transport
+        transport.abortConnection()
 
 
 class _Device:

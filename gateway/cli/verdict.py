@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from attrs import asdict, evolve
 from cryptography import x509
 
 from gateway.cli.certificates import as_facts, expiry, first_to_expire, issuer, subject
 from gateway.cli.report import Status, Step
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
+from gateway.tls.algorithms import Offer
 from gateway.tls.alt_names import shown_names, subject_alt_names
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import TLSChannel
+from gateway.tls.survey import advice
 from gateway.tls.trust import TLSPolicy
 
 # What can fail after chain and identity were approved; every other failure is the handshake's.
@@ -30,9 +33,16 @@ def failed(name: str, failure: UpstreamFailure, remedy: str = "") -> Step:
 
 
 def tls_steps(
-    channel: TLSChannel, identity: Identity, policy: TLSPolicy, failure: UpstreamFailure | None
+    channel: TLSChannel,
+    identity: Identity,
+    policy: TLSPolicy,
+    failure: UpstreamFailure | None,
+    has: Offer | None = None,
 ) -> Iterator[Step]:
-    """Yield what happened between ClientHello and CONNECT; `failure` is `None` if the broker was verified."""
+    """Yield what happened between ClientHello and CONNECT; `failure` is `None` if the broker was verified.
+
+    `has` is what the broker has, if that is known.
+    """
     chain: list[x509.Certificate] = []
     try:
         chain = channel.sent_chain()
@@ -41,7 +51,7 @@ def tls_steps(
         certificate = Step("certificate", Status.WARN, f"cannot be parsed ({_named(error)})")
     if certificate is None:
         none = UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, "the broker sent no certificate")
-        yield failed("certificate", failure or none)
+        yield _unanswered(failure or none, policy, has)
         return
     yield certificate
     if failure is not None and not channel.approved:
@@ -55,6 +65,17 @@ def tls_steps(
             yield failed(name, failure)
             return
         yield Step(name, Status.PASS, message)
+
+
+def _unanswered(failure: UpstreamFailure, policy: TLSPolicy, has: Offer | None) -> Step:
+    """Return the step of a broker that showed no certificate, with what either side offers if that is known."""
+    if has is None:
+        return failed("certificate", failure)
+    if policy.offered not in failure.detail:
+        failure = UpstreamFailure(failure.reason, f"{failure.detail or 'no answer'}; offered: {policy.offered}")
+    failure = UpstreamFailure(failure.reason, f"{failure.detail}; the broker has: {has}")
+    step = failed("certificate", failure, advice(policy.offer, has))
+    return evolve(step, facts={**step.facts, "offered": asdict(policy.offer), "broker": asdict(has)})
 
 
 def _certificate(chain: Sequence[x509.Certificate]) -> Step:

@@ -23,6 +23,7 @@ from gateway.config.schema import (
     StoreConfig,
     Timeouts,
     Upstream,
+    weak_ciphers,
 )
 from gateway.config.validators import Network
 
@@ -51,4 +52,5 @@ __all__ = [
     "load_file",
     "normalise_name",
     "template_text",
+    "weak_ciphers",
 ]

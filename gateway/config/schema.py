@@ -12,10 +12,11 @@ import math
 import re
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Self, TypeAlias
 
 import attrs
 
+from gateway.config.algorithms import Algorithms, check_cipher, check_group, check_signature_algorithm, weak
 from gateway.config.devices import DeviceRule, Devices
 from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind, is_local
 from gateway.config.names import connect_name, normalise_name
@@ -140,6 +141,9 @@ class Upstream:
     proxy_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     proxy_ca_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
     no_proxy: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_no_proxy))
+    ciphers: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_cipher))
+    groups: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_group))
+    signature_algorithms: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_signature_algorithm))
 
     def __attrs_post_init__(self) -> None:
         """Refuse keys that would have no effect."""
@@ -187,12 +191,29 @@ class TLS:
     pin: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_pin_digest))
     verification: Literal["standard", "strict"] = "standard"
     min_version: Literal["1.2", "1.3"] = "1.2"
+    ciphers: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_cipher))
+    groups: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_group))
+    signature_algorithms: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_signature_algorithm))
     resumption: bool = True
 
     def __attrs_post_init__(self) -> None:
         """Refuse a key without its certificate."""
         if self.client_key is not None and self.client_cert is None:
             raise MisfitError(".client_key", "client_cert is missing: name the certificate that belongs to this key")
+
+    @property
+    def algorithms(self) -> Algorithms:
+        """What is offered to upstreams that do not say otherwise."""
+        return Algorithms(self.ciphers, self.groups, self.signature_algorithms)
+
+    def offering(self, algorithms: Algorithms) -> Self:
+        """Return these settings with other algorithms."""
+        return attrs.evolve(
+            self,
+            ciphers=algorithms.ciphers,
+            groups=algorithms.groups,
+            signature_algorithms=algorithms.signature_algorithms,
+        )
 
     @property
     def pin_digests(self) -> frozenset[bytes]:
@@ -399,3 +420,23 @@ class Config:
     status: Status = Status()
     relay: Relay = Relay()
     log: Log = Log()
+
+    def algorithms(self, upstream: Upstream) -> Algorithms:
+        """Return what is offered to an upstream: its own lists, or those of `[tls]`."""
+        return Algorithms(
+            upstream.ciphers or self.tls.ciphers,
+            upstream.groups or self.tls.groups,
+            upstream.signature_algorithms or self.tls.signature_algorithms,
+        )
+
+    @property
+    def all_algorithms(self) -> tuple[Algorithms, ...]:
+        """What is offered to the upstreams, each once, in their order."""
+        return tuple(dict.fromkeys(self.algorithms(upstream) for upstream in self.upstream))
+
+
+def weak_ciphers(config: Config) -> list[tuple[str, str]]:
+    """Return the ciphers that are weaker than the defaults: the key, and the cipher with its weakness."""
+    lists = [("tls", config.tls.ciphers)]
+    lists += [(f"upstream {upstream.address}", upstream.ciphers) for upstream in config.upstream]
+    return [(f"{where}: ciphers", words) for where, ciphers in lists for words in weak(ciphers)]

@@ -166,19 +166,19 @@ class Dialler:
         """The health of each broker, in order of preference."""
         return [health for _, health in self._targets]
 
-    def route(self, names: Sequence[str], policy: TLSPolicy | None) -> Route:
+    def route(self, names: Sequence[str], policy_for: Callable[[Upstream], TLSPolicy] | None) -> Route:
         """Return the route for sessions of one rule: the named upstreams, or all default ones.
 
-        With its own `policy`, a route has its own TLS tickets: a session is never resumed under another identity.
+        With its own policies, a route has its own TLS tickets: a session is never resumed under another identity.
         """
         chosen = (
             [choice for name in names for choice in self._targets if choice[0].upstream.name == name]
             if names
             else self._route
         )
-        if policy is None:
+        if policy_for is None:
             return chosen
-        return [(evolve(target, policy=policy), health) for target, health in chosen]
+        return [(evolve(target, policy=policy_for(target.upstream)), health) for target, health in chosen]
 
     def dial(
         self, session: Session, device: DeviceProtocol, route: Route | None = None, visitor: Visitor = ANYONE

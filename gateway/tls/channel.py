@@ -25,8 +25,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL, crypto
 
-from gateway.config import TLS
-from gateway.errors import EndReason, GatewayError, UpstreamFailure
+from gateway.config import TLS, Config
+from gateway.config.algorithms import Algorithms
+from gateway.errors import ConfigError, EndReason, GatewayError, UpstreamFailure
 from gateway.session.record import Peer
 from gateway.text import printable
 from gateway.tls import strict
@@ -250,7 +251,9 @@ class TLSChannel:
         except SSL.ZeroReturnError:
             raise self._fail(UpstreamFailure(EndReason.TLS_CLOSED, "close_notify in the handshake")) from None
         except SSL.Error as error:
-            raise self._fail(self._failure or handshake_failure(_queue(error), approved=self._approved)) from None
+            offered = self._policy.offered
+            failure = self._failure or handshake_failure(_queue(error), approved=self._approved, offered=offered)
+            raise self._fail(failure) from None
         except Exception as error:  # noqa: BLE001  pyOpenSSL re-raises here what its callback raised
             raise self._fail(_unexpected(error)) from None
         try:
@@ -447,6 +450,24 @@ def make_policy(tls: TLS, intermediates: Sequence[x509.Certificate] = ()) -> TLS
     """Build the policy for `tls`, verified by `TLSChannel`.  Raises `ConfigError`."""
     choose()  # At start-up, not at the first session: it takes some milliseconds and may log a warning.
     return load_policy(tls, _verify, intermediates)
+
+
+def make_policies(config: Config) -> dict[Algorithms, TLSPolicy]:
+    """Build a policy for each of the algorithms that upstreams are offered.  Raises `ConfigError`."""
+    policies: dict[Algorithms, TLSPolicy] = {}
+    for index, upstream in enumerate(config.upstream):
+        algorithms = config.algorithms(upstream)
+        if algorithms in policies:
+            continue
+        try:
+            policies[algorithms] = make_policy(config.tls.offering(algorithms))
+        except ConfigError as error:
+            problems = error.problems
+            for key in ("ciphers", "groups", "signature_algorithms"):
+                if getattr(upstream, key):
+                    problems = [problem.replace(f"tls.{key}:", f"upstream[{index}].{key}:") for problem in problems]
+            raise ConfigError(problems) from None
+    return policies
 
 
 def _verify(connection: SSL.Connection, certificate: crypto.X509, error: int, depth: int, accepted: int) -> bool:

@@ -9,7 +9,7 @@ The Context with the gateway's own certificate is never used: OpenSSL would choo
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Generic, TypeVar
 
 import attrs
@@ -17,6 +17,7 @@ from cryptography import x509
 from OpenSSL import SSL
 
 from gateway.config import TLS
+from gateway.config.algorithms import Algorithms
 from gateway.tls.channel import make_policy
 from gateway.tls.trust import ClientIdentity, TLSPolicy
 
@@ -29,14 +30,19 @@ _K = TypeVar("_K", bound=Hashable)
 class DevicePolicies(Generic[_K]):
     """The policies of devices with certificates of their own, by key.
 
-    Those of `before` may be used again; they must be of the same `tls` with the same files.
+    There is one for each of the `algorithms` that upstreams are offered; without any, those of `tls`.
+    Those of `before` may be used again; they must be of the same `tls` and `algorithms`, with the same files.
     """
 
-    def __init__(self, tls: TLS, before: DevicePolicies[_K] | None = None) -> None:
+    def __init__(
+        self, tls: TLS, before: DevicePolicies[_K] | None = None, algorithms: Sequence[Algorithms] = ()
+    ) -> None:
         self._tls = attrs.evolve(tls, client_cert=None, client_key=None)
         self._before = before
-        # By their intermediate certificates.
-        self._shared: dict[tuple[x509.Certificate, ...], TLSPolicy] = {}
+        self._algorithms = tuple(algorithms) or (tls.algorithms,)
+        # By their intermediate certificates, in the order of the algorithms.
+        self._shared: dict[tuple[x509.Certificate, ...], tuple[TLSPolicy, ...]] = {}
+        # With the first of the algorithms; the others are made of it when they are used.
         self._policies: dict[_K, TLSPolicy] = {}
 
     @property
@@ -44,11 +50,15 @@ class DevicePolicies(Generic[_K]):
         """The policies of all devices."""
         return self._policies.values()
 
-    def get(self, key: _K) -> TLSPolicy | None:
+    def get(self, key: _K, algorithms: Algorithms | None = None) -> TLSPolicy | None:
         """Return a device's policy, or None if it has no certificate of its own."""
-        return self._policies.get(key)
+        policy = self._policies.get(key)
+        if policy is None or policy.own is None or algorithms in {None, self._algorithms[0]}:
+            return policy
+        shared = self._shared[policy.own.chain[1:]][self._algorithms.index(algorithms)]
+        return attrs.evolve(shared, own=policy.own)
 
-    def shared(self, intermediates: tuple[x509.Certificate, ...]) -> TLSPolicy | None:
+    def shared(self, intermediates: tuple[x509.Certificate, ...]) -> tuple[TLSPolicy, ...] | None:
         """Return what the policies of devices with these intermediate certificates have in common."""
         return self._shared.get(intermediates)
 
@@ -58,7 +68,7 @@ class DevicePolicies(Generic[_K]):
         Raises `ValueError` for a certificate that OpenSSL refuses, and for too many sets of intermediates.
         """
         known = None if self._before is None else self._before.get(key)
-        shared = self._context(client.chain[1:])
+        shared = self._contexts(client.chain[1:])[0]
         if known is not None and known.own is client and known.context is shared.context:
             self._policies[key] = known
             return
@@ -76,12 +86,15 @@ class DevicePolicies(Generic[_K]):
         """Forget what was there before; nothing is added any more."""
         self._before = None
 
-    def _context(self, intermediates: tuple[x509.Certificate, ...]) -> TLSPolicy:
+    def _contexts(self, intermediates: tuple[x509.Certificate, ...]) -> tuple[TLSPolicy, ...]:
         shared = self._shared.get(intermediates)
         if shared is None:
-            if len(self._shared) == _MAX_CONTEXTS:
+            if (len(self._shared) + 1) * len(self._algorithms) > _MAX_CONTEXTS:
                 remedy = "leave out those that the broker has itself"
-                raise ValueError(f"client_cert: more than {_MAX_CONTEXTS} sets of intermediates; {remedy}")
+                most = _MAX_CONTEXTS // len(self._algorithms)
+                raise ValueError(f"client_cert: more than {most} sets of intermediates; {remedy}")
             shared = None if self._before is None else self._before.shared(intermediates)
-            shared = self._shared[intermediates] = shared or make_policy(self._tls, intermediates)
+            shared = self._shared[intermediates] = shared or tuple(
+                make_policy(self._tls.offering(each), intermediates) for each in self._algorithms
+            )
         return shared

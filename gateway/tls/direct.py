@@ -11,6 +11,7 @@ returns; so a connection must be used by the thread that made it, which is the r
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from OpenSSL import SSL
@@ -28,6 +29,8 @@ _clear_errors = lib.ERR_clear_error
 _unpack = ffi.unpack
 # Optional: it only saves work.
 _set_groups = getattr(lib, "SSL_set1_curves_list", None)
+# By the key of `[tls]` that they are for.  Those called "curves" have set all groups since OpenSSL 1.1.1.
+_LISTS = {"groups": "SSL_CTX_set1_curves_list", "signature_algorithms": "SSL_CTX_set1_sigalgs_list"}
 
 # More than the transports read and write at a time.
 _BUFFER_SIZE = 0x20000
@@ -110,6 +113,16 @@ class DirectCalls:
         except SSL.Error as error:
             return error.with_traceback(None)  # Its frames reference it: a cycle.
         return SSL.Error([("", "", f"OpenSSL returned {result} without an error")])
+
+
+def set_list(context: SSL.Context, key: str, names: Sequence[str]) -> bool:
+    """Let a Context offer these groups or signature algorithms; return whether OpenSSL knows all of them.
+
+    Raises `AttributeError` if pyOpenSSL is not as expected.
+    """
+    done: int = getattr(lib, _LISTS[key])(context._context, ":".join(names).encode())  # noqa: SLF001  see above
+    _clear_errors()
+    return done == 1
 
 
 def functions() -> tuple[int, int, int, int, int]:

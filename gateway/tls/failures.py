@@ -78,12 +78,6 @@ _OF_CERTIFICATES_TIME = frozenset({9, 10})
 _OF_TIME = _OF_CERTIFICATES_TIME | {11, 12}
 _NOT_YET = frozenset({9, 11})
 
-# What the ClientHello offers, for brokers that have none of it; `gateway.tls.trust` sets the ciphers, OpenSSL the rest.
-_OFFERED = (
-    "offered: TLS 1.3, or TLS 1.2 with ECDHE or DHE and AES-GCM or ChaCha20-Poly1305; "
-    "curves X25519, P-256, X448, P-521 and P-384"
-)
-
 # Parts of OpenSSL's reason strings, in the order in which they are searched.  The strings changed between 1.1.1, 3.x
 # and 4.0 ("sslv3 alert bad certificate" became "ssl/tls alert bad certificate"), their endings did not.
 _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
@@ -130,11 +124,12 @@ def verification_failure(
     return UpstreamFailure(reason, detail)
 
 
-def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFailure:
+def handshake_failure(queue: Sequence[object], *, approved: bool, offered: str = "") -> UpstreamFailure:
     """Return the failure for OpenSSL's error queue: pyOpenSSL's (library, function, reason)s or errno pair.
 
     `approved` says whether the broker's certificate had been approved.  After that, only the client certificate can
     make a broker send the alert handshake_failure (RFC 5246 §7.4.6); before, it is about ciphers or extensions.
+    `offered` is what the ClientHello offered, for brokers that have none of it.
     """
     words = "; ".join(
         str(entry[2] or entry[0]) if isinstance(entry, tuple) and len(entry) == 3 else str(entry) for entry in queue
@@ -146,7 +141,9 @@ def handshake_failure(queue: Sequence[object], *, approved: bool) -> UpstreamFai
         if part in lowered:
             return UpstreamFailure(reason, words)
     words = words or "OpenSSL gave no reason"
-    return UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, words if approved else f"{words}; {_OFFERED}")
+    return UpstreamFailure(
+        EndReason.TLS_HANDSHAKE_FAILED, words if approved or not offered else f"{words}; offered: {offered}"
+    )
 
 
 def _shown(moment: datetime) -> str:

@@ -26,17 +26,22 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat,
 from OpenSSL import SSL, crypto
 
 from gateway.config import TLS
+from gateway.config.algorithms import is_of_tls_1_3
 from gateway.errors import ConfigError
+from gateway.tls.algorithms import Offer, client_hello
 from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_truncated
 from gateway.tls.strict import crl_problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
 VerifyCallback = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
 _T = TypeVar("_T")
+_LISTS = ("ciphers", "groups", "signature_algorithms")
+_LARGEST_HELLO = 0x4000
 
 # @SECLEVEL=2 refuses RSA below 2048 bits and SHA-1 signatures in the chain, whatever the platform's default is.
 # TLS 1.2 is limited to what TLS 1.3 always has: forward secrecy and authenticated encryption.
-_CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:@SECLEVEL=2"
+_CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM"
+_SECURITY_LEVEL = "@SECLEVEL=2"
 # The bundles of Debian and Red Hat, for builds of OpenSSL that look elsewhere (as in wheels).
 _PLATFORM_BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 _CERTIFICATE_BEGIN = b"-----BEGIN CERTIFICATE-----"
@@ -57,7 +62,8 @@ class TLSPolicy:
 
     `client` is the identity that `context` shows the broker, `own` that of a device, which is given to each connection.
     `roots` is empty if the platform's roots are used.  `strict` requires the second opinion.  `crls_until` is when the
-    first CRL is due to be replaced, in seconds since the epoch.  `resumption` allows session tickets.
+    first CRL is due to be replaced, in seconds since the epoch.  `resumption` allows session tickets.  `offer` is what
+    the ClientHello offers, `offered` the same in few words.
     """
 
     context: SSL.Context
@@ -68,6 +74,8 @@ class TLSPolicy:
     client: ClientIdentity | None
     crls_until: float
     resumption: bool
+    offer: Offer
+    offered: str
     own: ClientIdentity | None = None
 
     def introduce(self, connection: SSL.Connection) -> None:
@@ -224,7 +232,7 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
 
     context = SSL.Context(SSL.TLS_CLIENT_METHOD)
     context.set_min_proto_version(_MIN_VERSIONS[tls.min_version])
-    context.set_cipher_list(_CIPHERS)
+    _set_algorithms(context, tls)
     # No TLS 1.2 tickets (the option does not affect 1.3): they would put a session's keys on the wire, encrypted with a
     # key that brokers keep for long.  OpenSSL's own cache does not know what a ticket is bound to.
     context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION | SSL.OP_NO_TICKET)
@@ -261,7 +269,68 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
         client=client,
         crls_until=_first_next_update(crls),
         resumption=tls.resumption,
+        offer=_offer(context, tls),
+        offered=_offered(tls),
     )
+
+
+def _set_algorithms(context: SSL.Context, tls: TLS) -> None:
+    """Let a Context offer the algorithms of `tls`.  Raises `ConfigError`."""
+    of_tls_1_3 = [cipher for cipher in tls.ciphers if is_of_tls_1_3(cipher)]
+    of_tls_1_2 = [cipher for cipher in tls.ciphers if not is_of_tls_1_3(cipher)]
+    try:
+        context.set_cipher_list(":".join((*(of_tls_1_2 or [_CIPHERS]), _SECURITY_LEVEL)).encode())
+        if of_tls_1_3:
+            context.set_tls13_ciphersuites(":".join(of_tls_1_3).encode())
+    except SSL.Error:
+        raise ConfigError([f"tls.ciphers: the installed OpenSSL has not all of {', '.join(tls.ciphers)}"]) from None
+    for key in ("groups", "signature_algorithms"):
+        names = getattr(tls, key)
+        if not names:
+            continue
+        try:
+            # Not at the top of the module: the import itself may fail.
+            from gateway.tls.direct import set_list
+
+            is_done = set_list(context, key, names)
+        except (ImportError, AttributeError, TypeError):
+            remedy = "install the versions that the gateway was made for, or leave the key out"
+            raise ConfigError([f"tls.{key}: the installed pyOpenSSL cannot set it; {remedy}"]) from None
+        if not is_done:
+            raise ConfigError([f"tls.{key}: the installed OpenSSL has not all of {', '.join(names)}"])
+
+
+def _offer(context: SSL.Context, tls: TLS) -> Offer:
+    """Return what the gateway's ClientHello offers.  Raises `ConfigError` if something configured is not in it.
+
+    OpenSSL leaves out silently what its security level, its build or `min_version` forbid.
+    """
+    connection = SSL.Connection(context, None)
+    connection.set_connect_state()
+    try:
+        connection.do_handshake()
+    except SSL.WantReadError:
+        pass
+    except SSL.Error as error:
+        keys = ", ".join(f"tls.{key}" for key in _LISTS if getattr(tls, key)) or "tls"
+        words = f"OpenSSL cannot begin a handshake with these ({_reasons(error)}); name more of them"
+        raise ConfigError([f"{keys}: {words}"]) from None
+    offer = client_hello(connection.bio_read(_LARGEST_HELLO))
+    missing = offer.missing(tls.ciphers, tls.groups, tls.signature_algorithms)
+    if missing:
+        why = f'the installed OpenSSL does not offer it with min_version = "{tls.min_version}"; remove it'
+        raise ConfigError([f"tls.{key}: {name}: {why}" for key, name in missing])
+    return offer
+
+
+def _offered(tls: TLS) -> str:
+    """Return what is offered, for the log: what is configured, and the defaults in few words."""
+    ciphers = ", ".join(tls.ciphers) or "ECDHE or DHE with AES-GCM or ChaCha20-Poly1305"
+    groups = ", ".join(tls.groups) or "X25519, P-256, X448, P-384, P-521, ffdhe2048, ffdhe3072 and those with ML-KEM"
+    parts = [f"TLS {tls.min_version} or later", f"ciphers {ciphers}", f"groups {groups}"]
+    if tls.signature_algorithms:
+        parts.append(f"signature algorithms {', '.join(tls.signature_algorithms)}")
+    return "; ".join(parts)
 
 
 def _first_next_update(crls: list[x509.CertificateRevocationList]) -> float:
@@ -278,10 +347,14 @@ def _show(context: SSL.Context, client: ClientIdentity, tls: TLS) -> None:
         context.use_privatekey(client.key)
         context.check_privatekey()
     except SSL.Error as error:
-        queue = error.args[0] if error.args else []
-        words = "; ".join(str(reason) for _, _, reason in queue) or "no reason given"
+        words = _reasons(error)
         remedy = "use at least RSA 2048 or P-256, signed with SHA-256"
         raise ConfigError([f"tls.client_cert: {tls.client_cert} is refused by OpenSSL ({words}); {remedy}"]) from None
+
+
+def _reasons(error: SSL.Error) -> str:
+    queue = error.args[0] if error.args else []
+    return "; ".join(str(reason) for _, _, reason in queue) or "no reason given"
 
 
 def spki_pin(certificate: x509.Certificate) -> bytes:
