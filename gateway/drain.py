@@ -25,6 +25,10 @@ class Spread(Generic[_T]):
         if now + seconds < self._began + self._seconds:
             self._began, self._seconds, self._total = now, seconds, len(self._left)
 
+    def give_back(self, seconds: float) -> None:
+        """Continue as if the last `seconds` had not passed: nobody ended anything meanwhile."""
+        self._began += seconds
+
     def due(self, now: float) -> Iterator[_T]:
         """Yield those that became due since the last call."""
         elapsed = now - self._began

@@ -30,6 +30,7 @@ from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.packets import ReasonCode
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
+from gateway.net.patience import PatientClock
 from gateway.ops.journal import GatewayJournal
 from gateway.pieces import Pause, no_pause
 from gateway.prepared import Prepared, prepare
@@ -133,7 +134,8 @@ class Gateway:
 
     Everything that touches the outside world is a parameter, so that a whole gateway can run in memory on a virtual
     clock.  `carried` is how many sessions this process can carry; `swept` is called after each sweep; `uniform` returns
-    random numbers from 0 to 1.  Raises `ConfigError` if the certificates or keys of `[tls]` cannot be used.
+    random numbers from 0 to 1; `patience` is the clock of timeouts, made of `clock`.  Raises `ConfigError` if the
+    certificates or keys of `[tls]` cannot be used.
     """
 
     def __init__(
@@ -146,11 +148,14 @@ class Gateway:
         swept: Callable[[], None] = lambda: None,
         uniform: Callable[[], float] = random,
         helpers: Helpers = Helpers(),  # noqa: B008  frozen
+        patience: PatientClock | None = None,
     ) -> None:
         self.sessions: set[Session] = set()
         # Sessions that the broker has not accepted yet, and some others until the next sweep.
         self._not_accepted: dict[Session, _Opening] = {}
         self._clock = clock
+        # For everything in which somebody else's silence counts.
+        self._patience = patience or PatientClock(clock)
         self._network = network
         self._journal = journal
         self._carried = carried
@@ -158,13 +163,14 @@ class Gateway:
         self._uniform = uniform
         self._helpers = helpers
         self.presence: Presence[Session] = Presence(clock.seconds, is_over)
-        self._turns = password_turns(clock)
+        self._turns = password_turns(self._patience)
         self._numbered = 0
         # How often the configuration was changed.
         self.changes = 0
         self._all_gone: list[Deferred[None]] = []
         self._stopping = False
         self._drain: Spread[Session] | None = None
+        self._drained_at = 0.0
         self.stored: StoredDevices | None = None
         # A store that is open and not in use yet.
         self._opened: Store | None = None
@@ -266,7 +272,7 @@ class Gateway:
             [proxy.health if proxy is not None else None for proxy in proxies],
             judged_alike=before is not None and before.prepared.policy is policy,
         )
-        dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal)
+        dialler = Dialler(targets, healths, self._network, self._clock, config, self._journal, self._patience)
         reception = Reception(
             prepared,
             dialler,
@@ -275,7 +281,7 @@ class Gateway:
             self._uniform,
             self._take_place,
             self._turns,
-            self._clock.seconds,
+            self._patience.seconds,
             lambda: self.stored,
         )
         return Generation(prepared, dialler, reception)
@@ -299,6 +305,7 @@ class Gateway:
             self._stopping = True
             sessions = list(self.sessions)
             self._drain = Spread((each for each in sessions if each.state in _ESTABLISHED), now, seconds)
+            self._drained_at = now
             self._drainer.start(DRAIN_INTERVAL)
             for session in sessions:
                 # No work is lost here, and waiting would only show that no broker is available.
@@ -429,11 +436,11 @@ class Gateway:
     def _sweep(self) -> None:
         now = self._clock.seconds()
         lost = self._lost_time(now)
-        patience = self.config.timeouts.connect_packet + max(lost, 0.0)
         steps: list[Callable[[], object]] = [
-            partial(self._sweep_all, lost, now),
+            partial(self._give_back, lost, now),
+            self._sweep_all,
             self._forget_accepted,
-            partial(self.doorstep.sweep, now, patience),
+            partial(self.doorstep.sweep, now, self.config.timeouts.connect_packet),
             self.doorkeeper.sweep,
             partial(self.presence.sweep, self.config.devices),
             self.generation.dialler.sweep,
@@ -459,12 +466,17 @@ class Gateway:
         lost = 0.0 if before is None else now - before - SWEEP_INTERVAL
         return lost if abs(lost) > _LATE else 0.0
 
-    def _sweep_all(self, lost: float, now: float) -> None:
-        if lost:
-            for session in self.sessions:
-                session.give_back(lost, now)
-            if self.stored is not None:
-                self.stored.give_back(lost)
+    def _give_back(self, lost: float, now: float) -> None:
+        if not lost:
+            return
+        self._patience.give_back(lost)
+        self.doorstep.give_back(lost, now)
+        for session in self.sessions:
+            session.give_back(lost, now)
+        if self.stored is not None:
+            self.stored.give_back(lost)
+
+    def _sweep_all(self) -> None:
         # A sweep that takes longer than a second goes on: starting over would leave out the same sessions each time.
         if self._sweeping is None or not self._sweeping.active():
             self._sweep_sessions(list(self.sessions))
@@ -486,9 +498,16 @@ class Gateway:
             del self._not_accepted[session]
 
     def _drain_some(self) -> None:
-        if self._drain is not None:
-            for session in self._drain.due(self._clock.seconds()):
-                self._end(session)
+        now = self._clock.seconds()
+        lost, self._drained_at = now - self._drained_at - DRAIN_INTERVAL, now
+        if self._drain is None:
+            return
+        if lost > _LATE:
+            # What has arrived meanwhile is read first: it may end sessions in order.
+            self._drain.give_back(lost)
+            return
+        for session in self._drain.due(now):
+            self._end(session)
 
     def _end(self, session: Session) -> None:
         discard_will = self.config.drain.wills == "discard"

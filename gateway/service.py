@@ -31,6 +31,7 @@ from gateway.errors import ConfigError
 from gateway.gateway import SWEEP_INTERVAL, Gateway
 from gateway.net.listening import Listeners
 from gateway.net.network import ReactorNetwork, shown_address
+from gateway.net.patience import PatientClock
 from gateway.net.transport import RelayReactor
 from gateway.ops.expiry import Certificate, ExpiryWatch, configured
 from gateway.ops.journal import GatewayJournal, Journal
@@ -103,6 +104,7 @@ class GatewayService(Service):
         self.reread = reread or (lambda: config)
         journal = journal or Journal(reactor.seconds, sessions=lambda: self.gateway.config.log.sessions)
         self.ledger = Ledger(journal, reactor.seconds)
+        patience = PatientClock(reactor)
         self.gateway = Gateway(
             config,
             reactor,
@@ -111,10 +113,11 @@ class GatewayService(Service):
             raise_descriptor_limit(),
             self._swept,
             helpers=Helpers(
-                Programs(reactor, reactor),
+                Programs(reactor, patience),
                 partial(deferToThreadPool, reactor, reactor.getThreadPool()),
                 partial(_open_store, reactor),
             ),
+            patience=patience,
         )
         self._listeners = Listeners(self._relay, self.gateway.factory)
         self._watch = Watch(self.gateway.generation.prepared.files)

@@ -141,6 +141,11 @@ class StoredConnection:
         if self._protocol is not None:
             self._protocol.write_last(data)
 
+    @property
+    def unread(self) -> bool:
+        """Whether bytes have arrived that have not been read yet."""
+        return self._protocol is not None and self._protocol.unread
+
     def hold(self) -> None:
         """Stop reading."""
         if self._protocol is not None:

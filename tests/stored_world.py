@@ -224,6 +224,8 @@ class BrokerLink:
         self.stored = stored
         self.gateway = gateway
         self.open = True
+        # Nothing waits in a socket: the virtual process is never busy.
+        self.unread = False
         self.blackhole = False
         self.session: BrokerSession | None = None
         self.version = 4
@@ -624,6 +626,7 @@ class DeviceEnd:
         self.gateway = gateway
         self.stored: StoredSession
         self.ended = False
+        self.unread = False
 
     def send_up(self, data: bytes) -> None:
         """The device sends."""

@@ -28,7 +28,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.closed = self.aborted = self.held = False
+        self.closed = self.aborted = self.held = self.unread = False
 
     def write(self, data: bytes) -> None:
         """See `gateway.session.stored.Upstream`."""
@@ -72,6 +72,7 @@ class Device:
         self.ended: tuple[EndReason, str] | None = None
         self.answer: bytes | None = None
         self.held = True
+        self.unread = False
         self.stored: StoredSession | None = None
 
     def admit(self, connack: bytes) -> bytes:
@@ -810,7 +811,12 @@ def test_a_broker_without_pingresp_is_given_up(bench: Bench) -> None:
     bench.stored.device_received(b"\xc0\0")
     bench.sweep(29)
     assert not upstream.aborted
+    # The answer has arrived and has not been read: this process may have been busy.
+    upstream.unread = True
     bench.sweep(2)
+    assert not upstream.aborted
+    upstream.unread = False
+    bench.sweep(1)
     assert upstream.aborted
 
 
@@ -822,6 +828,17 @@ def test_a_silent_device_is_ended_by_its_keep_alive(bench: Bench) -> None:
     bench.sweep(3)
     assert device.ended is not None
     assert device.ended[0] is EndReason.KEEPALIVE_TIMEOUT
+
+
+def test_what_has_arrived_is_read_before_a_side_is_judged_silent(bench: Bench) -> None:
+    """This process may have been busy, not they."""
+    device = bench.offline()
+    device.unread = True
+    bench.sweep(92)
+    assert device.ended is None
+    device.unread = False
+    bench.sweep(3)
+    assert device.ended is not None
 
 
 # ---- leaving

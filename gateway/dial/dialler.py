@@ -134,16 +134,18 @@ class Dialler:
         clock: IReactorTime,
         config: Config,
         journal: DialJournal,
+        patience: IReactorTime,
     ) -> None:
-        """Take the brokers, the health of each, and who receives the results."""
+        """Take the brokers, the health of each, who receives the results, and the clock of timeouts."""
         self._targets: Route = list(zip(targets, healths, strict=True))
         # For sessions whose rule names no upstream.
         self._route = [choice for choice in self._targets if choice[0].upstream.default]
         self._network = network
         self._clock = clock
+        self._patience = patience
         self._timeouts = config.timeouts
         self._journal = journal
-        self.pacer = Pacer(config.pacing, clock)
+        self.pacer = Pacer(config.pacing, patience)
         # Whether a configuration that judges sessions differently has replaced this one.
         self.superseded = False
         self.identities = any(device.client_cert is not None for device in config.device)
@@ -396,7 +398,7 @@ class Dialler:
             raise
         if request is not None:
             assert isinstance(protocol, WebSocketUpstream)  # noqa: S101  made for this target; narrows the type
-            await open_websocket(protocol, request, self._clock, self._timeouts)
+            await open_websocket(protocol, request, self._patience, self._timeouts)
         return protocol, peer
 
     async def _reach_verified(self, target: Target, dial: Dial) -> tuple[UpstreamProtocol, Peer]:
@@ -432,10 +434,10 @@ class Dialler:
     async def _connect_to(self, host: str, port: int, build: Callable[[], _Connection], dial: Dial) -> _Connection:
         seconds = self._clock.seconds
         began = seconds()
-        addresses = await resolve(self._network, host, port, self._clock, self._timeouts)
+        addresses = await resolve(self._network, host, port, self._patience, self._timeouts)
         resolved = seconds()
         dial.dns_seconds = resolved - began
-        connection = await connect(self._network, addresses, build, self._clock, self._timeouts)
+        connection = await connect(self._network, addresses, build, self._patience, self._timeouts)
         dial.tcp_seconds = seconds() - resolved
         dial.address = shown_address(connection.transport.getPeer())
         return connection
@@ -452,7 +454,7 @@ class Dialler:
                 connection = await self._connect_to(proxy.server.host, proxy.server.port, to_proxy, dial)
             except UpstreamFailure as failure:
                 raise unreachable_proxy(proxy.server, failure) from None
-            protocol = await open_tunnel(connection, proxy.server, self._clock, self._timeouts)
+            protocol = await open_tunnel(connection, proxy.server, self._patience, self._timeouts)
         except UpstreamFailure as failure:
             now = self._clock.seconds()
             if failure.reason not in PROXY_FAILURES:
@@ -474,7 +476,7 @@ class Dialler:
     async def _shake_hands(self, protocol: UpstreamProtocol, dial: Dial) -> Peer:
         began = self._clock.seconds()
         try:
-            peer = await handshake(protocol, self._clock, self._timeouts)
+            peer = await handshake(protocol, self._patience, self._timeouts)
         except UpstreamFailure as failure:
             if protocol.approved and failure.reason in _AFTER_APPROVAL:
                 raise _IdentityRefused(failure.reason, failure.detail) from None

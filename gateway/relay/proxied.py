@@ -18,6 +18,7 @@ from gateway.errors import EndReason
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import shown_address
 from gateway.net.proxy_header import MalformedProxyHeader, parse_proxy_header
+from gateway.relay.side import has_unread
 from gateway.rules.admission import Doorkeeper, host_of
 
 
@@ -74,8 +75,13 @@ class Doorstep:
     def sweep(self, now: float, patience: float) -> None:
         """Refuse connections older than `patience` seconds; `now` is in seconds on the gateway's clock."""
         for connection in list(self.connections):
-            if now >= connection.accepted + patience:
+            if now >= connection.accepted + patience and not has_unread(connection.transport):
                 connection.run_out()
+
+    def give_back(self, seconds: float, now: float) -> None:
+        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
+        for connection in self.connections:
+            connection.accepted = min(connection.accepted + seconds, now)
 
     def clear(self) -> None:
         """Close them all without a record: the gateway stops."""
@@ -112,7 +118,7 @@ class Doorstep:
 class ProxiedConnection(Protocol):
     """One connection of a load balancer at the address `proxy`, until its header is complete.
 
-    `accepted` is when it was accepted, in seconds on the gateway's clock.
+    `accepted` is when it was accepted, in seconds on the gateway's clock, or later by the time that was lost since.
     """
 
     transport: ITCPTransport

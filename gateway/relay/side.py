@@ -93,12 +93,7 @@ class RelaySide(Protocol):
     @property
     def unread(self) -> bool:
         """Whether bytes from the peer wait in the socket."""
-        if self._socket is None:
-            return False
-        try:
-            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
-        except OSError:
-            return False
+        return _has_unread(self._socket)
 
     def watch(self, user_timeout: float) -> None:
         """Send small packets at once, and find out within `user_timeout` seconds that the peer is dead.
@@ -205,6 +200,20 @@ def tune(transport: RelayTransport, user_timeout: float) -> None:
     handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
-def _socket_of(transport: RelayTransport) -> socket.socket | None:
+def has_unread(transport: ITCPTransport) -> bool:
+    """Whether bytes from the peer wait in the socket of a transport."""
+    return _has_unread(_socket_of(transport))
+
+
+def _has_unread(handle: socket.socket | None) -> bool:
+    if handle is None:
+        return False
+    try:
+        return bool(handle.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except OSError:
+        return False
+
+
+def _socket_of(transport: ITCPTransport) -> socket.socket | None:
     handle = ISystemHandle(transport).getHandle() if ISystemHandle.providedBy(transport) else None
     return handle if isinstance(handle, socket.socket) else None

@@ -562,6 +562,11 @@ class Session:
         if self._state is State.STORED:
             self._device.release()
 
+    @property
+    def unread(self) -> bool:
+        """Whether the device has sent bytes that have not been read yet."""
+        return self._device.unread
+
     def finish(
         self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
     ) -> None:

@@ -112,6 +112,10 @@ class Phase(Enum):
 class Upstream(Protocol):
     """The verified connection to the broker; see `gateway.session.session.Side`."""
 
+    @property
+    def unread(self) -> bool:
+        """Whether bytes have arrived that have not been read yet."""
+
     def write(self, data: bytes) -> None:
         """Send bytes."""
 
@@ -133,6 +137,10 @@ class Upstream(Protocol):
 
 class Device(Protocol):
     """The device's session, as far as it is one of a stored device."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether bytes have arrived that have not been read yet."""
 
     def admit(self, connack: bytes) -> bytes:
         """Send the CONNACK that accepts, and count the session in; return what waits behind CONNECT."""
@@ -555,7 +563,7 @@ class StoredSession:
         limit = visit.keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
         if visit.is_held:
             visit.heard = now
-        elif limit and now - visit.heard > limit:
+        elif limit and now - visit.heard > limit and not visit.device.unread:
             visit.device.finish(EndReason.KEEPALIVE_TIMEOUT, f"silent for {now - visit.heard:.0f} s")
             return
         if visit.pace is not None and visit.pace.paused:
@@ -563,8 +571,10 @@ class StoredSession:
         self._mind_device()
 
     def _sweep_upstream(self, now: float) -> None:
+        # What has arrived is read before the broker is judged by its silence: this process may have been busy.
+        is_silent = self._upstream is not None and not self._upstream.unread
         if not self._is_up:
-            if now >= self._connack_due:
+            if now >= self._connack_due and is_silent:
                 self._drop_upstream(SessionEnd(EndReason.UPSTREAM_SILENT, f"no CONNACK in {self._world.connack:g} s"))
             return
         if now >= self._lives_until:
@@ -572,9 +582,14 @@ class StoredSession:
             self._leave_upstream(with_disconnect=True)
             self._retry_at = 0.0
             self._dial()
-        elif self._pinged_at is not None and now - self._pinged_at > _PING_PATIENCE and not self._is_broker_held:
+        elif (
+            self._pinged_at is not None
+            and now - self._pinged_at > _PING_PATIENCE
+            and is_silent
+            and not self._is_broker_held
+        ):
             self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, "no answer to PINGREQ"))
-        elif self.outgoing.in_flight and now - self.outgoing.last_progress > _STUCK:
+        elif self.outgoing.in_flight and now - self.outgoing.last_progress > _STUCK and is_silent:
             self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, f"nothing was acknowledged for {_STUCK:g} s"))
         elif self._pinged_at is None and (
             now - self._sent_at >= self._ping_interval or (self.outgoing.in_flight and not self.outgoing.live)

@@ -233,13 +233,17 @@ class _Connection(protocol.Protocol):
 
     def connectionMade(self) -> None:
         self._site.protocols.add(self)
-        self._end = self._reactor.callLater(_LIFETIME, self.abort)
+        self._end = self._reactor.callLater(_LIFETIME, self._expire)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         del reason
         self._site.protocols.discard(self)
         if self._end is not None and self._end.active():
             self._end.cancel()
+
+    def _expire(self) -> None:
+        # In the next turn, since this process may not have run for a while: what has arrived is read and answered.
+        self._end = self._reactor.callLater(0, self.abort)
 
     def abort(self) -> None:
         """Close at once."""
