@@ -24,9 +24,10 @@ from gateway.relay.side import Gauge
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.session.record import Dial, Peer, SessionRecord
 from gateway.session.session import Session
-from gateway.session.stored import StoredSession, World
+from gateway.session.stored import Phase, StoredSession, World
 from gateway.session.treatment import Treatment
 from gateway.store.backlog import Backlog, client_identifier_of
+from gateway.store.forecast import Forecast
 from gateway.store.store import Store
 from gateway.text import printable
 
@@ -217,6 +218,10 @@ class StoredDevices:
         self._told_failure = ""
         self._stopping = False
         self._check_at = 0.0
+        self.forecast = Forecast()
+        # Since when devices are served without a broker, None if none is.
+        self.outage_since: float | None = None
+        self._delivered_before = 0
 
     def seconds(self) -> float:
         """Return the time on the injected clock."""
@@ -379,11 +384,35 @@ class StoredDevices:
         self._tell(now)
         if self._stopping:
             return
+        if self.forecast.is_due(now):
+            self._take_sample(now)
         if not self._are_known and not self.store.loading:
             self._are_known = True
             self._begin_waiting()
         if self._sweeping is None or not self._sweeping.active():
             self._sweep_some(list(self.sessions.values()))
+
+    def _take_sample(self, now: float) -> None:
+        """See how much waits, and whether devices are served without a broker."""
+        self.forecast.note(now, self.store.bytes)
+        offline = [
+            stored.offline_since
+            for stored in self.sessions.values()
+            if stored.phase is Phase.OFFLINE and stored.is_serving
+        ]
+        if offline and self.outage_since is None:
+            self._delivered_before = self.store.counts.drained
+            _log.warn(
+                "store: no broker; messages are stored for {count} devices", event="store-outage", count=len(offline)
+            )
+        elif not offline and self.outage_since is not None:
+            _log.info(
+                "store: all connected devices have a broker again; {count} stored messages delivered, {left} wait",
+                event="store-outage-over",
+                count=self.store.counts.drained - self._delivered_before,
+                left=self.store.messages,
+            )
+        self.outage_since = min(offline, default=None)
 
     def _tell(self, now: float) -> None:
         """Log a disk that fails and recovers, and once a minute what was removed without delivery."""

@@ -35,6 +35,7 @@ from gateway.ops.status_words import (
     Level,
     Part,
     ago,
+    backlog_words,
     certificate_name,
     certificate_words,
     clock,
@@ -44,6 +45,7 @@ from gateway.ops.status_words import (
     device_words,
     duration,
     number,
+    store_lines,
     unknown_words,
     upstream_words,
     verdict,
@@ -147,7 +149,7 @@ def _once(endpoint: Endpoint, arguments: argparse.Namespace) -> int:
 def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
     """Return the exit status and what is printed."""
     if device is None:
-        return _EXIT[verdict(document).level], list(_overview(document))
+        return _EXIT[verdict(document).level], list(overview(document))
     # The gateway puts an exact match first.
     items = document["devices"]["items"]
     is_connected = bool(items) and items[0]["step"] in CONNECTED
@@ -271,7 +273,8 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
 # ---- printing
 
 
-def _overview(document: Part) -> Iterator[str]:
+def overview(document: Part) -> Iterator[str]:
+    """Yield the lines that describe the gateway."""
     sessions = document["sessions"]
     history, devices = document["history"], document["devices"]
     yield from _verdict(document)
@@ -301,6 +304,14 @@ def _overview(document: Part) -> Iterator[str]:
     for certificate in certificates:
         kind = {"valid": "good", "ends soon": "wait"}.get(certificate["state"], "bad")
         yield from _item(f"{certificate_name(certificate)}: {certificate_words(certificate)}", kind)
+    stored = document.get("store")
+    if stored is not None:
+        yield from _heading("Stored messages")
+        for line in store_lines(stored):
+            yield from _item(line, "wait" if stored["messages"] or stored["failure"] else "good")
+        for each in stored["backlogs"][:_SHOWN]:
+            words = f"{each['client_identifier']}: {number(each['messages'])} messages, {backlog_words(each)}"
+            yield from _below(words)
     if document["lately"]:
         yield from _heading("Why sessions ended in the last 15 minutes")
     for each in document["lately"]:

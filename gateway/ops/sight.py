@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
+from heapq import nlargest
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from gateway.relay.core import Choice
 from gateway.session.record import Traffic
 from gateway.session.session import Session, State
 from gateway.session.stored import Phase
+from gateway.store.backlog import client_identifier_of
 from gateway.stored_devices import StoredDevices
 from gateway.text import printable
 
@@ -257,9 +259,13 @@ class Sight:
             return None
         store, counts = devices.store, devices.store.counts
         phases = Counter(stored.phase.value for stored in devices.sessions.values())
-        waiting = sorted((backlog for backlog in store if len(backlog)), key=lambda each: -each.bytes)
-        moment = now.timestamp()
+        waiting = nlargest(PER_PAGE, (backlog for backlog in store if len(backlog)), key=lambda each: each.bytes)
+        moment, seconds = now.timestamp(), self.sources.seconds()
+        forecast, since = devices.forecast, devices.outage_since
         return {
+            "outage_seconds": None if since is None else round(seconds - since),
+            "full_in_seconds": _rounded(forecast.until_full(store.config.max_size)),
+            "delivered_in_seconds": _rounded(forecast.until_empty()),
             "messages": store.messages,
             "bytes": store.bytes,
             "limit_bytes": store.config.max_size,
@@ -275,6 +281,7 @@ class Sight:
             "backlogs": [
                 {
                     "identity": printable(backlog.name, _MAX_TEXT),
+                    "client_identifier": printable(client_identifier_of(backlog.name), _MAX_TEXT),
                     "messages": len(backlog),
                     "bytes": backlog.bytes,
                     "oldest_seconds": max(0, round(moment - (backlog.oldest or moment))),
@@ -284,7 +291,7 @@ class Sight:
                     if stored is None or stored.trouble is None
                     else printable(str(stored.trouble), _MAX_TEXT),
                 }
-                for backlog in waiting[:PER_PAGE]
+                for backlog in waiting
                 for stored in (devices.sessions.get(backlog.name),)
             ],
         }
@@ -421,6 +428,10 @@ def _ended(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, An
         "held_back": False,
         "end": _end(end, seconds, at),
     }
+
+
+def _rounded(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds)
 
 
 def _is_unserved(end: End) -> bool:

@@ -31,6 +31,7 @@ CONNECTED = frozenset({"relaying", "stored"})
 
 _STATES = {"left alone": "backing off"}
 _CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's", "device": "of rule"}
+_SOON_FULL = 86_400  # seconds
 _SILENT_FOR_LONG = 300  # seconds without data after which this is shown for a connected device
 
 
@@ -69,11 +70,22 @@ def verdict(document: Part) -> Verdict:
     absent = _absent(document)
     if not document["alive"]:
         return Verdict(Level.DOWN, "The event loop is stuck; timeouts are not enforced", reasons)
+    stored, steps = document.get("store"), document["sessions"]["by_step"]
+    if stored is not None:
+        reasons = [*store_problems(stored), *reasons]
+    is_outage = document["unready"].startswith("no broker")
+    if is_outage and stored is not None and not stored["failure"] and steps.get("stored"):
+        line = "No broker is available; messages of some devices are stored"
+        if not document["unserved"]:
+            line = "No broker is available; the devices' messages are stored"
+        return Verdict(Level.ATTENTION, line, absent + reasons)
     if not document["ready"]:
         words = document["unready"]
         return Verdict(Level.DOWN, f"Devices cannot be served: {words.partition(':')[0]}", reasons)
     if document["unserved"] and not connected(document):
         return Verdict(Level.DOWN, "No device is served", reasons + absent)
+    if stored is not None and stored["failure"]:
+        return Verdict(Level.ATTENTION, "The store cannot write", reasons + absent)
     if document["unserved"]:
         return Verdict(Level.ATTENTION, "Some devices are not served", absent + reasons)
     if reasons:
@@ -81,6 +93,59 @@ def verdict(document: Part) -> Verdict:
     if not document["sessions"]["started"] and all(each["verified"] is None for each in document["upstreams"]):
         return Verdict(Level.WELL, "No device has connected yet, and no broker has been tried", absent)
     return Verdict(Level.WELL, "The gateway is well", reasons + absent)
+
+
+def store_problems(stored: Part) -> list[str]:
+    """Return what needs attention about the store, the most urgent first."""
+    problems = []
+    if stored["failure"]:
+        problems.append(
+            f"The store cannot write: {stored['failure']}. Without a broker, devices get no acknowledgement. "
+            "Free space on the disk, or repair it."
+        )
+    full = stored.get("full_in_seconds")
+    if full is not None and full < _SOON_FULL:
+        problems.append(
+            f"The store will be full in {duration(full)} at this rate. Restore the broker, or raise store.max_size."
+        )
+    if stored["set_aside"]:
+        problems.append(
+            f"{number(stored['set_aside'])} stored messages are set aside, because the broker refused them. "
+            "`mqtts-gateway store list` names the devices."
+        )
+    return problems
+
+
+def store_lines(stored: Part) -> list[str]:
+    """Describe the store: what waits, since when, and what comes of it."""
+    if not stored["messages"]:
+        line = "Nothing waits."
+    else:
+        line = (
+            f"{number(stored['messages'])} messages wait, {size(stored['bytes'])} of {size(stored['limit_bytes'])}; "
+            f"the oldest is {duration(stored['oldest_seconds'] or 0)} old."
+        )
+    lines = [line]
+    if stored.get("outage_seconds") is not None:
+        lines.append(f"Devices have been served without a broker for {duration(stored['outage_seconds'])}.")
+    if stored.get("delivered_in_seconds") is not None:
+        lines.append(f"All will be delivered in {duration(stored['delivered_in_seconds'])} at this rate.")
+    elif stored.get("full_in_seconds") is not None:
+        lines.append(f"The store will be full in {duration(stored['full_in_seconds'])} at this rate.")
+    dropped = sum(stored["dropped"].values())
+    lines.append(
+        f"Since the start: {number(stored['stored'])} stored, {number(stored['delivered'])} delivered, "
+        f"{number(dropped)} dropped."
+    )
+    return lines
+
+
+def backlog_words(backlog: Part) -> str:
+    """Say what becomes of a backlog, or why it waits."""
+    where = "connected" if backlog["connected"] else "not connected"
+    if backlog["phase"] == "draining":
+        return f"{where}; being delivered"
+    return f"{where}; waiting" + (f": {backlog['trouble']}" if backlog["trouble"] else "")
 
 
 def connected(document: Part) -> int:

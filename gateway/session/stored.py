@@ -269,7 +269,7 @@ class StoredSession:
         self.incoming = Incoming(_RECEIVE_MAXIMUM, self._to_device, self._to_broker)
         self.visit: _Visit | None = None
         self.stopping = False
-        self.since = world.seconds()
+        self.offline_since = world.seconds()
         self.trouble: SessionEnd | None = None
         # The upstream: dialled, asked with CONNECT, accepted.
         self._upstream: Upstream | None = None
@@ -312,6 +312,11 @@ class StoredSession:
         if not self._is_up:
             return Phase.OFFLINE
         return Phase.LIVE if self.outgoing.live else Phase.DRAINING
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether the device is there and has been accepted."""
+        return self.visit is not None and self.visit.is_admitted
 
     @property
     def has_device(self) -> bool:
@@ -1012,6 +1017,8 @@ class StoredSession:
 
     def _forget_upstream(self) -> None:
         was_up, self._is_up = self._is_up, False
+        if was_up:
+            self.offline_since = self._world.seconds()
         self._upstream = None
         self._reader = self._from_broker = None
         self._pinged_at = None

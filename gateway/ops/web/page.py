@@ -17,6 +17,7 @@ from gateway.ops.status_words import (
     Level,
     Part,
     ago,
+    backlog_words,
     certificate_name,
     certificate_words,
     clock,
@@ -27,6 +28,7 @@ from gateway.ops.status_words import (
     duration,
     number,
     size,
+    store_lines,
     unknown_words,
     upstream_words,
     verdict,
@@ -75,7 +77,8 @@ def page(document: Part) -> str:
         element("style", Markup(_STYLE)),
     )
     searching = bool(devices["query"]) or devices["show"] != "all" or devices["page"] > 1
-    sections = [_now(document), _history(document), _why(document), _upstreams(document), _certificates(document)]
+    sections = [_now(document), _history(document), _why(document), _upstreams(document), *_store(document)]
+    sections.append(_certificates(document))
     body = element(
         "body",
         element("header", element("h1", "MQTTS gateway ", element("span", document["host"], class_="host"))),
@@ -204,6 +207,32 @@ def _upstreams(document: Part) -> Markup:
             ]
         )
     return _section("Upstreams", _table(("Broker", "State", "Last verified", "Last failure"), rows), "None.", rows)
+
+
+def _store(document: Part) -> Sequence[Markup]:
+    stored = document["store"]
+    if stored is None:
+        return []
+    rows = [
+        [
+            element("b", each["client_identifier"][:_NAME], class_="name", title=each["identity"]),
+            _badge(each["phase"], "waiting" if each["phase"] == "draining" else "failing"),
+            number(each["messages"]),
+            size(each["bytes"]),
+            duration(each["oldest_seconds"]),
+            backlog_words(each),
+        ]
+        for each in stored["backlogs"]
+    ]
+    headings = ("Device", "State", "Messages", "Size", "Oldest", "Why it waits")
+    return [
+        element(
+            "section",
+            element("h2", "Stored messages"),
+            *(element("p", line) for line in store_lines(stored)),
+            _table(headings, rows, numeric=(2, 3)) if rows else None,
+        )
+    ]
 
 
 def _certificates(document: Part) -> Markup:

@@ -1,0 +1,114 @@
+"""What people see of the store: status document, verdict, page, terminal, metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.cli.status import overview
+from gateway.ops.status_words import Level, verdict
+from gateway.ops.web.page import page
+from gateway.store.database import StoreError
+from gateway.store.forecast import Forecast
+from tests import mqtt_packets as mqtt
+from tests.harness import Device, RunningGateway, eventually
+
+
+@pytest.fixture
+def gateway(reactor: Any, tmp_path: Path) -> Iterator[RunningGateway]:
+    """A gateway whose broker is not there, with a store."""
+    made = RunningGateway(
+        reactor,
+        1,
+        ca_file=None,
+        store={"directory": str(tmp_path / "store"), "after": 2},
+        device=[{"match_client_id": "d*", "bound_to": ["127.0.0.0/8"], "store": True}],
+    )
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def device(gateway: RunningGateway) -> Iterator[Device]:
+    """A device that has published a message without a broker."""
+    with Device(gateway.port) as made:
+        made.send(mqtt.connect("d<1>") + mqtt.publish(payload=b"x", qos=1, packet_identifier=1))
+        assert made.read(8)[4:] == b"\x40\2\0\1"
+        yield made
+
+
+def seen(gateway: RunningGateway) -> dict[str, Any]:
+    """Return the status document."""
+    document: dict[str, Any] = gateway.call(gateway.service.sight.document)
+    return document
+
+
+def test_an_outage_in_which_all_is_stored_needs_attention_only(gateway: RunningGateway, device: Device) -> None:
+    """No device is refused."""
+    del device
+    eventually(lambda: seen(gateway)["store"]["outage_seconds"] is not None, "the outage is known")
+    document = seen(gateway)
+    assert document["unready"]
+    assert document["sessions"]["by_step"]["stored"] == 1
+    assert document["devices"]["counts"]["connected"] == 1
+    (backlog,) = document["store"]["backlogs"]
+    assert (backlog["client_identifier"], backlog["messages"], backlog["phase"]) == ("d<1>", 1, "offline")
+    assert backlog["connected"]
+    assert "tcp-refused" in backlog["trouble"]
+    judged = verdict(document)
+    assert judged.level is Level.ATTENTION
+    assert "stored" in judged.line
+
+
+def test_other_devices_that_are_refused_are_not_passed_over(gateway: RunningGateway, device: Device) -> None:
+    """The line says that some messages are stored, and not all."""
+    del device
+    with Device(gateway.port) as other:
+        other.send(mqtt.connect("other"))
+        assert other.read(4)[3] == 3
+    gateway.wait_ended()
+    judged = verdict(seen(gateway))
+    assert judged.level is Level.ATTENTION
+    assert "some devices" in judged.line
+
+
+def test_a_disk_that_fails_in_an_outage_is_down(gateway: RunningGateway, device: Device) -> None:
+    """Nothing is served then."""
+    del device
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    document = seen(gateway)
+    stored.store.failure = StoreError("no space")
+    failing = seen(gateway)
+    assert verdict(failing).level is Level.DOWN
+    assert "no space" in verdict(failing).reasons[0]
+    document["store"]["full_in_seconds"] = 3600
+    assert any("full in 1 h" in reason for reason in verdict(document).reasons)
+
+
+def test_page_and_terminal_show_the_backlog(gateway: RunningGateway, device: Device) -> None:
+    """Names of devices are escaped."""
+    del device
+    document = seen(gateway)
+    assert "d&lt;1&gt;" in page(document)
+    assert "Stored messages" in page(document)
+    lines = list(overview(document))
+    assert any("d<1>: 1 messages" in line for line in lines)
+
+
+def test_a_forecast_says_when_the_store_is_full_or_empty() -> None:
+    """At the rate of late."""
+    forecast = Forecast()
+    assert forecast.until_full(1000) is None
+    for second in range(0, 100, 10):
+        assert forecast.is_due(second)
+        forecast.note(second, second * 5)
+        assert not forecast.is_due(second + 9)
+    assert forecast.until_full(1450) == pytest.approx(200)
+    assert forecast.until_empty() is None
+    for step in range(5):
+        forecast.note(100 + step * 10, 450 - step * 100)
+    assert forecast.until_empty() == pytest.approx(5)
