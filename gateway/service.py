@@ -156,7 +156,13 @@ class GatewayService(Service):
             seconds=self._reactor.seconds,
             now=now,
             store=lambda: gateway.stored,
+            log=lambda: self.lost_lines,
         )
+
+    @property
+    def lost_lines(self) -> tuple[int, bool]:
+        """How many lines of the log were lost, and whether lines are being lost now."""
+        return 0, False
 
     @property
     def ports(self) -> list[IListeningPort]:

@@ -78,6 +78,12 @@ class _Service(GatewayService):
 
     observer: LineObserver | None = None
 
+    @property
+    def lost_lines(self) -> tuple[int, bool]:
+        """See `GatewayService.lost_lines`."""
+        output = None if self.observer is None else self.observer.output
+        return (0, False) if output is None else (output.lost_lines, output.is_losing)
+
     def setServiceParent(self, parent: Any) -> None:
         """Join the application that twistd runs, and write its log."""
         super().setServiceParent(parent)

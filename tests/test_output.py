@@ -18,8 +18,12 @@ from typing import Any
 import pytest
 from twisted.logger import Logger
 
+from gateway.config import from_mapping
 from gateway.ops.logs import LineObserver
+from gateway.ops.metrics import Metrics
 from gateway.ops.output import LIMIT, BackgroundOutput, stream_writer
+from gateway.ops.status_words import verdict
+from gateway.tap import _Service
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, eventually
 
@@ -244,3 +248,25 @@ def test_sessions_go_on_and_sigterm_ends_it_although_nobody_reads_the_log(
             os.close(descriptor)
     if kind == "file":
         assert '"d0"' not in log.read_text()
+
+
+def test_lines_that_are_being_lost_are_shown_where_the_log_is_not_needed(reactor: Any) -> None:
+    """How many in all, and whether it goes on: the log itself can only tell when it works again."""
+    stuck = Stuck()
+    output = BackgroundOutput(stuck.write)
+    service = _Service(from_mapping({"upstream": [{"host": "localhost"}]}), reactor)
+    assert service.lost_lines == (0, False)
+    service.observer = LineObserver(output, "text")
+    output.start()
+    output.write("first\n")
+    assert stuck.entered.wait(PATIENCE)
+    for _ in range(2):
+        output.write("x" * LIMIT + "\n")
+    assert service.lost_lines == (2, True)
+    document = service.sight.document()
+    assert document["log"] == {"lines_lost": 2, "losing": True}
+    assert any("2 lines are lost" in reason for reason in verdict(document).reasons)
+    assert b"mqtts_gateway_log_lines_lost_total 2.0" in Metrics(service.sight).exposition("")[0]
+    stuck.free.set()
+    eventually(lambda: service.lost_lines == (2, False), "it is written again")
+    assert not any("lines are lost" in reason for reason in verdict(service.sight.document()).reasons)

@@ -350,6 +350,59 @@ def test_the_document_is_described(start: StartGateway) -> None:
     assert sorted(described) == sorted(ask(start(upstream=1)).json)
 
 
+# Fields that count by reason, state, step or the like.
+BY_WORD = {"failed_dials", "by_step", "ended", "refused", "dropped", "count", "counts"}
+
+
+def fields_in(value: Any, above: str) -> Iterator[str]:
+    """Yield the names of all fields within a part of the document."""
+    if isinstance(value, list):
+        for each in value:
+            yield from fields_in(each, above)
+    elif isinstance(value, dict) and above not in BY_WORD and (above != "sessions" or "offline" not in value):
+        for name, each in value.items():
+            yield name
+            yield from fields_in(each, name)
+
+
+def test_the_parts_of_the_document_are_described(
+    start: StartGateway, start_broker: StartBroker, tmp_path: Path, logged_errors: list[Any]
+) -> None:
+    """docs/sight.md names every field of each part, and no other; values are in quotes there."""
+    section = re.search(r"^## The document\n(.*?)^## ", DOCUMENT, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", section[1], re.MULTILINE)
+    expires = certify(subject="soon", valid_for=5).write(tmp_path / "soon.pem")
+    rules = [
+        {"match_client_id": "broken", "client_cert": str(tmp_path / "none.pem"), "client_key": str(expires)},
+        {"match_client_id": "soon", "client_cert": str(expires), "client_key": str(expires)},
+        {"match_client_id": "kept", "store": True, "bound_to": "127.0.0.1", "upstream": "gone"},
+    ]
+    upstream = [
+        {"host": "localhost", "port": start_broker().port},
+        {"host": "localhost", "port": 1, "name": "gone", "default": False},
+    ]
+    gateway = start(upstream=upstream, device=rules, store={"directory": str(tmp_path / "store"), "after": 2})
+    with Device(gateway.port) as well, Device(gateway.port) as broken, Device(gateway.port) as kept:
+        well.send(mqtt.connect("well"))
+        assert well.read(4) == mqtt.connack()
+        broken.send(mqtt.connect("broken"))
+        broken.read_to_end()
+        kept.send(mqtt.connect("kept"))
+        assert kept.read(4) == mqtt.connack()
+        kept.send(mqtt.publish(qos=1))
+        assert kept.read(4) == b"\x40\x02\x00\x01"
+        eventually(lambda: ask(gateway).json["store"]["backlogs"], "a message on disk")
+        for _ in range(2):
+            gateway.call(gateway.service.ledger.sample)
+        document = ask(gateway).json
+    logged_errors.clear()  # of the rule that cannot be used
+    for names, words in rows:
+        described = set(re.findall(r"`(\w+)`", words))
+        found = {name for top in re.findall(r"`(\w+)`", names) for name in fields_in(document[top], top)}
+        assert described == found, names
+
+
 def test_the_document_says_why_a_device_is_silent(start: StartGateway, start_broker: StartBroker) -> None:
     """Word, meaning, particulars, remedy; found by a part of its name."""
     leaf = certify(certify(subject="another", ca=True, names=(), purposes=()))

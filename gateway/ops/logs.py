@@ -52,6 +52,7 @@ class LineObserver:
         self._in_journal = in_journal
         self._log = Logger(namespace="gateway", observer=self)
         output.lost = self._report_lost
+        self.output = output
         self.use(wanted)
 
     def start(self) -> None:

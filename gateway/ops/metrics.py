@@ -78,6 +78,10 @@ class _Gateway(Collector):
         reloads.add_metric(["done"], ledger.reloads)
         reloads.add_metric(["refused"], ledger.refused_reloads)
         yield reloads
+        lost, _ = self._sight.sources.log()
+        yield CounterMetricFamily(
+            f"{_PREFIX}_log_lines_lost", "Lines of the log that were lost: its output was blocked or failed.", lost
+        )
 
     def _sessions(self) -> Iterator[Metric]:
         ledger = self._sight.ledger

@@ -38,6 +38,7 @@ class BackgroundOutput:
         # Of all text that is not written yet, including what the thread is writing now.
         self._size = 0
         self._lost = 0
+        self._lost_before = 0
         self._in_background = False
 
     def start(self) -> None:
@@ -52,6 +53,16 @@ class BackgroundOutput:
         """Write what waits, if that takes no longer than two seconds; from then on write in the caller's thread."""
         if self._in_background and self.flush(_AT_EXIT):
             self._in_background = False
+
+    @property
+    def lost_lines(self) -> int:
+        """How many lines have been lost so far."""
+        return self._lost_before + self._lost
+
+    @property
+    def is_losing(self) -> bool:
+        """Whether lines have been lost since writing last worked."""
+        return self._lost > 0
 
     def write(self, text: str) -> None:
         """Write whole lines, or drop them if too many are waiting.  Never blocks between `start` and `finish`."""
@@ -97,6 +108,7 @@ class BackgroundOutput:
                 lost = 0
                 if done:
                     lost, self._lost = self._lost, 0
+                    self._lost_before += lost
                 self._changed.notify_all()
             if lost:
                 self.lost(lost)

@@ -80,7 +80,8 @@ class Sources:
     """Queries to the gateway.
 
     `listeners` are (name, address); `host` is the name of this machine; `refused_rules` are (rule, problem);
-    `refused_reloads` says why the current configuration files are not in use.
+    `refused_reloads` says why the current configuration files are not in use.  `log` gives how many lines of the log
+    were lost, and whether lines are being lost now.
     """
 
     host: str
@@ -96,6 +97,7 @@ class Sources:
     seconds: Callable[[], float]
     now: Callable[[], datetime]
     store: Callable[[], StoredDevices | None] = lambda: None
+    log: Callable[[], tuple[int, bool]] = lambda: (0, False)
 
 
 @frozen(kw_only=True)
@@ -199,6 +201,7 @@ class Sight:
                 "refused": ledger.refused_reloads,
                 "wanting": [printable(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
             },
+            "log": dict(zip(("lines_lost", "losing"), self.sources.log(), strict=True)),
             "lately": self._lately(seconds, at),
             "history": [
                 {

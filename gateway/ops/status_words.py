@@ -67,6 +67,11 @@ def verdict(document: Part) -> Verdict:
     reasons += device_certificate_lines(document)
     reasons += refused_rule_lines(document)
     reasons += [f"The {words}." for words in document["reloads"]["wanting"]]
+    if document["log"]["losing"]:
+        reasons.append(
+            f"The log output is blocked or fails: {number(document['log']['lines_lost'])} lines are lost. "
+            "Check the disk or the journal, or what reads the gateway's standard output."
+        )
     absent = _absent(document)
     if not document["alive"]:
         return Verdict(Level.DOWN, "The event loop is stuck; timeouts are not enforced", reasons)

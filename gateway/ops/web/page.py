@@ -368,12 +368,13 @@ def _footer(document: Part) -> Markup:
     began = document["started"][:16].replace("T", " ")
     reloads = document["reloads"]
     refused = f", {reloads['refused']} refused" if reloads["refused"] else ""
+    lost = f"; {number(document['log']['lines_lost'])} log lines lost" if document["log"]["lines_lost"] else ""
     return together(
         element("p", f"As of {clock(document['time'])} UTC. Listening on {where}."),
         element(
             "p",
             f"Version {document['version']}, running since {began} UTC ({duration(document['uptime_seconds'])}), "
-            f"{reloads['done']} configuration reloads{refused}; {document['engine']['words']}.",
+            f"{reloads['done']} configuration reloads{refused}; {document['engine']['words']}{lost}.",
         ),
         element(
             "p",
