@@ -157,6 +157,11 @@ class StoredConnection:
         if self._protocol is not None:
             self._protocol.release()
 
+    def go_on_later(self) -> None:
+        """Go on with what has been read in a later turn."""
+        if self._protocol is not None:
+            self._protocol.go_on_later()
+
     def close(self) -> None:
         """End the connection in the orderly way."""
         self._devices.forget(self)

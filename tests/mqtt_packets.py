@@ -5,6 +5,8 @@ In: keyword arguments.  Out: bytes.  Written apart from `gateway.mqtt`, so that 
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def variable_byte_integer(value: int, *, size: int = 1) -> bytes:
     """Write a Variable Byte Integer, padded to `size` bytes if that is more than it needs."""
@@ -177,3 +179,13 @@ def disconnect(*, code: int | None = None, properties: bytes | None = None) -> b
 def auth(*, code: int | None = 0x18, method: str = "SCRAM-SHA-256") -> bytes:
     """Write an AUTH of 5.0, an empty one when `code` is None."""
     return packet(0xF0, b"" if code is None else bytes([code]) + with_length(text(0x15, method)))
+
+
+def fed(framer: Any, *pieces: bytes) -> bytes:
+    """Feed a framer, or what is like one, pieces of a stream, in as many turns as it takes; return what passes."""
+    passed = []
+    for piece in pieces:
+        passed.append(framer.feed(piece))
+        while framer.behind:
+            passed.append(framer.feed(b""))
+    return b"".join(passed)

@@ -267,6 +267,10 @@ class BrokerLink:
 
     release = hold
 
+    def go_on_later(self) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.world.clock.later(0.0, partial(self._deliver, b""))
+
     def close(self) -> None:
         """The gateway closes."""
         self.open = False
@@ -663,6 +667,10 @@ class DeviceEnd:
         """See `gateway.session.stored.Device`."""
 
     release = hold
+
+    def go_on_later(self) -> None:
+        """See `gateway.session.stored.Device`."""
+        self.device.world.clock.later(0.0, partial(self._up, b""))
 
     def finish(self, reason: EndReason, detail: str = "", **_: Any) -> None:
         """See `gateway.session.stored.Device`."""

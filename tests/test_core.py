@@ -226,6 +226,50 @@ def test_a_pair_counts_what_it_relays(bench: Bench) -> None:
     assert bench.pair.settle() == (0, 0, 0, 0, False)
 
 
+def test_what_costs_much_shares_several_turns(core: Any) -> None:
+    """So many bytes at a time; those for whom there was no time come first then, though the others have more."""
+    benches = [Bench(core) for _ in range(12)]
+    with select.epoll() as epoll:
+        for bench in benches:
+            epoll.register(bench.at_device, select.EPOLLIN)
+            bench.device.sendall(mqtt.publish(payload=bytes(60_000)) * 2)
+        passed = []
+        for _ in range(2):
+            count, handed, others = core.poll(epoll.fileno(), 0, 64)
+            assert (handed, others) == ([], [])
+            passed.append([bench.pair.settle()[0] for bench in benches])
+        assert 500_000 < sum(passed[0]) < 650_000
+        assert count == 64  # there is more
+        assert all(map(any, zip(*passed, strict=True)))
+        for _ in range(5):
+            core.poll(epoll.fileno(), 0, 64)
+        assert core.poll(epoll.fileno(), 0, 64) == (0, [], [])
+    for bench in benches:
+        bench.pair.take_back()
+        bench.close()
+
+
+def test_hand_overs_share_several_turns(core: Any) -> None:
+    """Each is work for Python."""
+    benches = [Bench(core) for _ in range(12)]
+    with select.epoll() as epoll:
+        for bench in benches:
+            epoll.register(bench.at_device, select.EPOLLIN)
+            bench.device.sendall(mqtt.disconnect())
+        owners: list[Any] = []
+        for _ in range(3):
+            _, handed, _ = core.poll(epoll.fileno(), 0, 64)
+            assert len(handed) == 4
+            owners += handed
+            for bench in benches:
+                if bench.owner in handed:
+                    bench.pair.take_back()
+                    epoll.unregister(bench.at_device)
+        assert set(owners) == {bench.owner for bench in benches}
+    for bench in benches:
+        bench.close()
+
+
 def test_what_the_device_sends_unusually_is_handed_over_untouched(bench: Bench) -> None:
     """The framer has not seen any of it, so it stands where it stood."""
     bench.device.sendall(PACKET[:5])

@@ -16,6 +16,7 @@ from tests.mqtt_packets import (
     auth,
     connect,
     disconnect,
+    fed,
     packet,
     pingreq,
     pingresp,
@@ -41,7 +42,7 @@ def make_framer(sender: Sender = Sender.DEVICE, version: int = 4, limit: int = L
 
 def outcome(framer: Framer, chunks: list[bytes]) -> dict:
     """Everything that a framer says about a stream, cut in this way."""
-    passed = b"".join(framer.feed(chunk) for chunk in chunks)
+    passed = fed(framer, *chunks)
     fault = framer.error
     return {
         "passed": passed,

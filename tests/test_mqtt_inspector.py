@@ -12,6 +12,7 @@ from gateway.mqtt.topics import TopicFilters
 from tests.mqtt_packets import (
     acknowledgement,
     disconnect,
+    fed,
     packet,
     pingreq,
     pingresp,
@@ -42,7 +43,7 @@ def from_broker(rules: TopicRules = PREFIXES, version: int = 4, limit: int = LIM
 
 
 def outcome(inspector, chunks):
-    passed = b"".join(inspector.feed(chunk) for chunk in chunks)
+    passed = fed(inspector, *chunks)
     fault = inspector.error
     told = fault and (fault.reason, fault.reason_code, fault.detail)
     return passed, told, inspector.packets, inspector.disconnected, inspector.disconnect_code

@@ -61,8 +61,10 @@ class Descriptor:
 
 
 @pytest.fixture
-def relay() -> Iterator[RelayReactor]:
+def relay(monkeypatch: pytest.MonkeyPatch) -> Iterator[RelayReactor]:
     """Return a relay's reactor that is running."""
+    # A machine that stands still for a moment must not end a turn.
+    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: 0.0)
     relay = RelayReactor(Idle())
     relay.start()
     yield relay
@@ -124,12 +126,8 @@ def test_a_descriptor_that_leaves_within_a_batch_is_told_nothing_more(relay: Rel
     assert first.read + second.read == 1
 
 
-def test_what_follows_soon_is_done_in_the_same_turn(
-    relay: RelayReactor, make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_follows_soon_is_done_in_the_same_turn(relay: RelayReactor, make: Make) -> None:
     """After a small batch the relay looks once more, before the reactor has its turn."""
-    # A machine that stands still for a moment must not end the turn.
-    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: 0.0)
     asked, answered = make(), make()
     asked.on_read = lambda: answered.peer.send(b"answer")
     for each in (asked, answered):
@@ -156,7 +154,7 @@ def test_one_turn_ends_however_soon_the_next_event_follows(
 ) -> None:
     """Two sides that answer each other at once would otherwise keep the reactor to themselves."""
     times = iter(range(1000))
-    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: next(times) / 1000)
+    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: next(times) / 5000)
     endless = make()
     endless.on_read = lambda: endless.peer.send(b"again")
     relay.addReader(endless)

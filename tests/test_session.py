@@ -31,6 +31,7 @@ class RememberingSide:
         self.written: list[bytes] = []
         self.held = False
         self.choked = False
+        self.behind = False
         self.closed = False
         self.aborted = False
         self.unread = False
@@ -59,6 +60,9 @@ class RememberingSide:
 
     def limit_reads(self, size: int) -> None:
         self.largest_read = size
+
+    def go_on_later(self) -> None:
+        self.behind = True
 
     def write_last(self, data: bytes) -> None:
         self.write(data)
@@ -1443,24 +1447,53 @@ def test_both_peers_are_watched_now_and_then() -> None:
     assert bench.device.checked == bench.upstream.checked
 
 
-# ---- crowded pieces
+# ---- in short turns
 
 
 @pytest.mark.parametrize("direction", ["up", "down"])
-def test_a_peer_that_crowds_a_piece_with_costly_packets_is_read_less_at_a_time(direction: str) -> None:
-    """For all that follows, and in Python: the core would give back 64 KiB at a time."""
+def test_a_peer_that_crowds_a_piece_with_costly_packets_is_read_on_when_they_have_passed(direction: str) -> None:
+    """In order, a part in each turn, while nothing is read of that side; and the core does not relay meanwhile."""
     bench = Bench().relaying()
-    side, receive, packet = {
-        "up": (bench.device, bench.session.device_received, mqtt.subscribe()),
-        "down": (bench.upstream, bench.session.upstream_received, mqtt.suback()),
+    side, other, receive, packet = {
+        "up": (bench.device, bench.upstream, bench.session.device_received, mqtt.subscribe()),
+        "down": (bench.upstream, bench.device, bench.session.upstream_received, mqtt.suback()),
     }[direction]
     assert bench.session.lend() is not None
-    receive(packet * 1000)
-    assert side.largest_read <= 4096
-    receive(mqtt.publish(payload=bytes(60_000)))
-    assert side.largest_read <= 4096
-    assert bench.session.lend() is None
+    sent = b"".join(packet[:-1] + bytes([number % 3]) for number in range(1000))
+    receive(sent)
+    turns = 0
+    while side.behind:
+        assert len(other.bytes) < len(sent)
+        assert None in [framer.lend() for framer in bench.session.framers]
+        side.behind = False
+        turns += 1
+        receive(b"")
+    assert other.bytes == sent
+    assert turns >= 4
+    assert None not in [framer.lend() for framer in bench.session.framers]
     assert bench.state is State.RELAYING
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_disconnect_behind_a_crowd_ends_the_session_when_the_crowd_has_passed(version: int) -> None:
+    bench = Bench().relaying(version=version)
+    sent = mqtt.subscribe(version=version) * 1000 + mqtt.disconnect()
+    bench.session.device_received(sent)
+    while bench.device.behind:
+        assert bench.state is State.RELAYING
+        bench.device.behind = False
+        bench.session.device_received(b"")
+    assert bench.reason is EndReason.DEVICE_DISCONNECT
+    assert bench.upstream.bytes == sent
+
+
+def test_a_disconnect_that_only_5_knows_is_read_behind_a_crowd() -> None:
+    bench = Bench().relaying()
+    bench.session.upstream_received(mqtt.suback() * 1000 + mqtt.disconnect(code=0x8B))
+    while bench.upstream.behind:
+        bench.upstream.behind = False
+        bench.session.upstream_received(b"")
+    assert bench.reason is EndReason.UPSTREAM_DISCONNECT
 
 
 def test_a_peer_that_sends_much_of_what_is_cheap_is_read_as_before() -> None:
@@ -1469,6 +1502,8 @@ def test_a_peer_that_sends_much_of_what_is_cheap_is_read_as_before() -> None:
     for receive in (bench.session.device_received, bench.session.upstream_received):
         receive(mqtt.publish() * 1000)
         receive(mqtt.publish(payload=bytes(60_000)))
+    assert not bench.device.behind
+    assert not bench.upstream.behind
     assert bench.session.lend() is not None
     assert bench.device.largest_read == 65_536
     assert not hasattr(bench.upstream, "largest_read")

@@ -51,6 +51,19 @@ class Transport(StringTransport):
     half_closed = False
     aborted = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+
+    def later(self, call: Callable[[], object]) -> None:
+        self.calls.append(call)
+
+    def turn(self) -> None:
+        """Make the calls that were to be made in a later turn."""
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
+
     def unregisterProducer(self) -> None:
         # Twisted's real transports do not mind when there is none.
         self.producer = None
@@ -437,6 +450,58 @@ def test_what_the_broker_said_before_it_closed_is_heard_first(world: World) -> N
     assert [name for name, *_ in session.calls[1:]] == ["upstream_received", "upstream_broken"]
     assert session.received == b"last words"
     assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_LOST
+
+
+def test_the_end_of_a_channel_waits_until_the_session_has_caught_up(world: World) -> None:
+    """What came before the broker's close is relayed first, though the session takes several turns for it."""
+    upstream, transport, broker, session, _ = world.serving()
+    turns: list[bytes] = []
+
+    def receive(data: bytes) -> None:
+        turns.append(data)
+        if len(turns) < 3:
+            upstream.go_on_later()
+
+    session.upstream_received = receive
+    upstream.dataReceived(broker.encrypt(b"last words", close=True))
+    for expected in range(1, 3):
+        assert len(turns) == expected
+        assert not transport.read
+        assert not upstream.reading
+        assert not session.named("upstream_broken")
+        transport.turn()
+    assert turns == [b"last words", b"", b""]
+    assert transport.read
+    assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_LOST
+
+
+def test_records_are_decrypted_some_hundred_at_a_time(world: World) -> None:
+    """A read may hold thousands of small ones; nothing more is read until all have been passed on."""
+    upstream, transport, broker, session, _ = world.serving()
+    ciphertext = b"".join(broker.encrypt(bytes([number % 256])) for number in range(1400)) + broker.encrypt(
+        b"", close=True
+    )
+    upstream.dataReceived(ciphertext)
+    while transport.calls:
+        assert not transport.read
+        assert not session.named("upstream_broken")
+        transport.turn()
+    assert max(map(len, session.named("upstream_received"))) <= 500
+    assert session.received == bytes(number % 256 for number in range(1400))
+    assert session.named("upstream_broken")[0].reason is EndReason.UPSTREAM_LOST
+
+
+def test_a_side_that_is_lost_meanwhile_does_not_go_on(world: World) -> None:
+    upstream, transport, _, session, device = world.serving()
+    for side in (upstream, device):
+        side.go_on_later()
+    calls = len(session.calls)
+    device.connectionLost(DONE)
+    upstream.connectionLost(DONE)
+    told = len(session.calls)
+    transport.turn()
+    transport_of(device).turn()
+    assert len(session.calls) == told > calls
 
 
 def test_an_orderly_close_sends_close_notify_then_fin(world: World) -> None:

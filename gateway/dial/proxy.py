@@ -35,6 +35,9 @@ from gateway.tls.trust import TLSPolicy
 
 _log = Logger(namespace="gateway")
 
+# Bytes read at a time from a proxy with TLS, all of whose records are decrypted in one turn.
+_READ_AT_ONCE = 0x4000
+
 # What a dial can fail of that says something of the proxy, and nothing of the broker behind it.
 PROXY_FAILURES = frozenset({EndReason.PROXY_UNREACHABLE, EndReason.PROXY_REFUSED, EndReason.PROXY_AUTHENTICATION})
 
@@ -236,6 +239,7 @@ class TLSLayer(Protocol):
     def connectionMade(self) -> None:
         """Send the ClientHello to the proxy."""
         tune(self.transport, self._user_timeout)
+        self.limit_reads(_READ_AT_ONCE)
         # From here on, to give up is to abort the socket, also while there is no tunnel yet to ask for.
         self._connection.transport = self  # type: ignore[assignment]  # provides what a RelayTransport does
         try:
@@ -250,6 +254,8 @@ class TLSLayer(Protocol):
         was_verified = self._channel.state is ChannelState.VERIFIED
         try:
             plaintext = self._channel.receive(data)
+            while self._channel.due:
+                plaintext += self._channel.receive(b"")
         except UpstreamFailure as failure:
             self._flush()
             self._fail(failure)
@@ -297,6 +303,16 @@ class TLSLayer(Protocol):
             self.transport.write(ciphertext)
 
     # ---- to the protocol above: a transport
+
+    def limit_reads(self, size: int) -> None:
+        """Read at most `size` bytes at a time."""
+        limit = getattr(self.transport, "limit_reads", None)
+        if limit is not None:
+            limit(min(size, _READ_AT_ONCE))
+
+    def later(self, call: Callable[[], object]) -> None:
+        """See RelayTransport."""
+        self.transport.later(call)
 
     def write(self, data: bytes) -> None:
         """Encrypt and send."""

@@ -19,6 +19,8 @@ from gateway.mqtt.relayed import PUBLISH_PROPERTIES
 _PUBLISH = int(PacketType.PUBLISH)
 _QOS_BITS = 0b0110
 _LONGEST_KNOWN = 100
+# Packets taken at a time, some 1 µs each; and those of them that are judged one by one, some 5 µs each.
+_MOST_AT_ONCE, _MOST_JUDGED_AT_ONCE = 1_000, 200
 _holds_forbidden = re.compile(rb"[\0#+]").search
 
 # What the compiled core knows of a body, by these bits (`enum body` in gateway/relay/_core.c).
@@ -29,12 +31,9 @@ _SELDOM = frozenset({PacketType.SUBSCRIBE, PacketType.SUBACK, PacketType.UNSUBSC
 
 
 class CheckingFramer(Framer):
-    """A `Framer` that judges the heads of bodies, too.  `packets` counts those whose head was accepted.
+    """A `Framer` that judges the heads of bodies, too.  `packets` counts those whose head was accepted."""
 
-    `judged` counts the packets of the last long piece that were not of the plainest kind, each of which costs time.
-    """
-
-    __slots__ = ("_collected", "_is_5", "_known", "_wanted", "judged")
+    __slots__ = ("_collected", "_is_5", "_judged", "_known", "_wanted")
 
     def __init__(self, sender: Sender, version: ProtocolVersion, max_packet_size: int) -> None:
         super().__init__(sender, version, max_packet_size)
@@ -44,7 +43,8 @@ class CheckingFramer(Framer):
         self._wanted = 0
         # The last Topic Name that was accepted.
         self._known: bytes | None = None
-        self.judged = 0
+        # How many packets of the piece being fed were not of the plainest kind.
+        self._judged = 0
 
     @property
     def at_boundary(self) -> bool:
@@ -84,7 +84,7 @@ class CheckingFramer(Framer):
             else:
                 data = self._held + data
                 self._held = b""
-            self._special = False
+            self._special = self.behind = False
         size = len(data)
         position = self._skip
         if not position and size > 1:
@@ -99,8 +99,12 @@ class CheckingFramer(Framer):
 
     def _walk(self, data: bytes, position: int, size: int) -> bytes:
         low, high = self._low, self._high
-        self.judged = 0
+        packets = self._judged = 0
         while position < size and not self._special:
+            if packets == _MOST_AT_ONCE or self._judged == _MOST_JUDGED_AT_ONCE:
+                self._put_off(data, position)
+                break
+            packets += 1
             first = data[position]
             length = data[position + 1] if position + 1 < size else 128
             if low[first] <= length <= high[first]:
@@ -120,7 +124,7 @@ class CheckingFramer(Framer):
             position = end
         if self._special:
             self._skip = 0
-            return self._pass_disconnect(data, position) if self._disconnecting else data[:position]
+            return self._pass_disconnect(data, position) if self._disconnecting else self._stop(data, position)
         self._skip = max(position - size, 0)
         return data
 
@@ -151,7 +155,7 @@ class CheckingFramer(Framer):
 
     def _may_pass(self, data: bytes, first: int, position: int, body: int, end: int) -> bool:
         """Judge the head of the packet at `position`; if it cannot pass (yet), keep it or set `error`."""
-        self.judged += 1
+        self._judged += 1
         try:
             needed = judge(self._version, first, data[body:end], end - body)
         except PacketError as error:

@@ -3,6 +3,9 @@
 In: the bytes of one direction after CONNACK, split anywhere.  Out: the same bytes, as far as they may pass; `error`
 after a fault, `disconnected` after a complete DISCONNECT.
 
+What is fed in one piece may hold many packets.  A framer takes so many at a time and puts the rest off, so that a turn
+of the event loop stays short: while it is `behind`, `feed(b"")` goes on.
+
 Bodies are not read: once a fixed header is checked, its body is counted and passed on as it arrives. Only an incomplete
 fixed header is held back, at most four bytes. The result does not depend on how the stream is split. The exception is a
 broker's DISCONNECT, which is read whole and loses its Server Reference.
@@ -70,6 +73,12 @@ _NO_LIMIT = MAX_REMAINING_LENGTH
 _SMALLEST_LIMIT = 256
 # A broker's DISCONNECT is read whole; what is longer loses its properties.
 _LONGEST_DISCONNECT = 65_536
+
+# Bytes kept of a packet with a fault.
+_REMEMBERED = 16
+# Packets taken at a time, some 0.1 µs each; and those of them that need a closer look, some 1 µs each.
+_MOST_AT_ONCE = 10_000
+_MOST_LOOKS_AT_ONCE = 1_000
 
 # A Remaining Length of one byte is at most this.
 _ONE_BYTE_MAX = 127
@@ -220,8 +229,9 @@ class Framer:
     `lenient` lets unused flags, DUP with QoS 0, longer packets than the version defines, and padded lengths pass.
 
     `packets` counts the accepted fixed headers. The first fault sets `error`, a complete DISCONNECT sets
-    `disconnected`; nothing passes after either. `disconnect_code` is the reason code of a 5.0 DISCONNECT, known from
-    its first body byte on.
+    `disconnected`; nothing passes after either. `disconnect_code` is the reason code of a 5.0 DISCONNECT, known
+    from its first body byte on. `rejected` is the beginning of the packet with the fault. `behind` tells that bytes
+    that were fed wait for the next `feed`, which may be of none.
     """
 
     __slots__ = (
@@ -237,11 +247,13 @@ class Framer:
         "_skip",
         "_special",
         "_version",
+        "behind",
         "disconnect_code",
         "disconnected",
         "error",
         "max_packet_size",
         "packets",
+        "rejected",
     )
 
     def __init__(
@@ -259,8 +271,9 @@ class Framer:
         self._high = rules.high
         # Remaining bytes of the current packet.
         self._skip = 0
-        # An incomplete fixed header.
+        # An incomplete fixed header, or what is put off.
         self._held = b""
+        self.behind = False
         self._disconnecting = False
         # A broker's incomplete DISCONNECT, up to the limit, and where it continues in the bytes being fed.
         self._disconnect = b""
@@ -269,13 +282,14 @@ class Framer:
         self._special = False
         self.packets = 0
         self.error: PacketError | None = None
+        self.rejected = b""
         self.disconnected = False
         self.disconnect_code: int | None = None
 
     @property
     def at_boundary(self) -> bool:
-        """Whether the bytes passed on end with a whole packet and nothing is held back."""
-        return not self._skip and not self._held
+        """Whether the bytes passed on end with a whole packet and no part of one is held back."""
+        return not self._skip and (self.behind or not self._held)
 
     @property
     def tables(self) -> bytes:
@@ -284,7 +298,7 @@ class Framer:
 
     def lend(self) -> tuple[int, bytes] | None:
         """Give where the stream stands: body bytes still to come, and bytes held.  None if only Python can go on."""
-        if self.error is not None or self._disconnecting:
+        if self.error is not None or self._disconnecting or self.behind:
             return None
         return self._skip, self._held
 
@@ -311,7 +325,7 @@ class Framer:
                 return b""
             data = self._held + data
             self._held = b""
-            self._special = False
+            self._special = self.behind = False
         size = len(data)
         position = self._skip
         if not position and size > 1:
@@ -328,38 +342,62 @@ class Framer:
         high = self._high
         limit = self.max_packet_size
         last = size - 1
-        packets = 0
-        while position < last:
-            first = data[position]
-            length = data[position + 1]
-            if low[first] <= length <= high[first]:
-                position += length + 2
-                packets += 1
-                continue
-            if length > _ONE_BYTE_MAX and high[first] == _ONE_BYTE_MAX and position + 2 < size:
-                # A two-byte Remaining Length is common enough to be read here; zero in the second byte is padding.
-                second = data[position + 2]
-                end = position + 3 + length - 128 + (second << 7)
-                if 0 < second <= _ONE_BYTE_MAX and end - position <= limit:
-                    position = end
+        packets = looks = 0
+        # No packet is shorter than two bytes, so this bounds their number.
+        bound = min(last, 2 * _MOST_AT_ONCE)
+        while True:
+            while position < bound:
+                first = data[position]
+                length = data[position + 1]
+                if low[first] <= length <= high[first]:
+                    position += length + 2
                     packets += 1
                     continue
-            end = self._look_closer(data, position)
-            if end < 0:
+                if length > _ONE_BYTE_MAX and high[first] == _ONE_BYTE_MAX and position + 2 < size:
+                    # A two-byte Remaining Length is common enough to be read here; zero in the second byte is padding.
+                    second = data[position + 2]
+                    end = position + 3 + length - 128 + (second << 7)
+                    if 0 < second <= _ONE_BYTE_MAX and end - position <= limit:
+                        position = end
+                        packets += 1
+                        continue
+                end = self._look_closer(data, position)
+                if end < 0:
+                    break
+                packets += 1
+                position = end
+                looks += 1
+                if self._disconnecting:
+                    break
+                if looks == _MOST_LOOKS_AT_ONCE:
+                    self._put_off(data, position)
+                    break
+            if position >= last or self._special:
                 break
-            packets += 1
-            position = end
-            if self._disconnecting:
+            bound = min(last, position + 2 * (_MOST_AT_ONCE - packets))
+            if position >= bound:
+                self._put_off(data, position)
                 break
-        else:
-            if position == last:
-                self._look_closer(data, position)
+        if position == last and not self._special:
+            self._look_closer(data, position)
         self.packets += packets
         if self._special:
             self._skip = 0
-            return self._pass_disconnect(data, position) if self._disconnecting else data[:position]
+            return self._pass_disconnect(data, position) if self._disconnecting else self._stop(data, position)
         self._skip = position - size
         return data
+
+    def _stop(self, data: bytes, position: int) -> bytes:
+        """Pass what comes before `position`, and remember what a fault was found in."""
+        if self.error is not None:
+            self.rejected = data[position : position + _REMEMBERED]
+        return data[:position]
+
+    def _put_off(self, data: bytes, position: int) -> None:
+        """Leave the packets from `position` on to the next `feed`."""
+        if position < len(data):
+            self._held = data[position:]
+            self._special = self.behind = True
 
     def _look_closer(self, data: bytes, position: int) -> int:
         """Check the fixed header at `position` in full: return where its packet ends, or -1 if it cannot pass (yet).

@@ -6,7 +6,8 @@ In: the bytes of one direction after CONNACK, split anywhere, and the session's 
 An inspector replaces a framer and contains one, so the checks of the fast path apply here too. What it reads is held
 until it is complete: of a PUBLISH the head, never the payload. Packets of other types pass.
 
-Reading costs time, so there are limits on sizes and numbers of elements. A device that exceeds one is disconnected;
+Reading costs time, so an inspector takes a few packets at a time, as a framer does, and there are limits on sizes and
+numbers of elements. A device that exceeds one is disconnected;
 what a broker sends beyond them passes unread, as does what cannot be read.
 
 A device that violates its rule is disconnected: closing the connection is understood in every version of MQTT. For a
@@ -56,6 +57,8 @@ _RETAIN_BIT = 0b0001
 _WITH_QOS_1_FLAGS = frozenset({PacketType.PUBREL, PacketType.SUBSCRIBE, PacketType.UNSUBSCRIBE})
 # Up to this size, in bytes, a device's packets are held until they are complete.
 _HELD_WHOLE = 4096
+# The work done at a time: a packet costs some 10 µs, and so do about so many bytes of what is read.
+_WORK_AT_ONCE, _BYTES_PER_WORK = 100, 64
 _MOST = 2
 _SHOWN_TOPIC = 128  # characters
 
@@ -160,7 +163,9 @@ class _Cutter:
         "_need",
         "_passing",
         "_size",
+        "_waiting",
         "_whole",
+        "_work",
         "error",
     )
 
@@ -175,6 +180,9 @@ class _Cutter:
         # Remaining bytes of a packet that passes as it arrives, or is dropped.
         self._passing = 0
         self._dropping = False
+        # What the framer inside has passed and is put off, and the work done since the last `feed`.
+        self._waiting = b""
+        self._work = 0
         # The framer inside may be ahead.
         self._count = 0
         self.error: PacketError | None = None
@@ -187,12 +195,22 @@ class _Cutter:
     @property
     def disconnected(self) -> bool:
         """As `Framer.disconnected`."""
-        return self.error is None and self._framer.disconnected
+        return self.error is None and not self._waiting and self._framer.disconnected
 
     @property
     def disconnect_code(self) -> int | None:
         """As `Framer.disconnect_code`."""
-        return self._framer.disconnect_code if self.error is None else None
+        return self._framer.disconnect_code if self.error is None and not self._waiting else None
+
+    @property
+    def rejected(self) -> bytes:
+        """As `Framer.rejected`."""
+        return self._framer.rejected
+
+    @property
+    def behind(self) -> bool:
+        """As `Framer.behind`."""
+        return self.error is None and bool(self._waiting or self._framer.behind)
 
     @property
     def at_boundary(self) -> bool:
@@ -208,12 +226,19 @@ class _Cutter:
         """As `Framer.feed`: return the bytes to pass on.  Never raises for what a peer sent."""
         if self.error is not None:
             return b""
-        # The framer holds incomplete fixed headers back, so every fixed header in its output is complete.
-        data = self._framer.feed(data)
+        waiting, self._waiting = self._waiting, b""
+        if data or not waiting:
+            # The framer holds incomplete fixed headers back, so every fixed header in its output is complete.
+            waiting += self._framer.feed(data)
+        data = waiting
         passed: list[bytes] = []
         offset, size = 0, len(data)
+        self._work = 0
         try:
             while offset < size:
+                if self._work >= _WORK_AT_ONCE:
+                    self._waiting = data[offset:]
+                    break
                 if self._passing:
                     offset = self._pass(data, offset, passed)
                 elif self._held:
@@ -223,7 +248,8 @@ class _Cutter:
         except PacketError as error:
             self.error = error
         else:
-            self.error = self._framer.error
+            if not self._waiting:
+                self.error = self._framer.error
         return b"".join(passed)
 
     def _pass(self, data: bytes, offset: int, passed: list[bytes]) -> int:
@@ -240,6 +266,7 @@ class _Cutter:
         length, length_size = decode_remaining_length(data, offset + 1) or (0, 1)
         self._size = size = 1 + length_size + length
         self._count += 1
+        self._work += 1
         first = data[offset]
         end = min(offset + size, len(data))
         packet_type = PacketType(first >> 4)
@@ -274,6 +301,7 @@ class _Cutter:
     def _finish(self, packet: bytes, passed: list[bytes]) -> None:
         missing = self._size - len(packet)
         if PacketType(packet[0] >> 4) in self._inspected:
+            self._work += len(packet) // _BYTES_PER_WORK
             packet = self._judge(packet, missing)
         passed.append(packet)
         self._passing = missing
@@ -486,7 +514,7 @@ class BrokerInspector(_Cutter):
             self._count = self._framer.packets
             return passed
         passed = super().feed(data)
-        self._cutting = bool(self._inspected or self.pings or self._dropping)
+        self._cutting = bool(self._inspected or self.pings or self._dropping or self._waiting)
         return passed
 
     def _drops(self, packet_type: PacketType) -> bool:

@@ -1,14 +1,18 @@
 """Whole packets out of what a framer or an inspector has passed.
 
-In: the bytes of one direction after CONNACK, cut anywhere.  Out: control packets, each whole.
+In: the bytes of one direction after CONNACK, cut anywhere.  Out: control packets, each whole, a few at a time.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Protocol
 
 from gateway.errors import PacketError
 from gateway.mqtt.packets import decode_remaining_length
+
+# Packets returned at a time: to store one takes some 50 µs.
+_MOST_AT_ONCE = 30
 
 
 class Checker(Protocol):
@@ -20,6 +24,10 @@ class Checker(Protocol):
     def packets(self) -> int:
         """How many packets were accepted."""
 
+    @property
+    def behind(self) -> bool:
+        """Whether bytes that were fed wait for the next `feed`, which may be of none."""
+
     def feed(self, data: bytes) -> bytes:
         """Return the bytes that may be passed on."""
 
@@ -27,21 +35,34 @@ class Checker(Protocol):
 class WholePackets:
     """Cuts what `checker` passes into packets.  The checker limits their size, and so what is held here."""
 
-    __slots__ = ("_held", "_size", "checker")
+    __slots__ = ("_held", "_size", "_waiting", "checker")
 
     def __init__(self, checker: Checker) -> None:
         self.checker = checker
         # The beginning of a packet, and its size, 0 while that is not known.
         self._held = bytearray()
         self._size = 0
+        # Packets that are put off.
+        self._waiting: deque[bytes] = deque()
 
     @property
     def error(self) -> PacketError | None:
         """The first fault of the peer; the packets before it were returned."""
-        return self.checker.error
+        return None if self._waiting else self.checker.error
+
+    @property
+    def behind(self) -> bool:
+        """Whether packets wait for the next `feed`, which may be of no bytes."""
+        return bool(self._waiting) or self.checker.behind
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the packets that are complete now."""
+        """Return the packets that are complete now, as many as are taken at a time."""
+        waiting = self._waiting
+        if data or not waiting:
+            waiting += self._cut(data)
+        return [waiting.popleft() for _ in range(min(len(waiting), _MOST_AT_ONCE))]
+
+    def _cut(self, data: bytes) -> list[bytes]:
         data = self.checker.feed(data)
         if self._held:
             self._held += data

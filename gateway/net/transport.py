@@ -12,6 +12,8 @@ Differences to the reactor's own transports (measured in `docs/performance.md`):
   event in a logging context, which costs as much as the framing; here a whole batch is one event.  With small batches,
   the reactor's work per event is most of the cost of a message, so the relay waits briefly for the next batch itself
   before it returns to the reactor.
+* A turn of the reactor is short, whatever peers send: events for which there is no time wait for the next turn, in
+  order, and so do calls of `later`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import errno
 import os
 import select
 import socket
+from collections import deque
 from collections.abc import Callable
 from time import monotonic
 from types import FunctionType
@@ -56,6 +59,10 @@ _BATCH = 64
 _SMALL_BATCH = 16
 _LINGER = 0.001
 _TURN = 0.004
+# Seconds of work in a turn after which what is left waits for the next one: of events, and of calls of `later`.
+_WORK, _LATER_WORK = 0.002, 0.001
+# Connections accepted in one event.
+_ACCEPTED_AT_ONCE = 10
 # Bytes read at a time.  Python allocates the requested size and shrinks it afterwards, so large reads are only for
 # connections that send much; they stay below malloc's threshold for mapping new pages at each call (128 KiB).
 _SMALL_READ = 0x1000
@@ -128,6 +135,10 @@ class SendsAtOnce(tcp.Connection):
     def limit_reads(self, size: int) -> None:
         """Read at most `size` bytes at a time."""
         self._largest_read = self._wanted = size
+
+    def later(self, call: Callable[[], object]) -> None:
+        """Call this in a later turn of the reactor."""
+        self.reactor.later(call)
 
     def doRead(self) -> BaseException | None:  # type: ignore[override]  # Twisted's base classes disagree about it
         """See IReadDescriptor: as in Twisted, without two intermediate calls."""
@@ -220,11 +231,20 @@ class _UNIXServer(SendsAtOnce, unix.Server):
     pass
 
 
-class _TCPPort(tcp.Port):
+class _AcceptsFew(tcp.Port):
+    """Mixin for Twisted's ports, which accept a hundred and more connections in one event."""
+
+    def doRead(self) -> None:
+        """See IReadDescriptor."""
+        self.numberAccepts = _ACCEPTED_AT_ONCE
+        super().doRead()
+
+
+class _TCPPort(_AcceptsFew):
     transport = _TCPServer
 
 
-class _UNIXPort(unix.Port):
+class _UNIXPort(_AcceptsFew, unix.Port):
     transport = _UNIXServer
 
 
@@ -249,6 +269,11 @@ class RelayReactor:
         # Descriptors registered while a batch is processed: events in the batch belong to their predecessors.  And
         # those lent meanwhile: their events are for the core, and will be reported again.
         self._fresh: set[int] = set()
+        # Events for which there was no time, by descriptor, the oldest first.
+        self._left: dict[int, int] = {}
+        # Calls for later turns, and the next turn for them.
+        self._later: deque[Callable[[], object]] = deque()
+        self._next: IDelayedCall | None = None
 
     @property
     def running(self) -> bool:
@@ -265,6 +290,11 @@ class RelayReactor:
         if self._epoll.closed:
             return
         self._reactor.removeReader(self)
+        self._left.clear()
+        self._later.clear()
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
         for lent in list(self._lent.values()):
             lent.recall()
         left = list(self._selectables.values())
@@ -323,6 +353,31 @@ class RelayReactor:
     def getDelayedCalls(self) -> Any:
         """See IReactorTime."""
         return self._reactor.getDelayedCalls()
+
+    def later(self, call: Callable[[], object]) -> None:
+        """Call this in a later turn of the reactor, after what waits already.
+
+        For work that goes on: together the calls take little time of one turn, however many there are.
+        """
+        self._later.append(call)
+        if self._next is None:
+            self._next = self._reactor.callLater(0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._next = None
+        until = monotonic() + _LATER_WORK
+        # Those that are added meanwhile are for another turn.
+        for _ in range(len(self._later)):
+            if not self._later:
+                return  # It was stopped.
+            try:
+                self._later.popleft()()
+            except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
+                _internal_error(error)
+            if monotonic() >= until:
+                break
+        if self._later and self._next is None:
+            self._next = self._reactor.callLater(0, self._go_on)
 
     # ---- for transports (part of IReactorFDSet)
 
@@ -404,39 +459,57 @@ class RelayReactor:
         return self._epoll.fileno()
 
     def doRead(self) -> None:
-        """Process the pending events, and those that follow soon."""
+        """Process the pending events, and those that follow soon, as far as there is time."""
         epoll, selectables, fresh, core = self._epoll, self._selectables, self._fresh, self.core
-        wait, until = 0.0, monotonic() + _TURN
+        wait, until, work = 0.0, monotonic() + _TURN, _WORK
         while True:
+            left = self._still_due() if self._left else None
             fresh.clear()
             if core is None:
                 batch = epoll.poll(wait, _BATCH)
                 count = len(batch)
+                stop = min(monotonic() + work, until)
             else:
                 count, handed_over, batch = core.poll(epoll.fileno(), int(wait * 1000), _BATCH)
+                stop = min(monotonic() + work, until)
                 for lent in handed_over:
                     try:
                         lent.hand_over()
                     except Exception as error:  # noqa: BLE001  an error in one session must not affect the others
                         _internal_error(error)
-            for descriptor, events in batch:
+            events = iter(batch) if left is None else iter(list({**left, **dict(batch)}.items()))
+            for descriptor, event in events:
                 selectable = selectables.get(descriptor)
                 if selectable is None or (fresh and descriptor in fresh):
                     continue
-                if events != _READ:
-                    self._report(selectable, events)
-                    continue
-                # The most frequent case, inlined to save a call; `_report` would do the same.
-                why: BaseException | None
-                try:
-                    why = selectable.doRead()
-                except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
-                    why = _internal_error(error)
-                if why is not None:
-                    self._disconnect(selectable, why, reading=True)
-            if not 0 < count <= _SMALL_BATCH or epoll.closed or monotonic() >= until:
+                if event == _READ:
+                    # The most frequent case, inlined to save a call; `_report` would do the same.
+                    why: BaseException | None
+                    try:
+                        why = selectable.doRead()
+                    except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
+                        why = _internal_error(error)
+                    if why is not None:
+                        self._disconnect(selectable, why, reading=True)
+                else:
+                    self._report(selectable, event)
+                if monotonic() >= stop:
+                    self._left = dict(events)
+                    return
+            now = monotonic()
+            work = stop - now
+            if not 0 < count <= _SMALL_BATCH or epoll.closed or now >= until or work <= 0:
                 return
             wait = _LINGER
+
+    def _still_due(self) -> dict[int, int]:
+        """Take the events that were left and still concern somebody."""
+        left, self._left = self._left, {}
+        return {
+            descriptor: event
+            for descriptor, event in left.items()
+            if descriptor not in self._fresh and event & (self._events.get(descriptor, 0) | _DISCONNECTED)
+        }
 
     def connectionLost(self, reason: Failure) -> None:
         """See IReadDescriptor: the reactor stops."""

@@ -29,12 +29,11 @@ _SHOWN = 200
 
 _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0xA
 _FIN, _RESERVED, _OPCODE, _MASKED, _LENGTH = 0x80, 0x70, 0x0F, 0x80, 0x7F
-# Frames without a message, or with a small part of one, that may come in one read: no broker sends many, and each costs
-# as much as a message.
-_MOST_TINY = 500
+# Frames, or parts of them, taken at a time, some 1 µs each.
+_MOST_AT_ONCE = 1_000
 _WHOLE = _FIN | _BINARY
 _LARGEST_CONTROL = 125  # RFC 6455 §5.5
-_NORMAL_CLOSURE, _PROTOCOL_ERROR, _UNSUPPORTED_DATA, _POLICY_VIOLATION = 1000, 1002, 1003, 1008
+_NORMAL_CLOSURE, _PROTOCOL_ERROR, _UNSUPPORTED_DATA = 1000, 1002, 1003
 
 
 class WebSocketError(GatewayError):
@@ -157,13 +156,13 @@ def _frame(opcode: int, payload: bytes, random: Callable[[int], bytes]) -> bytes
 
 
 class FrameReader:
-    """Takes frames apart, cut anywhere.
+    """Takes frames apart, cut anywhere, so many at a time: while it is `behind`, `feed(b"")` goes on.
 
     `closed` is the status code of the server's Close, 1005 if it has none (RFC 6455 §7.1.5), `None` before.  `pinged`
     is the payload of the last Ping that has no Pong yet, or `None`; earlier ones need none (§5.5.3).
     """
 
-    __slots__ = ("_control", "_fragmented", "_head", "_left", "_opcode", "closed", "pinged")
+    __slots__ = ("_control", "_fragmented", "_head", "_left", "_opcode", "_waiting", "closed", "pinged")
 
     def __init__(self) -> None:
         self._head = b""
@@ -172,15 +171,28 @@ class FrameReader:
         self._left = 0
         self._control = b""
         self._fragmented = False
+        # What is put off.
+        self._waiting = b""
         self.pinged: bytes | None = None
         self.closed: int | None = None
+
+    @property
+    def behind(self) -> bool:
+        """Whether bytes that were fed wait for the next `feed`, which may be of none."""
+        return bool(self._waiting)
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes; return the application's.  Raises `WebSocketError`.  What follows a Close is dropped."""
         found: list[bytes] = []
-        tiny = 0
+        if self._waiting:
+            data, self._waiting = self._waiting + data, b""
+        steps = 0
         position, size = 0, len(data)
         while position < size and self.closed is None:
+            if steps == _MOST_AT_ONCE:
+                self._waiting = data[position:]
+                break
+            steps += 1
             if self._left:
                 part = data[position : position + self._left]
                 position += len(part)
@@ -195,9 +207,6 @@ class FrameReader:
                     position = end
                     continue
             position = self._read_head(data, position)
-            tiny += self._left < 126
-            if tiny > _MOST_TINY:
-                raise WebSocketError("too many empty frames, control frames or short fragments", _POLICY_VIOLATION)
         return found[0] if len(found) == 1 else b"".join(found)
 
     def _take(self, part: bytes, found: list[bytes]) -> None:

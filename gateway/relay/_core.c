@@ -51,6 +51,9 @@ enum {
     RECORD_HEADER = 5,
     PLAIN = READ + 3 * RECORD, /* READ bytes complete at most READ bytes of plaintext and a record more; room for one */
     CIPHER = 2 * READ,    /* more than the records of READ + HELD bytes of plaintext */
+    WORK = 8 * READ,      /* bytes at a time, about a millisecond's work; what is left waits for the next call */
+    RECORD_WORK = 256,    /* a TLS record costs as much as so many bytes */
+    HANDED_WORK = 2 * READ, /* and what is handed over, as so many: Python works on it */
     TABLE = 256,
     DESCRIPTORS = 0x20000, /* those beyond are not lent; pages of the table that are not used take no memory */
 };
@@ -438,12 +441,16 @@ static uint8_t network[HELD + READ];  /* what was received, with room for what i
 static uint8_t plain[HELD + PLAIN];   /* what was decrypted, likewise */
 static uint8_t cipher[CIPHER];        /* what was encrypted */
 
+/* Bytes' worth of work since the last batch began. */
+static size_t work;
+
 /* Receive into `network`; true if there is something, false if there is not or the pair was handed over. */
 static bool receive(Pair *pair, int descriptor, enum handed ended, size_t *size)
 {
     ssize_t got = recv(descriptor, network + HELD, READ, MSG_DONTWAIT);
     if (got > 0) {
         *size = (size_t)got;
+        work += (size_t)got;
         return true;
     }
     if (got == 0)
@@ -525,6 +532,7 @@ static void broker_readable(Pair *pair)
         return;
     }
     size_t records = completed_records(&pair->records, network + HELD, received);
+    work += records * RECORD_WORK;
     if (!decrypt(pair, records, &decrypted) || decrypted == 0)
         return;
     uint8_t *data = join(&pair->down, plain + HELD);
@@ -540,6 +548,10 @@ static void broker_readable(Pair *pair)
 
 /* ---- A batch of events */
 
+/* Descriptors of lent pairs that are readable and for which there was no time in the last batch. */
+static int left[BATCH];
+static int left_count;
+
 /* Deal with one event: 0, or -1 with an exception.  `stop` is set when OpenSSL's error queue must not be disturbed. */
 static int deal(const struct epoll_event *event, PyObject *handed, PyObject *others, bool *stop)
 {
@@ -554,6 +566,7 @@ static int deal(const struct epoll_event *event, PyObject *handed, PyObject *oth
             broker_readable(pair);
         if (lent(descriptor) == pair)
             return 0;
+        work += HANDED_WORK;
         /* Why OpenSSL failed stands in a queue of the thread: that one first, and nothing else before it. */
         *stop = pair->handed == TLS_ENDED;
         int failed = *stop ? PyList_Insert(handed, 0, pair->owner) : PyList_Append(handed, pair->owner);
@@ -570,10 +583,21 @@ static int deal(const struct epoll_event *event, PyObject *handed, PyObject *oth
     return failed;
 }
 
+/* Leave an event of a lent pair to the next call; anything but data is reported by the kernel again. */
+static void leave(const struct epoll_event *event)
+{
+    for (int index = 0; index < left_count; index++)
+        if (left[index] == event->data.fd)
+            return;
+    if (event->events == EPOLLIN && left_count < BATCH)
+        left[left_count++] = event->data.fd;
+}
+
 PyDoc_STRVAR(poll_doc,
 "poll(epoll, milliseconds, most) -> (count, handed, others)\n\n"
-"Wait for events and deal with those of lent pairs.  `handed` are the owners of pairs that were handed over, which\n"
-"come first, in this order; `others` are events as select.epoll.poll gives them.");
+"Wait for events and deal with those of lent pairs, as far as there is time; what is left comes first in the next\n"
+"call, and `count` is then that of a full batch.  `handed` are the owners of pairs that were handed over, which come\n"
+"first, in this order; `others` are events as select.epoll.poll gives them.");
 
 static PyObject *poll_events(PyObject *self, PyObject *args)
 {
@@ -586,7 +610,7 @@ static PyObject *poll_events(PyObject *self, PyObject *args)
     if (most < 1 || most > BATCH)
         return PyErr_Format(PyExc_ValueError, "at most %d events at a time", BATCH);
     Py_BEGIN_ALLOW_THREADS
-    count = epoll_wait(epoll, events, most, milliseconds);
+    count = epoll_wait(epoll, events, most, left_count > 0 ? 0 : milliseconds);
     Py_END_ALLOW_THREADS
     if (count < 0) {
         if (errno != EINTR)
@@ -597,8 +621,22 @@ static PyObject *poll_events(PyObject *self, PyObject *args)
     }
     PyObject *handed = PyList_New(0), *others = PyList_New(0);
     bool is_well = handed != NULL && others != NULL;
-    for (int index = 0; is_well && !stop && index < count; index++)
-        is_well = deal(&events[index], handed, others, &stop) == 0;
+    work = 0;
+    for (; is_well && !stop && work < WORK && left_count > 0; left_count--) {
+        /* Its pair may have been withdrawn meanwhile; a socket that is not readable does no harm. */
+        struct epoll_event event = {.events = EPOLLIN, .data.fd = left[0]};
+        memmove(left, left + 1, (size_t)(left_count - 1) * sizeof *left);
+        if (lent(event.data.fd) != NULL)
+            is_well = deal(&event, handed, others, &stop) == 0;
+    }
+    for (int index = 0; is_well && !stop && index < count; index++) {
+        if (work >= WORK && lent(events[index].data.fd) != NULL)
+            leave(&events[index]);
+        else
+            is_well = deal(&events[index], handed, others, &stop) == 0;
+    }
+    if (left_count > 0)
+        count = BATCH;
     PyObject *result = is_well ? Py_BuildValue("(iOO)", count, handed, others) : NULL;
     Py_XDECREF(handed);
     Py_XDECREF(others);

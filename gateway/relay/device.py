@@ -50,6 +50,10 @@ class DeviceProtocol(RelaySide):
         if self.carrier is not None:
             self.carrier.lend()
 
+    def go_on(self) -> None:
+        """Let the session go on with what it has."""
+        self.dataReceived(b"")
+
     def has_left(self) -> bool:
         """Return whether the device has closed or reset its connection, and nothing that it sent is unread.
 

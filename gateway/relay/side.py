@@ -50,13 +50,17 @@ class RelayTransport(ITCPTransport, IConsumer, IPushProducer):
 
     protocol: Protocol
 
+    def later(call: Callable[[], object]) -> None:  # noqa: N805  zope's interfaces have no self
+        """Call this in a later turn of the reactor."""
+
 
 @implementer(IPushProducer)
 class RelaySide(Protocol):
     """A network connection that is read only while the session and the other side's buffer permit it.
 
-    There are two independent reasons not to read: the session holds (`hold`), or the other side's transport is full
-    (`pauseProducing`, called by that transport, whose producer this is).
+    There are three independent reasons not to read: the session holds (`hold`), the session goes on with what it has
+    in a later turn (`go_on_later`), or the other side's transport is full (`pauseProducing`, called by that transport,
+    whose producer this is).
     """
 
     transport: RelayTransport
@@ -64,6 +68,8 @@ class RelaySide(Protocol):
     def __init__(self) -> None:
         self._held = False
         self._choked = False
+        # Whether the session goes on in a later turn.
+        self._behind = False
         self._closing = False
         self._lost = False
         self._socket: socket.socket | None = None
@@ -73,7 +79,12 @@ class RelaySide(Protocol):
     @property
     def reading(self) -> bool:
         """Whether bytes are being read."""
-        return not (self._held or self._choked)
+        return not (self._held or self._choked or self._behind)
+
+    @property
+    def behind(self) -> bool:
+        """Whether the session goes on in a later turn with what has been read."""
+        return self._behind
 
     @property
     def choked(self) -> bool:
@@ -89,6 +100,26 @@ class RelaySide(Protocol):
         """Read again, unless the other side is full."""
         self._held = False
         self._apply()
+
+    def go_on_later(self) -> None:
+        """Give the session no bytes in a later turn of the event loop, and read nothing until then."""
+        if self._behind or self._closing:
+            return
+        self._behind = True
+        self._apply()
+        self.transport.later(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._closing:
+            return
+        self._behind = False
+        self.go_on()
+        if not self._behind:
+            self._apply()
+
+    def go_on(self) -> None:
+        """Give the session no bytes, so that it goes on with what it has."""
+        raise NotImplementedError
 
     @property
     def unread(self) -> bool:
@@ -152,7 +183,7 @@ class RelaySide(Protocol):
             return
         self._closing = True
         self.transport.unregisterProducer()
-        self._held = self._choked = False
+        self._held = self._choked = self._behind = False
         self.transport.resumeProducing()
         self.transport.loseWriteConnection()
 

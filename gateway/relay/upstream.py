@@ -111,6 +111,16 @@ class UpstreamProtocol(RelaySide):
         if self._carrier is not None:
             self._carrier.lend()
 
+    def go_on(self) -> None:
+        """Let the session go on with what it has, and then the channel."""
+        try:
+            if self._session is not None:
+                self._session.upstream_received(b"")
+        except Exception as problem:  # noqa: BLE001  an error in one session must not affect the others
+            self._internal_error(problem)
+        if not self._behind:
+            self.dataReceived(b"")
+
     def decrypted(self, plaintext: bytes, result: int | None = None) -> None:
         """See `gateway.relay.carrier.Upstream`."""
         if self._closing:
@@ -179,6 +189,10 @@ class UpstreamProtocol(RelaySide):
             return
         if plaintext:
             session.upstream_received(plaintext)
+        if channel.due:
+            self.go_on_later()
+        if self._behind:
+            return  # What is left of the plaintext comes before the end of the channel.
         if channel.broken is not None:
             session.upstream_broken(channel.broken)
         elif channel.received_close:

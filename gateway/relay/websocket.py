@@ -128,7 +128,8 @@ class _Frames:
         """Take plaintext."""
         try:
             if self._handshake is not None:
-                self._open(self._handshake, data)
+                if data:  # Nothing would be the end for it.
+                    self._open(self._handshake, data)
             elif self.session is not None:
                 self._read(self.session, data)
             # A trial has no session: it closes the WebSocket as soon as it is open.
@@ -150,13 +151,14 @@ class _Frames:
 
     def _read(self, session: Served, data: bytes) -> None:
         reader = self._reader
-        payload = reader.feed(data)
-        if payload:
-            session.upstream_received(payload)
+        # The session may be behind itself, so it goes on even if there is nothing new.
+        session.upstream_received(reader.feed(data))
         if reader.pinged is not None:
             self._upstream.pong(reader.pinged)
             reader.pinged = None
-        if reader.closed is not None:
+        if reader.behind:
+            self._upstream.go_on_later()
+        elif reader.closed is not None and not self._upstream.behind:
             detail = f"the broker closed the WebSocket with code {reader.closed}"
             session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, detail))
 

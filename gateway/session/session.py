@@ -103,10 +103,8 @@ _DISCONNECT_CODES = {
 # What is read at a time where packets are inspected, in bytes, so that a turn of the event loop stays short. A broker's
 # bytes come in TLS records of up to 16 KiB, so smaller reads would not help there.
 _READ_FROM_DEVICE, _READ_FROM_BROKER = 1024, 4096
-# Until CONNACK, as little: what comes behind CONNECT waits, and is relayed in one turn.  Then as much as usual.
+# Until CONNACK, as little: what comes behind CONNECT waits here.  Then as much as usual.
 _READ_AT_MOST = 0x10000
-# The same for a peer that has sent a piece in which so many packets had to be judged one by one, some 10 µs each.
-_MOST_JUDGED = 256
 # How often the kernel is asked whether peers acknowledge: in seconds, and per timeout.
 _CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
 # After this many unanswered PINGREQs of the gateway the broker counts as lost.
@@ -138,6 +136,9 @@ class Side(Protocol):
 
     def limit_reads(self, size: int) -> None:
         """Read at most `size` bytes at a time."""
+
+    def go_on_later(self) -> None:
+        """Give the session no bytes in a later turn of the event loop, and read nothing until then."""
 
     def write_last(self, data: bytes) -> None:
         """Send the last bytes before `close`; they may wait for it."""
@@ -217,7 +218,6 @@ class Session:
         "_from_device",
         "_gone",
         "_heard",
-        "_is_crowded",
         "_is_gone",
         "_journal",
         "_keep_alive_limit",
@@ -263,8 +263,6 @@ class Session:
         self._journal = journal
         self._gone = gone
         self._is_gone = False
-        # Whether one side has sent a crowded piece; see `_MOST_JUDGED`.
-        self._is_crowded = False
         self._seconds = seconds
         self._limits = limits
         self._timeouts = timeouts
@@ -371,8 +369,7 @@ class Session:
 
     def lend(self) -> tuple[Framer, Framer] | None:
         """Give `framers` if there is nothing to be done but to pass on what they let through."""
-        # The core reads 64 KiB at a time, and gives all of it back where one packet needs a look.
-        if self._state is not _RELAYING or self._pace is not None or self._is_crowded:
+        if self._state is not _RELAYING or self._pace is not None:
             return None
         if isinstance(self._from_device, Framer) and isinstance(self._from_broker, Framer):
             return self._from_device, self._from_broker
@@ -566,6 +563,11 @@ class Session:
     def unread(self) -> bool:
         """Whether the device has sent bytes that have not been read yet."""
         return self._device.unread
+
+    def go_on_later(self) -> None:
+        """Let a stored device go on with what it has sent."""
+        if self._state is State.STORED:
+            self._device.go_on_later()
 
     def finish(
         self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
@@ -896,13 +898,13 @@ class Session:
             else:
                 self._upstream.write(passed)
             self._bytes_up += len(passed)
-        if len(data) > _READ_FROM_DEVICE:
-            self._limit_crowd(framer, self._device, _READ_FROM_DEVICE)
         if framer.error is not None:
             self._end(framer.error.reason, framer.error.detail, code=framer.error.reason_code)
         elif framer.disconnected:
             self._end(EndReason.DEVICE_DISCONNECT)
         else:
+            if framer.behind:
+                self._device.go_on_later()
             if self._pace is not None and self._pace.overdrawn(framer.packets, len(data)):
                 self._device.hold()
             if self._treatment is not None:
@@ -915,11 +917,9 @@ class Session:
         if passed:
             self._device.write(passed)
             self._bytes_down += len(passed)
-        if len(data) > _READ_FROM_BROKER and self._upstream is not None:
-            self._limit_crowd(framer, self._upstream, _READ_FROM_BROKER)
         if framer.error is not None:
             is_5 = self._connect is None or self._connect.version is ProtocolVersion.MQTT_5_0
-            code = None if is_5 else _disconnect_of_5(data[len(passed) :])
+            code = None if is_5 else _disconnect_of_5(framer.rejected)
             if code is not None:
                 words = f"0x{code:02X}, {describe_disconnect(code)} (a DISCONNECT of MQTT 5.0, which 3.x does not have)"
                 self._end(EndReason.UPSTREAM_DISCONNECT, words)
@@ -928,17 +928,11 @@ class Session:
         elif framer.disconnected:
             code = framer.disconnect_code or 0
             self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
-        elif self._treatment is not None:
-            self._acknowledge()
-
-    def _limit_crowd(self, framer: Framer | DeviceInspector | BrokerInspector, side: Side, size: int) -> None:
-        """Read less at a time from a peer that has sent many packets at once that cost time, for all that follows.
-
-        Not only for a while: a peer could take turns with what is cheap.
-        """
-        if isinstance(framer, CheckingFramer) and framer.judged > _MOST_JUDGED:
-            self._is_crowded = True
-            side.limit_reads(size)
+        else:
+            if framer.behind and self._upstream is not None:
+                self._upstream.go_on_later()
+            if self._treatment is not None:
+                self._acknowledge()
 
     def _acknowledge(self) -> None:
         """Acknowledge messages that the rule keeps from the device, unless the broker does not read."""

@@ -128,6 +128,9 @@ class Upstream(Protocol):
     def release(self) -> None:
         """Read again."""
 
+    def go_on_later(self) -> None:
+        """Call `upstream_received` with nothing in a later turn, and read nothing until then."""
+
     def close(self) -> None:
         """End the connection in the orderly way."""
 
@@ -156,6 +159,9 @@ class Device(Protocol):
 
     def release(self) -> None:
         """Read again."""
+
+    def go_on_later(self) -> None:
+        """Call `device_received` with nothing in a later turn, and read nothing until then."""
 
     def finish(
         self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
@@ -399,6 +405,8 @@ class StoredSession:
         if visit.pace is not None:
             visit.pace.overdrawn(visit.packets.checker.packets, len(data))
         self._mind_device()
+        if visit.packets.behind:
+            visit.device.go_on_later()
 
     def detached(self, device: Device) -> None:
         """The device's session has ended: without DISCONNECT, unless that came before."""
@@ -517,6 +525,8 @@ class StoredSession:
                 self._drop_upstream(SessionEnd(EndReason.UPSTREAM_PROTOCOL_ERROR, error.detail))
                 return
             self._mind_broker()
+            if packets.behind and self._from_broker is packets and self._upstream is not None:
+                self._upstream.go_on_later()
 
     def upstream_broken(self, failure: SessionEnd) -> None:
         """The connection to the broker has come to an end."""

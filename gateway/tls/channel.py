@@ -39,6 +39,8 @@ from gateway.tls.tickets import Ticket, Tickets, Verified, good_until
 from gateway.tls.trust import TLSPolicy, load_policy, platform_roots, spki_pin
 
 _RECORD_HEADER_SIZE = 5
+# Records decrypted at a time, some 2 µs each: 64 KiB can be thousands of them.
+_MOST_RECORDS_AT_ONCE = 500
 # See `gateway/tls/tickets.py`.
 _RESUMABLE_VERSION = "TLSv1.3"
 
@@ -63,9 +65,9 @@ class TLSChannel:
     """One TLS connection to one broker, client side.
 
     `state` is its state, `peer` is set once it is VERIFIED, `received_close` once the broker's close_notify has
-    arrived, `broken` if the channel failed after plaintext that `receive` has returned, `waiting` while `outgoing` may
-    have something.  `approved` says whether OpenSSL trusts the chain and the identity matches, which is not all that
-    VERIFIED requires.
+    arrived, `broken` if the channel failed after plaintext that `receive` has returned, `waiting` while `outgoing`
+    may have something, `due` is how many records wait for the next `receive`, which may be of no bytes. `approved`
+    says whether OpenSSL trusts the chain and the identity matches, which is not all that VERIFIED requires.
 
     With `tickets`, the channel resumes a TLS session if allowed, and leaves a ticket for the next one.
     """
@@ -86,6 +88,7 @@ class TLSChannel:
         "_tickets",
         "_verified",
         "broken",
+        "due",
         "peer",
         "received_close",
         "state",
@@ -111,6 +114,7 @@ class TLSChannel:
         # Where the received ciphertext ends: bytes missing of the current record, or the first bytes of a header.
         self._missing = 0
         self._partial_header = b""
+        self.due = 0
         self.waiting = False
         self.peer: Peer | None = None
         self.received_close = False
@@ -169,7 +173,10 @@ class TLSChannel:
         alert.  After that, and after `close`, received bytes are dropped.
         """
         if self.state is _VERIFIED:
-            plaintext, ended = self._engine.decrypt(ciphertext, self._completed_records(ciphertext))
+            records = self._completed_records(ciphertext)
+            if self.due or records > _MOST_RECORDS_AT_ONCE:
+                records = self._take_few(records)
+            plaintext, ended = self._engine.decrypt(ciphertext, records)
             return plaintext if ended is None else self._ended(plaintext, ended)
         if self.state is ChannelState.CLOSED or not ciphertext:
             return b""
@@ -177,8 +184,15 @@ class TLSChannel:
         self._connection.bio_write(ciphertext)
         if not self._handshake():
             return b""
-        plaintext, ended = self._engine.decrypt(b"", records)
+        plaintext, ended = self._engine.decrypt(b"", self._take_few(records))
         return plaintext if ended is None else self._ended(plaintext, ended)
+
+    def _take_few(self, completed: int) -> int:
+        """Return how many records to decrypt now, when so many more are complete."""
+        due = self.due + completed
+        taken = min(due, _MOST_RECORDS_AT_ONCE)
+        self.due = due - taken
+        return taken
 
     def send(self, plaintext: bytes) -> bytes:
         """Encrypt, and return everything to send to the network.
@@ -202,7 +216,7 @@ class TLSChannel:
 
         `None` unless the channel is VERIFIED and all that remains to be done is to encrypt and to decrypt.
         """
-        if self.state is not _VERIFIED or self.waiting or self.broken is not None or self.received_close:
+        if self.state is not _VERIFIED or self.waiting or self.due or self.broken is not None or self.received_close:
             return None
         return self._missing, self._partial_header
 
@@ -292,6 +306,7 @@ class TLSChannel:
 
     def _ended(self, plaintext: bytes, ended: SSL.Error) -> bytes:
         """Return the plaintext that came before something other than application data, and handle the latter."""
+        self.due = 0  # OpenSSL has nothing complete any more, or is not asked again.
         if isinstance(ended, SSL.ZeroReturnError):
             self.received_close = True
             return plaintext

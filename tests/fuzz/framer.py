@@ -43,7 +43,7 @@ SEEDS = tuple(
 
 
 def _outcome(framer: Framer, parts: Iterable[bytes]) -> tuple[Any, ...]:
-    passed = b"".join(framer.feed(part) for part in parts)
+    passed = mqtt.fed(framer, *parts)
     error = framer.error and (framer.error.reason, framer.error.reason_code, framer.error.detail)
     return passed, framer.packets, error, framer.disconnected, framer.disconnect_code, framer.at_boundary
 

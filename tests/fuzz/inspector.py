@@ -50,7 +50,7 @@ SEEDS = tuple(
 
 
 def _outcome(inspector: Any, parts: Iterable[bytes]) -> tuple[Any, ...]:
-    passed = b"".join(inspector.feed(part) for part in parts)
+    passed = mqtt.fed(inspector, *parts)
     error = inspector.error and (inspector.error.reason, inspector.error.reason_code)
     return passed, inspector.packets, error, inspector.disconnected, inspector.at_boundary
 
@@ -104,7 +104,7 @@ def check(data: bytes) -> None:
     towards = ProtocolVersion.MQTT_3_1_1 if side is Sender.DEVICE and upgraded else version
     # A broker's packet may only become shorter; a device's that became too long would have been refused.
     framer = Framer(side, towards, _LIMIT)
-    assert framer.feed(passed) == passed, "what was passed on is no MQTT"
+    assert mqtt.fed(framer, passed) == passed, "what was passed on is no MQTT"
     assert framer.error is None
     if side is Sender.DEVICE:
         _check_device(rules, stream, passed)

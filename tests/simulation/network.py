@@ -148,6 +148,10 @@ class Poller:
         """Call later: Twisted's transports ask for it to abort."""
         self._clock.schedule(delay, function, *arguments)
 
+    def later(self, call: Callable[[], object]) -> None:
+        """Call in a later turn: the gateway goes on with what it has read."""
+        self._clock.schedule(0.0, call)
+
     def addReader(self, connection: Any) -> None:
         self._readers.add(connection)
         self.wake(connection)

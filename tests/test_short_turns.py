@@ -1,0 +1,276 @@
+"""A turn of the event loop is short, whatever peers send: so much is taken at a time, and the rest in later turns."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from twisted.internet.protocol import Factory, Protocol
+
+from gateway.mqtt.checking import CheckingFramer
+from gateway.mqtt.framer import Framer, Sender
+from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
+from gateway.mqtt.packets import ProtocolVersion
+from gateway.net.transport import RelayReactor
+from gateway.net.websocket import FrameReader
+from tests import mqtt_packets as mqtt
+from tests.test_relay_reactor import Descriptor, Idle, make
+
+__all__ = ["make"]
+
+_V3, _V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
+_LIMIT = 100_000
+_PREFIXES = TopicRules(publish_prefix="site/", subscribe_prefix="site/")
+_TINY = mqtt.publish("a", b"")
+_PROPERTIES = mqtt.user_property("", "") * 900
+# What is fed, who takes it apart, and how many packets may be taken at a time: about a millisecond's worth.
+CROWDS: dict[str, tuple[Callable[[], Any], bytes, int]] = {
+    "short": (lambda: Framer(Sender.DEVICE, _V3, _LIMIT), mqtt.pingreq(), 10_000),
+    "padded": (lambda: Framer(Sender.DEVICE, _V3, _LIMIT), mqtt.packet(0xC0, length_size=3), 1_000),
+    "checked": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), _TINY, 1_000),
+    "judged": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), mqtt.subscribe("a"), 200),
+    "judged, from the broker": (lambda: CheckingFramer(Sender.BROKER, _V5, _LIMIT), mqtt.suback(version=5), 200),
+    "under a rule": (lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT), _TINY, 100),
+    "under a rule, PINGREQ": (lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT), mqtt.pingreq(), 100),
+    "under a rule, padded": (
+        lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT),
+        mqtt.packet(0xC0, length_size=3),
+        1_000,
+    ),
+    "under a rule, from the broker": (
+        lambda: BrokerInspector(_PREFIXES, _V3, _LIMIT),
+        mqtt.publish("site/a", b""),
+        100,
+    ),
+    "withheld": (lambda: BrokerInspector(_PREFIXES, _V5, _LIMIT), mqtt.publish("a", b"", version=5, qos=2), 100),
+    "large heads from the broker": (
+        lambda: BrokerInspector(_PREFIXES, _V5, _LIMIT),
+        mqtt.publish("site/a", b"", version=5, properties=_PROPERTIES),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_so_many_packets_are_taken_at_a_time(crowd: str) -> None:
+    """However many come in one piece; all of them pass in the end, as if they had come one by one."""
+    begin, packet, most = CROWDS[crowd]
+    stream = packet * (0x10000 // len(packet))
+    one_by_one, framer = begin(), begin()
+    expected = b"".join(
+        mqtt.fed(one_by_one, stream[at : at + len(packet)]) for at in range(0, len(stream), len(packet))
+    )
+    passed = [framer.feed(stream)]
+    taken = [framer.packets]
+    while framer.behind:
+        passed.append(framer.feed(b""))
+        taken.append(framer.packets - sum(taken))
+    assert max(taken) <= most
+    assert min(taken[:-1]) > 0
+    assert b"".join(passed) == expected
+    assert framer.packets == one_by_one.packets
+    assert framer.at_boundary
+    assert framer.error is None
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+def test_a_fault_behind_a_crowd_is_found_when_the_crowd_has_passed(crowd: str) -> None:
+    begin, packet, most = CROWDS[crowd]
+    count = most + 10
+    faulty, sound = begin(), begin()
+    wrong = b"\x06\0\0"
+    passed = faulty.feed(packet * count + wrong)
+    assert faulty.error is None
+    assert not faulty.disconnected
+    while faulty.behind:
+        passed += faulty.feed(b"")
+    assert faulty.error is not None
+    assert faulty.rejected == wrong
+    assert passed == mqtt.fed(sound, packet * count)
+    assert faulty.feed(b"") == b""
+
+
+def test_more_that_comes_meanwhile_waits_behind_the_crowd() -> None:
+    """The side reads nothing then, but what it has read already must not be lost or pass first."""
+    for begin, packet, most in CROWDS.values():
+        framer, again = begin(), begin()
+        passed = framer.feed(packet * (most + 10) + packet[:1]) + framer.feed(packet[1:])
+        while framer.behind:
+            passed += framer.feed(b"")
+        assert passed == mqtt.fed(again, packet * (most + 11))
+
+
+@pytest.mark.parametrize("frame", [b"\x82\x00", b"\x89\x00", b"\x8a\x01a", b"\x02\x01a\x80\x01b"])
+def test_frames_that_carry_little_are_taken_a_thousand_at_a_time(frame: bytes) -> None:
+    """They count although no payload shows it: each costs as much as a message."""
+    reader, whole = FrameReader(), FrameReader()
+    wire = frame * 3000
+    passed = reader.feed(wire)
+    turns = 0
+    while reader.behind:
+        passed += reader.feed(b"")
+        turns += 1
+    assert turns >= 2
+    assert passed == b"".join(whole.feed(frame) for _ in range(3000))
+
+
+def test_frames_of_a_websocket_are_taken_a_thousand_at_a_time() -> None:
+    reader = FrameReader()
+    wire = b"".join(b"\x82\x01" + bytes([number % 256]) for number in range(0x10000 // 3))
+    payloads = [reader.feed(wire)]
+    while reader.behind:
+        payloads.append(reader.feed(b""))
+    assert max(map(len, payloads)) <= 1000
+    assert b"".join(payloads) == wire[2::3]
+
+
+# ---- in one turn of the reactor
+
+
+class Clocked(Idle):
+    """A reactor whose calls are made by hand."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+
+    def callLater(self, delay: float, call: Callable[..., object], *arguments: Any) -> Any:
+        assert delay == 0
+        self.calls.append(lambda: call(*arguments))
+        return self
+
+    def cancel(self) -> None:
+        self.calls.clear()
+
+    def turn(self) -> None:
+        calls, self.calls = self.calls, []
+        for call in calls:
+            call()
+
+
+class Work:
+    """A clock that only work moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def some(self) -> None:
+        self.now += 0.0005
+
+
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Work:
+    """Return the clock of the relay's reactor."""
+    work = Work()
+    monkeypatch.setattr("gateway.net.transport.monotonic", work)
+    return work
+
+
+def test_events_that_cost_much_share_several_turns(make: Callable[[], Descriptor], work: Work) -> None:
+    """All have their turn, none twice before the others, though all of them have more to say each time."""
+    relay = RelayReactor(Clocked())
+    relay.start()
+    descriptors = [make() for _ in range(40)]
+    for each in descriptors:
+        each.on_read = lambda each=each: (work.some(), each.peer.send(b"more"))
+        relay.addReader(each)
+        each.peer.send(b"x")
+    read = 0
+    for _ in range(100):
+        relay.doRead()
+        now = sum(each.read for each in descriptors)
+        assert 1 <= now - read <= 4
+        read = now
+        assert max(each.read for each in descriptors) - min(each.read for each in descriptors) <= 1
+    relay.stop()
+
+
+def test_an_event_that_was_left_is_not_reported_to_who_waits_for_it_no_longer(
+    make: Callable[[], Descriptor], work: Work
+) -> None:
+    relay = RelayReactor(Clocked())
+    relay.start()
+    descriptors = [make() for _ in range(10)]
+    for each in descriptors:
+        each.on_read = work.some
+        relay.addReader(each)
+        each.peer.send(b"x")
+    relay.doRead()
+    paused = [each for each in descriptors if not each.read]
+    assert paused
+    for each in paused:
+        relay.removeReader(each)
+    relay.doRead()
+    assert not any(each.read for each in paused)
+    for each in paused:
+        relay.addReader(each)
+    for _ in paused:
+        relay.doRead()
+    assert all(each.read == 1 for each in paused)
+    relay.stop()
+
+
+def test_sessions_that_go_on_share_several_turns(work: Work) -> None:
+    """In order, a few in each turn, however many there are; those that are added meanwhile come last."""
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    done: list[int] = []
+
+    def go_on(number: int) -> None:
+        work.some()
+        done.append(number)
+        if len(done) < 40:
+            relay.later(lambda: go_on(number + 100))
+
+    for number in range(20):
+        relay.later(lambda number=number: go_on(number))
+    before = 0
+    while reactor.calls:
+        reactor.turn()
+        assert 1 <= len(done) - before <= 2
+        before = len(done)
+    assert done[:20] == list(range(20))
+    assert done[20:40] == [number + 100 for number in range(20)]
+    relay.stop()
+
+
+def test_a_mistake_of_one_that_goes_on_leaves_the_others(logged_errors: list[dict[str, Any]]) -> None:
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    done: list[int] = []
+    relay.later(lambda: 1 // 0)
+    relay.later(lambda: done.append(1))
+    while reactor.calls:
+        reactor.turn()
+    assert done == [1]
+    assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
+    logged_errors.clear()
+    relay.later(lambda: done.append(2))
+    relay.stop()
+    reactor.turn()
+    assert done == [1]
+
+
+def test_ten_connections_are_accepted_at_a_time() -> None:
+    """Each costs a session; Twisted would take a hundred and more at once."""
+    relay = RelayReactor(Clocked())
+    relay.start()
+    factory = Factory.forProtocol(Protocol)
+    factory.noisy = False
+    built: list[object] = []
+    factory.buildProtocol = lambda address: built.append(address)  # type: ignore[assignment, func-returns-value]
+    port: Any = relay.listenTCP(0, factory, backlog=100, interface="127.0.0.1")
+    clients = [socket.create_connection(("127.0.0.1", port.getHost().port)) for _ in range(60)]
+    for expected in range(10, 70, 10):
+        port.doRead()
+        assert len(built) == expected
+    for client in clients:
+        client.close()
+    port.connectionLost(None)
+    relay.stop()
