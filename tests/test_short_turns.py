@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import socket
+import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from twisted.internet.protocol import Factory, Protocol
 
+from gateway.config import Listener
 from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
 from gateway.mqtt.packets import ProtocolVersion
+from gateway.net.listening import listen
 from gateway.net.transport import RelayReactor
 from gateway.net.websocket import FrameReader
 from tests import mqtt_packets as mqtt
@@ -272,5 +276,20 @@ def test_ten_connections_are_accepted_at_a_time() -> None:
         assert len(built) == expected
     for client in clients:
         client.close()
+    port.connectionLost(None)
+    relay.stop()
+
+
+@pytest.mark.parametrize(("given", "expected"), [("", 4096), (":backlog=7", 7)])
+def test_a_thousand_connections_can_wait_to_be_accepted(given: str, expected: int) -> None:
+    """Twisted lets 50; the kernel drops the others, whose devices come again after 1, 3, 7 and 15 seconds."""
+    relay = RelayReactor(Clocked())
+    relay.start()
+    factory = Factory.forProtocol(Protocol)
+    factory.noisy = False
+    port: Any = listen(relay, Listener(f"tcp:0:interface=127.0.0.1{given}"), factory)
+    # tcpi_sacked of a listening socket (tcp(7), linux/tcp.h).
+    (backlog,) = struct.unpack_from("I", port.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 28)
+    assert backlog == min(expected, int(Path("/proc/sys/net/core/somaxconn").read_text()))
     port.connectionLost(None)
     relay.stop()

@@ -986,7 +986,7 @@ class Dialling:
         journal = Journal(self.clock.seconds)
         journal.passed_over = lambda *told: self.passed_over.append(told)  # type: ignore[method-assign]
         healths = accounts(config.upstream, config.failover, lambda: 1.0)
-        dialler = Dialler(targets, healths, self.network, self.clock, config, journal)
+        dialler = Dialler(targets, healths, self.network, self.clock, config, journal, self.clock)
         self.deferred = dialler.dial(self.session, self.device)
 
     def resolved(self, host: str = "one.example", *hosts: str) -> None:

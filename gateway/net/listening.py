@@ -21,6 +21,8 @@ from twisted.python.failure import Failure
 from gateway.config import Listener
 from gateway.errors import ConfigError
 
+# Connections that wait to be accepted; the kernel's own limit is net.core.somaxconn.
+_BACKLOG = 4096
 _IN_USE = "find what listens there with `ss -ltnp` and stop it, or choose another port"
 _REMEDIES = {
     errno.EADDRINUSE: _IN_USE,
@@ -137,7 +139,7 @@ def listen(reactor: Any, listener: Listener, factory: Factory) -> IListeningPort
     """Open a listener.  Raises `ListenFailed`."""
     results: list[Any] = []
     try:
-        serverFromString(reactor, listener.description).listen(factory).addBoth(results.append)
+        serverFromString(reactor, _with_backlog(listener.description)).listen(factory).addBoth(results.append)
     except (OSError, ValueError, TypeError) as error:
         raise _failed(error) from None
     except KeyError as error:
@@ -152,6 +154,18 @@ def listen(reactor: Any, listener: Listener, factory: Factory) -> IListeningPort
         raise _failed(result.value) from None
     port: IListeningPort = result
     return port
+
+
+def _with_backlog(description: str) -> str:
+    """Let many connections wait to be accepted, unless the endpoint says how many.
+
+    Twisted lets 50.  What comes when so many wait is dropped, and its next attempt is 1, 3, 7 and 15 seconds later: one
+    host that opens a thousand connections at once would keep all others out for so long.
+    """
+    kind = description.partition(":")[0]
+    if kind not in {"tcp", "tcp6", "unix"} or ":backlog=" in description:
+        return description
+    return f"{description}:backlog={_BACKLOG}"
 
 
 def _failed(error: BaseException | None) -> ListenFailed:
