@@ -341,6 +341,50 @@ def test_a_table_is_read_as_excel_writes_it(site: Site, tmp_path: Path, text: st
     assert site.rule("d1").lan_password
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_umlauts_come_through_in_every_encoding_of_excel(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str], encoding: str
+) -> None:
+    """A guess is told, with the values that depend on it, except passwords."""
+    table = tmp_path / "devices.csv"
+    table.write_bytes("ID;Password;Bound_To;Username\r\nKessel-Süd;geheim-ß;10.0.0.2;Müller & 5 €\r\n".encode(encoding))
+    before = site.files()
+    assert site.do("import", str(table), "--dry-run") == 0
+    shown = capfd.readouterr()
+    assert 'would add "Kessel-Süd"' in shown.out
+    assert "username = Müller & 5 €" in shown.out
+    assert "lan_password = set" in shown.out
+    assert site.files() == before
+    assert site.do("import", str(table)) == 0
+    rule = site.rule("Kessel-Süd")
+    assert rule.username == "Müller & 5 €"
+    assert parse_hash(rule.lan_password).verify("geheim-ß".encode())
+    told = capfd.readouterr().err
+    assert ("Windows-1252" in told) == (encoding == "cp1252")
+    assert ("line 2: id Kessel-Süd" in told) == (encoding == "cp1252")
+    assert "geheim" not in told + shown.out + shown.err
+
+
+def test_a_dry_run_finds_what_an_import_would(site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Problems of single rules, with each other, and with what is there."""
+    table = tmp_path / "devices.csv"
+    assert site.do("add", "there") == 0
+    for text, words in (
+        ("id,max_qos\nd1,3\n", "line 2: max_qos"),
+        ("id\nthere\n", "already has a rule"),
+        ("id,upstream\nd1,none\n", "no upstream has the name"),
+        (f"id\n{'x' * 65}\n", "a common name has"),
+    ):
+        table.write_text(text)
+        capfd.readouterr()
+        errors = []
+        for option in ((), ("--dry-run",)):
+            assert site.do("import", str(table), *site.issuing, *option) == 1
+            errors.append(capfd.readouterr().err)
+            assert words in errors[-1]
+    assert len([name for name in site.files() if name.endswith(".toml")]) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -349,7 +393,9 @@ def test_a_table_is_read_as_excel_writes_it(site: Site, tmp_path: Path, text: st
         ("id,color\nd1,red\n", ["column color"]),
         ("name\nd1\n", ["column id"]),
         ("id,max_qos\nd1\n", ["line 2: "]),
-        ("id\n\xff", ["is not UTF-8"]),
+        ("id\n\x81\n", ["is neither UTF-8 nor Windows-1252"]),
+        ("i\0d\0\n\0\xe4\0\n\0", ["is neither UTF-8 nor Windows-1252"]),
+        ("\xff\xfei", ["is not valid UTF-16"]),
     ],
 )
 def test_all_devices_of_a_table_are_imported_or_none(

@@ -123,6 +123,23 @@ def test_a_bound_name_is_bound_for_those_whom_its_rule_does_not_match(key: str, 
         assert reserved_by(config, "pump-3", listener="yard") == ("pump" if index else "")
 
 
+@pytest.mark.parametrize("condition", [{"match_listener": "hall"}, {"match_username": "anna"}], ids=str)
+@pytest.mark.parametrize("template", ["", "plant7-{client_id}"])
+def test_a_wider_rule_is_no_way_around_a_bound_one(condition: dict[str, Any], template: str) -> None:
+    """Same template, and more names: only devices that meet what the bound rule asks have its name there."""
+    bound = {"name": "pump", "match_client_id": "pump-3", "bound_to": "10.0.0.1", "client_id": template, **condition}
+    wider = {"name": "wider", "match_client_id": "pump-*", "client_id": template}
+    for others in ([bound, wider], [wider | {"match_listener": "yard"}, bound]):
+        config = configured(*others)
+        assert reserved_by(config, "pump-3", "10.0.0.66", "yard") == "pump"
+        assert reserved_by(config, "pump-3", "10.0.0.1", "yard") == ""
+        assert reserved_by(config, "pump-4", "10.0.0.66", "yard") == ""
+    # Rules that name the device themselves, or bind what they match, say who may have the name there.
+    for sure in ({"match_client_id": "pump-3"}, {"bound_to": "10.0.0.66"}, {"lan_password": HASHES[0]}):
+        config = configured(bound, {**wider, **sure, "match_listener": "yard"})
+        assert reserved_by(config, "pump-3", "10.0.0.66", "yard") == ""
+
+
 def test_a_name_taken_from_a_user_name_is_no_way_around_a_rule() -> None:
     """A template without any text of its own can give every name, so it owns none."""
     config = configured({"match_network": "10.0.0.66", "client_id": "{username}"}, {**PUMP}, {"match_client_id": "d1"})

@@ -6,14 +6,12 @@ In: a command line; a CSV file of devices.  Out: files in the directory, the nex
 from __future__ import annotations
 
 import argparse
-import csv
 import getpass
-import io
 import json
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from gateway.cli.device_files import (
     Files,
     Writer,
     certificate_pem,
+    check_common_name,
     exact_pattern,
     key_pem,
     make_key,
@@ -35,10 +34,12 @@ from gateway.cli.device_files import (
     request_pem,
     rule_text,
 )
+from gateway.cli.device_table import SALT_SIZE, NewDevice, Problems, read_table, value_of
 from gateway.cli.report import complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import Config, DeviceRule, load_file
 from gateway.config.anchor import Anchor
+from gateway.config.devices import cross_problems
 from gateway.config.directory import RuleFiles, read_directory
 from gateway.config.passwords import hash_password
 from gateway.config.profiles import with_profile
@@ -52,10 +53,6 @@ _CONFIG = "/etc/mqtts-gateway/gateway.toml"
 _SECRET = 0o600
 _SECRET_OF_GROUP = 0o640
 _PUBLIC = 0o644
-_SALT_SIZE = 16
-_LONGEST_ROW = 65_536
-# CSV columns that are not keys of a rule.
-_ID, _COMMON_NAME, _PASSWORD = "id", "common_name", "password"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     importing.add_argument(
         "file", metavar="CSV", help="columns: id (the Client Identifier), password, common_name, and keys of rules"
     )
+    importing.add_argument("--dry-run", action="store_true", help="show what would be added, and write nothing")
     _identity(importing)
 
 
@@ -114,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         rules = _Rules.of(Path(arguments.config))
         status: int = arguments.action(rules, arguments)
-    except (ConfigError, _Problems) as error:
+    except (ConfigError, Problems) as error:
         for problem in error.problems:
             complain(problem)
         return 1
@@ -122,14 +120,6 @@ def run(arguments: argparse.Namespace) -> int:
         complain(str(error))
         return 1
     return status
-
-
-class _Problems(Exception):
-    """One or more problems, a line each."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__(*problems)
-        self.problems = problems
 
 
 @frozen
@@ -165,7 +155,7 @@ class _Rules:
             self.directory, Anchor.of(self.file.absolute().parent), self.profile, RuleFiles()
         )
         if problems:
-            raise _Problems(problems)
+            raise Problems(problems)
         return rules
 
     def check_all(self) -> None:
@@ -186,22 +176,13 @@ class _Rules:
         raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" only')
 
 
-@frozen
-class _New:
-    """A device to add: its Client Identifier, the common name of its certificate, the keys of its rule."""
-
-    client_identifier: str
-    common_name: str
-    table: Mapping[str, Any]
-
-
 def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
     issuer = _issuer(arguments)
     table = _set_keys(arguments.set)
     if arguments.lan_password:
-        table["lan_password"] = hash_password(_ask_password(), os.urandom(_SALT_SIZE))
+        table["lan_password"] = hash_password(_ask_password(), os.urandom(SALT_SIZE))
     identifier = arguments.client_id
-    new = _New(identifier, arguments.common_name or identifier, table)
+    new = NewDevice(identifier, arguments.common_name or identifier, table)
     with Writer.all_or_nothing() as writer:
         if arguments.cert is not None:
             _with_certificate(rules, new, Path(arguments.cert), writer)
@@ -214,26 +195,63 @@ def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
 
 def _import(rules: _Rules, arguments: argparse.Namespace) -> int:
     """Add all devices in a file, or none if there is a problem with any of them."""
-    devices = _read_csv(Path(arguments.file))
+    devices, remarks = read_table(Path(arguments.file))
+    for remark in remarks:
+        print(remark, file=sys.stderr)
     issuer = _issuer(arguments)
+    if arguments.dry_run:
+        return _show_import(rules, devices, issuer, arguments)
     with Writer.all_or_nothing() as writer:
-        problems = []
-        for line, new in devices:
-            try:
-                _with_identity(rules, new, issuer, arguments, writer)
-            except (DeviceProblem, ConfigError) as error:
-                lines = error.problems if isinstance(error, ConfigError) else [str(error)]
-                problems += [f"{arguments.file}: line {line}: {problem}" for problem in lines]
-        if problems:
-            raise _Problems(problems)
+        _each(devices, arguments, lambda new: _with_identity(rules, new, issuer, arguments, writer))
         rules.check_all()
     print(f"{len(devices)} devices added")
     _tell_next(rules, arguments)
     return 0
 
 
+def _each(
+    devices: list[tuple[int, NewDevice]], arguments: argparse.Namespace, do: Callable[[NewDevice], object]
+) -> None:
+    """Do something with each device.  Raises `Problems` with the problems of all, by line."""
+    problems = []
+    for line, new in devices:
+        try:
+            do(new)
+        except (DeviceProblem, ConfigError) as error:
+            lines = error.problems if isinstance(error, ConfigError) else [str(error)]
+            problems += [f"{arguments.file}: line {line}: {problem}" for problem in lines]
+    if problems:
+        raise Problems(problems)
+
+
+def _show_import(
+    rules: _Rules, devices: list[tuple[int, NewDevice]], issuer: Authority | None, arguments: argparse.Namespace
+) -> int:
+    """Check everything that can be checked without writing, and show what would be added."""
+    checked: list[tuple[str, DeviceRule]] = []
+
+    def check(new: NewDevice) -> None:
+        files = Files.of(rules.directory, new.client_identifier)
+        _refuse_a_second(rules, new.client_identifier, files)
+        if issuer is not None or arguments.csr:
+            check_common_name(new.common_name)
+        text = _check_rule(rules, new, new.table)
+        checked.append((files.rule.name, structure_device(rules.filled(tomllib.loads(text)))))
+
+    _each(devices, arguments, check)
+    config = rules.config
+    names = ([each.name for each in config.upstream], [each.name for each in config.listen])
+    if problems := cross_problems(checked, *names):
+        raise Problems(problems)
+    for (_, new), (file, _) in zip(devices, checked, strict=True):
+        keys = "".join(f", {key} = {_shown(key, value)}" for key, value in new.table.items())
+        print(f'would add "{printable(new.client_identifier)}" as {file}{keys}')
+    print(f"{len(devices)} devices would be added; nothing was written")
+    return 0
+
+
 def _with_identity(
-    rules: _Rules, new: _New, issuer: Authority | None, arguments: argparse.Namespace, writer: Writer
+    rules: _Rules, new: NewDevice, issuer: Authority | None, arguments: argparse.Namespace, writer: Writer
 ) -> None:
     """Write a device's files: with a request, with a certificate from `issuer`, or only the rule."""
     files = Files.of(rules.directory, new.client_identifier)
@@ -260,7 +278,7 @@ def _key_group(rules: _Rules) -> int | None:
     return None if view is None else view.key_group
 
 
-def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) -> None:
+def _with_certificate(rules: _Rules, new: NewDevice, source: Path, writer: Writer) -> None:
     """Write the rule of a device whose certificate has been issued."""
     files = Files.of(rules.directory, new.client_identifier)
     _refuse_a_second(rules, new.client_identifier, files)
@@ -278,12 +296,12 @@ def _with_certificate(rules: _Rules, new: _New, source: Path, writer: Writer) ->
     _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
 
 
-def _write_rule(rules: _Rules, new: _New, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
+def _write_rule(rules: _Rules, new: NewDevice, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
     table = {**identity, **new.table}
     writer.write(files.rule, _check_rule(rules, new, table).encode(), _PUBLIC)
 
 
-def _check_rule(rules: _Rules, new: _New, table: Mapping[str, Any]) -> str:
+def _check_rule(rules: _Rules, new: NewDevice, table: Mapping[str, Any]) -> str:
     """Return the text of a device's rule, which can be read and matches the device.  Raises what is wrong with it."""
     text = rule_text(new.client_identifier, table)
     rule = Rule.of(structure_device(rules.filled(tomllib.loads(text))), 0)
@@ -326,64 +344,8 @@ def _set_keys(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise DeviceProblem(f"--set {printable(pair)}: must be KEY=VALUE")
-        table[key.strip()] = _value(value.strip())
+        table[key.strip()] = value_of(value.strip())
     return table
-
-
-def _value(text: str) -> Any:
-    """Parse a value as TOML; anything else is taken as a string, so that strings need no quotes."""
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, ValueError):
-        return text
-    return parsed["value"] if set(parsed) == {"value"} else text
-
-
-def _read_csv(path: Path) -> list[tuple[int, _New]]:
-    """Read a CSV file (RFC 4180, UTF-8) whose first row names the columns.  Raises `_Problems`."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            return list(_rows(path, file.read()))
-    except OSError as error:
-        raise DeviceProblem(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise DeviceProblem(f"{path} is not UTF-8: in Excel, save it as “CSV UTF-8”") from None
-    except csv.Error as error:
-        raise DeviceProblem(f"{path} is not a valid CSV file: {error}") from None
-
-
-def _rows(path: Path, text: str) -> Iterator[tuple[int, _New]]:
-    csv.field_size_limit(_LONGEST_ROW)
-    first = text.partition("\n")[0]
-    # Excel writes semicolons where the comma is the decimal sign, and tabs as "Unicode text".
-    delimiter = max(",;\t", key=first.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
-    reader.fieldnames = columns = [column.strip().casefold() for column in reader.fieldnames or []]
-    seen: dict[str, int] = {}
-    known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(DeviceRule))}
-    problems = [f"{path}: unknown column {printable(str(column))}" for column in columns if column not in known]
-    if _ID not in columns:
-        problems.append(f"{path}: column {_ID} is missing; the first row must name the columns")
-    if problems:
-        raise _Problems(problems)
-    for row in reader:
-        if None in row or None in row.values():
-            problems.append(f"{path}: line {reader.line_num}: not as many fields as the first row")
-            continue
-        table = {
-            key: _value(value) for key, value in row.items() if value and key not in {_ID, _COMMON_NAME, _PASSWORD}
-        }
-        if row.get(_PASSWORD):
-            table["lan_password"] = hash_password(row[_PASSWORD].encode(), os.urandom(_SALT_SIZE))
-        identifier = row[_ID]
-        before = seen.setdefault(identifier, reader.line_num)
-        if before != reader.line_num:
-            shown = printable(identifier)
-            problems.append(f'{path}: line {reader.line_num}: "{shown}" is in line {before} already')
-            continue
-        yield reader.line_num, _New(identifier, row.get(_COMMON_NAME) or identifier, table)
-    if problems:
-        raise _Problems(problems)
 
 
 def _ask_password() -> bytes:
@@ -427,7 +389,7 @@ def _shown(key: str, value: Any) -> str:
         return "set"
     if key == "password_command":
         return f"{value[0]} with {len(value) - 1} arguments"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ", ".join(printable(str(each)) for each in value)
     return printable(str(value))
 

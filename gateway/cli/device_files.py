@@ -228,12 +228,17 @@ class Authority:
 
 
 def _subject(common_name: str) -> x509.Name:
+    check_common_name(common_name)
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def check_common_name(common_name: str) -> None:
+    """Raise `DeviceProblem` if a certificate cannot have this common name."""
     if not 1 <= len(common_name) <= _LONGEST_COMMON_NAME:
         raise DeviceProblem(
             f"a common name has 1 to {_LONGEST_COMMON_NAME} characters, this one has {len(common_name)}. "
             "Set another with --common-name"
         )
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
 
 
 def _hash(key: PrivateKey) -> hashes.SHA256 | None:

@@ -125,6 +125,11 @@ class _Claim:
         return self.template.only == "client_id" and not self.rule.matches_name(_NOBODY)
 
     @property
+    def is_sure(self) -> bool:
+        """Whether its devices are named one by one, or bound to an address or a password of their own."""
+        return self.rule.is_exact or bool(self.device.bound_to or self.device.lan_password)
+
+    @property
     def listed(self) -> list[str] | None:
         """All its names if they are few and known, otherwise None."""
         if not self.template.placeholders:
@@ -189,8 +194,9 @@ class Names:
             if claim.rule is rule or claim.brokers.isdisjoint(at):
                 continue
             if claim.template.text == template and claim.template.is_direct:
-                # The rules have judged what the name is made of; but a rule for everyone protects nobody's.
-                belongs = own is None and not _meets(claim.device, rule, caller)
+                # The rules have judged what the name is made of.  But one that neither names its devices one by one nor
+                # binds them must not be a way around one that does, from another listener or without its user name.
+                belongs = (own is None or not own.is_sure) and not _meets(claim.device, rule, caller)
             else:
                 belongs = own is None or claim.rule.order < own.rule.order
             if belongs:
