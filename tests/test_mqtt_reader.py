@@ -129,6 +129,21 @@ def test_a_fault_has_the_reason_of_the_side_that_is_read(reader, data, reason, c
     assert (caught.value.reason, caught.value.reason_code) == (reason, code)
 
 
+def test_which_flags_a_reader_that_ignores_them_accepts():
+    """All but those of QoS 3, which stand at the beginning of a TLS ClientHello."""
+    accepted = []
+    for flags in range(16):
+        reader = PacketReader(frozenset({PacketType.CONNECT}), LIMIT, EndReason.NOT_MQTT, any_flags=True)
+        try:
+            found = read(reader, bytes([0x10 | flags]) + connect()[1:])
+        except PacketError:
+            continue
+        assert found is not None
+        assert (found.type, found.flags) == (PacketType.CONNECT, flags)
+        accepted.append(flags)
+    assert accepted == [0, 1, 2, 3, 4, 5, 8, 9, 10, 11, 12, 13]
+
+
 def test_a_declared_size_above_the_limit_is_refused_before_the_body():
     """A claim of 256 MB costs five bytes, and a packet of exactly the limit is read."""
     raw = connect(client_identifier="x" * 300)
