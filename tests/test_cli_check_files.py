@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, pkcs12
 
 from gateway.cli import check, service_view
 from gateway.cli.login import make_login
@@ -356,3 +357,43 @@ def test_a_password_that_windows_saved_is_not_sent(site: Site, mark: bytes) -> N
     site.write("d1.password", b"x \n", 0o600)
     (step,) = site.problems()
     assert (step.status, "white space" in step.message) == (Status.WARN, True)
+
+
+@pytest.mark.parametrize("table", ["tls", "rule"])
+def test_pkcs12_and_its_passphrase_are_seen_as_the_service_sees_them(
+    site: Site, install: Callable[..., Path], root: Certified, table: str
+) -> None:
+    """Mode, content and readability of both files; the passphrase from a credential as from a file."""
+    leaf = certify(root, subject="d1", names=(), purposes=[CLIENT])
+    encryption = BestAvailableEncryption(b"right")
+    data = pkcs12.serialize_key_and_certificates(b"d1", leaf.key, leaf.certificate, None, encryption)
+    site.write("credentials/d1.p12", data, 0o600)
+    site.write("credentials/d1.pass", b"right\n", 0o600)
+    install()
+
+    def write(**keys: str) -> None:
+        site.rule(**({"keep_alive_min": 0} if table == "tls" else keys))
+        if table == "tls":
+            lines = "".join(f"{key} = {json.dumps(value)}\n" for key, value in keys.items())
+            site.config.write_text(site.config.read_text().replace("[tls]\n", f"[tls]\n{lines}"))
+
+    write(client_cert="credentials/d1.p12", client_key_password_file="credentials/d1.pass")
+    assert site.problems() == []
+    write(client_cert="credentials/d1.p12", client_key_password_credential="credentials_d1.pass")
+    assert site.problems() == []
+    site.write("credentials/d1.pass", b"wrong\n", 0o600)
+    (step,) = site.problems()
+    assert "d1.p12: cannot be decrypted: the passphrase is wrong" in step.message
+    (site.directory / "credentials/d1.pass").unlink()
+    (step,) = site.problems()
+    assert "d1.pass: cannot be read: No such file" in step.message
+    write(client_cert="credentials/d1.p12")
+    (step,) = site.problems()
+    assert "d1.p12: is encrypted: write its passphrase to a file" in step.message
+    site.write("d1.pass", b"right\n", 0o644)
+    write(client_cert="credentials/d1.p12", client_key_password_file="d1.pass")
+    (step,) = site.problems()
+    assert "passphrase is world-readable" in step.message
+    (site.directory / "d1.pass").chmod(0o600)
+    (step,) = site.problems()
+    assert "d1.pass: mqtts-gateway.service cannot read it" in step.message

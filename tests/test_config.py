@@ -842,6 +842,8 @@ def test_every_key_is_documented_and_no_other() -> None:
 # What some keys need beside them.
 COMPANIONS = {
     "client_key": {"client_cert": "gateway.pem"},
+    "client_key_password_file": {"client_cert": "gateway.p12"},
+    "client_key_password_credential": {"client_cert": "gateway.p12"},
     "store": {"bound_to": "127.0.0.1"},
     "sas_key_file": {"sas_resource": "r"},
     "sas_resource": {"sas_key_file": "k"},

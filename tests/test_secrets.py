@@ -15,7 +15,8 @@ from twisted.internet.defer import Deferred, ensureDeferred
 from twisted.internet.process import reapAllProcesses
 from twisted.internet.task import LoopingCall
 
-from gateway.rules.secrets import Programs, SecretUnavailable, credential_path, read_secret
+from gateway.config.secret_files import SecretUnavailable, credential_path, read_secret
+from gateway.rules.secrets import Programs
 from tests.harness import PATIENCE, eventually
 
 # ---- files

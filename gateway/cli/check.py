@@ -14,7 +14,7 @@ from collections.abc import Coroutine, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from random import random
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from attrs import evolve, frozen
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
@@ -32,7 +32,7 @@ from gateway.cli.probe import Probe, upstream_steps
 from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
 from gateway.cli.store_check import store_step
-from gateway.config import TLS, Config, Listener, Upstream
+from gateway.config import TLS, Config, DeviceRule, Listener, Upstream
 from gateway.config.algorithms import Algorithms
 from gateway.config.flags import CONFIG, FLAGS, config_from
 from gateway.config.listen import is_open_to_all
@@ -49,6 +49,7 @@ from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import make_policies
 from gateway.tls.trust import TLSPolicy
 
+_Table = TypeVar("_Table", TLS, DeviceRule)
 _Policies: TypeAlias = Mapping[Algorithms, TLSPolicy]
 
 
@@ -182,6 +183,8 @@ def examine_files(
         if view is not None and obstacle:
             message = f"{source}: {view.unit} cannot read it: {obstacle}"
             report.add(Step("file", Status.FAIL, message, f"chmod o+r {source}; directories above it need o+x."))
+    if view is not None:
+        config = _with_files(config, view)
     policy = _files(config, view, report)
     store = store_step(config, view, with_lock=not running)
     if store is not None:
@@ -222,7 +225,13 @@ async def examine(
         tls, shown = config.tls, policies
         if guise is not None and guise.device is not None and guise.policies is not None:
             shown = guise.policies
-            tls = evolve(tls, client_cert=guise.device.client_cert, client_key=guise.device.client_key)
+            tls = evolve(
+                tls,
+                client_cert=guise.device.client_cert,
+                client_key=guise.device.client_key,
+                client_key_password_file=guise.device.client_key_password_file,
+                client_key_password_credential=guise.device.client_key_password_credential,
+            )
         try:
             proxies = dict(zip(config.upstream, proxy_routes(config, os.environ, random), strict=True))
             websockets = dict(zip(config.upstream, websocket_routes(config, Programs(reactor, reactor)), strict=True))
@@ -250,6 +259,18 @@ async def examine(
                 )
     finally:
         relay.stop()
+
+
+def _with_files(config: Config, view: ServiceView) -> Config:
+    """Return the configuration with the files in place of the service's credentials, which only the service has."""
+
+    def read(table: _Table) -> _Table:
+        path = view.credential_file(table.client_key_password_credential)
+        if path is None:
+            return table
+        return evolve(table, client_key_password_file=path, client_key_password_credential="")
+
+    return evolve(config, tls=read(config.tls), device=tuple(read(device) for device in config.device))
 
 
 def _has_names(report: Report, upstream: Upstream) -> bool:

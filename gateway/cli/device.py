@@ -43,11 +43,12 @@ from gateway.config.devices import cross_problems
 from gateway.config.directory import RuleFiles, read_directory
 from gateway.config.passwords import hash_password
 from gateway.config.profiles import with_profile
+from gateway.config.secret_files import SecretUnavailable
 from gateway.config.structure import structure_device
 from gateway.errors import ConfigError, Refusal
 from gateway.rules.rules import Rule
 from gateway.text import printable
-from gateway.tls.trust import read_certificates, read_private_key
+from gateway.tls.trust import read_certificates, read_chain, read_private_key
 
 _CONFIG = "/etc/mqtts-gateway/gateway.toml"
 _SECRET = 0o600
@@ -407,8 +408,8 @@ def _identity_words(device: DeviceRule) -> str:
     parts = []
     if device.client_cert is not None:
         try:
-            certificate = read_certificates(device.client_cert)[0]
-        except ValueError as error:
+            certificate = read_chain(device.client_cert, device.passphrase.read())[0]
+        except (ValueError, SecretUnavailable) as error:
             parts.append(f"certificate {device.client_cert} {error}")
         else:
             _, words = expiry(certificate)

@@ -28,13 +28,15 @@ from gateway.cli.certificates import expiry, first_to_expire, is_ca, issuer, now
 from gateway.cli.report import Status, Step
 from gateway.cli.service_view import KEY_GROUP, ServiceView
 from gateway.config import TLS, Config, DeviceRule, weak_ciphers
-from gateway.rules.secrets import SecretUnavailable, read_secret
+from gateway.config.secret_files import Passphrase, SecretUnavailable, read_secret
 from gateway.rules.tokens import check_signing_key, sas_key
 from gateway.text import printable
 from gateway.tls.trust import (
     ca_dir_files,
     platform_bundle,
     read_certificates,
+    read_chain,
+    read_client_key,
     read_crls,
     read_private_key,
     spki_pin,
@@ -97,7 +99,7 @@ def _tls_steps(tls: TLS) -> Iterator[Step]:
         yield from _directory(tls.ca_dir)
     yield from _same_names(tls)
     if tls.client_cert is not None:
-        yield from _client(tls.client_cert, tls.client_key or tls.client_cert)
+        yield from _client(tls.client_cert, tls.client_key or tls.client_cert, tls.passphrase)
     for path in tls.crl_file:
         yield _crls(path, strict=tls.verification == "strict")
 
@@ -171,7 +173,7 @@ def _unseen_rules(directory: Path, view: ServiceView) -> Iterator[Step]:
 
 def _device_steps(device: DeviceRule) -> Iterator[Step]:
     if device.client_cert is not None:
-        yield from _client(device.client_cert, device.client_key or device.client_cert)
+        yield from _client(device.client_cert, device.client_key or device.client_cert, device.passphrase)
     if device.sas_key_file is not None:
         yield _secret(device.sas_key_file, "SAS key", lambda path: sas_key(read_secret(path)))
     if device.jwt_key_file is not None:
@@ -293,13 +295,22 @@ def _directory(directory: Path) -> Iterator[Step]:
         yield _roots(path)
 
 
-def _client(certificate_path: Path, key_path: Path) -> Iterator[Step]:
-    chain = _read(certificate_path, read_certificates)
+def _client(certificate_path: Path, key_path: Path, source: Passphrase) -> Iterator[Step]:
+    if source.file is not None:
+        yield _secret(source.file, "passphrase", read_secret)
+    try:
+        passphrase = source.read()
+    except SecretUnavailable as error:
+        if source.file is None:
+            remedy = "Name a file in client_key_password_file instead, or check as the service does."
+            yield Step(_STEP, Status.FAIL, f"{source.key}: {error}", remedy)
+        return
+    chain = _read(certificate_path, lambda path: read_chain(path, passphrase))
     if isinstance(chain, Step):
         yield chain
         return
     yield _chain(certificate_path, chain)
-    key = _read(key_path, lambda path: [read_private_key(path)])
+    key = _read(key_path, lambda path: [read_client_key(path, passphrase)])
     if isinstance(key, Step):
         yield key
         return

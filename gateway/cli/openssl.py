@@ -62,6 +62,8 @@ def s_client_command(
         words += ["-alpn", ",".join(tls.alpn)]
     if tls.client_cert is not None:
         words += ["-cert", str(tls.client_cert), "-key", str(tls.client_key or tls.client_cert)]
+        if tls.client_key_password_file is not None:
+            words += ["-pass", f"file:{tls.client_key_password_file}"]
         if client_chain:
             words += ["-cert_chain", str(tls.client_cert)]
     if tls.crl_file:

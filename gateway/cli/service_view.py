@@ -76,6 +76,14 @@ class ServiceView:
         named = _group(KEY_GROUP)
         return named if named in self.groups else min(self.groups - {_OVERFLOW_GROUP}, default=None)
 
+    def credential_file(self, name: str) -> Path | None:
+        """Return the file that systemd reads for a credential of one of its directories; `None` if it is none."""
+        for directory in self.credentials:
+            prefix = f"{directory.name}_"
+            if name.startswith(prefix):
+                return directory / name.removeprefix(prefix)
+        return None
+
     def obstacle(self, path: Path) -> str:
         """Return what keeps the service from reading a file or a directory; "" if it can."""
         if any(path.is_relative_to(directory) for directory in self.credentials):

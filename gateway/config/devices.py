@@ -4,7 +4,7 @@ In: values.  Out: `DeviceRule` and `Devices`, sections of the configuration; Val
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,6 +13,7 @@ import attrs
 from gateway.config import profiles
 from gateway.config.anchor import Anchor
 from gateway.config.passwords import parse_hash
+from gateway.config.secret_files import Passphrase, check_credential_name
 from gateway.config.templates import FROM_DEVICE, check_template
 from gateway.config.validators import (
     MisfitError,
@@ -30,8 +31,6 @@ _MAX_KEEP_ALIVE = 65_535
 _SMALLEST_PACKET, _LARGEST_PACKET = 256, 1 + 4 + 268_435_455
 _TEMPLATES = ("client_id", "username", "sas_resource", "publish_prefix", "subscribe_prefix")
 _SOURCES = ("password_file", "password_credential", "password_command", "sas_key_file", "jwt_key_file")
-# systemd.exec(5), LoadCredential=: a file name.
-_CREDENTIAL = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9_.@:-]{1,255}")
 
 
 def _check_pattern(text: str) -> None:
@@ -44,11 +43,6 @@ def _check_pattern(text: str) -> None:
 def _check_hash(text: str) -> None:
     if text:
         parse_hash(text)
-
-
-def _check_credential(text: str) -> None:
-    if text and not _CREDENTIAL.fullmatch(text):
-        raise ValueError(f"{quoted(text)} is not a credential name: give the name used in LoadCredential=")
 
 
 def _check_filters(filters: tuple[str, ...] | None) -> None:
@@ -115,7 +109,7 @@ class DeviceRule:
     username: str = ""
     credentials: Literal["pass", "drop"] = "pass"
     password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
-    password_credential: str = attrs.field(default="", validator=checked(_check_credential))
+    password_credential: str = attrs.field(default="", validator=checked(check_credential_name))
     password_command: tuple[str, ...] = attrs.field(default=(), validator=checked(check_command), repr=False)
     password_timeout: float = _seconds(5.0, 0.001, 60)
     sas_key_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
@@ -126,6 +120,8 @@ class DeviceRule:
     token_lifetime: float = _seconds(3600.0, 5, 31_536_000)
     client_cert: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_key_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_key_password_credential: str = attrs.field(default="", validator=checked(check_credential_name))
     keep_alive_min: int = attrs.field(default=0, validator=between(0, _MAX_KEEP_ALIVE), metadata={"unit": "seconds"})
     keep_alive_max: int = attrs.field(
         default=_MAX_KEEP_ALIVE, validator=between(1, _MAX_KEEP_ALIVE), metadata={"unit": "seconds"}
@@ -162,12 +158,16 @@ class DeviceRule:
                     "without the broker nobody else can tell who the device is: give the rule bound_to or lan_password",
                 )
             )
-        if self.client_key is not None and self.client_cert is None:
-            problems.append((".client_key", "client_cert is missing: name the certificate that belongs to this key"))
+        problems += identity_problems(self)
         if self.keep_alive_min > self.keep_alive_max:
             problems.append((".keep_alive_min", f"{self.keep_alive_min} is above keep_alive_max"))
         if problems:
             raise ExceptionGroup("contradicting values", [MisfitError(*problem) for problem in problems])
+
+    @property
+    def passphrase(self) -> Passphrase:
+        """Where the passphrase of the private key is."""
+        return Passphrase(self.client_key_password_file, self.client_key_password_credential)
 
     @property
     def match(self) -> tuple[Any, ...]:
@@ -236,9 +236,19 @@ class BrokenRule(DeviceRule):
 _MATCHES = [field.name for field in attrs.fields(DeviceRule) if field.name.startswith("match_")]
 
 
+def identity_problems(table: Any) -> Iterator[tuple[str, str]]:
+    """Yield the keys of `[tls]` or a rule about a client certificate that would have no effect, with the problem."""
+    if table.client_cert is None:
+        for key in ("client_key", "client_key_password_file", "client_key_password_credential"):
+            if getattr(table, key):
+                yield f".{key}", "client_cert is missing: name the certificate that belongs to this key"
+    if table.client_key_password_file is not None and table.client_key_password_credential:
+        yield ".client_key_password_credential", "client_key_password_file is set as well: a passphrase has one source"
+
+
 def anchored(device: DeviceRule, anchor: Anchor) -> DeviceRule:
     """Make the paths of a rule absolute."""
-    keys = ("password_file", "sas_key_file", "jwt_key_file", "client_cert", "client_key")
+    keys = ("password_file", "sas_key_file", "jwt_key_file", "client_cert", "client_key", "client_key_password_file")
     paths: dict[str, Any] = {key: anchor(value) for key in keys if (value := getattr(device, key))}
     return attrs.evolve(device, **paths)
 

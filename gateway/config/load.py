@@ -154,6 +154,7 @@ def _anchored(tls: TLS, anchor: Anchor) -> TLS:
         ca_dir=tls.ca_dir and anchor(tls.ca_dir),
         client_cert=tls.client_cert and anchor(tls.client_cert),
         client_key=tls.client_key and anchor(tls.client_key),
+        client_key_password_file=tls.client_key_password_file and anchor(tls.client_key_password_file),
         crl_file=tuple(anchor(path) for path in tls.crl_file),
     )
 

@@ -17,10 +17,11 @@ from typing import Any, Literal, Self, TypeAlias
 import attrs
 
 from gateway.config.algorithms import Algorithms, check_cipher, check_group, check_signature_algorithm, weak
-from gateway.config.devices import DeviceRule, Devices
+from gateway.config.devices import DeviceRule, Devices, identity_problems
 from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind, is_local
 from gateway.config.names import connect_name, normalise_name
 from gateway.config.proxies import ENVIRONMENT, check_credential, check_no_proxy, check_proxy_url
+from gateway.config.secret_files import Passphrase, check_credential_name
 from gateway.config.validators import (
     MisfitError,
     Network,
@@ -186,6 +187,8 @@ class TLS:
     ca_dir: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_cert: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_key_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    client_key_password_credential: str = attrs.field(default="", validator=checked(check_credential_name))
     crl_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
     alpn: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_check_alpn))
     pin: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_pin_digest))
@@ -198,8 +201,13 @@ class TLS:
 
     def __attrs_post_init__(self) -> None:
         """Refuse a key without its certificate."""
-        if self.client_key is not None and self.client_cert is None:
-            raise MisfitError(".client_key", "client_cert is missing: name the certificate that belongs to this key")
+        for where, problem in identity_problems(self):
+            raise MisfitError(where, problem)
+
+    @property
+    def passphrase(self) -> Passphrase:
+        """Where the passphrase of the private key is."""
+        return Passphrase(self.client_key_password_file, self.client_key_password_credential)
 
     @property
     def algorithms(self) -> Algorithms:

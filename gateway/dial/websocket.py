@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from attrs import field, frozen
 
 from gateway.config import Config, Upstream
+from gateway.config.secret_files import SecretUnavailable, read_secret
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.net.websocket import Request, parse_request_lines
-from gateway.rules.secrets import Programs, SecretUnavailable, read_secret
+from gateway.rules.secrets import Programs
 from gateway.rules.turns import ANYONE, Visitor
 
 _HTTPS_PORT = 443

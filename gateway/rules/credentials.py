@@ -15,11 +15,12 @@ from typing import TypeVar
 from attrs import field, frozen
 
 from gateway.config import TLS, DeviceRule
+from gateway.config.secret_files import SecretUnavailable, credential_path, read_secret
 from gateway.config.templates import FROM_DEVICE, UnusableValueError, expand
 from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.rewrite import KEPT, Kept
 from gateway.rules.rules import Matched
-from gateway.rules.secrets import Programs, SecretUnavailable, credential_path, read_secret
+from gateway.rules.secrets import Programs
 from gateway.rules.tokens import SigningKey, check_signing_key, json_web_token, sas_key, sas_token
 from gateway.rules.turns import ANYONE, Visitor
 from gateway.tls.trust import ClientIdentity, read_client_identity, read_private_key
@@ -131,7 +132,7 @@ class Credentials:
 def key_files(device: DeviceRule) -> list[Path]:
     """Return the files that `read_keys` reads for a rule."""
     paths = (device.sas_key_file, device.jwt_key_file, device.client_cert, device.client_key)
-    return [path for path in paths if path is not None]
+    return [path for path in (*paths, device.client_key_password_file) if path is not None]
 
 
 def read_keys(device: DeviceRule) -> DeviceKeys:
@@ -147,7 +148,13 @@ def read_keys(device: DeviceRule) -> DeviceKeys:
             "jwt_key_file", device.jwt_key_file, lambda path: check_signing_key(read_private_key(path)), problems
         )
     if device.client_cert is not None:
-        client, found = read_client_identity(TLS(client_cert=device.client_cert, client_key=device.client_key))
+        settings = TLS(
+            client_cert=device.client_cert,
+            client_key=device.client_key,
+            client_key_password_file=device.client_key_password_file,
+            client_key_password_credential=device.client_key_password_credential,
+        )
+        client, found = read_client_identity(settings)
         problems += [problem.removeprefix("tls.") for problem in found]
     return DeviceKeys(sas, jwt, client, tuple(problems))
 

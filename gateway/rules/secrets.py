@@ -1,17 +1,14 @@
-"""Passwords from outside the configuration: files, systemd credentials, programs.
+"""Passwords from programs.
 
-In: the source of a password.  Out: its bytes; `SecretUnavailable`, which says what is wrong with the source and never
-contains its output.
+In: a program.  Out: the password that it writes; `SecretUnavailable`, which says what is wrong and never contains its
+output.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import stat
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from twisted.internet import error
@@ -21,20 +18,12 @@ from twisted.internet.interfaces import IProcessTransport, IReactorTime
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
-from gateway.errors import GatewayError
+from gateway.config.secret_files import LARGEST_SECRET, SecretUnavailable, checked_secret
 from gateway.rules.turns import ANYONE, Turns, Visitor
 
-# MQTT allows passwords of up to 65,535 bytes.
-_LARGEST = 65_535
 # Programs that may run at the same time; after an outage every device may need one.
 _PROGRAMS = 8
-# How text in UTF-8 or UTF-16 begins that an editor of Windows has saved.
-_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 _SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
-
-
-class SecretUnavailable(GatewayError):
-    """A password is not available; `str()` says why and contains nothing secret."""
 
 
 class Spawner(Protocol):
@@ -42,37 +31,6 @@ class Spawner(Protocol):
 
     def spawnProcess(self, *arguments: Any, **more: Any) -> IProcessTransport:  # noqa: N802  the reactor's name
         """See `IReactorProcess`."""
-
-
-def read_secret(path: Path) -> bytes:
-    """Read a password from a file; one line end (LF or CRLF) at the end of the file is removed.
-
-    Raises SecretUnavailable. Only regular files are read: anything else could block the event loop.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except OSError as problem:
-        raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise SecretUnavailable(f"{path} is not a regular file")
-        # One read returns everything of a regular file.
-        data = os.read(descriptor, _LARGEST + 3)
-    except OSError as problem:
-        raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
-    finally:
-        os.close(descriptor)
-    return _checked(data, str(path))
-
-
-def credential_path(name: str, environment: Mapping[str, str]) -> Path:
-    """Return the path of a systemd credential (systemd.exec(5)).  Raises SecretUnavailable."""
-    directory = environment.get("CREDENTIALS_DIRECTORY")
-    if not directory:
-        raise SecretUnavailable(
-            f"credential {name} not found: CREDENTIALS_DIRECTORY is not set. Set LoadCredential= in the service's unit"
-        )
-    return Path(directory) / name
 
 
 class Programs:
@@ -136,8 +94,8 @@ class _Program(ProcessProtocol):
         if self._done:
             return
         self._output += data
-        if len(self._output) > _LARGEST + 2:
-            self._fail(f"{self._shown} wrote more than {_LARGEST} bytes")
+        if len(self._output) > LARGEST_SECRET + 2:
+            self._fail(f"{self._shown} wrote more than {LARGEST_SECRET} bytes")
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802  Twisted's name
         """Fire `written` with the password or the failure."""
@@ -149,7 +107,7 @@ class _Program(ProcessProtocol):
         elif not self._done:
             self._done = True
             try:
-                password = _checked(bytes(self._output), self._shown)
+                password = checked_secret(bytes(self._output), self._shown)
             except SecretUnavailable as problem:
                 self.written.errback(problem)
             else:
@@ -167,14 +125,3 @@ class _Program(ProcessProtocol):
             self.transport.signalProcess(signal.SIGKILL.name.removeprefix("SIG"))
         # Even after it has exited: its children may keep the pipes open.
         self.transport.loseConnection()
-
-
-def _checked(data: bytes, shown: str) -> bytes:
-    if data.startswith(_BYTE_ORDER_MARKS):
-        raise SecretUnavailable(f"{shown} begins with a byte order mark: save it as plain text without one")
-    password = data.removesuffix(b"\n").removesuffix(b"\r") if data.endswith(b"\n") else data
-    if not password:
-        raise SecretUnavailable(f"{shown}: the password is empty")
-    if len(password) > _LARGEST:
-        raise SecretUnavailable(f"{shown}: the password is longer than {_LARGEST} bytes")
-    return password

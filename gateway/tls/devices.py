@@ -37,7 +37,13 @@ class DevicePolicies(Generic[_K]):
     def __init__(
         self, tls: TLS, before: DevicePolicies[_K] | None = None, algorithms: Sequence[Algorithms] = ()
     ) -> None:
-        self._tls = attrs.evolve(tls, client_cert=None, client_key=None)
+        self._tls = attrs.evolve(
+            tls,
+            client_cert=None,
+            client_key=None,
+            client_key_password_file=None,
+            client_key_password_credential="",
+        )
         self._before = before
         self._algorithms = tuple(algorithms) or (tls.algorithms,)
         # By their intermediate certificates, in the order of the algorithms.

@@ -49,6 +49,11 @@ def described(data: bytes, wanted: str) -> str:
     return f"contains no PEM {wanted}"
 
 
+def is_pkcs12(data: bytes) -> bool:
+    """Say whether it is PKCS #12: PFX ::= SEQUENCE { version INTEGER 3, … } (RFC 7292 §4)."""
+    return data[:1] == b"\x30" and b"\x02\x01\x03\x30" in data[:12]
+
+
 def is_truncated(data: bytes) -> bool:
     """Say whether a PEM block begins and does not end."""
     return data.count(b"-----BEGIN ") > data.count(b"-----END ")
@@ -56,9 +61,8 @@ def is_truncated(data: bytes) -> bool:
 
 def _binary(data: bytes) -> str:
     """Say what ASN.1 in DER is."""
-    # PFX ::= SEQUENCE { version INTEGER 3, … } (RFC 7292 §4)
-    if b"\x02\x01\x03\x30" in data[:12]:
-        return "PKCS #12: convert it with `openssl pkcs12 -nodes -in FILE -out FILE.pem`"
+    if is_pkcs12(data):
+        return "PKCS #12, which only client_cert and client_key read: convert it with `openssl pkcs12 -nodes`"
     if _CONTENT_TYPE_PKCS7 in data[:24]:
         return "PKCS #7 in DER: convert it with `openssl pkcs7 -inform der -print_certs -in FILE -out FILE.pem`"
     if _parses(x509.load_der_x509_certificate, data):

@@ -8,8 +8,9 @@ kilobytes: a Context per session would load the roots each time.
 from __future__ import annotations
 
 import contextlib
+import os
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -23,13 +24,15 @@ from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+from cryptography.hazmat.primitives.serialization.pkcs12 import load_pkcs12
 from OpenSSL import SSL, crypto
 
 from gateway.config import TLS
 from gateway.config.algorithms import is_of_tls_1_3
+from gateway.config.secret_files import SecretUnavailable
 from gateway.errors import ConfigError
 from gateway.tls.algorithms import Offer, client_hello
-from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_truncated
+from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_pkcs12, is_truncated
 from gateway.tls.strict import crl_problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
@@ -85,6 +88,18 @@ class TLSPolicy:
             connection.use_privatekey(self.own.key)
 
 
+def read_chain(path: Path, passphrase: bytes | None = None) -> list[x509.Certificate]:
+    """Read a client's certificate and those of its CAs: PEM, or PKCS #12.  Raises `ValueError` with the problem."""
+    data = _read(path)
+    return _pkcs12(data, passphrase)[0] if is_pkcs12(data) else read_certificates(path)
+
+
+def read_client_key(path: Path, passphrase: bytes | None = None) -> PrivateKey:
+    """Read a client's private key: PEM, which may be encrypted, or PKCS #12.  Raises `ValueError` with the problem."""
+    data = _read(path)
+    return _pkcs12(data, passphrase)[1] if is_pkcs12(data) else _pem_key(data, passphrase, _IS_MISSING)
+
+
 def read_certificates(path: Path) -> list[x509.Certificate]:
     """Read all PEM certificates of a file.  Raises `ValueError` that says what is wrong with it."""
     data = _read(path)
@@ -116,28 +131,71 @@ def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevoc
 
 
 def read_private_key(path: Path) -> PrivateKey:
-    """Read a PEM private key.  Raises `ValueError` that says what is wrong with it, without any of its content."""
-    data = _read(path)
+    """Read a PEM private key that is not encrypted.  Raises `ValueError` with the problem, without its content."""
+    return _pem_key(_read(path), None, _DECRYPT)
+
+
+def _pem_key(data: bytes, passphrase: bytes | None, when_encrypted: str) -> PrivateKey:
+    """Return a private key; `when_encrypted` is the remedy if it needs a passphrase that is not there."""
     if b"PRIVATE KEY-----" not in data:
         raise ValueError(described(data, KEY))
     try:
         # OpenSSL's check takes tens of milliseconds for an RSA key, in which no other thread runs; see _check_rsa.
-        key = load_pem_private_key(data, password=None, unsafe_skip_rsa_key_validation=True)
+        # A passphrase for a key that is not encrypted is an error to cryptography, but harms nobody.
+        used = passphrase if b"ENCRYPTED" in data else None
+        key = load_pem_private_key(data, password=used, unsafe_skip_rsa_key_validation=True)
         if isinstance(key, rsa.RSAPrivateKey):
             _check_rsa(key)
     except TypeError:
-        raise ValueError(
-            "contains an encrypted private key, which needs a passphrase that nobody can type at start; "
-            "decrypt it with `openssl pkey` and protect it by its file mode"
-        ) from None
+        raise ValueError(f"contains an encrypted private key: {when_encrypted}") from None
     except ValueError:
         if is_truncated(data):
             raise ValueError("is cut short: the private key in it has no END line. Copy the file again") from None
+        if used is not None:
+            raise ValueError(f"cannot be decrypted: {_IS_WRONG} `openssl pkey -noout -in FILE`") from None
         raise ValueError("contains a damaged private key") from None
+    return _of_tls(key)
+
+
+def _pkcs12(data: bytes, passphrase: bytes | None) -> tuple[list[x509.Certificate], PrivateKey]:
+    """Return the chain, the own certificate first, and the key of PKCS #12.  Raises `ValueError` with the problem."""
+    held = None
+    # It may be unencrypted, or encrypted under an empty passphrase; a passphrase then harms nobody.
+    for each in dict.fromkeys((passphrase, None, b"")):
+        with contextlib.suppress(ValueError):
+            held = load_pkcs12(data, each)
+            break
+    if held is None and passphrase is None:
+        raise ValueError(f"is encrypted: {_IS_MISSING}")
+    if held is None:
+        raise ValueError(f"cannot be decrypted: {_IS_WRONG} `openssl pkcs12 -noout -in FILE`")
+    if held.key is None or held.cert is None:
+        remedy = "export it again with its private key, `openssl pkcs12 -export -inkey KEY -in CERTIFICATE -out FILE`"
+        raise ValueError(f"contains no certificate with its private key: {remedy}")
+    chain = [held.cert.certificate]
+    others = [each.certificate for each in held.additional_certs]
+    # They are in no particular order.  A root need not be shown.
+    while chain[-1].issuer != chain[-1].subject:
+        upper = next((each for each in others if each.subject == chain[-1].issuer), None)
+        if upper is None or upper.issuer == upper.subject or upper in chain:
+            break
+        chain.append(upper)
+    return chain, _of_tls(held.key)
+
+
+def _of_tls(key: object) -> PrivateKey:
     if not isinstance(key, PrivateKey):
         # TRY004: it is the file that is wrong, not an argument's type.
         raise ValueError(f"contains a private key of a kind that TLS does not use ({type(key).__name__})")  # noqa: TRY004
     return key
+
+
+_DECRYPT = "nobody can type its passphrase at start; decrypt it with `openssl pkey` and protect it by its file mode"
+_IS_MISSING = (
+    "write its passphrase to a file and name that in client_key_password_file, or name a systemd credential in "
+    "client_key_password_credential"
+)
+_IS_WRONG = "the passphrase is wrong, or the file is damaged; test both with"
 
 
 def _check_rsa(key: rsa.RSAPrivateKey) -> None:
@@ -181,7 +239,7 @@ def read_roots(tls: TLS) -> tuple[tuple[x509.Certificate, ...], list[str]]:
 def policy_files(tls: TLS) -> list[Path]:
     """Return the files that `load_policy` reads, including those of a directory or of the platform that exist."""
     files = [*tls.ca_file, *tls.crl_file]
-    files += [path for path in (tls.client_cert, tls.client_key) if path is not None]
+    files += [path for path in (tls.client_cert, tls.client_key, tls.client_key_password_file) if path is not None]
     with contextlib.suppress(OSError, ValueError):
         if tls.ca_dir is not None:
             files += ca_dir_files(tls.ca_dir)
@@ -195,14 +253,39 @@ def ca_dir_files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.iterdir() if path.suffix in {".pem", ".crt", ".cer"})
 
 
-def read_client_identity(tls: TLS) -> tuple[ClientIdentity | None, list[str]]:
-    """Return the gateway's own certificate and key, if configured, and any problems."""
+def _is_pkcs12_file(path: Path) -> bool:
+    try:
+        return is_pkcs12(_read(path))
+    except ValueError:
+        return False  # said where it is read
+
+
+def read_client_identity(
+    tls: TLS, environment: Mapping[str, str] = os.environ
+) -> tuple[ClientIdentity | None, list[str]]:
+    """Return the gateway's own certificate and key, if configured, and any problems.
+
+    `environment` says where the service's credentials are.
+    """
     if tls.client_cert is None:
         return None, []
     problems: list[str] = []
     key_path = tls.client_key or tls.client_cert
-    chain = _collect(problems, "tls.client_cert", tls.client_cert, read_certificates)
-    keys = _collect(problems, "tls.client_key", key_path, lambda path: [read_private_key(path)])
+    try:
+        passphrase = tls.passphrase.read(environment)
+    except SecretUnavailable as error:
+        return None, [f"tls.{tls.passphrase.key}: {error}"]
+    chain: list[x509.Certificate] = []
+    keys: list[PrivateKey] = []
+    if tls.client_key is None and _is_pkcs12_file(tls.client_cert):
+        # Decrypted once for both.
+        for held in _collect(
+            problems, "tls.client_cert", tls.client_cert, lambda path: [_pkcs12(_read(path), passphrase)]
+        ):
+            chain, keys = held[0], [held[1]]
+    else:
+        chain = _collect(problems, "tls.client_cert", tls.client_cert, lambda path: read_chain(path, passphrase))
+        keys = _collect(problems, "tls.client_key", key_path, lambda path: [read_client_key(path, passphrase)])
     if not chain or not keys:
         return None, problems
     if _spki(chain[0].public_key()) != _spki(keys[0].public_key()):
