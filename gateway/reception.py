@@ -16,13 +16,13 @@ from functools import partial
 from typing import TypeVar
 
 from attrs import evolve, frozen
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Config, DeviceRule, Upstream
-from gateway.dial.dialler import Dialler, Route, Superseded
+from gateway.dial.dialler import Dialler, Route, Superseded, begin
 from gateway.errors import EndReason, Refusal, SessionEnd
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.reader import Packet
@@ -117,17 +117,7 @@ class Reception:
                 session.refuse(refusal)
                 return succeed(None)
             return self._dialler.dial(session, device, visitor=self._visitor(session, device, caller))
-        dialling = Deferred.fromCoroutine(self._receive(session, device, caller))
-
-        def failed(failure: Failure) -> None:
-            if failure.check(Superseded):
-                failure.raiseException()
-            if failure.check(CancelledError) is None:
-                _log.failure("session {number}: internal error", failure, number=session.record.number)
-                session.fail(failure.type.__name__ if failure.type is not None else "unknown")
-
-        dialling.addErrback(failed)
-        return dialling
+        return begin(self._receive(session, device, caller), session)
 
     async def _receive(self, session: Session, device: DeviceProtocol, caller: Caller) -> None:
         packet, connect = session.connect

@@ -54,6 +54,7 @@ class Plant:
             self.clock,
             config,
             Listening(self.told, self.clock),
+            self.clock,
         )
         self.health = dict(zip(hosts, self.dialler.upstreams, strict=True))
 

@@ -6,9 +6,9 @@ In: a session with a complete CONNECT.  Out: `Session.upstream_verified` with a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from attrs import Factory as Default
 from attrs import evolve, field, frozen
@@ -186,17 +186,7 @@ class Dialler:
         self, session: Session, device: DeviceProtocol, route: Route | None = None, visitor: Visitor = ANYONE
     ) -> Deferred[None]:
         """Find an upstream for `session`, whose device side is `device`.  Cancelling the result releases everything."""
-        dialling = Deferred.fromCoroutine(self.lead(session, device, route, visitor))
-
-        def failed(failure: Failure) -> None:
-            if failure.check(Superseded):
-                failure.raiseException()
-            if failure.check(CancelledError) is None:
-                _log.failure("session {number}: internal error", failure, number=session.record.number)
-                session.fail(failure.type.__name__ if failure.type is not None else "unknown")
-
-        dialling.addErrback(failed)
-        return dialling
+        return begin(self.lead(session, device, route, visitor), session)
 
     def sweep(self) -> None:
         """Try brokers whose back-off delay is over; called about once a second."""
@@ -483,6 +473,19 @@ class Dialler:
             raise
         dial.tls_seconds = self._clock.seconds() - began
         return peer
+
+
+def begin(steps: Coroutine[Any, Any, None], session: Session) -> Deferred[None]:
+    """Begin the steps to a session's broker.  An internal error ends the session; only `Superseded` is passed on."""
+
+    def failed(failure: Failure) -> None:
+        if failure.check(Superseded):
+            failure.raiseException()
+        if failure.check(CancelledError) is None:
+            _log.failure("session {number}: internal error", failure, number=session.record.number)
+            session.fail(failure.type.__name__ if failure.type is not None else "unknown")
+
+    return Deferred.fromCoroutine(steps).addErrback(failed)
 
 
 def _make_upstream(
