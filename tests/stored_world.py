@@ -649,8 +649,9 @@ class DeviceEnd:
     def _down(self, call: Callable[[], None]) -> None:
         self.device.world.clock.later(0.001, call)
 
-    def admit(self, connack: bytes) -> bytes:
+    def admit(self, connack: bytes, *, offline: bool) -> bytes:
         """See `gateway.session.stored.Device`."""
+        del offline
         if self.device.visit is self:
             self._down(partial(self._admitted, bool(connack[2])))
         return b""

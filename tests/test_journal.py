@@ -75,6 +75,7 @@ FIELDS = {
     "packets_up": 10,
     "packets_down": 20,
     "withheld": 0,
+    "offline": False,
     "reason": "device-lost",
     "detail": "closed",
 }
@@ -154,6 +155,17 @@ def test_a_line_tells_a_person_what_matters(journal: Journal, events: list[dict[
         assert part in end
     for part in ("tcp-refused", "broker.example:8883", EndReason.TCP_REFUSED.remedy):
         assert part in failed
+
+
+def test_a_stored_device_without_a_broker_is_not_told_to_be_connected_to_one(
+    journal: Journal, events: list[dict[str, Any]]
+) -> None:
+    """Whatever broker was tried for it before."""
+    record = SessionRecord(1, "192.0.2.9:1", 0.0, client_identifier="pump-3", upstream="broker.example:8883")
+    record.offline = True
+    journal.session_started(record)
+    assert "without a broker" in lines(events)[-1]
+    assert "broker.example" not in lines(events)[-1]
 
 
 @pytest.mark.parametrize(

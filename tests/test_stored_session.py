@@ -76,13 +76,14 @@ class Device:
         self.ended: tuple[EndReason, str] | None = None
         self.answer: bytes | None = None
         self.held = True
+        self.offline: bool | None = None
         self.unread = False
         self.behind = False
         self.stored: StoredSession | None = None
 
-    def admit(self, connack: bytes) -> bytes:
+    def admit(self, connack: bytes, *, offline: bool) -> bytes:
         """See `gateway.session.stored.Device`."""
-        self.connack = connack
+        self.connack, self.offline = connack, offline
         return b""
 
     def send(self, data: bytes) -> None:
@@ -303,6 +304,7 @@ def test_without_a_broker_the_device_is_accepted_at_once(bench: Bench) -> None:
     assert not device.connack
     bench.disk.commit()
     assert device.connack == b"\x20\2\0\0"
+    assert device.offline
     assert not device.held
 
 
@@ -1011,3 +1013,127 @@ def test_another_client_that_took_over_at_the_broker_ends_the_session(bench: Ben
     bench.stored.upstream_received(b"\xe0\1\x8e")
     assert device.ended is not None
     assert device.ended[0] is EndReason.UPSTREAM_DISCONNECT
+
+
+# ---- a device that asks for more than is answered
+
+
+def subscribes(count: int, filters: int = 1) -> bytes:
+    """Write SUBSCRIBEs to the same Topic Filter."""
+    return b"".join(packet(0x82, number.to_bytes(2, "big") + b"\0\1c\1" * filters) for number in range(1, count + 1))
+
+
+def go_on(bench: Bench, device: Device) -> None:
+    """Let later turns come, and the disk do its work, until both are done."""
+    while device.behind or bench.disk.queue:
+        if device.behind:
+            device.behind = False
+            bench.stored.device_received(b"")
+        bench.disk.commit()
+
+
+def test_a_device_is_not_read_while_its_subscribes_are_not_answered(bench: Bench) -> None:
+    """Else its requests would use up the Packet Identifiers, and the search for a free one would not end."""
+    device, upstream = bench.connect(), bench.online()
+    upstream.take()
+    bench.stored.device_received(subscribes(500) + packet(0xC0, b""))
+    asked = [raw for raw in upstream.take() if raw[0] == 0x82]
+    assert 0 < len(asked) < 100
+    assert device.held
+    answered = 0
+    while asked:
+        for raw in asked:
+            bench.stored.upstream_received(packet(0x90, raw[2:4] + b"\1"))
+            answered += 1
+        go_on(bench, device)
+        asked = [raw for raw in upstream.take() if raw[0] == 0x82]
+    assert answered == 500
+    assert not device.held
+    assert packet(0xD0, b"") in device.take(), "what it sent behind them is answered, too"
+
+
+def test_offline_few_subscribes_wait_for_the_disk(bench: Bench) -> None:
+    """Each of them writes down all that is known of the device."""
+    device = bench.offline()
+    bench.stored.device_received(subscribes(500))
+    assert len(bench.disk.queue) == 1
+    assert device.held
+    go_on(bench, device)
+    assert bench.disk.committed < 100
+    assert acknowledgements(device.take(), 0x90) == list(range(1, 501))
+    assert not device.held
+
+
+def test_a_broker_that_answers_no_subscribe_is_given_up(bench: Bench) -> None:
+    device, upstream = bench.connect(), bench.online()
+    bench.stored.device_received(subscribes(100))
+    for _ in range(100):
+        bench.sweep()
+        while any(raw[0] == 0xC0 for raw in upstream.take()):
+            bench.stored.upstream_received(packet(0xD0, b""))
+    assert upstream.aborted
+    go_on(bench, device)
+    assert len(acknowledgements(device.take(), 0x90)) == 100
+    assert not device.held
+
+
+def test_topic_filters_to_unsubscribe_from_are_bounded(bench: Bench) -> None:
+    device = bench.offline()
+    for number in range(200):
+        if device.ended is None:
+            bench.stored.device_received(packet(0xA2, b"\0\1\0\3" + b"%03d" % number))
+            bench.settle()
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.RULE_REFUSED
+    assert len(bench.stored.state.subscriptions.untold) <= 100
+
+
+def test_a_disk_that_does_not_take_a_subscription_ends_the_session(bench: Bench) -> None:
+    """Otherwise the device would wait for a SUBACK that never comes."""
+    device = bench.offline()
+    bench.disk.failing = True
+    bench.stored.device_received(subscribes(1))
+    bench.settle()
+    assert not acknowledgements(device.take(), 0x90)
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORE_UNAVAILABLE
+
+
+def test_a_device_that_reads_no_answers_is_not_read(bench: Bench) -> None:
+    device = bench.offline()
+    bench.stored.device_full(True)
+    assert device.held
+    bench.stored.device_full(False)
+    assert not device.held
+
+
+def test_a_device_is_not_read_while_many_pubrels_wait_for_the_disk(bench: Bench) -> None:
+    device = bench.offline()
+    bench.stored.device_received(packet(PUBREL, b"\0\1") * 1000)
+    while device.behind:
+        device.behind = False
+        bench.stored.device_received(b"")
+    assert device.held
+    bench.settle()
+    assert acknowledgements(device.take(), PUBCOMP) == [1] * 1000
+    assert not device.held
+
+
+def test_a_pubrec_that_is_repeated_reaches_the_broker_once(bench: Bench) -> None:
+    """A broker that does not read would make them wait in memory."""
+    bench.connect()
+    upstream = bench.online()
+    bench.stored.upstream_received(publish(4, b"t", b"x", 2, 7))
+    bench.stored.device_received(packet(PUBREC, b"\0\7") * 100)
+    assert acknowledgements(upstream.take(), PUBREC) == [7]
+
+
+def test_a_state_that_waits_for_an_earlier_one_is_written_at_the_stop(bench: Bench) -> None:
+    """What the device said last must not be lost: here, that there is no Will."""
+    bench.offline(will=WILL)
+    bench.stored.device_received(subscribes(1))
+    bench.stored.device_received(packet(0xE0, b""))
+    bench.stored.stop(discard_will=False)
+    bench.disk.close()
+    bench.start()
+    assert DeviceState.load(bench.store.states["dev"]).will is None

@@ -255,6 +255,8 @@ def _who(record: SessionRecord) -> str:
 
 
 def _start_line(record: SessionRecord) -> str:
+    if record.offline:
+        return f"{_who(record)} is served without a broker, its messages are stored; {_steps(record)}"
     verified = _shown_peer(record.peer) if record.peer is not None else ""
     where = f"{record.upstream} ({record.upstream_address})" if record.upstream_address else record.upstream
     return f"{_who(record)} is connected to {where}{verified}; {_steps(record)}"

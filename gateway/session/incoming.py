@@ -82,7 +82,7 @@ class Incoming:
         """Take a PUBACK, a PUBREC or a PUBCOMP.  Raises PacketError."""
         packet_type, identifier = PacketType(packet[0] >> 4), identifier_of(packet)
         exchange = self._open.get(identifier)
-        if exchange is None:
+        if exchange is None or (packet_type is PacketType.PUBREC and exchange.stage is not _Stage.SENT):
             return
         is_over = packet_type is not PacketType.PUBREC or code_of(packet) >= _FIRST_REFUSAL
         if exchange.is_old:

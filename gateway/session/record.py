@@ -51,8 +51,8 @@ class SessionRecord:
 
     Durations of steps are in seconds, `None` until the step is done; `started` is on the injected clock.  `*_up` counts
     from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.  `withheld`
-    counts messages that the rule kept from the device.  `via` is the
-    address of the load balancer that sent the PROXY header, if any.
+    counts messages that the rule kept from the device.  `offline`: the gateway itself accepted a stored device,
+    because no broker had.  `via` is the address of the load balancer that sent the PROXY header, if any.
     """
 
     number: int
@@ -77,6 +77,7 @@ class SessionRecord:
     packets_up: int = 0
     packets_down: int = 0
     withheld: int = 0
+    offline: bool = False
     reason: EndReason | None = None
     detail: str = ""
 

@@ -530,9 +530,10 @@ class Session:
         self._record_dial()
         self.record.peer = peer
 
-    def admit(self, connack: bytes) -> bytes:
+    def admit(self, connack: bytes, *, offline: bool) -> bytes:
         """Accept a stored device with this CONNACK; return what it has sent behind CONNECT."""
         record = self.record
+        record.offline = offline
         record.connack_seconds = self._seconds() - record.started - (record.connect_seconds or 0.0)
         self._last_heard = self._seconds()
         self.send(connack)

@@ -76,6 +76,7 @@ from gateway.session.record import Dial, Peer
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
 from gateway.store.backlog import Backlog
+from gateway.store.database import StoreError
 from gateway.store.store import Store
 
 LARGEST_HELD = 1_048_576
@@ -83,6 +84,10 @@ LARGEST_HELD = 1_048_576
 SWEEP = 1.0  # seconds between two sweeps; what may take so long is begun so much earlier
 _PING_PATIENCE = 30.0  # seconds until PINGRESP has to be there
 _STUCK = 60.0  # seconds without any acknowledgement, with messages in flight
+# So many SUBSCRIBEs and UNSUBSCRIBEs of a device may wait for their answer; what it sends behind them waits, too.
+_MOST_REQUESTS = 20
+# So many PUBRELs may wait for the disk; then the device is not read.
+_MOST_RELEASES = 1000
 _IDLE_PING = 60.0  # seconds between PINGREQs of the gateway where the device has no Keep Alive
 _FIRST_DELAY, _LAST_DELAY = 1.0, 60.0  # seconds until the next attempt after the broker hung up
 _RECEIVE_MAXIMUM = 65_535
@@ -145,8 +150,11 @@ class Device(Protocol):
     def unread(self) -> bool:
         """Whether bytes have arrived that have not been read yet."""
 
-    def admit(self, connack: bytes) -> bytes:
-        """Send the CONNACK that accepts, and count the session in; return what waits behind CONNECT."""
+    def admit(self, connack: bytes, *, offline: bool) -> bytes:
+        """Send the CONNACK that accepts, and count the session in; return what waits behind CONNECT.
+
+        `offline` says that no broker has accepted the device.
+        """
 
     def send(self, data: bytes) -> None:
         """Send a packet."""
@@ -224,6 +232,10 @@ class _Visit:
         self.pace: Pace | None = treatment.pace(world.seconds)
         self.largest = treatment.max_packet_size or min(world.max_packet_size, LARGEST_HELD)
         self.packets = WholePackets(treatment.from_device(connect.version, self.largest))
+        # What was read and waits until earlier SUBSCRIBEs and UNSUBSCRIBEs are answered; `requests` counts them.
+        self.waiting: deque[bytes] = deque()
+        self.requests = 0
+        self.releases = 0
         self.is_held = True
         self.is_saved = False
         self.gone = False
@@ -290,6 +302,7 @@ class StoredSession:
         self._retry_at = 0.0
         self._delay = 0.0
         self._sent_at = 0.0
+        self._answered_at = 0.0
         self._pinged_at: float | None = None
         self._pings: deque[bool] = deque()
         self._ping_interval = _IDLE_PING
@@ -303,6 +316,9 @@ class StoredSession:
         self._status: Message | None = None
         self._status_is_due = False
         self._settled: list[Callable[[], None]] = []
+        # Who waits for the state to be durable; how many times it is being written.
+        self._unsaved: list[tuple[Callable[[], None] | None, Callable[[StoreError], None]]] = []
+        self._saving = 0
         self.is_over = False
         self.resubscribed = 0
         if self.state.will is not None:
@@ -389,23 +405,31 @@ class StoredSession:
         if visit is None:
             return
         visit.heard = self._world.seconds()
-        for packet in visit.packets.feed(data):
+        visit.waiting += visit.packets.feed(data)
+        if visit.pace is not None:
+            visit.pace.overdrawn(visit.packets.checker.packets, len(data))
+        self._go_on(visit)
+
+    def _go_on(self, visit: _Visit) -> None:
+        """Do what the device has asked for, as far as it need not wait for answers."""
+        while visit.waiting and visit.requests < _MOST_REQUESTS and not visit.gone:
+            packet = visit.waiting.popleft()
             visit.device.count_up()
             try:
                 self._from_device(visit, packet)
             except PacketError as error:
                 if not visit.gone:
                     visit.device.finish(error.reason, error.detail, code=error.reason_code)
-            if visit.gone:
-                return
+        if visit.gone:
+            return
         fault = visit.packets.error
-        if fault is not None:
+        if visit.waiting:
+            self._answered_at = max(self._answered_at, visit.heard)
+        elif fault is not None:
             visit.device.finish(fault.reason, fault.detail, code=fault.reason_code)
             return
-        if visit.pace is not None:
-            visit.pace.overdrawn(visit.packets.checker.packets, len(data))
         self._mind_device()
-        if visit.packets.behind:
+        if visit.packets.behind and not visit.waiting:
             visit.device.go_on_later()
 
     def detached(self, device: Device) -> None:
@@ -419,10 +443,12 @@ class StoredSession:
         """The device's connection takes no more for now, or again."""
         self._is_device_full = is_full
         self._mind_broker()
+        self._mind_device()
 
     def settle(self, done: Callable[[], None]) -> None:
         """The gateway stops: put everything on disk, acknowledge it, then call `done`."""
         self.stopping = True
+        self._save_now()
         self.outgoing.spill()
         self._settled.append(done)
         self._check_settled()
@@ -438,6 +464,7 @@ class StoredSession:
     def stop(self, *, discard_will: bool) -> None:
         """The gateway stops and the device's session has ended: leave the broker, too."""
         self.stopping = True
+        self._save_now()
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
@@ -551,6 +578,7 @@ class StoredSession:
         if self._pinged_at is not None:
             self._pinged_at = min(self._pinged_at + seconds, now)
         self._sent_at = min(self._sent_at + seconds, now)
+        self._answered_at = min(self._answered_at + seconds, now)
         self.outgoing.last_progress = min(self.outgoing.last_progress + seconds, now)
         self._connack_due += seconds
         self._will_at += seconds
@@ -606,6 +634,8 @@ class StoredSession:
             self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, "no answer to PINGREQ"))
         elif self.outgoing.in_flight and now - self.outgoing.last_progress > _STUCK and is_silent:
             self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, f"nothing was acknowledged for {_STUCK:g} s"))
+        elif self.visit is not None and self.visit.waiting and is_silent and now - self._answered_at > _STUCK:
+            self._drop_upstream(SessionEnd(EndReason.UPSTREAM_LOST, f"no answer to SUBSCRIBE for {_STUCK:g} s"))
         elif self._pinged_at is None and (
             now - self._sent_at >= self._ping_interval or (self.outgoing.in_flight and not self.outgoing.live)
         ):
@@ -645,7 +675,8 @@ class StoredSession:
         if visit.version is ProtocolVersion.MQTT_5_0:
             largest = min(visit.largest, _integer(properties, PropertyId.MAXIMUM_PACKET_SIZE, visit.largest))
             shown = replace_property(shown or b"\0", PropertyId.MAXIMUM_PACKET_SIZE, largest.to_bytes(4, "big"))
-        rest = visit.device.admit(connack_acceptance(visit.version, shown, session_present=session_present))
+        connack = connack_acceptance(visit.version, shown, session_present=session_present)
+        rest = visit.device.admit(connack, offline=not self._is_up)
         if rest and not visit.gone:
             self.device_received(rest)
         if not visit.gone:
@@ -656,7 +687,13 @@ class StoredSession:
         visit = self.visit
         if visit is None or not visit.is_admitted:
             return
-        held = self.outgoing.is_congested or (visit.pace is not None and visit.pace.paused)
+        held = (
+            self.outgoing.is_congested
+            or self._is_device_full
+            or bool(visit.waiting)
+            or visit.releases >= _MOST_RELEASES
+            or (visit.pace is not None and visit.pace.paused)
+        )
         if held != visit.is_held:
             visit.is_held = held
             if held:
@@ -673,11 +710,8 @@ class StoredSession:
             self.outgoing.offer(message, identifier, visit)
         elif packet_type is PacketType.PUBREL:
             identifier = identifier_of(packet)
-            self._store.release(
-                self.backlog,
-                identifier,
-                lambda error: None if error else visit.acknowledge(PacketType.PUBCOMP, identifier),
-            )
+            visit.releases += 1
+            self._store.release(self.backlog, identifier, lambda error: self._released(visit, identifier, error))
         elif packet_type is PacketType.SUBSCRIBE or packet_type is PacketType.UNSUBSCRIBE:
             self._asked(visit, packet_type, packet)
         elif packet_type is PacketType.PINGREQ:
@@ -689,6 +723,12 @@ class StoredSession:
         else:
             self.incoming.from_device(packet)
             self._mind_broker()
+
+    def _released(self, visit: _Visit, identifier: int, error: StoreError | None) -> None:
+        visit.releases -= 1
+        if error is None:
+            visit.acknowledge(PacketType.PUBCOMP, identifier)
+        self._mind_device()
 
     def _said_goodbye(self, visit: _Visit, packet: bytes) -> None:
         body = body_of(packet)
@@ -752,14 +792,15 @@ class StoredSession:
         if packet_type is PacketType.SUBSCRIBE:
             filters = read_subscribe(visit.version, body_of(packet)).filters
             wanted = read_subscriptions(visit.version, packet, filters)
-            if not self.state.subscriptions.fits(wanted):
-                raise PacketError(
-                    EndReason.RULE_REFUSED, 0x97, "more subscriptions than the store remembers of a device"
-                )
             request = _Request(visit, identifier, wanted, ())
         else:
             gone = tuple(text for text, _ in read_unsubscribe(visit.version, body_of(packet)).filters)
             request = _Request(visit, identifier, [], gone)
+        # Whatever the broker has not answered is remembered should it be lost.
+        asked = [text for each in (*self._requests.values(), request) for text in each.filters]
+        if not self.state.subscriptions.fits(asked):
+            raise PacketError(EndReason.RULE_REFUSED, 0x97, "more subscriptions than the store remembers of a device")
+        visit.requests += 1
         if self._is_up:
             number = self.outgoing.low_identifier()
             self._requests[number] = request
@@ -777,7 +818,17 @@ class StoredSession:
         else:
             subscriptions.remove(request.gone, told=False)
             answer = unsuback(_version(visit), request.identifier, len(request.gone))
-        self._save(lambda: None if visit is None or visit.gone else visit.device.send(answer))
+        if visit is None:
+            self._save(None)
+        else:
+            self._save(lambda: self._answer(visit, answer), lambda error: visit.not_stored(str(error)))
+
+    def _answer(self, visit: _Visit, answer: bytes) -> None:
+        """Give a device its SUBACK or UNSUBACK, and go on with what it sent behind the request."""
+        visit.requests -= 1
+        if not visit.gone:
+            visit.device.send(answer)
+            self._go_on(visit)
 
     def _answered(self, packet_type: PacketType, packet: bytes) -> None:
         """Take a SUBACK or an UNSUBACK.  Raises PacketError."""
@@ -801,9 +852,10 @@ class StoredSession:
                         EndReason.STORED_SESSION_DIFFERS, "the broker granted less than the gateway had answered"
                     )
                 subscriptions.remove([each.topic_filter for each in request.wanted if each not in granted], told=True)
-        if request.visit is not None and not request.visit.gone:
-            request.visit.device.send(with_identifier(packet, request.identifier))
+        self._answered_at = self._world.seconds()
         self._save(None)
+        if request.visit is not None:
+            self._answer(request.visit, with_identifier(packet, request.identifier))
 
     def _restore(self, *, session_present: bool) -> None:
         """Ask the broker for what the device has subscribed to and the broker does not know."""
@@ -1082,6 +1134,7 @@ class StoredSession:
         if self._will_at < float("inf"):
             return
         self.is_over = True
+        self._save_now()
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
@@ -1089,13 +1142,35 @@ class StoredSession:
             self._store.forget(self.backlog)
         self._link.over(self)
 
-    def _save(self, done: Callable[[], None] | None, *, forget_received: bool = False) -> None:
-        self._store.save(
-            self.backlog,
-            self.state.dumped(),
-            None if done is None else lambda error: None if error else done(),
-            forget_received=forget_received,
-        )
+    def _save(
+        self,
+        done: Callable[[], None] | None,
+        failed: Callable[[StoreError], None] = lambda _: None,
+        *,
+        forget_received: bool = False,
+    ) -> None:
+        """Write the state down: together with what changes until the disk is done with an earlier one."""
+        self._unsaved.append((done, failed))
+        if forget_received or self.stopping or not self._saving:
+            self._save_now(forget_received=forget_received)
+
+    def _save_now(self, *, forget_received: bool = False) -> None:
+        if not self._unsaved:
+            return
+        told, self._unsaved = self._unsaved, []
+        self._saving += 1
+
+        def saved(error: StoreError | None) -> None:
+            for done, failed in told:
+                if error is not None:
+                    failed(error)
+                elif done is not None:
+                    done()
+            self._saving -= 1
+            if not self._saving:
+                self._save_now()
+
+        self._store.save(self.backlog, self.state.dumped(), saved, forget_received=forget_received)
 
     def _remembered_keep_alive(self) -> int:
         if not self.state.connect:
@@ -1111,6 +1186,11 @@ class _Request:
     identifier: int
     wanted: list[Subscription]
     gone: tuple[str, ...]
+
+    @property
+    def filters(self) -> list[str]:
+        """The Topic Filters in it."""
+        return [*self.gone, *(each.topic_filter for each in self.wanted)]
 
 
 def _as_wanted(wanted: list[Subscription], codes: bytes) -> bool:

@@ -22,9 +22,9 @@ class Subscriptions:
         self.table: dict[str, Subscription] = {}
         self.untold: dict[str, Subscription | None] = {}
 
-    def fits(self, wanted: Iterable[Subscription]) -> bool:
-        """Whether there is room for these."""
-        filters = {*self.table, *(each.topic_filter for each in wanted)}
+    def fits(self, asked: Iterable[str]) -> bool:
+        """Whether there is room for these Topic Filters, to subscribe to or to unsubscribe from."""
+        filters = {*self.table, *self.untold, *asked}
         return len(filters) <= MOST and sum(len(text.encode()) for text in filters) <= MOST_BYTES
 
     def add(self, wanted: Iterable[Subscription], *, told: bool) -> None:
