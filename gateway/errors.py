@@ -439,3 +439,7 @@ class PacketError(SessionEnd):
 
 class UpstreamFailure(SessionEnd):
     """There is no verified channel to the broker."""
+
+
+class UnknownIssuer(UpstreamFailure):
+    """Nobody that is trusted issued the broker's certificate."""

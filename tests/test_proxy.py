@@ -12,11 +12,17 @@ from typing import Any
 
 import pytest
 import trustme
+from twisted.internet.defer import Deferred
+from twisted.internet.threads import blockingCallFromThread
 
+from gateway.cli import check
+from gateway.cli.login import make_login
+from gateway.cli.report import Report
 from gateway.errors import EndReason
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.mosquitto import free_port
+from tests.pki import certify, certify_ca
 from tests.proxies import PASSWORD, USERNAME, Dante, MicroSocks, Squid, Tinyproxy
 
 StartGateway = Callable[..., RunningGateway]
@@ -242,6 +248,36 @@ def test_a_proxy_that_intercepts_tls_is_named(
         proxy.stop()
     assert record.reason is EndReason.PROXY_INTERCEPTS_TLS
     assert proxy.url in record.detail
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["known issuer", "unknown issuer"])
+def test_only_an_unknown_issuer_looks_like_interception(
+    start: StartGateway,
+    start_proxy: Callable[[str], Any],
+    start_broker: Callable[..., Broker],
+    reactor: Any,
+    tmp_path: Path,
+    known: bool,
+) -> None:
+    """A chain of the broker's own CA that breaks a rule is the broker's fault; sessions and `check` say the same."""
+    root, stranger = certify_ca(), certify_ca(subject="stranger")
+    issuer = certify_ca(root, ca=False) if known else stranger
+    broker = start_broker(tls=certify(issuer).server())
+    pem = tmp_path / "root.pem"
+    pem.write_bytes(root.pem)
+    proxy = start_proxy("dante")
+    reason = EndReason.TLS_UNTRUSTED_CHAIN if known else EndReason.PROXY_INTERCEPTS_TLS
+    assert refused(start(through(proxy, broker.port, pem), ca_file=pem), broker).reason is reason
+    tables = {"[[listen]]": {"endpoint": "127.0.0.1:0"}, "[[upstream]]": through(proxy, broker.port, pem)[0]}
+    tables["[tls]"] = {"ca_file": str(pem)}
+    lines = [line for name, keys in tables.items() for line in (name, *(f"{key} = {keys[key]!r}" for key in keys))]
+    (tmp_path / "gateway.toml").write_text("\n".join(lines))
+    report = Report(lambda _: None)
+    given = {flag.name: [] for flag in check.FLAGS} | {"config": [str(tmp_path / "gateway.toml")]}
+    coroutine = check.examine(reactor, given, make_login(None, None, None), report)
+    blockingCallFromThread(reactor, Deferred.fromCoroutine, coroutine)
+    (step,) = (step for step in report.steps if step.name == "chain")
+    assert step.facts["reason"] is reason
 
 
 def test_tls_with_the_proxy_itself_is_verified(

@@ -29,7 +29,7 @@ from gateway.config.algorithms import Algorithms
 from gateway.dial.dialler import Target, make_upstream
 from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
 from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve, within
-from gateway.errors import EndReason, UpstreamFailure
+from gateway.errors import EndReason, UnknownIssuer, UpstreamFailure
 from gateway.gateway import SWEEP_INTERVAL
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.packets import PacketType
@@ -249,7 +249,8 @@ class Probe:
         except UpstreamFailure as failure:
             found = await self._survey() if failure.reason in _OF_ALGORITHMS and not channel.approved else None
             for step in tls_steps(channel, target.identity, target.policy, failure, found):
-                if target.proxy is not None and step.facts.get("reason") is EndReason.TLS_UNTRUSTED_CHAIN:
+                is_chain = step.facts.get("reason") is EndReason.TLS_UNTRUSTED_CHAIN
+                if target.proxy is not None and is_chain and isinstance(failure, UnknownIssuer):
                     detail = step.message.partition(": ")[2]
                     step = failed(step.name, intercepted(target.proxy.server, UpstreamFailure(failure.reason, detail)))
                 self._add(step)

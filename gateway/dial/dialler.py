@@ -23,7 +23,7 @@ from gateway.dial.pacing import Pacer
 from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
 from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
 from gateway.dial.websocket import WebSocketRoute
-from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UpstreamFailure
+from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UnknownIssuer, UpstreamFailure
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import Gauge
@@ -382,8 +382,8 @@ class Dialler:
         request = await target.websocket.request(visitor) if target.websocket is not None else None
         try:
             protocol, peer = await self._reach_verified(target, dial)
-        except UpstreamFailure as failure:
-            if target.proxy is not None and failure.reason is EndReason.TLS_UNTRUSTED_CHAIN:
+        except UnknownIssuer as failure:
+            if target.proxy is not None:
                 raise intercepted(target.proxy.server, failure) from None
             raise
         if request is not None:

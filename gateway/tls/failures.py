@@ -12,7 +12,7 @@ from datetime import datetime
 from OpenSSL import crypto
 
 from gateway import MADE
-from gateway.errors import EndReason, UpstreamFailure
+from gateway.errors import EndReason, UnknownIssuer, UpstreamFailure
 
 # X509_V_ERR_* (openssl/x509_vfy.h) with their own reason or words; any other is an untrusted chain with OpenSSL's
 # number, which fails closed.
@@ -73,6 +73,8 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
     94: (EndReason.TLS_STRICT_REFUSED, "an elliptic curve given by explicit parameters"),
 }
 
+# No trusted root issued the chain; other untrusted chains have one, but break a rule.
+_UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
 # Errors that depend on the clock: certificates not yet valid or expired, then CRLs.
 _OF_CERTIFICATES_TIME = frozenset({9, 10})
 _OF_TIME = _OF_CERTIFICATES_TIME | {11, 12}
@@ -121,7 +123,7 @@ def verification_failure(
             detail += f"; it is valid from {_shown(own.not_valid_before_utc)} to {_shown(own.not_valid_after_utc)}"
     if code in _OF_TIME:
         detail += f"; this machine's clock says {_shown(now)}"
-    return UpstreamFailure(reason, detail)
+    return UnknownIssuer(reason, detail) if code in _UNKNOWN_ISSUER else UpstreamFailure(reason, detail)
 
 
 def handshake_failure(queue: Sequence[object], *, approved: bool, offered: str = "") -> UpstreamFailure:
