@@ -33,7 +33,9 @@ _FIN, _RESERVED, _OPCODE, _MASKED, _LENGTH = 0x80, 0x70, 0x0F, 0x80, 0x7F
 _MOST_AT_ONCE = 1_000
 _WHOLE = _FIN | _BINARY
 _LARGEST_CONTROL = 125  # RFC 6455 §5.5
-_NORMAL_CLOSURE, _PROTOCOL_ERROR, _UNSUPPORTED_DATA = 1000, 1002, 1003
+_NORMAL_CLOSURE, _PROTOCOL_ERROR, _UNSUPPORTED_DATA, _NO_STATUS, _INVALID_DATA = 1000, 1002, 1003, 1005, 1007
+# IANA's registry "WebSocket Close Code Number", without those that no Close may have.
+_STATUS_CODES = frozenset({*range(1000, 1004), *range(1007, 1015)})
 
 
 class WebSocketError(GatewayError):
@@ -222,9 +224,10 @@ class FrameReader:
         head = self._head
         wanted = 2
         while True:
-            missing = wanted - len(head)
-            head += data[position : position + missing]
-            position += min(missing, len(data) - position) if missing > 0 else 0
+            # More than this step wants may be there from before.
+            part = data[position : position + max(0, wanted - len(head))]
+            head += part
+            position += len(part)
             if len(head) < wanted:
                 self._head = head
                 return position
@@ -271,9 +274,24 @@ class FrameReader:
         if self._opcode == _PING:
             self.pinged = payload
         elif self._opcode == _CLOSE:
-            if len(payload) == 1:
-                raise WebSocketError("a Close has half a status code")
-            self.closed = int.from_bytes(payload[:2], "big") if payload else 1005
+            self.closed = _status_code(payload)
+
+
+def _status_code(payload: bytes) -> int:
+    """Return the status code of a Close, 1005 for none (RFC 6455 §7.1.5).  Raises `WebSocketError`."""
+    if not payload:
+        return _NO_STATUS
+    if len(payload) == 1:
+        raise WebSocketError("a Close has half a status code")
+    code = int.from_bytes(payload[:2], "big")
+    # Others are reserved, or are not for the wire (§7.4.1, §7.4.2).
+    if not (code in _STATUS_CODES or 3000 <= code < 5000):
+        raise WebSocketError(f"a Close has the invalid status code {code}")
+    try:
+        payload[2:].decode()
+    except UnicodeDecodeError:
+        raise WebSocketError("the reason in a Close is not UTF-8", _INVALID_DATA) from None
+    return code
 
 
 def pong_frame(payload: bytes, random: Callable[[int], bytes] = os.urandom) -> bytes:
