@@ -275,8 +275,8 @@ CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
 REASON = "Hello-µ@ßöäüàá-UTF-8!!".encode()
 
 # The cases of the Autobahn test suite (its numbers; fuzzing server against a client), as far as they concern MQTT:
-# binary messages instead of text. To each, the application's bytes, and how the stream stands after it: `None` (open), the
-# status code of an orderly Close, or the code with which the gateway fails the connection, negative.
+# binary messages instead of text. To each, the application's bytes, and how the stream stands after it: `None` (open),
+# the status code of an orderly Close, or the code with which the gateway fails the connection, negative.
 AUTOBAHN: dict[str, tuple[bytes, bytes, int | None]] = {
     **{f"1.1.{index}": (frame(TEXT, b"*" * size), b"", -1003) for index, size in enumerate((0, 125, 126, 65_536), 1)},
     **{
