@@ -99,7 +99,7 @@ class GatewayService(Service):
         """
         self._reactor = reactor
         self.engine = engine(wanted=config.relay.engine == "auto")
-        self._relay = RelayReactor(reactor, self.engine.core)
+        self._relay = RelayReactor(reactor, self.engine.core, config.timeouts.tcp_user)
         self._notifier = notifier or Notifier()
         self.reread = reread or (lambda: config)
         journal = journal or Journal(reactor.seconds, sessions=lambda: self.gateway.config.log.sessions)

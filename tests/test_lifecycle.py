@@ -291,16 +291,14 @@ def test_a_silent_device_is_let_go(start_gateway: StartGateway, start_broker: St
     leftovers.check()
 
 
-def test_both_sockets_are_watched_by_the_kernel(start_gateway: StartGateway, start_broker: StartBroker) -> None:
-    """TCP keepalive notices a peer that is gone, and small packets leave at once; no timeout counts closed windows."""
-    gateway = start_gateway(upstream=start_broker().port, timeouts={"tcp_user": 40})
-    device = established(gateway)
-    tcp = socket.IPPROTO_TCP
+def keepalive_of(gateway: RunningGateway, tcp_user: int) -> None:
+    """Both sockets of the only session must have the options for this timeout."""
+    tcp, idle = socket.IPPROTO_TCP, tcp_user // 2
     wanted = [
         (tcp, socket.TCP_NODELAY, 1),
         (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        (tcp, socket.TCP_KEEPIDLE, 20),
-        (tcp, socket.TCP_KEEPINTVL, 6),
+        (tcp, socket.TCP_KEEPIDLE, idle),
+        (tcp, socket.TCP_KEEPINTVL, (tcp_user - idle) // 3),
         (tcp, socket.TCP_KEEPCNT, 3),
         (tcp, socket.TCP_USER_TIMEOUT, 0),
     ]
@@ -311,8 +309,35 @@ def test_both_sockets_are_watched_by_the_kernel(start_gateway: StartGateway, sta
         return [[side.transport.getHandle().getsockopt(*option[:2]) for option in wanted] for side in sides]
 
     assert gateway.call(options) == [[value for _, _, value in wanted]] * 2
+
+
+def test_both_sockets_are_watched_by_the_kernel(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """TCP keepalive notices a peer that is gone, and small packets leave at once; no timeout counts closed windows.
+
+    A listener's connections inherit that; those that began under another timeout, or came to a socket of systemd's
+    before there was a gateway, do not.
+    """
+    gateway = start_gateway(upstream=start_broker().port, timeouts={"tcp_user": 40})
+    device = established(gateway)
+    keepalive_of(gateway, 40)
     device.close()
-    gateway.wait_ended()
+    gateway.wait_empty()
+    gateway.change(timeouts={"tcp_user": 30})
+    device = established(gateway)
+    keepalive_of(gateway, 30)
+    device.close()
+    gateway.wait_empty()
+    with socket.create_server(("127.0.0.1", 0)) as of_systemd:
+        of_systemd.setblocking(False)  # as the endpoint does
+        factory = gateway.service.gateway.factory(gateway.config.listen[0])
+        with Device(of_systemd.getsockname()[1]) as device:
+            relay = gateway.service._relay
+            port = gateway.call(relay.adoptStreamPort, of_systemd.fileno(), of_systemd.family, factory)
+            device.send(mqtt.connect())
+            assert device.read(4) == mqtt.connack()
+            keepalive_of(gateway, 30)
+        gateway.wait_ended(3)
+        gateway.call(port.stopListening)
 
 
 # ---- flow control

@@ -172,8 +172,9 @@ import threading
 from twisted.python.logfile import LogFile
 _written = LogFile.write
 def _hang(self, data):
-    _written(self, data)
-    if "listening for plain MQTT" in data:
+    before, listening, _ = data.partition("listening for plain MQTT")
+    _written(self, before + listening)
+    if listening:
         threading.Event().wait()
 LogFile.write = _hang
 """

@@ -37,6 +37,9 @@ from gateway.mqtt.packets import (
 class Sender(Enum):
     """Who sends the bytes that a framer checks."""
 
+    # Enum's own is a function in Python.
+    __hash__ = object.__hash__
+
     DEVICE = "device"
     BROKER = "broker"
 

@@ -33,7 +33,6 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IDelayedCall,
-    IHalfCloseableDescriptor,
     IListeningPort,
     IProtocol,
     IReactorTime,
@@ -227,8 +226,8 @@ class TCPClient(SendsAtOnce):
         return self._peer
 
 
-class _UNIXServer(SendsAtOnce, unix.Server):
-    pass
+class UNIXServer(SendsAtOnce, unix.Server):
+    """A device's connection to a UNIX socket."""
 
 
 class _AcceptsFew(tcp.Port):
@@ -242,10 +241,35 @@ class _AcceptsFew(tcp.Port):
 
 class _TCPPort(_AcceptsFew):
     transport = _TCPServer
+    # The timeout whose options (`tune_socket`) connections inherit; None if they inherit none.
+    tuned_for: float | None = None
+
+    def createInternetSocket(self) -> socket.socket:
+        """See Port: connections inherit what is set before they come."""
+        created: socket.socket = super().createInternetSocket()
+        timeout = self.reactor.user_timeout  # type: ignore[attr-defined]  # it is a RelayReactor
+        if timeout is not None:
+            tune_socket(created, timeout)
+            self.tuned_for = timeout
+        return created
 
 
 class _UNIXPort(_AcceptsFew, unix.Port):
-    transport = _UNIXServer
+    transport = UNIXServer
+
+
+_KEEPALIVE_PROBES = 3
+
+
+def tune_socket(handle: socket.socket, user_timeout: float) -> None:
+    """Send small packets at once, and let TCP keepalive find a dead peer within `user_timeout` seconds."""
+    idle = max(1, int(user_timeout / 2))
+    interval = max(1, int((user_timeout - idle) / _KEEPALIVE_PROBES))
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
 
 @implementer(IReactorTime, IReadDescriptor)
@@ -256,10 +280,14 @@ class RelayReactor:
     name resolution are the real reactor's.
     """
 
-    def __init__(self, reactor: Any, core: Core | None = None) -> None:
-        """Take a reactor that provides IReactorFDSet, IReactorTime and IReactorPluggableNameResolver, and the core."""
+    def __init__(self, reactor: Any, core: Core | None = None, user_timeout: float | None = None) -> None:
+        """Take a reactor that provides IReactorFDSet, IReactorTime and IReactorPluggableNameResolver, and the core.
+
+        `user_timeout` is what listening sockets are tuned for (`tune_socket`), for their connections to inherit.
+        """
         self._reactor = reactor
         self.core = core
+        self.user_timeout = user_timeout
         # Who has lent a descriptor to the core.  It is watched for reading, and for nothing else.
         self._lent: dict[int, Lent] = {}
         self._epoll = select.epoll()
@@ -542,8 +570,10 @@ class RelayReactor:
 
     def _disconnect(self, selectable: IReadWriteDescriptor, why: BaseException, *, reading: bool) -> None:
         self.removeReader(selectable)
-        if reading and isinstance(why, ConnectionDone) and IHalfCloseableDescriptor.providedBy(selectable):
-            _lose(IHalfCloseableDescriptor(selectable).readConnectionLost, why)
+        # Not by IHalfCloseableDescriptor: asking an interface costs more than all else here.
+        half_lost = getattr(selectable, "readConnectionLost", None) if reading else None
+        if half_lost is not None and isinstance(why, ConnectionDone):
+            _lose(half_lost, why)
         else:
             self.removeWriter(selectable)
             _lose(selectable.connectionLost, why)

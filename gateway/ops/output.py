@@ -18,6 +18,9 @@ from typing import TextIO
 
 LIMIT = 1024 * 1024  # characters that may wait to be written
 _AT_EXIT = 2.0  # seconds that the end of the process waits for the output
+# Seconds that the thread waits for more lines before it writes: each time that it wakes, the event loop must give the
+# interpreter away and take it back, which costs more than making a line.
+_GATHERING = 0.05
 
 Writer = Callable[[str], object]
 
@@ -40,6 +43,7 @@ class BackgroundOutput:
         self._lost = 0
         self._lost_before = 0
         self._in_background = False
+        self._is_urgent = False
 
     def start(self) -> None:
         """Write in a thread from now on.  Call it after the process has forked: threads do not survive that."""
@@ -75,7 +79,8 @@ class BackgroundOutput:
                 return
             self._waiting.append(text)
             self._size += len(text)
-            self._changed.notify_all()
+            if len(self._waiting) == 1:  # Otherwise the thread knows already.
+                self._changed.notify_all()
 
     def call(self, function: Callable[[], object]) -> None:
         """Call `function` between two writes, such as to rotate a file."""
@@ -89,12 +94,17 @@ class BackgroundOutput:
     def flush(self, seconds: float) -> bool:
         """Wait until everything is written, at most for `seconds`; return whether it is."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._size or self._calls), seconds)
+            self._is_urgent = True
+            self._changed.notify_all()
+            done = self._changed.wait_for(lambda: not (self._size or self._calls), seconds)
+            self._is_urgent = False
+            return done
 
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._calls)
+                self._changed.wait_for(lambda: self._is_urgent or self._calls, _GATHERING)
                 waiting, self._waiting = self._waiting, []
                 calls, self._calls = self._calls, []
             text = "".join(waiting)

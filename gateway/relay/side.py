@@ -12,15 +12,14 @@ import socket
 from collections.abc import Callable
 
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.interfaces import IConsumer, IPushProducer, ISystemHandle, ITCPTransport
+from twisted.internet.interfaces import IConsumer, IPushProducer, ITCPTransport
 from twisted.internet.main import CONNECTION_LOST
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from gateway.net.acknowledged import AcknowledgementWatch
-
-_KEEPALIVE_PROBES = 3
+from gateway.net.transport import UNIXServer, tune_socket
 
 
 @implementer(IPushProducer)
@@ -131,8 +130,9 @@ class RelaySide(Protocol):
 
         TCP keepalive does that while nothing is sent, `check` otherwise.  A UNIX socket needs neither.
         """
-        self._socket = _socket_of(self.transport)
-        if self._socket is not None and self._socket.family != socket.AF_UNIX:
+        transport: object = self.transport
+        self._socket = _socket_of(transport)
+        if self._socket is not None and not isinstance(transport, UNIXServer):
             tune(self.transport, user_timeout)
             self._watch = AcknowledgementWatch(self._socket, user_timeout)
 
@@ -214,21 +214,17 @@ def how_lost(reason: Failure) -> str:
     return str(why.args[0]) if isinstance(why, ConnectionLost) and why.args and why is not CONNECTION_LOST else "reset"
 
 
-def tune(transport: RelayTransport, user_timeout: float) -> None:
+def tune(transport: object, user_timeout: float) -> None:
     """Send small packets at once, and let TCP keepalive find a dead peer within `user_timeout` seconds.
 
     A UNIX socket needs neither.
     """
     handle = _socket_of(transport)
-    if handle is None or handle.family == socket.AF_UNIX:
+    if handle is None or isinstance(transport, UNIXServer):
         return
-    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    idle = max(1, int(user_timeout / 2))
-    interval = max(1, int((user_timeout - idle) / _KEEPALIVE_PROBES))
-    handle.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-    handle.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    listener = getattr(transport, "server", None)
+    if getattr(listener, "tuned_for", None) != user_timeout:
+        tune_socket(handle, user_timeout)
 
 
 def has_unread(transport: ITCPTransport) -> bool:
@@ -245,6 +241,8 @@ def _has_unread(handle: socket.socket | None) -> bool:
         return False
 
 
-def _socket_of(transport: ITCPTransport) -> socket.socket | None:
-    handle = ISystemHandle(transport).getHandle() if ISystemHandle.providedBy(transport) else None
+def _socket_of(transport: object) -> socket.socket | None:
+    # Not by ISystemHandle: asking an interface costs as much as all else here.
+    get_handle = getattr(transport, "getHandle", None)
+    handle = get_handle() if get_handle is not None else None
     return handle if isinstance(handle, socket.socket) else None

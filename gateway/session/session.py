@@ -61,6 +61,9 @@ from gateway.session.treatment import Treatment
 class State(Enum):
     """The state of a session."""
 
+    # Enum's own is a function in Python.
+    __hash__ = object.__hash__
+
     WAIT_CONNECT = auto()
     DIALLING = auto()
     WAIT_CONNACK = auto()
@@ -371,8 +374,10 @@ class Session:
         """Give `framers` if there is nothing to be done but to pass on what they let through."""
         if self._state is not _RELAYING or self._pace is not None:
             return None
-        if isinstance(self._from_device, Framer) and isinstance(self._from_broker, Framer):
-            return self._from_device, self._from_broker
+        up, down = self._from_device, self._from_broker
+        # Many sessions end without a message; for those, a loan is work for nothing.
+        if isinstance(up, Framer) and isinstance(down, Framer) and (up.packets or down.packets):
+            return up, down
         return None
 
     def lent(self, loan: Loan | None) -> None:
