@@ -105,6 +105,30 @@ def test_a_call_can_be_cancelled_at_any_time() -> None:
     assert not patience.getDelayedCalls()
 
 
+def test_timeouts_of_one_length_share_a_timer(paused: Paused) -> None:
+    """Whatever is cancelled meanwhile; each fires at its own time, in order, and none is left."""
+    others = len(paused.clock.getDelayedCalls())
+    fired: list[tuple[int, float]] = []
+
+    def begin(number: int) -> Any:
+        return paused.patience.callLater(4.0, lambda: fired.append((number, paused.clock.seconds())))
+
+    waits = []
+    for number in range(8):
+        waits.append(begin(number))
+        paused.run(0.25)
+    assert len(paused.clock.getDelayedCalls()) == others + 1
+    for number in (0, 1, 4, 7):
+        waits[number].cancel()
+        waits[number].cancel()
+    again = begin(8)
+    paused.run(6.0)
+    assert fired == [(2, 4.5), (3, 4.75), (5, 5.25), (6, 5.5), (8, 6.0)]
+    assert not again.active()
+    assert not paused.patience.getDelayedCalls()
+    assert len(paused.clock.getDelayedCalls()) == others
+
+
 def test_a_step_of_a_dial_is_not_over_for_a_pause(paused: Paused) -> None:
     """What it waited for arrives in the pause, and is read after it."""
     answer: Deferred[str] = Deferred()

@@ -4,11 +4,15 @@ In: a reactor's clock; how many seconds were lost.  Out: a clock for timeouts.
 
 A process that is stopped, or whose machine is suspended, reads nothing meanwhile, and the reactor calls what is due
 before it reads.  By an ordinary clock, every peer would then be blamed for its silence.
+
+Nearly all timeouts are cancelled, and most are of a few lengths.  So there is one timer for each length, for the first
+that is due; a timer for each would be a tenth of the Python code that runs for a session.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import implementer
@@ -21,7 +25,8 @@ class PatientClock:
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._lost = 0.0
-        self._waits: set[_Wait] = set()
+        # By delay; those in which nothing waits are dropped.
+        self._queues: dict[float, _Queue] = {}
 
     def seconds(self) -> float:
         """Return the time in seconds, without what was lost."""
@@ -29,64 +34,120 @@ class PatientClock:
 
     def callLater(self, delay: float, callable: Callable[..., object], *args: object, **kw: object) -> IDelayedCall:  # noqa: A002  the interface's name
         """See IReactorTime.  What is due waits for one more turn of the reactor, in which sockets are read."""
-        wait = _Wait(self, self._clock, delay, lambda: callable(*args, **kw))
-        self._waits.add(wait)
-        return wait
+        queue = self._queues.get(delay)
+        if queue is None:
+            queue = self._queues[delay] = _Queue(self._clock, delay, self._queues)
+        return _Wait(queue, partial(callable, *args, **kw) if args or kw else callable)
 
     def getDelayedCalls(self) -> list[IDelayedCall]:
         """See IReactorTime."""
-        return list(self._waits)
+        return [wait for queue in self._queues.values() for wait in queue.waits]
 
     def give_back(self, seconds: float) -> None:
         """Move all that is waiting by `seconds` that were lost, but to no more than its whole delay from now."""
         self._lost += seconds
-        for wait in self._waits:
-            wait.delay(seconds)
+        for queue in self._queues.values():
+            queue.give_back(seconds)
 
-    def over(self, wait: _Wait) -> None:
-        """Forget a call that was made or cancelled."""
-        self._waits.discard(wait)
+
+class _Queue:
+    """Timeouts of one length, in the order in which they are due."""
+
+    __slots__ = ("_all", "_timer", "clock", "delay", "waits")
+
+    def __init__(self, clock: IReactorTime, delay: float, queues: dict[float, _Queue]) -> None:
+        self.clock = clock
+        self.delay = delay
+        self.waits: dict[_Wait, None] = {}
+        self._all = queues
+        # For the first wait, or for one before it that was cancelled.
+        self._timer: IDelayedCall | None = None
+
+    def add(self, wait: _Wait) -> None:
+        """Let a timeout wait."""
+        self.waits[wait] = None
+        if self._timer is None:
+            self._timer = self.clock.callLater(self.delay, self._due)
+
+    def remove(self, wait: _Wait) -> None:
+        """Forget a timeout that is over or was cancelled."""
+        if wait not in self.waits:
+            return
+        del self.waits[wait]
+        if not self.waits:
+            self._stop()
+            del self._all[self.delay]
+
+    def give_back(self, seconds: float) -> None:
+        """See `PatientClock`; the order stays the same."""
+        latest = self.clock.seconds() + self.delay
+        for wait in self.waits:
+            wait.put_off(min(wait.ends + seconds, latest))
+        self._stop()
+        self._due()
+
+    def _due(self) -> None:
+        """Have those called that are due, and wait for the next one."""
+        self._timer = None
+        now = self.clock.seconds()
+        for wait in self.waits:
+            if wait.ends > now:
+                self._timer = self.clock.callLater(wait.ends - now, self._due)
+                break
+            wait.call_soon()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
 
 @implementer(IDelayedCall)
 class _Wait:
-    __slots__ = ("_call", "_clock", "_delay", "_ends", "_patience", "_timer")
+    __slots__ = ("_call", "_queue", "_soon", "ends")
 
-    def __init__(self, patience: PatientClock, clock: IReactorTime, delay: float, call: Callable[[], object]) -> None:
-        self._patience = patience
-        self._clock = clock
-        self._delay = delay
+    def __init__(self, queue: _Queue, call: Callable[[], object]) -> None:
+        self._queue = queue
         self._call = call
-        self._ends = clock.seconds() + delay
-        self._timer: IDelayedCall = clock.callLater(delay, self._due)
+        self.ends = queue.clock.seconds() + queue.delay
+        # Set once it is due.
+        self._soon: IDelayedCall | None = None
+        queue.add(self)
 
-    def _due(self) -> None:
-        self._timer = self._clock.callLater(0, self._now)
+    def call_soon(self) -> None:
+        """Call it in the next turn of the reactor."""
+        if self._soon is None:
+            self._soon = self._queue.clock.callLater(0, self._now)
+
+    def put_off(self, ends: float) -> None:
+        """Call it at this time of the clock instead."""
+        self.ends = ends
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
 
     def _now(self) -> None:
-        self._patience.over(self)
+        self._queue.remove(self)
         self._call()
 
     def active(self) -> bool:
         """See IDelayedCall."""
-        return self._timer.active()
+        return self in self._queue.waits
 
     def cancel(self) -> None:
         """See IDelayedCall."""
-        self._timer.cancel()
-        self._patience.over(self)
+        if self._soon is not None:
+            self._soon.cancel()
+        self._queue.remove(self)
 
     def getTime(self) -> float:  # noqa: N802  the interface's name
         """See IDelayedCall."""
-        return self._ends
+        return self.ends
 
     def delay(self, secondsLater: float) -> None:  # noqa: N803  the interface's name
-        """See IDelayedCall; the whole delay from now is the most."""
-        left = self._ends - self._clock.seconds()
-        self.reset(max(0.0, min(left + secondsLater, self._delay)))
+        """Fail: nobody moves a single timeout."""
+        raise NotImplementedError
 
     def reset(self, secondsFromNow: float) -> None:  # noqa: N803  the interface's name
-        """See IDelayedCall."""
-        self._timer.cancel()
-        self._ends = self._clock.seconds() + secondsFromNow
-        self._timer = self._clock.callLater(secondsFromNow, self._due)
+        """Fail: nobody moves a single timeout."""
+        raise NotImplementedError
