@@ -305,7 +305,7 @@ class VirtualEpoll:
 class VirtualRelay(RelayReactor):
     """The gateway's own reactor over a made-up epoll."""
 
-    def __init__(self, clock: VirtualClock, random: Random, core: VirtualCore | None) -> None:
+    def __init__(self, clock: VirtualClock, random: Random, core: VirtualCore | None = None) -> None:
         super().__init__(clock, core)
         self._clock = clock
         self._random = random
