@@ -170,8 +170,10 @@ class Reception:
                 connection.refused(SessionEnd(EndReason.STORED_SESSION_DIFFERS, detail), (3, 0x88))
                 return
             self._check_rule(matched.rule.device)
+            holder = self._holder(matched, connect, caller)
+            self._names.check(holder.client_identifier, matched, caller, holder.brokers)
             password, lives = await self.credentials.password(matched, visitor)
-            if password is KEPT and stored.state.had_password and not stored.has_device:
+            if password is KEPT and stored.state.had_password and connect.password is None:
                 detail = "its own password is not kept on disk, so its messages wait until it connects"
                 connection.postponed(SessionEnd(EndReason.CREDENTIALS_UNAVAILABLE, detail), _SELDOM)
                 return

@@ -16,12 +16,13 @@ from typing import Any
 import paho.mqtt.client as paho
 import pytest
 
+from gateway.errors import EndReason
 from gateway.session.stored import Phase
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.mosquitto import Mosquitto, free_port
 from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
-from tests.stored_world import packets_of
+from tests.stored_world import packets_of, publish
 from tests.tools import require_tool
 
 _TWISTD = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
@@ -210,6 +211,57 @@ def test_a_backlog_outlives_gateway_and_device(reactor: Any, plant: Plant, tmp_p
     eventually(lambda: len(set(plant.got)) == 100, "everything arrives")
     check_arrivals(plant.got, [sensor])
     second.stop()
+
+
+def left_behind(port: int, password: str | None = None) -> None:
+    """A device stores a message while there is no broker, and leaves."""
+    device = Device(port)
+    username = None if password is None else "watcher"
+    device.send(mqtt.connect("one", username=username, password=None if password is None else password.encode()))
+    assert device.read(4) == b"\x20\2\0\0"
+    device.send(publish(4, b"from/one", b"one:1:1", 1, 1))
+    assert device.read(4) == b"\x40\2\0\1"
+    device.send(b"\xe0\0")
+    device.close()
+
+
+@pytest.mark.slow
+def test_a_backlog_leaves_with_the_password_that_its_device_had(reactor: Any, plant: Plant, tmp_path: Path) -> None:
+    """As long as the gateway runs: the password is in memory only."""
+    plant.down()
+    gateway = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **store(tmp_path))
+    try:
+        left_behind(gateway.port, "secret")
+        plant.up()
+        eventually(lambda: plant.got, "the message arrives")
+        assert b"secret" not in b"".join(path.read_bytes() for path in (tmp_path / "store").glob("store.db*"))
+    finally:
+        gateway.stop()
+
+
+@pytest.mark.slow
+def test_a_backlog_does_not_leave_under_a_name_that_now_belongs_to_another_rule(
+    reactor: Any, plant: Plant, tmp_path: Path
+) -> None:
+    """The gateway comes back to the broker again and again, each time by the rules of that moment."""
+    plant.down()
+    sections = store(tmp_path)
+    gateway = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **sections)
+    try:
+        left_behind(gateway.port)
+        owner = {"match_client_id": "pump", "client_id": "one", "bound_to": ["192.0.2.1"]}
+        gateway.change(device=[owner, *sections["device"]])
+        plant.up()
+        stored = gateway.service.gateway.stored
+        assert stored is not None
+        (session,) = stored.sessions.values()
+        reserved = EndReason.CLIENT_ID_RESERVED
+        eventually(lambda: session.trouble is not None and session.trouble.reason is reserved, "its name is reserved")
+        assert plant.got == []
+        gateway.change(device=sections["device"])
+        eventually(lambda: plant.got, "the message arrives once the name is its own again")
+    finally:
+        gateway.stop()
 
 
 def run_killed(plant: Plant, tmp_path: Path, kills: int, count: int, pause: Callable[[], None]) -> tuple[int, int]:

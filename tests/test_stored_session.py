@@ -1137,3 +1137,16 @@ def test_a_state_that_waits_for_an_earlier_one_is_written_at_the_stop(bench: Ben
     bench.disk.close()
     bench.start()
     assert DeviceState.load(bench.store.states["dev"]).will is None
+
+
+def test_a_password_is_kept_in_memory_until_the_broker_refuses_it(bench: Bench) -> None:
+    bench.offline(username="u", password=b"secret")
+    bench.up(b"1")
+    bench.settle()
+    bench.stored.device_received(packet(0xE0, b""))
+    upstream = bench.verified()
+    assert b"secret" in upstream.sent[0]
+    bench.stored.upstream_received(b"\x20\2\0\5")
+    presented = bench.stored.presented()
+    assert presented is not None
+    assert presented[1].password is None

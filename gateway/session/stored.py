@@ -295,6 +295,8 @@ class StoredSession:
         self._is_up = False
         self._up_since = 0.0
         self._treated: Connect | None = None
+        # The device's last CONNECT, with its password: in memory only.
+        self._presented: tuple[Packet, Connect] | None = None
         self._lives_until = float("inf")
         self._connack_due = 0.0
         self._reader: PacketReader | None = None
@@ -347,8 +349,8 @@ class StoredSession:
 
     def presented(self) -> tuple[Packet, Connect] | None:
         """Return the CONNECT on whose behalf a broker is looked for; None if it is not known any more."""
-        if self.visit is not None:
-            return self.visit.packet, self.visit.connect
+        if self._presented is not None:
+            return self._presented
         if not self.state.connect:
             return None
         return _packet_of(self.state.connect, self._world.max_connect_size)
@@ -373,6 +375,7 @@ class StoredSession:
         visit = _Visit(device, packet, treatment, treated, self._world)
         connect = visit.connect
         self.visit = visit
+        self._presented = packet, connect
         self._farewell = None
         self._will_at = float("inf")
         self._status, self._status_is_due = None, False
@@ -988,6 +991,9 @@ class StoredSession:
         )
         self._drop_upstream(failure, is_outage=is_outage)
         visit = self.visit
+        if visit is None and code in (_CREDENTIALS_5 if is_5 else _CREDENTIALS_3):
+            # Its own password is not tried again and again: the account might be locked.
+            self._presented = None
         if visit is None or is_outage:
             return
         if visit.is_admitted:
