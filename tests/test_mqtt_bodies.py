@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.mqtt.bodies import MOST_HELD
+from gateway.mqtt.bodies import MOST_HELD, judge
 from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.framer import Sender
 from gateway.mqtt.packets import ProtocolVersion
@@ -187,6 +187,21 @@ def test_the_second_message_on_a_topic_is_judged_as_the_first():
         first = publish("t", version=version)
         assert framer.feed(first + again) == first
         assert framer.error is not None
+
+
+def test_a_head_that_waits_is_not_judged_again_with_each_byte(monkeypatch):
+    """Only when as many bytes have come as were asked for: a slow sender must not cost more than a fast one."""
+    asked = []
+
+    def counted(*arguments):
+        asked.append(arguments)
+        return judge(*arguments)
+
+    monkeypatch.setattr("gateway.mqtt.checking.judge", counted)
+    sent = subscribe("a" * 1000)
+    framer = fresh()
+    assert b"".join(framer.feed(sent[at : at + 1]) for at in range(len(sent))) == sent
+    assert len(asked) < 5
 
 
 def test_packets_that_are_not_plain_are_counted():

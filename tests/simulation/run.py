@@ -21,6 +21,8 @@ from tests.simulation.identities import Identities
 from tests.simulation.world import Outcome, simulate
 
 COMMAND = "python -m tests.simulation --seed {seed} --verbose"
+# Lines of the trace that are shown of a seed that fails.
+_SHOWN = 200
 
 
 def run(seeds: Iterable[int], identities: Identities, core: VirtualCore | None = None) -> Iterable[Outcome]:
@@ -36,10 +38,11 @@ def run(seeds: Iterable[int], identities: Identities, core: VirtualCore | None =
 
 
 def report(outcome: Outcome) -> str:
-    """Return what is wrong, and how to see it again."""
+    """Return what is wrong, how to see it again, and the end of the trace, in case it does not happen again."""
     option = " --core" if outcome.has_core else ""
     lines = [f"seed {outcome.seed}: {COMMAND.format(seed=outcome.seed)}{option}"]
     lines += [f"  {violation.oracle}: {violation.what}" for violation in outcome.violations]
+    lines += [f"    {line}" for line in outcome.trace[-_SHOWN:]]
     return "\n".join(lines)
 
 
