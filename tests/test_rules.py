@@ -425,6 +425,18 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not world.presence._standing
 
 
+def test_a_sweep_looks_at_some_names_and_the_next_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many names there are, a sweep takes little time; all of them have their turn."""
+    monkeypatch.setattr(presence_module, "_CHECKED_AT_A_TIME", 10)
+    world = World()
+    for number in range(35):
+        world.enter(number, name=f"n{number}")
+    world.now += 1.5
+    for left in (25, 15, 5, 0, 0):
+        world.presence.sweep(world.devices)
+        assert len(world.presence._buckets) == left
+
+
 def test_judging_counts_nothing() -> None:
     """It is asked before a password is looked at, and again when that was right."""
     world = World(connects_per_minute=1)

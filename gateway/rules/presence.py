@@ -21,6 +21,8 @@ from gateway.rules.names import Brokers
 
 # Names whose rate is kept; the least recently used are forgotten first.
 _MAX_NAMES = 100_000
+# Names looked at in one sweep: a millisecond's work.
+_CHECKED_AT_A_TIME = 5_000
 # A longer name, up to 64 KiB, is stored as its digest.
 _LONGEST_NAME = 64
 _SECONDS = 60.0
@@ -66,6 +68,9 @@ class Presence(Generic[_S]):
         self._buckets: _Buckets = {}
         # Apart, so that those who come with many names do not push these out.
         self._attempts: _Buckets = {}
+        # What the sweep has not come to yet.
+        self._unchecked: list[_Key] = []
+        self._unchecked_attempts: list[_Key] = []
 
     def judge(self, holder: Holder, devices: Devices) -> None:
         """Raise Refusal if `enter` would refuse a session of this holder now; nothing is counted."""
@@ -124,13 +129,21 @@ class Presence(Generic[_S]):
                 del self._standing[name]
 
     def sweep(self, devices: Devices) -> None:
-        """Forget names whose rate has recovered."""
+        """Forget names whose rate has recovered: of some thousand names each time, since there may be many."""
+        self._unchecked = self._checked(self._buckets, self._unchecked, devices)
+        self._unchecked_attempts = self._checked(self._attempts, self._unchecked_attempts, devices)
+
+    def _checked(self, buckets: _Buckets, unchecked: list[_Key], devices: Devices) -> list[_Key]:
+        """Forget those of the next names whose buckets are full; return the names that are still to be checked."""
         rate, now = devices.connects_per_minute / _SECONDS, self._seconds()
         burst = _burst(devices)
-        for buckets in (self._buckets, self._attempts):
-            full = [key for key, (tokens, since) in buckets.items() if tokens + (now - since) * rate >= burst]
-            for key in full:
+        unchecked = unchecked or list(buckets)
+        for key in unchecked[-_CHECKED_AT_A_TIME:]:
+            found = buckets.get(key)
+            if found is not None and found[0] + (now - found[1]) * rate >= burst:
                 del buckets[key]
+        del unchecked[-_CHECKED_AT_A_TIME:]
+        return unchecked
 
     def _judge(self, holder: Holder, devices: Devices) -> tuple[list[_S], float | None]:
         """Return the sessions with this name from other addresses, and the tokens left for it.  Raises Refusal."""
