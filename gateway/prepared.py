@@ -61,7 +61,8 @@ class Prepared:
     certificates: DeviceCertificates
     changed: Sequence[str] = ()
     is_equivalent: bool = False
-    # The parts of the configuration before, in a list, so that a thread can free them one by one.
+    # The configuration before: what holds its parts, and the parts, so that a thread can free them bit by bit.
+    containers: list[Any] = field(factory=list, repr=False)
     leftovers: list[Any] = field(factory=list, repr=False)
 
 
@@ -118,11 +119,13 @@ def look(prepared: Prepared, pause: Pause = no_pause) -> dict[Path, FileState]:
     return states([*policy_files(prepared.config.tls), *prepared.other_files], pause)
 
 
-def free(leftovers: list[Any], pause: Pause = no_pause) -> None:
-    """Free objects a few at a time: thousands in one go would hold up the event loop."""
-    while leftovers:
-        del leftovers[-_FREED_AT_A_TIME:]
-        pause()
+def free(prepared: Prepared, pause: Pause = no_pause) -> None:
+    """Free the configuration before a few parts at a time: thousands in one go would hold up the event loop."""
+    # To free a container frees no part, since these are still held.
+    for size, parts in ((1, prepared.containers), (_FREED_AT_A_TIME, prepared.leftovers)):
+        while parts:
+            del parts[-size:]
+            pause()
 
 
 def upstream_files(config: Config) -> list[Path]:
@@ -194,8 +197,12 @@ def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
         *(before.certificates.parts if before.certificates is not after.certificates else ()),
     ]
     leftovers += before.names.parts
+    leftovers += before.rules.parts
     leftovers += [part for rule in before.rules for part in _parts(rule)]
-    return evolve(after, changed=changed, is_equivalent=is_equivalent, leftovers=leftovers)
+    # From the end, so what holds all others comes last.
+    containers: list[Any] = [old, before.other_files, before.files, before.keys, before.policies, before.refused]
+    containers += [before.certificates, before.names, before.rules, before]
+    return evolve(after, changed=changed, is_equivalent=is_equivalent, containers=containers, leftovers=leftovers)
 
 
 def _listener_names(config: Config) -> set[tuple[str, str]]:

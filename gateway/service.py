@@ -132,7 +132,8 @@ class GatewayService(Service):
         self.sight = Sight(self.ledger, self._sources(now))
         self._now = now
         self._expiry = ExpiryWatch(now, reactor.seconds)
-        self.status_port = StatusPort(reactor, self.sight)
+        # Its connections share the limit on the work of a turn with the sessions.
+        self.status_port = StatusPort(self._relay, self.sight)
         self._store_port: StorePort | None = None
         self._reload_port = (
             None if runtime_directory is None else ReloadPort(reactor, runtime_directory / RELOAD_SOCKET, self.reload)
@@ -356,7 +357,7 @@ class GatewayService(Service):
             partial(self.status_port.adopt, status),
             partial(self._watch.know, prepared.files),
             partial(self._tell_adopted, opened, closed),
-            partial(self._in_thread, partial(free, prepared.leftovers, Pauses())),
+            partial(self._in_thread, partial(free, prepared, Pauses())),
         ]
         for step in steps:
             try:
@@ -408,10 +409,9 @@ class GatewayService(Service):
 
     def _stopped(self) -> Deferred[Any]:
         self.gateway.close_store()
-        self._relay.stop()
         self._notifier.close()
         # Last, so that the status page shows the sessions ending.
-        return self.status_port.close()
+        return self.status_port.close().addBoth(lambda _: self._relay.stop())
 
     def _follow_store(self) -> None:
         """Open the socket of a store that has come into use."""

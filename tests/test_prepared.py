@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import weakref
+from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 
-from gateway.config import Config, DeviceRule, load_file
+from gateway.config import Config, DeviceRule, from_mapping, load_file
 from gateway.config import directory as rule_files
 from gateway.config.directory import RuleFiles
 from gateway.errors import ConfigError, EndReason
@@ -16,7 +18,7 @@ from gateway.mqtt.connect import parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import PacketReader
 from gateway.pieces import in_order, no_pause
-from gateway.prepared import Prepared, prepare
+from gateway.prepared import Prepared, free, prepare
 from gateway.rules import credentials
 from gateway.rules.rules import Caller
 from gateway.tls import trust
@@ -200,3 +202,23 @@ def matched(prepared: Prepared, name: str) -> DeviceRule | None:
     assert packet is not None
     found = prepared.rules.match(parse_connect(packet), Caller("10.0.0.1", ""))
     return None if found is None else found.rule.device
+
+
+def test_the_configuration_before_is_freed_bit_by_bit(tmp_path: Path) -> None:
+    """Thousands of rules freed in one go would hold up the event loop; at the end nothing of it is left."""
+    (tmp_path / "ca.pem").write_bytes(certify_ca().pem)
+
+    def configured(max_qos: int) -> Config:
+        rules = [{"match_client_id": f"d{number}", "max_qos": max_qos} for number in range(200)]
+        return from_mapping(
+            {"upstream": [{"host": "localhost"}], "tls": {"ca_file": [str(tmp_path / "ca.pem")]}, "device": rules}
+        )
+
+    before = prepare(configured(1), lambda: 0.5)
+    after = prepare(configured(2), lambda: 0.5, before=before)
+    left = [weakref.ref(each) for each in (*before.rules, before)]
+    del before
+    alive = [len(left)]
+    free(after, lambda: alive.append(sum(each() is not None for each in left)))
+    assert alive[-1] == 0
+    assert max(now - then for then, now in pairwise(reversed(alive))) <= 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,3 +155,19 @@ def test_every_file_of_the_configuration_is_watched(tmp_path: Path) -> None:
     assert differing(before, states(policy_files(tls))) == [directory / "one.crt"]
     (platform,) = policy_files(TLS())
     assert platform.is_file()
+
+
+def test_what_is_no_longer_known_is_freed_by_the_next_look(tmp_path: Path) -> None:
+    """The look is made in a thread; to free the states of tens of thousands of files would hold up the event loop."""
+
+    class States(dict[Path, str]):
+        """States that can be referred to weakly."""
+
+    old = States({tmp_path / "a": "1"})
+    gone = weakref.ref(old)
+    watch = Watch(old)
+    watch.know({tmp_path / "a": "2"})
+    del old
+    assert gone() is not None
+    assert watch.look({tmp_path / "a": "2"}) == []
+    assert gone() is None

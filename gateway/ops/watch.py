@@ -55,19 +55,22 @@ class Watch:
     def __init__(self, known: Mapping[Path, FileState]) -> None:
         self._known = known
         self._seen = known
+        # What is no longer needed; the next look frees it, in its thread.
+        self._forgotten: list[Mapping[Path, FileState]] = []
 
     def know(self, known: Mapping[Path, FileState]) -> None:
         """Compare with these states from now on."""
+        self._forgotten += [self._known, self._seen]
         self._known = self._seen = known
 
     def look(self, seen: Mapping[Path, FileState], pause: Pause = no_pause) -> list[Path]:
         """Take the current states; return the files that changed and are stable now, and remember these states."""
-        at_rest = not differing(self._seen, seen, pause)
-        self._seen = seen
-        if not at_rest:
+        self._forgotten.clear()
+        if differing(self._seen, seen, pause):
+            self._seen = seen
             return []
         changed = differing(self._known, seen, pause)
-        self._known = seen
+        self._known = self._seen
         return changed
 
 

@@ -158,6 +158,11 @@ class Rules:
         yield from {rule.order: rule for rules in self._exact.values() for rule in rules}.values()
         yield from self._others
 
+    @property
+    def parts(self) -> Iterable[object]:
+        """What holds the rules, to be freed bit by bit."""
+        return [*self._exact.values(), self._others]
+
     def match(self, connect: Connect, caller: Caller) -> Matched | None:
         """Return the first rule that matches a device; None for an unknown device that may pass.
 
