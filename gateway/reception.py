@@ -230,6 +230,9 @@ class Reception:
         name = self.backlog_name(matched, connect)
         if not (matched.rule.device.store or devices.has_backlog(name)):
             return False
+        if not devices.has_place(name):
+            detail = "no more devices can be remembered; `mqtts-gateway store drop` removes those that are gone"
+            raise Refusal(EndReason.STORE_UNAVAILABLE, detail, 3, 0x97)
         # The broker's password is asked for with each dial; the device may be served without one.
         treatment = treat(matched, packet, connect, None, None, self._config.limits.max_connect_size)
         where = (caller.address, caller.listener)

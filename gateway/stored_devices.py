@@ -250,6 +250,10 @@ class StoredDevices:
             return False
         return bool(len(backlog) or backlog.loading or name in self.sessions or self.store.received[name])
 
+    def has_place(self, name: str) -> bool:
+        """Whether this identity can be served as a stored device."""
+        return self.store.make_place(name, self.sessions)
+
     def receive(
         self,
         session: Session,

@@ -19,6 +19,7 @@ from gateway.config import StoreConfig, from_mapping
 from gateway.errors import ConfigError
 from gateway.mqtt.message import Message
 from gateway.store import database as database_module
+from gateway.store import store as store_module
 from gateway.store.backlog import Backlog
 from gateway.store.database import (
     SCHEMA_VERSION,
@@ -323,6 +324,27 @@ def test_a_device_is_not_forgotten_before_its_rows_are_deleted(kept: Any) -> Non
     store.forget(backlog)
     kinds = [type(change).__name__ for change, _ in writer.queue]
     assert kinds.index("Delete") < kinds.index("Forget")
+
+
+def test_what_is_remembered_of_devices_is_bounded(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever may connect under any number of names must not fill memory and disk."""
+    monkeypatch.setattr(store_module, "MOST_REMEMBERED", 100_000)
+    store, writer = kept()
+    for number in range(100):
+        name = f"d{number}"
+        assert store.make_place(name, {"d1"})
+        store.save(store.backlog(name), "x" * 10_000)
+        if number == 2:
+            put(store, name, 1)
+        if number == 3:
+            store.received[name].add(7)
+        writer.commit()
+        assert store.remembered <= 120_000
+    known = {backlog.name for backlog in store}
+    assert known >= {"d1", "d2", "d3", "d99"}, "in use, with a message, with an open QoS 2 exchange, the newest"
+    assert known == store.states.keys() == store.received.keys()
+    assert {name for _, name in writer.database._open.execute("SELECT number, name FROM device")} == known
+    assert not store.make_place("one more", known)
 
 
 # ---- the thread

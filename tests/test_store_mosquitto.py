@@ -18,6 +18,7 @@ import pytest
 
 from gateway.errors import EndReason
 from gateway.session.stored import Phase
+from gateway.store import store as store_module
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.mosquitto import Mosquitto, free_port
@@ -211,6 +212,27 @@ def test_a_backlog_outlives_gateway_and_device(reactor: Any, plant: Plant, tmp_p
     eventually(lambda: len(set(plant.got)) == 100, "everything arrives")
     check_arrivals(plant.got, [sensor])
     second.stop()
+
+
+def test_no_more_devices_are_stored_than_can_be_remembered(
+    reactor: Any, root: Certified, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are known are served; what they send right behind CONNECT counts."""
+    ca_file = tmp_path / "root.pem"
+    ca_file.write_bytes(root.pem)
+    gateway = RunningGateway(reactor, free_port(), ca_file=ca_file, **store(tmp_path))
+    packet = publish(4, b"t", b"1", 1, 1)
+    try:
+        for name, answer in (("one", b"\x20\2\0\0\x40\2\0\1"), ("two", b"\x20\2\0\3")):
+            with Device(gateway.port) as device:
+                device.send(mqtt.connect(name) + packet)
+                assert device.read(len(answer)) == answer
+            monkeypatch.setattr(store_module, "MOST_REMEMBERED", 0)
+        first, second = eventually(lambda: gateway.ended if len(gateway.ended) == 2 else None, "both have ended")
+        assert first.bytes_up == len(packet)
+        assert second.reason is EndReason.STORE_UNAVAILABLE
+    finally:
+        gateway.stop()
 
 
 def left_behind(port: int, password: str | None = None) -> None:

@@ -543,7 +543,9 @@ class Session:
         self._last_heard = self._seconds()
         self.send(connack)
         self._journal.session_started(record)
-        return self._device_reader.take_rest()
+        rest = self._device_reader.take_rest()
+        self._bytes_up += len(rest)
+        return rest
 
     def send(self, data: bytes) -> None:
         """Send a packet to a stored device."""

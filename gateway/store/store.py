@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from itertools import islice
 from typing import Protocol
 
 from attrs import define, field
@@ -36,6 +37,10 @@ from gateway.store.row import OVERHEAD, Row, size_of
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # seconds
 _PROBE_EVERY = 5.0  # seconds, while the disk does not take what is written
 _AGED_AT_A_TIME = 1_000
+MOST_REMEMBERED = 128 * 1024 * 1024
+"""Bytes of what is kept of devices besides their messages, in memory as on disk, before idle ones are forgotten."""
+_LOOKED_AT = 1000  # devices in one search for idle ones
+_DEVICE_OVERHEAD = 1024  # bytes in memory of a device without messages
 # At most so many rows that the broker has confirmed are sent again, with DUP, after a crash.
 _DELETED_TOGETHER = 20
 # Evicting frees this share of the quota more than is needed, so that the search for the largest backlog is rare.
@@ -95,7 +100,9 @@ class Store:
         self._last_device = max((device.number for device in opened.devices), default=0)
         self._by_name: dict[str, Backlog] = {}
         self._by_number: dict[int, Backlog] = {}
+        # The device that was saved last comes last.
         self.states: dict[str, str] = {}
+        self.remembered = 0
         self.received: dict[str, set[int]] = {}
         self.released = set(opened.released)
         self.loading = True
@@ -114,7 +121,7 @@ class Store:
         self.notes = list(opened.notes)
         for device in opened.devices:
             self._add(Backlog(device.number, device.name, loading=True))
-            self.states[device.name] = device.state
+            self._remember(device.name, device.state)
             self.received[device.name] = set(device.received)
         for number, count in opened.aside:
             if number in self._by_number:
@@ -149,11 +156,29 @@ class Store:
         """When the oldest message that waits was stored, in seconds since 1970."""
         return min((backlog.oldest for backlog in self if backlog.oldest is not None), default=None)
 
+    def make_place(self, name: str, in_use: Container[str]) -> bool:
+        """Whether a device may be added; forgets others for it that are not `in_use`, the longest idle first.
+
+        A device is not idle while it has messages, or has sent a QoS 2 message and not released its Packet Identifier.
+        """
+        if name in self._by_name or self.remembered < MOST_REMEMBERED:
+            return True
+        for other in list(islice(self.states, _LOOKED_AT)):
+            backlog = self._by_name.get(other)
+            if backlog is not None and other not in in_use and not (backlog.loading or self.received[other]):
+                self.forget(backlog)
+            if self.remembered < MOST_REMEMBERED:
+                return True
+            if other in self.states:
+                # The next search begins behind it.
+                self.states[other] = self.states.pop(other)
+        return False
+
     def forget(self, backlog: Backlog) -> None:
         """Forget a device without messages."""
         if not len(backlog) and not self.aside[backlog.name] and self._by_name.pop(backlog.name, None) is not None:
             del self._by_number[backlog.number]
-            self.states.pop(backlog.name, None)
+            self._remember(backlog.name, None)
             self.received.pop(backlog.name, None)
             # Rows without their device would wait for a person.
             self.flush()
@@ -269,7 +294,7 @@ class Store:
 
     def save(self, backlog: Backlog, state: str, done: Done | None = None, *, forget_received: bool = False) -> None:
         """Keep what is known of a device; `done` when that is durable."""
-        self.states[backlog.name] = state
+        self._remember(backlog.name, state)
         if forget_received:
             self.received[backlog.name].clear()
         self._writer.write(Save(backlog.number, backlog.name, state, forget_received), done)
@@ -362,6 +387,14 @@ class Store:
             self.bytes += backlog.bytes - before
 
     # ---- inside
+
+    def _remember(self, name: str, state: str | None) -> None:
+        before = self.states.pop(name, None)
+        if before is not None:
+            self.remembered -= len(before) + _DEVICE_OVERHEAD
+        if state is not None:
+            self.states[name] = state
+            self.remembered += len(state) + _DEVICE_OVERHEAD
 
     def _proved(self, error: StoreError | None) -> None:
         self._pending_probe = False
