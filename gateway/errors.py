@@ -55,11 +55,11 @@ class EndReason(StrEnum):
     STORE_UNAVAILABLE = (
         "store-unavailable",
         "No broker was available, and the store could not take the device's messages.",
-        "Check `mqtts-gateway status`: free space on the disk, raise store.max_size, or repair the disk.",
+        "See `mqtts-gateway status` for the cause; free space on the disk, raise store.max_size, or repair the disk.",
     )
     STORED_SESSION_DIFFERS = (
         "stored-session-differs",
-        "What the gateway answered while no broker was available does not match the broker or the current rules.",
+        "What the gateway told the device during an outage does not match the broker's state or the current rules.",
         "No action if rare: the device reconnects and gets the current state.",
     )
     GATEWAY_STOPPING = ("gateway-stopping", "The gateway is stopping.", "No action: the device reconnects.")
@@ -197,7 +197,7 @@ class EndReason(StrEnum):
     )
     CONNECT_NOT_REWRITABLE = (
         "connect-not-rewritable",
-        "The changes that the device's rule makes do not fit into CONNECT.",
+        "The changes that the device's rule makes would give an invalid CONNECT.",
         "Correct what the detail names: a field that is too long, or a password without a user name.",
     )
     TOKEN_EXPIRING = (
@@ -269,7 +269,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "Run `mqtts-gateway check`: it shows what the broker has. Enable what the detail lists, or set tls.ciphers.",
+        "Enable on the broker what the detail lists, or set tls.ciphers; `mqtts-gateway check` shows what it supports.",
     )
     TLS_VERSION = (
         "tls-version",

@@ -289,7 +289,7 @@ class StoredDevices:
 
         def changed(count: int) -> None:
             _log.warn(
-                "store: {count} messages of {device}: {action} by hand",
+                "store: `mqtts-gateway store {action}` changed {count} messages of {device}",
                 event="store-changed",
                 count=count,
                 device=printable(name, _SHOWN),
@@ -428,7 +428,7 @@ class StoredDevices:
         failure = "" if self.store.failure is None else str(self.store.failure)
         if failure and not self._told_failure:
             _log.error(
-                "store: cannot write: {failure}. Devices get no acknowledgement without the broker until there is room",
+                "store: cannot write: {failure}. Without a broker, devices get no acknowledgements until it can write",
                 event="store-failing",
                 failure=failure,
             )
@@ -441,7 +441,9 @@ class StoredDevices:
         counts = Counter(self.store.counts.dropped)
         counts["set aside: the broker refused them"] = self.store.counts.set_aside
         for reason, count in (counts - self._told).items():
-            _log.warn("store: {count} messages {reason}", event="store-dropped", count=count, reason=reason)
+            _log.warn(
+                "store: {count} messages not delivered: {reason}", event="store-dropped", count=count, reason=reason
+            )
         self._told = counts
 
     def stop(self, *, discard_wills: bool) -> None:

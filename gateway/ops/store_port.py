@@ -50,7 +50,7 @@ class StorePort(Factory):
             self._port = self._reactor.listenUNIX(str(self._path), self, mode=_OWNER_ONLY)
         except (OSError, CannotListenError) as error:
             _log.error(
-                "cannot listen on {path} ({error}): `mqtts-gateway store drop` and `retry` need the gateway stopped",
+                "cannot listen on {path} ({error}): for `mqtts-gateway store drop` or `retry`, stop the gateway",
                 path=str(self._path),
                 error=error,
             )
