@@ -333,6 +333,11 @@ class EndReason(StrEnum):
         "A certificate of the broker has a key or signature that is too weak.",
         "Reissue it with at least RSA 2048 or P-256, signed with SHA-256.",
     )
+    TLS_OCSP_UNUSABLE = (
+        "tls-ocsp-unusable",
+        "The broker's OCSP response is missing, out of date or not valid.",
+        "Enable OCSP stapling on the broker, or set tls.ocsp to off; check this machine's clock.",
+    )
     TLS_PIN_MISMATCH = (
         "tls-pin-mismatch",
         "No public key in the broker's chain matches a configured pin.",

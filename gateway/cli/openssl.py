@@ -66,6 +66,8 @@ def s_client_command(
             words += ["-pass", f"file:{tls.client_key_password_file}"]
         if client_chain:
             words += ["-cert_chain", str(tls.client_cert)]
+    if tls.ocsp != "off":
+        words.append("-status")
     if tls.crl_file:
         words += ["-crl_check", "-crl_check_all"]
     command = " ".join([shlex.join(words), *_trusted(_files(tls))])

@@ -64,7 +64,8 @@ _CONNACK_REMEDIES = {
 
 def upstream_steps(tls: TLS, *, proxied: bool = False, websocket: bool = False) -> list[str]:
     """Return the names of the steps to a broker, in order."""
-    optional = [*(["pin"] if tls.pin else []), *(["strict"] if tls.verification == "strict" else [])]
+    stapled = [] if tls.ocsp == "off" else ["ocsp"]
+    optional = [*stapled, *(["pin"] if tls.pin else []), *(["strict"] if tls.verification == "strict" else [])]
     before = ["dns", "tcp", *(["proxy"] if proxied else []), "client-hello", "certificate", "chain", "identity", "tls"]
     return [*before, *optional, *(["websocket"] if websocket else []), "connect", "connack"]
 

@@ -23,7 +23,12 @@ from gateway.tls.survey import advice
 from gateway.tls.trust import TLSPolicy
 
 # What can fail after chain and identity were approved; every other failure is the handshake's.
-_LATE_STEPS = {EndReason.TLS_PIN_MISMATCH: "pin", EndReason.TLS_STRICT_REFUSED: "strict"}
+_LATE_STEPS = {
+    EndReason.TLS_OCSP_UNUSABLE: "ocsp",
+    EndReason.TLS_REVOKED: "ocsp",  # A CRL says so earlier.
+    EndReason.TLS_PIN_MISMATCH: "pin",
+    EndReason.TLS_STRICT_REFUSED: "strict",
+}
 
 
 def failed(name: str, failure: UpstreamFailure, remedy: str = "") -> Step:
@@ -148,6 +153,9 @@ def _agreed(channel: TLSChannel, policy: TLSPolicy) -> Iterator[tuple[str, str]]
     """Yield the steps after identity with their messages if passed."""
     version, cipher, alpn = channel.agreed()
     yield "tls", f"{version}, {cipher}, {f'ALPN {printable(alpn)}' if alpn else 'no ALPN'}"
+    if policy.ocsp != "off":
+        words = "the broker's OCSP response says good" if channel.has_staple else "the broker sent no OCSP response"
+        yield "ocsp", words
     if policy.pins:
         yield "pin", "a public key in the chain matches a pin"
     if policy.strict:

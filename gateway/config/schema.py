@@ -197,6 +197,7 @@ class TLS:
     ciphers: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_cipher))
     groups: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_group))
     signature_algorithms: tuple[str, ...] = attrs.field(default=(), validator=checked_each(check_signature_algorithm))
+    ocsp: Literal["off", "stapled", "must-staple"] = "off"
     resumption: bool = True
 
     def __attrs_post_init__(self) -> None:

@@ -30,7 +30,7 @@ from gateway.config.algorithms import Algorithms
 from gateway.errors import ConfigError, EndReason, GatewayError, UpstreamFailure
 from gateway.session.record import Peer
 from gateway.text import printable
-from gateway.tls import strict
+from gateway.tls import ocsp, strict
 from gateway.tls.broker_identity import Identity
 from gateway.tls.choice import choose
 from gateway.tls.engine import Addresses, Engine
@@ -85,6 +85,7 @@ class TLSChannel:
         "_offered",
         "_partial_header",
         "_policy",
+        "_staple",
         "_tickets",
         "_verified",
         "broken",
@@ -115,6 +116,8 @@ class TLSChannel:
         self._missing = 0
         self._partial_header = b""
         self.due = 0
+        # The broker's OCSP response, if it was asked for one and has sent one.
+        self._staple = b""
         self.waiting = False
         self.peer: Peer | None = None
         self.received_close = False
@@ -126,6 +129,8 @@ class TLSChannel:
         policy.introduce(self._connection)
         if identity.sni is not None:
             self._connection.set_tlsext_host_name(identity.sni)
+        if policy.ocsp != "off":
+            self._connection.request_ocsp()
         self._connection.set_connect_state()
         ticket = tickets.offer() if tickets is not None else None
         if ticket is not None:
@@ -140,6 +145,11 @@ class TLSChannel:
     def approved(self) -> bool:
         """Whether chain and identity were approved."""
         return self._approved
+
+    @property
+    def has_staple(self) -> bool:
+        """Whether the broker has sent an OCSP response."""
+        return bool(self._staple)
 
     @property
     def resuming(self) -> bool:
@@ -354,6 +364,10 @@ class TLSChannel:
             self._approved = True
         return True
 
+    def stapled(self, response: bytes) -> None:
+        """Take the broker's OCSP response; it is judged when the handshake is done."""
+        self._staple = response
+
     def refuse(self, failure: UpstreamFailure) -> None:
         """Record why the chain is refused; the first reason counts."""
         self._approved = False
@@ -412,14 +426,22 @@ class TLSChannel:
         chain = self._connection.get_verified_chain()
         if not chain or not self._approved:
             raise UpstreamFailure(EndReason.TLS_VERIFICATION_ERROR, "the handshake finished without a verified chain")
-        if self._tickets is None and not self._policy.pins:
+        if self._tickets is None and not self._policy.pins and self._policy.ocsp == "off":
             return Verified(leaf, b"", self._matched, (), "", 0.0, 0.0)
         certificates = [certificate.to_cryptography() for certificate in chain]
+        holds = self._judge_staple(certificates)
         pins = tuple(spki_pin(certificate) for certificate in certificates) if self._policy.pins else ()
         since = self._tickets.now() if self._tickets is not None else 0.0
         group = self._connection.get_group_name() or ""
-        until = good_until(self._policy, certificates, since)
+        until = min(good_until(self._policy, certificates, since), holds)
         return Verified(leaf, leaf.public_bytes(Encoding.DER), self._matched, pins, group, since, until)
+
+    def _judge_staple(self, chain: Sequence[x509.Certificate]) -> float:
+        """Return until when the OCSP response holds, in seconds since the epoch.  Raises `UpstreamFailure`."""
+        if self._policy.ocsp == "off":
+            return float("inf")
+        until = ocsp.judge(self._staple, chain, datetime.now(UTC), required=self._policy.ocsp == "must-staple")
+        return float("inf") if until is None else until.timestamp()
 
     def _keep_ticket(self) -> None:
         """Keep a ticket for the next channel, if one has arrived."""
@@ -464,7 +486,16 @@ def _peer(certificate: x509.Certificate, matched: str, tls_version: str, cipher:
 def make_policy(tls: TLS, intermediates: Sequence[x509.Certificate] = ()) -> TLSPolicy:
     """Build the policy for `tls`, verified by `TLSChannel`.  Raises `ConfigError`."""
     choose()  # At start-up, not at the first session: it takes some milliseconds and may log a warning.
-    return load_policy(tls, _verify, intermediates)
+    return load_policy(tls, _verify, _take_staple, intermediates)
+
+
+def _take_staple(connection: SSL.Connection, response: bytes, _data: object) -> bool:
+    """Give an OCSP response to the channel that owns `connection`; as in `_verify`, nothing is raised here."""
+    channel = connection.get_app_data()
+    if not isinstance(channel, TLSChannel):
+        return False
+    channel.stapled(response)
+    return True
 
 
 def make_policies(config: Config) -> dict[Algorithms, TLSPolicy]:

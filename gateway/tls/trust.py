@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 from attrs import frozen
 from cryptography import x509
@@ -37,6 +37,7 @@ from gateway.tls.strict import crl_problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
 VerifyCallback = Callable[[SSL.Connection, crypto.X509, int, int, int], bool]
+StapleCallback = Callable[[SSL.Connection, bytes, Any], bool]
 _T = TypeVar("_T")
 _LISTS = ("ciphers", "groups", "signature_algorithms")
 _LARGEST_HELLO = 0x4000
@@ -79,6 +80,7 @@ class TLSPolicy:
     resumption: bool
     offer: Offer
     offered: str
+    ocsp: Literal["off", "stapled", "must-staple"] = "off"
     own: ClientIdentity | None = None
 
     def introduce(self, connection: SSL.Connection) -> None:
@@ -297,8 +299,12 @@ def read_client_identity(
     return ClientIdentity(tuple(chain), keys[0]), problems
 
 
-def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.Certificate] = ()) -> TLSPolicy:
+def load_policy(
+    tls: TLS, verify: VerifyCallback, staple: StapleCallback, intermediates: Sequence[x509.Certificate] = ()
+) -> TLSPolicy:
     """Build the policy that `tls` describes; `verify` is called for each certificate (SSL_CTX_set_verify).
+
+    `staple` is called with the OCSP response that the broker sent, `b""` for none, if `tls` asks for one.
 
     `intermediates` are shown after the certificates of devices, where `tls` has none of the gateway's.
     Raises `ConfigError` with every problem in every file.
@@ -322,6 +328,8 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
     context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
     context.set_mode(SSL.MODE_RELEASE_BUFFERS)
     context.set_verify(SSL.VERIFY_PEER, verify)
+    if tls.ocsp != "off":
+        context.set_ocsp_client_callback(staple)
     store = context.get_cert_store()
     if store is None:
         raise ConfigError(["tls: OpenSSL gave a Context without a certificate store"])
@@ -354,6 +362,7 @@ def load_policy(tls: TLS, verify: VerifyCallback, intermediates: Sequence[x509.C
         resumption=tls.resumption,
         offer=_offer(context, tls),
         offered=_offered(tls),
+        ocsp=tls.ocsp,
     )
 
 
