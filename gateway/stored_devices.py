@@ -482,6 +482,7 @@ class StoredDevices:
             uniform=self.uniform,
             max_packet_size=config.limits.max_packet_size,
             max_connect_size=config.limits.max_connect_size,
+            check_bodies=config.limits.check_bodies,
             connack=config.timeouts.connack,
         )
         backlog = self.store.backlog(name)

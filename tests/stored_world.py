@@ -415,6 +415,7 @@ class GatewayModel:
                 uniform=world.random.random,
                 max_packet_size=1 << 20,
                 max_connect_size=1 << 16,
+                check_bodies=True,
                 connack=10.0,
             )
             found = StoredSession(name, self.store, self.store.backlog(name), self, facts, after=world.config.after)

@@ -153,6 +153,7 @@ class Bench:
             uniform=lambda: 1.0,
             max_packet_size=1 << 20,
             max_connect_size=1 << 16,
+            check_bodies=True,
             connack=10.0,
         )
         self.open()
@@ -1150,3 +1151,22 @@ def test_a_password_is_kept_in_memory_until_the_broker_refuses_it(bench: Bench) 
     presented = bench.stored.presented()
     assert presented is not None
     assert presented[1].password is None
+
+
+def test_bodies_of_the_brokers_packets_are_checked(bench: Bench) -> None:
+    """As for any other device: a PUBLISH with Packet Identifier 0 does not reach it."""
+    device, upstream = bench.connect(), bench.online()
+    bench.stored.upstream_received(publish(4, b"t", b"x", 1, 0))
+    assert device.take() == []
+    assert upstream.aborted
+
+
+def test_bodies_of_the_devices_packets_are_checked(bench: Bench) -> None:
+    """An acknowledgement passes as it is, so its properties must be right."""
+    device, upstream = bench.connect(version=5), bench.online(version=5)
+    bench.stored.upstream_received(publish(5, b"t", b"x", 1, 7))
+    upstream.take()
+    bench.stored.device_received(packet(PUBACK, b"\0\7\0\2\xff\xff"))
+    assert acknowledgements(upstream.take(), PUBACK) == []
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.MALFORMED_PACKET

@@ -209,6 +209,7 @@ class World:
     uniform: Callable[[], float]
     max_packet_size: int
     max_connect_size: int
+    check_bodies: bool
     connack: float
 
 
@@ -231,7 +232,8 @@ class _Visit:
         self.is_first_upstream = True
         self.pace: Pace | None = treatment.pace(world.seconds)
         self.largest = treatment.max_packet_size or min(world.max_packet_size, LARGEST_HELD)
-        self.packets = WholePackets(treatment.from_device(connect.version, self.largest))
+        checker = treatment.from_device(connect.version, self.largest, check_bodies=world.check_bodies)
+        self.packets = WholePackets(checker)
         # What was read and waits until earlier SUBSCRIBEs and UNSUBSCRIBEs are answered; `requests` counts them.
         self.waiting: deque[bytes] = deque()
         self.requests = 0
@@ -507,7 +509,8 @@ class StoredSession:
         if visit is not None:
             visit.device.verified(peer)
         limit = treatment.max_packet_size or min(self._world.max_packet_size, LARGEST_HELD)
-        checker: Framer | BrokerInspector = treatment.from_broker(treated.version, limit)
+        checked = self._world.check_bodies
+        checker: Framer | BrokerInspector = treatment.from_broker(treated.version, limit, check_bodies=checked)
         if visit is None:
             checker = Framer(Sender.BROKER, treated.version, limit)
         self._from_broker = WholePackets(checker)
