@@ -155,7 +155,7 @@ class DeviceRule:
             problems.append(
                 (
                     ".store",
-                    "without the broker nobody else can tell who the device is: give the rule bound_to or lan_password",
+                    "without a broker, the gateway must identify the device itself: set bound_to or lan_password",
                 )
             )
         problems += identity_problems(self)

@@ -619,7 +619,7 @@ class Session:
 
     def _sweep_stored(self, now: float) -> None:
         if now >= self._lives_until:
-            self._end(EndReason.GATEWAY_STOPPING, "the disk did not take its last messages in time")
+            self._end(EndReason.GATEWAY_STOPPING, "its last messages were not written to disk in time")
         elif now >= self._check_at:
             # Who stores for the device checks its broker.
             self._check_peers(now)

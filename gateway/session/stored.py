@@ -366,7 +366,7 @@ class StoredSession:
         before = self.visit
         if before is not None:
             self._end_visit()
-            before.device.finish(EndReason.TAKEN_OVER, "its own device came anew", code=_TAKEN_OVER)
+            before.device.finish(EndReason.TAKEN_OVER, "the device reconnected", code=_TAKEN_OVER)
         self.outgoing.forget_copies()
         # A predecessor that is still there is half open, and the broker does with its Will what it does with others.
         self._leave_upstream(with_disconnect=before is None and bool(self._farewell))
@@ -954,7 +954,8 @@ class StoredSession:
                 self._leave_upstream(with_disconnect=False)
                 state.has_session = True
                 visit.device.finish(
-                    EndReason.STORED_SESSION_DIFFERS, "the broker has a session that the gateway did not know of"
+                    EndReason.STORED_SESSION_DIFFERS,
+                    "the broker kept a session; the device was told that there was none",
                 )
                 return
             visit.is_first_upstream = False
