@@ -35,6 +35,11 @@ _PROBE = Path(__file__).with_name("turns_probe.py")
 _PATIENCE = 400.0
 
 
+# A message that the broker answers with a flood, and a packet of that flood.
+_FLOOD = "flood"
+_TINY = mqtt.publish("site/a", b"")
+
+
 class Broker:
     """A TLS broker that accepts everybody and answers PINGREQ; it reads what it gets and forgets it."""
 
@@ -62,6 +67,9 @@ class Broker:
             while data := secured.recv(1 << 20):
                 if data == mqtt.pingreq():
                     secured.sendall(mqtt.pingresp())
+                elif _FLOOD.encode() in data:
+                    for _ in range(20):
+                        secured.sendall(_TINY * (0x4000 // len(_TINY)))
 
 
 class Gateway:
@@ -247,6 +255,45 @@ def _publish(_: Path, start: Start) -> dict[str, float]:
 @_input("SUBSCRIBE with 174,000 Topic Filters under a rule")
 def _subscribe(_: Path, start: Start) -> dict[str, float]:
     return _relayed(start, mqtt.subscribe(*["abc"] * 174_000, version=5))
+
+
+@_input("PUBLISHes of 5 bytes as fast as they come, under a rule")
+def _tiny(_: Path, start: Start) -> dict[str, float]:
+    return _relayed(start, mqtt.publish("a", b"", version=5) * 50_000)
+
+
+@_input("PUBLISHes of 10 bytes from the broker, 16 KiB of them in a TLS record, under a rule")
+def _tiny_down(_: Path, start: Start) -> dict[str, float]:
+    return _relayed(start, mqtt.publish(_FLOOD, version=5))
+
+
+@_input("PINGREQs with padded lengths, without a rule")
+def _padded(_: Path, start: Start) -> dict[str, float]:
+    gateway = start()
+    connection = _session(gateway)
+    gateway.longest()
+    _send(connection, mqtt.packet(0xC0, length_size=3) * 100_000)
+    return gateway.longest()
+
+
+@_input("SUBSCRIBEs of 8 bytes, without a rule")
+def _crowd(_: Path, start: Start) -> dict[str, float]:
+    gateway = start()
+    connection = _session(gateway)
+    gateway.longest()
+    _send(connection, mqtt.subscribe("a") * 40_000)
+    return gateway.longest()
+
+
+@_input("40 devices that flood with PUBLISHes of 5 bytes under a rule")
+def _many(_: Path, start: Start) -> dict[str, float]:
+    gateway = start(_RULE)
+    connections = [_session(gateway, client_identifier=f"d{number}") for number in range(40)]
+    gateway.longest()
+    for connection in connections:
+        threading.Thread(target=_send, args=(connection, mqtt.publish("a", b"") * 2_000)).start()
+    time.sleep(1)
+    return gateway.longest()
 
 
 @_input("1,500 wrong passwords at once")

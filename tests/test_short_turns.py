@@ -36,8 +36,8 @@ CROWDS: dict[str, tuple[Callable[[], Any], bytes, int]] = {
     "checked": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), _TINY, 1_000),
     "judged": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), mqtt.subscribe("a"), 200),
     "judged, from the broker": (lambda: CheckingFramer(Sender.BROKER, _V5, _LIMIT), mqtt.suback(version=5), 200),
-    "under a rule": (lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT), _TINY, 100),
-    "under a rule, PINGREQ": (lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT), mqtt.pingreq(), 100),
+    "under a rule": (lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT), _TINY, 60),
+    "under a rule, PINGREQ": (lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT), mqtt.pingreq(), 60),
     "under a rule, padded": (
         lambda: DeviceInspector(_PREFIXES, _V3, _LIMIT),
         mqtt.packet(0xC0, length_size=3),
@@ -46,9 +46,9 @@ CROWDS: dict[str, tuple[Callable[[], Any], bytes, int]] = {
     "under a rule, from the broker": (
         lambda: BrokerInspector(_PREFIXES, _V3, _LIMIT),
         mqtt.publish("site/a", b""),
-        100,
+        60,
     ),
-    "withheld": (lambda: BrokerInspector(_PREFIXES, _V5, _LIMIT), mqtt.publish("a", b"", version=5, qos=2), 100),
+    "withheld": (lambda: BrokerInspector(_PREFIXES, _V5, _LIMIT), mqtt.publish("a", b"", version=5, qos=2), 60),
     "large heads from the broker": (
         lambda: BrokerInspector(_PREFIXES, _V5, _LIMIT),
         mqtt.publish("site/a", b"", version=5, properties=_PROPERTIES),
@@ -243,6 +243,26 @@ def test_sessions_that_go_on_share_several_turns(work: Work) -> None:
     relay.stop()
 
 
+def test_events_have_the_rest_of_the_turn(make: Callable[[], Descriptor], work: Work) -> None:
+    """Sessions that go on and events share the limit; neither keeps the other waiting."""
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    descriptors = [make() for _ in range(20)]
+    for each in descriptors:
+        each.on_read = work.some
+        relay.addReader(each)
+        each.peer.send(b"x")
+    for _ in range(20):
+        relay.later(work.some)
+    began = work.now
+    reactor.turn()
+    relay.doRead()
+    assert 0 < sum(each.read for each in descriptors) <= 2
+    assert work.now - began <= 0.0025
+    relay.stop()
+
+
 def test_a_mistake_of_one_that_goes_on_leaves_the_others(logged_errors: list[dict[str, Any]]) -> None:
     reactor = Clocked()
     relay = RelayReactor(reactor)
@@ -261,7 +281,7 @@ def test_a_mistake_of_one_that_goes_on_leaves_the_others(logged_errors: list[dic
     assert done == [1]
 
 
-def test_ten_connections_are_accepted_at_a_time() -> None:
+def test_five_connections_are_accepted_at_a_time() -> None:
     """Each costs a session; Twisted would take a hundred and more at once."""
     relay = RelayReactor(Clocked())
     relay.start()
@@ -270,8 +290,8 @@ def test_ten_connections_are_accepted_at_a_time() -> None:
     built: list[object] = []
     factory.buildProtocol = lambda address: built.append(address)  # type: ignore[assignment, func-returns-value]
     port: Any = relay.listenTCP(0, factory, backlog=100, interface="127.0.0.1")
-    clients = [socket.create_connection(("127.0.0.1", port.getHost().port)) for _ in range(60)]
-    for expected in range(10, 70, 10):
+    clients = [socket.create_connection(("127.0.0.1", port.getHost().port)) for _ in range(30)]
+    for expected in range(5, 35, 5):
         port.doRead()
         assert len(built) == expected
     for client in clients:

@@ -58,7 +58,7 @@ _WITH_QOS_1_FLAGS = frozenset({PacketType.PUBREL, PacketType.SUBSCRIBE, PacketTy
 # Up to this size, in bytes, a device's packets are held until they are complete.
 _HELD_WHOLE = 4096
 # The work done at a time: a packet costs some 10 µs, and so do about so many bytes of what is read.
-_WORK_AT_ONCE, _BYTES_PER_WORK = 100, 64
+_WORK_AT_ONCE, _BYTES_PER_WORK = 60, 64
 _MOST = 2
 _SHOWN_TOPIC = 128  # characters
 

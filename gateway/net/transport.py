@@ -60,8 +60,10 @@ _LINGER = 0.001
 _TURN = 0.004
 # Seconds of work in a turn after which what is left waits for the next one: of events, and of calls of `later`.
 _WORK, _LATER_WORK = 0.002, 0.001
+# And for how long events are handled where those calls have taken all of it.
+_LEAST_WORK = 0.0005
 # Connections accepted in one event.
-_ACCEPTED_AT_ONCE = 10
+_ACCEPTED_AT_ONCE = 5
 # Bytes read at a time.  Python allocates the requested size and shrinks it afterwards, so large reads are only for
 # connections that send much; they stay below malloc's threshold for mapping new pages at each call (128 KiB).
 _SMALL_READ = 0x1000
@@ -302,6 +304,8 @@ class RelayReactor:
         # Calls for later turns, and the next turn for them.
         self._later: deque[Callable[[], object]] = deque()
         self._next: IDelayedCall | None = None
+        # How long they took in this turn, in seconds.
+        self._spent = 0.0
 
     @property
     def running(self) -> bool:
@@ -393,7 +397,7 @@ class RelayReactor:
 
     def _go_on(self) -> None:
         self._next = None
-        until = monotonic() + _LATER_WORK
+        began = now = monotonic()
         # Those that are added meanwhile are for another turn.
         for _ in range(len(self._later)):
             if not self._later:
@@ -402,8 +406,10 @@ class RelayReactor:
                 self._later.popleft()()
             except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
                 _internal_error(error)
-            if monotonic() >= until:
+            now = monotonic()
+            if now >= began + _LATER_WORK:
                 break
+        self._spent = now - began
         if self._later and self._next is None:
             self._next = self._reactor.callLater(0, self._go_on)
 
@@ -489,7 +495,8 @@ class RelayReactor:
     def doRead(self) -> None:
         """Process the pending events, and those that follow soon, as far as there is time."""
         epoll, selectables, fresh, core = self._epoll, self._selectables, self._fresh, self.core
-        wait, until, work = 0.0, monotonic() + _TURN, _WORK
+        wait, until, work = 0.0, monotonic() + _TURN, max(_WORK - self._spent, _LEAST_WORK)
+        self._spent = 0.0
         while True:
             left = self._still_due() if self._left else None
             fresh.clear()
