@@ -128,7 +128,9 @@ class _Wait:
 
     def _now(self) -> None:
         self._queue.remove(self)
-        self._call()
+        # It would hold on to what waited, and Twisted's call to this.
+        call, self._call, self._soon = self._call, _nothing, None
+        call()
 
     def active(self) -> bool:
         """See IDelayedCall."""
@@ -151,3 +153,7 @@ class _Wait:
     def reset(self, secondsFromNow: float) -> None:  # noqa: N803  the interface's name
         """Fail: nobody moves a single timeout."""
         raise NotImplementedError
+
+
+def _nothing() -> None:
+    """Stands for what has been called."""
