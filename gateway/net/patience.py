@@ -17,6 +17,8 @@ from functools import partial
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import implementer
 
+_LATE = 1.0  # seconds; by which a timeout must be late to get its whole time again, once
+
 
 @implementer(IReactorTime)
 class PatientClock:
@@ -94,7 +96,14 @@ class _Queue:
             if wait.ends > now:
                 self._timer = self.clock.callLater(wait.ends - now, self._due)
                 break
+            if now - wait.ends > _LATE and not wait.was_late:
+                # The process was stopped, and nobody has given the time back yet.
+                wait.was_late = True
+                wait.put_off(now + self.delay)
+                continue
             wait.call_soon()
+        if self._timer is None and (left := [wait.ends for wait in self.waits if wait.ends > now]):
+            self._timer = self.clock.callLater(min(left) - now, self._due)
 
     def _stop(self) -> None:
         if self._timer is not None:
@@ -104,12 +113,13 @@ class _Queue:
 
 @implementer(IDelayedCall)
 class _Wait:
-    __slots__ = ("_call", "_queue", "_soon", "ends")
+    __slots__ = ("_call", "_queue", "_soon", "ends", "was_late")
 
     def __init__(self, queue: _Queue, call: Callable[[], object]) -> None:
         self._queue = queue
         self._call = call
         self.ends = queue.clock.seconds() + queue.delay
+        self.was_late = False
         # Set once it is due.
         self._soon: IDelayedCall | None = None
         queue.add(self)

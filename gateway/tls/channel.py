@@ -276,8 +276,10 @@ class TLSChannel:
             raise self._fail(UpstreamFailure(EndReason.TLS_CLOSED, "close_notify in the handshake")) from None
         except SSL.Error as error:
             offered = self._policy.offered
-            failure = self._failure or handshake_failure(_queue(error), approved=self._approved, offered=offered)
-            raise self._fail(failure) from None
+            # Not in a variable: the exception holds this frame, and the frame would hold the exception.
+            raise self._fail(
+                self._failure or handshake_failure(_queue(error), approved=self._approved, offered=offered)
+            ) from None
         except Exception as error:  # noqa: BLE001  pyOpenSSL re-raises here what its callback raised
             raise self._fail(_unexpected(error)) from None
         try:
