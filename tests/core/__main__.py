@@ -1,6 +1,6 @@
 """Runs the compiled core under sanitizers: `python -m tests.core fuzz|tests [--seconds N]`.
 
-In: clang, with its runtime libraries.  Out: exit status 0 if nothing was found.  `fuzz` runs libFuzzer on what reads
+In: clang, with its runtime libraries, and gcc for its warnings.  Out: exit status 0 if nothing was found.  `fuzz` runs libFuzzer on what reads
 bytes from peers; `tests` runs the core's tests in a copy of the tree, whose core AddressSanitizer and UBSan watch.
 """
 
@@ -76,6 +76,7 @@ def _tests(directory: Path) -> int:
     output = directory / "gateway" / "relay" / "_core.abi3.so"
     flags = [_SANITIZE, "-shared-libasan", "-fPIC", "-shared"]
     source = _ROOT / "gateway" / "relay" / "_core.c"
+    subprocess.run(["gcc", "-std=c11", "-O2", *_WARNINGS, _include(), "-fsyntax-only", str(source)], check=True)
     subprocess.run([*_COMMON, *flags, _include(), str(source), "-o", str(output)], check=True)
     runtime = subprocess.run(
         ["clang", f"-print-file-name=libclang_rt.asan-{platform.machine()}.so"],
