@@ -16,6 +16,7 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import IAddress, IListeningPort
 from twisted.internet.protocol import Factory, Protocol
 from twisted.logger import Logger
+from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 
 _log = Logger(namespace="gateway")
@@ -25,6 +26,7 @@ NAME = "socket"
 _OWNER_ONLY = 0o600
 _MOST_REQUESTS = 8
 _LONGEST = 262_144  # bytes of a request; a Client Identifier of 64 KiB can be longer in JSON
+_TIMEOUT = 5.0  # seconds for a request to arrive
 
 Change = Callable[[str, str], Deferred[list[tuple[str, int]]]]
 
@@ -36,7 +38,7 @@ class StorePort(Factory):
 
     def __init__(self, reactor: Any, directory: Path, change: Change) -> None:
         """Take a reactor that provides IReactorUNIX, and what makes a change: its action, the device."""
-        self._reactor = reactor
+        self.reactor = reactor
         self._path = directory / NAME
         self.change = change
         self._port: IListeningPort | None = None
@@ -47,7 +49,7 @@ class StorePort(Factory):
         try:
             # Left behind by a process that was killed; the lock is this process's.
             self._path.unlink(missing_ok=True)
-            self._port = self._reactor.listenUNIX(str(self._path), self, mode=_OWNER_ONLY)
+            self._port = self.reactor.listenUNIX(str(self._path), self, mode=_OWNER_ONLY)
         except (OSError, CannotListenError) as error:
             _log.error(
                 "cannot listen on {path} ({error}): for `mqtts-gateway store drop` or `retry`, stop the gateway",
@@ -67,28 +69,35 @@ class StorePort(Factory):
         return None if self.requests >= _MOST_REQUESTS else _Request(self)
 
 
-class _Request(Protocol):
+class _Request(TimeoutMixin, Protocol):
     def __init__(self, port: StorePort) -> None:
         self._of = port
         self._read = b""
+        self._is_complete = False
+
+    def callLater(self, period: float, what: Callable[[], None]) -> Any:
+        return self._of.reactor.callLater(period, what)
 
     def connectionMade(self) -> None:
         self._of.requests += 1
+        self.setTimeout(_TIMEOUT)
 
     def connectionLost(self, reason: object = None) -> None:
         del reason
+        self.setTimeout(None)
         self._of.requests -= 1
 
     def dataReceived(self, data: bytes) -> None:
+        if self._is_complete:
+            return
         self._read += data
         if b"\n" not in data and len(self._read) <= _LONGEST:
             return
+        self._is_complete = True
+        self.setTimeout(None)
         try:
-            values = json.loads(self._read)
-            action, device = values["action"], values["device"]
-            if action not in {"drop", "retry"} or not isinstance(device, str):
-                raise ValueError(action)  # noqa: TRY301  it is answered below, as all that is not a request
-        except (ValueError, KeyError, TypeError):
+            action, device = _parsed(self._read)
+        except (ValueError, KeyError, TypeError, RecursionError):
             self._answer({"error": "this is not a request"})
             return
         changing = self._of.change(action, device)
@@ -101,3 +110,12 @@ class _Request(Protocol):
         assert self.transport is not None  # noqa: S101  the connection was made; narrows the type
         self.transport.write(json.dumps(values).encode() + b"\n")
         self.transport.loseConnection()
+
+
+def _parsed(request: bytes) -> tuple[str, str]:
+    """Return the action and the device.  Raises ValueError, KeyError, TypeError or RecursionError."""
+    values = json.loads(request)
+    action, device = values["action"], values["device"]
+    if action not in {"drop", "retry"} or not isinstance(device, str):
+        raise ValueError(action)
+    return action, device
