@@ -569,6 +569,37 @@ def test_qos_2_is_published_anew_in_a_new_session(bench: Bench) -> None:
     assert not bench.store.released
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+def test_qos_2_is_published_again_if_a_connack_was_lost(bench: Bench, *, restarts: bool) -> None:
+    """The broker may have lost its session, and made the one that is present for the CONNECT without a CONNACK."""
+    bench.offline()
+    bench.up(b"x", qos=2)
+    bench.settle()
+    upstream = bench.online()
+    identifier = read_publish(4, upstream.sent[-1])[3]
+    bench.ack(PUBREC, identifier)
+    bench.settle()
+    bench.lose()
+    unanswered = bench.verified()
+    assert unanswered.sent == []  # that there is one has to survive a crash
+    bench.settle()
+    assert unanswered.sent[0][0] >> 4 == 1
+    if restarts:
+        bench.start()
+        bench.stored.sweep(bench.now)
+    else:
+        bench.lose()
+    again = bench.online(session_present=True)
+    assert acknowledgements(again.sent, PUBREL) == []
+    assert [read_publish(4, raw)[2:] for raw in again.sent if raw[0] >> 4 == 3] == [(2, identifier, True)]
+    bench.ack(PUBREC, identifier)
+    bench.settle()
+    bench.lose()
+    answered = bench.online(session_present=True)
+    bench.settle()
+    assert acknowledgements(answered.sent, PUBREL) == [identifier]
+
+
 def test_a_qos_2_message_that_is_sent_again_is_stored_once(bench: Bench) -> None:
     """Its Packet Identifier is known until PUBREL, also after a restart."""
     bench.offline()

@@ -81,11 +81,15 @@ class _Flight:
 
 @define(slots=True)
 class Facts:
-    """What is known of the connection; `max_packet_size` is the broker's, in bytes, 0 for none."""
+    """What is known of the connection; `max_packet_size` is the broker's, in bytes, 0 for none.
+
+    `is_same` says that the broker's session is certainly the one that the gateway knows.
+    """
 
     version: ProtocolVersion = ProtocolVersion.MQTT_3_1_1
     window: int = WINDOW
     session_present: bool = False
+    is_same: bool = False
     max_packet_size: int = 0
 
 
@@ -136,7 +140,11 @@ class Outgoing:
         self._early: dict[int, int] = {}
         self._loaded: deque[Row] = deque()
         self._reading = False
-        self._waits_for_disk = False
+        # Messages to be published anew, and how many of them are not written yet.
+        self._unmarked: list[int] = []
+        self._unmarking = 0
+        # Those that the disk did not take.
+        self._marked_still: list[int] = []
         # Rows that may have been sent in this session of the broker's, each with its Packet Identifier, 0 if unknown.
         self._sent_before: dict[int, int] = {}
         # After a restart nobody knows which of the first rows were sent.
@@ -168,6 +176,27 @@ class Outgoing:
     def is_settled(self) -> bool:
         """Whether nothing is in memory only."""
         return not (self._copies or self._sent_copies or self._pending or self._refused)
+
+    @property
+    def has_released(self) -> bool:
+        """Whether messages are between the broker's PUBREC and PUBCOMP."""
+        return bool(self._released())
+
+    def publish_released_anew(self) -> None:
+        """The broker may have a new session, which knows nothing of messages between PUBREC and PUBCOMP.
+
+        Nothing is sent before that is durable: after a crash they must not be taken for received.  Comes before
+        `connect`.
+        """
+        self._unmarked = self._released()
+        self._unmarking = len(self._unmarked)
+        for number in self._unmarked:
+            self._unmark(number)
+
+    def _released(self) -> list[int]:
+        released = self._store.released
+        # What is in flight is at the front.
+        return [number for number in self._backlog.first(4 * WINDOW) if number in released] if released else []
 
     @property
     def in_flight(self) -> int:
@@ -216,6 +245,10 @@ class Outgoing:
         if not facts.session_present:
             self._sent_before.clear()
             self._may_repeat = 0
+        elif not facts.is_same:
+            # DUP and the same identifier let the broker recognise a message, if it is the old session after all.
+            self._sent_before.update(dict.fromkeys(self._unmarked, 0))
+        self._unmarked.clear()
         self.pump()
 
     def lost(self) -> None:
@@ -226,7 +259,9 @@ class Outgoing:
             self._sent_before[flight.row.number] = identifier
         self._flights.clear()
         self._loaded.clear()
-        self._reading = self._waits_for_disk = self._full = False
+        self._reading = self._full = False
+        self._unmarking = 0
+        self._marked_still.clear()
         self._pings = 0
         self._backlog.give_back()
         self.spill()
@@ -293,6 +328,10 @@ class Outgoing:
         oldest = next(iter(self._sent_copies.values()), None) or next(iter(self._copies), None)
         if oldest is not None and now + interval > oldest.since + self.after:
             self.spill()
+        if self._marked_still and self._store.failure is None:
+            again, self._marked_still = self._marked_still, []
+            for number in again:
+                self._unmark(number)
         self.pump()
 
     def spill(self) -> None:
@@ -316,7 +355,7 @@ class Outgoing:
     def pump(self) -> None:
         """Send what may be sent."""
         window = self.facts.window
-        while self._loaded and self.connected and not (self._full or self._waits_for_disk) and self.in_flight < window:
+        while self._loaded and self.connected and not (self._full or self._unmarking) and self.in_flight < window:
             if self._loaded[0].identifier in self._flights:
                 break  # an identifier comes again after 32,768 rows of all devices
             self._send_row(self._loaded.popleft())
@@ -444,12 +483,6 @@ class Outgoing:
         if message.expiry is not None and waited >= message.expiry and not was_sent:
             self._store.finish(self._backlog, [number], "expired")
             return
-        if is_released and not self.facts.session_present:
-            # What the broker had of it is gone with its session; it must not be taken for received after a crash.
-            self._waits_for_disk = True
-            self._loaded.appendleft(row)
-            self._store.unmark_released(number, partial(self._unmarked, self._epoch))
-            return
         duplicate = self.facts.session_present and (before is not None or self._is_of_last_run(number))
         if not message.qos and not self.confirm:
             identifier, awaits = -number, PacketType.PINGRESP
@@ -491,11 +524,17 @@ class Outgoing:
         flight.awaits = PacketType.PUBCOMP
         self._send(acknowledgement(PacketType.PUBREL, flight.identifier))
 
-    def _unmarked(self, epoch: int, error: StoreError | None) -> None:
-        if epoch == self._epoch:
-            self._waits_for_disk = False
-            if error is None:
-                self.pump()
+    def _unmark(self, number: int) -> None:
+        self._store.unmark_released(number, partial(self._is_unmarked, number, self._epoch))
+
+    def _is_unmarked(self, number: int, epoch: int, error: StoreError | None) -> None:
+        if epoch != self._epoch:
+            return
+        if error is not None:
+            self._marked_still.append(number)
+            return
+        self._unmarking -= 1
+        self.pump()
 
     def _finish(self, flight: _Flight) -> None:
         del self._flights[flight.identifier]

@@ -295,6 +295,9 @@ class StoredSession:
         self._upstream: Upstream | None = None
         self._is_dialling = False
         self._is_up = False
+        # Whether each CONNECT before this one was answered, as far as that matters.
+        self._was_answered = True
+        self._has_asked = False
         self._up_since = 0.0
         self._treated: Connect | None = None
         # The device's last CONNECT, with its password: in memory only.
@@ -517,7 +520,21 @@ class StoredSession:
         self._ping_interval = treated.keep_alive / 2 if treated.keep_alive else _IDLE_PING
         self._sent_at = now
         self._pinged_at = None
-        upstream.write(self._for_broker(packet, treated, limit))
+        self._has_asked = False
+        self._was_answered = not self.state.connack_missing
+        words = self._for_broker(packet, treated, limit)
+        if self._was_answered and self.outgoing.has_released:
+            # If the CONNACK is lost, nobody may take the new session that this makes for the old one, not even after a
+            # crash.
+            self.state.connack_missing = True
+            self._save(lambda: self._ask(upstream, words), lambda _: self._ask(upstream, words))
+        else:
+            self._ask(upstream, words)
+
+    def _ask(self, upstream: Upstream, connect: bytes) -> None:
+        if self._upstream is upstream:
+            self._has_asked = True
+            upstream.write(connect)
 
     def upstream_failed(self, failure: SessionEnd, *, later: float = 0.0) -> None:
         """There is no broker now; `later` is how many seconds the next attempt has to wait at least."""
@@ -944,8 +961,12 @@ class StoredSession:
         keep_alive = _integer(properties, PropertyId.SERVER_KEEP_ALIVE, treated.keep_alive)
         self._ping_interval = keep_alive / 2 if keep_alive else _IDLE_PING
         limits = without_properties(section, PropertyId.ASSIGNED_CLIENT_IDENTIFIER)
-        if state.clean_pending or limits != state.limits:
-            state.clean_pending = False
+        is_same = session_present and self._was_answered
+        if not is_same:
+            # Before `connack_missing` is cleared, so that a crash in between changes nothing.
+            self.outgoing.publish_released_anew()
+        if state.clean_pending or state.connack_missing or limits != state.limits:
+            state.clean_pending = state.connack_missing = False
             state.limits = limits
             self._save(None)
         if visit is not None:
@@ -964,6 +985,7 @@ class StoredSession:
                 treated.version,
                 max(1, min(WINDOW, _integer(properties, PropertyId.RECEIVE_MAXIMUM, WINDOW))),
                 session_present,
+                is_same,
                 _integer(properties, PropertyId.MAXIMUM_PACKET_SIZE, 0),
             )
         )
@@ -1091,6 +1113,9 @@ class StoredSession:
         was_up, self._is_up = self._is_up, False
         if was_up:
             self.offline_since = self._world.seconds()
+        if self._upstream is not None and not self._has_asked and self._was_answered:
+            # CONNECT has not left.
+            self.state.connack_missing = False
         self._upstream = None
         self._reader = self._from_broker = None
         self._pinged_at = None

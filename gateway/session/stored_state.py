@@ -19,7 +19,9 @@ class DeviceState:
 
     `connect` is its last CONNECT without password and Will; `had_password` says that it had one. `address` and
     `listener` are where it came from. `has_session` says that broker and gateway keep a session for it; `clean_pending`
-    that the broker has not been told of its Clean Start yet. `limits` are the properties of the broker's last CONNACK.
+    that the broker has not been told of its Clean Start yet. `connack_missing` says that a CONNECT has left without an
+    answer while messages were between PUBREC and PUBCOMP: Session Present in the next CONNACK does not prove that the
+    broker still has them. `limits` are the properties of the broker's last CONNACK.
     `will` is published if the device does not come back; None when it has left in order.
     """
 
@@ -29,6 +31,7 @@ class DeviceState:
     listener: str = ""
     has_session: bool = False
     clean_pending: bool = False
+    connack_missing: bool = False
     limits: bytes = b""
     subscriptions: Subscriptions = field(factory=Subscriptions)
     will: Message | None = None
@@ -45,6 +48,7 @@ class DeviceState:
                 "listener": self.listener,
                 "has_session": self.has_session,
                 "clean_pending": self.clean_pending,
+                "connack_missing": self.connack_missing,
                 "limits": self.limits.hex(),
                 "subscriptions": self.subscriptions.dumped(),
                 "will": None
@@ -78,6 +82,7 @@ class DeviceState:
             listener=str(values["listener"]),
             has_session=bool(values["has_session"]),
             clean_pending=bool(values["clean_pending"]),
+            connack_missing=bool(values.get("connack_missing", False)),
             limits=bytes.fromhex(str(values["limits"])),
             will_delay=float(str(values["will_delay"])),
         )

@@ -63,6 +63,10 @@ class Backlog:
         self._sizes[at:at] = sizes
         self._stamps[at:at] = stamps
 
+    def first(self, most: int) -> list[int]:
+        """Return the numbers of the first rows, taken or not."""
+        return self._numbers[self._head : self._head + most].tolist()
+
     def take(self, most: int) -> list[int]:
         """Take the next rows into one's hands; return their numbers."""
         start = self._head + self.taken
