@@ -443,7 +443,14 @@ class PacketError(SessionEnd):
 
 
 class UpstreamFailure(SessionEnd):
-    """There is no verified channel to the broker."""
+    """There is no verified channel to the broker.
+
+    `is_orderly` tells that the broker has closed the connection, which neither broke nor was reset.
+    """
+
+    def __init__(self, reason: EndReason, detail: str = "", *, is_orderly: bool = False) -> None:
+        super().__init__(reason, detail)
+        self.is_orderly = is_orderly
 
 
 class UnknownIssuer(UpstreamFailure):

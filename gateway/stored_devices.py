@@ -298,7 +298,9 @@ class StoredDevices:
             stored = self.sessions.get(name)
             if action == "drop" and stored is not None:
                 stored.dropped()
-            elif action == "retry" and stored is None and count and not self._stopping:
+            elif action == "retry" and stored is not None:
+                stored.resume()
+            elif action == "retry" and count and not self._stopping:
                 self._begin(name)
             done.callback((name, count))
 

@@ -237,8 +237,8 @@ class BrokerLink:
         self._up_at = self._down_at = 0.0
         self.is_dead = False
         # Whether CONNACK, or anything, has reached the gateway.
-        self.is_answered = False
-        # Whether the CONNECT before this one got no answer.
+        self.is_answered = self.is_accepted = False
+        # Whether a CONNECT since the last one that was accepted got no answer.
         self.is_unsure = False
 
     # the gateway's side
@@ -248,7 +248,9 @@ class BrokerLink:
         for raw in packets_of(data):
             if raw[0] >> 4 == 1:
                 before, self.world.asked[self.stored.name] = self.world.asked.get(self.stored.name), self
-                self.is_unsure = before is not None and not before.is_answered
+                if before is not None:
+                    # A refusal says nothing about a CONNECT before it.
+                    self.is_unsure = not before.is_answered or (before.is_unsure and not before.is_accepted)
             if raw[0] >> 4 == 3 and self.session is not None:
                 self._wrote(raw, self.session)
         if self.open:
@@ -311,6 +313,7 @@ class BrokerLink:
     def _deliver(self, data: bytes) -> None:
         if self.open and self.gateway.alive and not self.blackhole and self.stored._upstream is self:
             self.is_answered = True
+            self.is_accepted = self.is_accepted or (data[0] >> 4 == 2 and not data[3])
             self.stored.upstream_received(data)
 
     def _arrive(self, data: bytes) -> None:

@@ -11,7 +11,7 @@ import attrs
 import pytest
 
 from gateway.config import StoreConfig
-from gateway.errors import EndReason, SessionEnd
+from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.mqtt.connect import Connect
 from gateway.session.stored import Phase, StoredSession, World
 from gateway.session.stored_state import DeviceState
@@ -1201,3 +1201,79 @@ def test_bodies_of_the_devices_packets_are_checked(bench: Bench) -> None:
     assert acknowledgements(upstream.take(), PUBACK) == []
     assert device.ended is not None
     assert device.ended[0] is EndReason.MALFORMED_PACKET
+
+
+# ---- a broker that hangs up on a message
+
+
+def hang_up(bench: Bench, *, others: bool = True) -> list[bytes]:
+    """Connect, let the broker close the connection; return the payloads that it got.  A minute passes."""
+    bench.stored.device_received(b"\xc0\0")
+    bench.sweep(61)
+    upstream = bench.online()
+    bench.settle()
+    if others:
+        bench.store.counts.confirmed += 1
+    got = upstream.payloads
+    bench.stored.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "test", is_orderly=True))
+    bench.settle()
+    return got
+
+
+def with_backlog(bench: Bench, *payloads: bytes) -> Device:
+    """Serve a device without a broker, and store these."""
+    device = bench.offline()
+    for number, payload in enumerate(payloads, 1):
+        bench.up(payload, identifier=number)
+    bench.settle()
+    return device
+
+
+def test_a_message_on_which_the_broker_hangs_up_is_set_aside(bench: Bench) -> None:
+    """After three times alone; the others are delivered."""
+    with_backlog(bench, b"bad", b"good")
+    assert hang_up(bench) == [b"bad", b"good"]
+    for _ in range(3):
+        assert hang_up(bench) == [b"bad"]
+    assert sum(bench.store.aside.values()) == 1
+    bench.sweep(61)
+    upstream = bench.online()
+    assert upstream.payloads == [b"good"]
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.settle()
+    assert not bench.store.messages
+
+
+def test_a_broker_that_hangs_up_on_everybody_costs_no_message(bench: Bench) -> None:
+    """It has confirmed nothing of other devices in between, so it is no message's fault."""
+    with_backlog(bench, b"x")
+    for _ in range(6):
+        assert hang_up(bench, others=False) == [b"x"]
+    assert not bench.store.aside
+
+
+def test_a_connection_that_breaks_costs_no_message(bench: Bench) -> None:
+    """That is the network."""
+    with_backlog(bench, b"x")
+    for _ in range(6):
+        bench.sweep(61)
+        bench.online()
+        bench.store.counts.confirmed += 1
+        bench.stored.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "test"))
+        bench.settle()
+    assert not bench.store.aside
+
+
+def test_after_two_messages_in_a_row_the_device_is_at_fault(bench: Bench) -> None:
+    """Nothing more is sent until it comes anew, or a person asks for it."""
+    with_backlog(bench, b"1", b"2", b"3")
+    for _ in range(7):
+        hang_up(bench)
+    assert sum(bench.store.aside.values()) == 2
+    dials = bench.dials
+    bench.sweep(120)
+    assert bench.dials == dials
+    assert bench.stored.trouble is not None
+    bench.stored.resume()
+    bench.sweep(61)
+    assert bench.dials == dials + 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -196,7 +197,8 @@ class UpstreamProtocol(RelaySide):
         if channel.broken is not None:
             session.upstream_broken(channel.broken)
         elif channel.received_close:
-            session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "the broker closed the connection"))
+            words = "the broker closed the connection"
+            session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, words, is_orderly=True))
 
     def write(self, data: bytes) -> None:
         """Encrypt and send.  Raises `NotVerified` before the broker is verified."""
@@ -239,7 +241,8 @@ class UpstreamProtocol(RelaySide):
         if session is not None:
             if not closing:
                 detail = f"{self.how_lost(reason)} by the broker, without close_notify"
-                session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, detail))
+                is_orderly = reason.check(ConnectionDone) is not None
+                session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, detail, is_orderly=is_orderly))
             session.upstream_gone()
         elif not closing and not self.verified.called:
             self.verified.errback(UpstreamFailure(EndReason.TLS_CLOSED, f"{self.how_lost(reason)} by the upstream"))

@@ -36,6 +36,10 @@ _FIRST_REFUSAL = 0x80
 # Reason codes that may pass: the message is sent again as a new one (MQTT 5.0 §3.4.2.1).
 _MAY_PASS = frozenset({0x80, 0x83, 0x97})
 _MOST_TRIES = 3
+_MOST_HANG_UPS = 3
+_HANG_UPS_APART = 60.0  # seconds
+MOST_ASIDE_IN_ROW = 2
+"""After so many the device, or its rule, is at fault, and not its messages."""
 
 
 class Owner(Protocol):
@@ -150,6 +154,13 @@ class Outgoing:
         # After a restart nobody knows which of the first rows were sent.
         self._may_repeat = 2 * WINDOW
         self._tries: dict[int, int] = {}
+        # Rows on which the broker hung up: the last one, when, and how many messages of others it had confirmed then.
+        self._one_at_a_time = False
+        self._suspect = 0
+        self._suspected: list[tuple[float, int]] = []
+        self._confirmed = 0
+        # How many were set aside for that, without one that was delivered in between.
+        self.aside_in_row = 0
         self._pings = 0
         self._next_low = 0
         self.reserved: set[int] = set()
@@ -251,6 +262,36 @@ class Outgoing:
         self._unmarked.clear()
         self.pump()
 
+    def hung_up(self) -> None:
+        """The broker closes the connection without a word; comes before `lost`.
+
+        Some brokers do that to a message that they do not take.  The next connection sends one at a time, to find out
+        which it is.  One that was alone three times is set aside, if the broker has served other devices in between.
+        """
+        if not self.in_flight:
+            return
+        self._one_at_a_time = True
+        if len(self._flights) > 1 or self._sent_copies:
+            return
+        (flight,) = self._flights.values()
+        number, now = flight.row.number, self._seconds()
+        others = self._store.counts.confirmed - self._confirmed
+        if number != self._suspect:
+            self._suspect = number
+            self._suspected.clear()
+        if self._suspected:
+            before, others_before = self._suspected[-1]
+            if now - before < _HANG_UPS_APART or others == others_before:
+                return
+        self._suspected.append((now, others))
+        if len(self._suspected) < _MOST_HANG_UPS or number in self._pending or flight.awaits is PacketType.PUBCOMP:
+            return
+        del self._flights[flight.identifier]
+        self._suspected.clear()
+        self.aside_in_row += 1
+        words = f"the broker closed the connection {_MOST_HANG_UPS} times when it was sent"
+        self._store.set_aside(self._backlog, number, words)
+
     def lost(self) -> None:
         """The connection is gone."""
         self._epoch += 1
@@ -288,6 +329,8 @@ class Outgoing:
         """Take PUBACK, PUBREC or PUBCOMP; what nobody waits for is ignored, since it may be late."""
         self.last_progress = self._seconds()
         copy = self._sent_copies.get(identifier)
+        if copy is not None or identifier in self._flights:
+            self._was_confirmed()
         if copy is not None and packet_type is PacketType.PUBACK:
             del self._sent_copies[identifier]
             self._copied_bytes -= size_of(copy.message)
@@ -317,6 +360,7 @@ class Outgoing:
         if self._pings:
             self._pings = 0
             for flight in [each for each in self._flights.values() if each.is_pinged]:
+                self._was_confirmed()
                 self._finish(flight)
             self.pump()
             self._changed()
@@ -354,7 +398,7 @@ class Outgoing:
 
     def pump(self) -> None:
         """Send what may be sent."""
-        window = self.facts.window
+        window = self._window
         while self._loaded and self.connected and not (self._full or self._unmarking) and self.in_flight < window:
             if self._loaded[0].identifier in self._flights:
                 break  # an identifier comes again after 32,768 rows of all devices
@@ -371,6 +415,16 @@ class Outgoing:
         if not self.live and self.is_idle:
             self.live = True
 
+    @property
+    def _window(self) -> int:
+        return 1 if self._one_at_a_time else self.facts.window
+
+    def _was_confirmed(self) -> None:
+        self._confirmed += 1
+        self._store.counts.confirmed += 1
+        self._one_at_a_time = False
+        self.aside_in_row = 0
+
     # ---- inside: LIVE
 
     def _forward(self, message: Message, of_device: int, owner: Owner | None) -> None:
@@ -384,7 +438,7 @@ class Outgoing:
             self.spill()
 
     def _send_copies(self) -> None:
-        while self._copies and self.connected and self.in_flight < self.facts.window:
+        while self._copies and self.connected and self.in_flight < self._window:
             copy = self._copies.popleft()
             copy.identifier = self._low_identifier()
             self._sent_copies[copy.identifier] = copy
@@ -564,7 +618,7 @@ class Outgoing:
     def _ping_if_needed(self) -> None:
         """Ask for proof that QoS 0 messages from disk have arrived: brokers read in order."""
         waiting = [each for each in self._flights.values() if each.awaits is PacketType.PINGRESP and not each.is_pinged]
-        is_stuck = self.in_flight >= self.facts.window or not (self._loaded or self._reading)
+        is_stuck = self.in_flight >= self._window or not (self._loaded or self._reading)
         if waiting and not self._pings and is_stuck:
             self._pings = 1
             for flight in waiting:

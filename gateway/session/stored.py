@@ -21,7 +21,7 @@ from typing import Protocol
 
 import attrs
 
-from gateway.errors import EndReason, PacketError, SessionEnd
+from gateway.errors import EndReason, PacketError, SessionEnd, UpstreamFailure
 from gateway.mqtt.connack import (
     CONNACK_PROPERTIES,
     connack_acceptance,
@@ -70,7 +70,7 @@ from gateway.mqtt.relayed import read_publish, read_subscribe, read_unsubscribe
 from gateway.mqtt.rewrite import ConnectChanges, connect_properties, rewrite_connect, will_properties
 from gateway.mqtt.whole import WholePackets
 from gateway.session.incoming import Incoming
-from gateway.session.outgoing import WINDOW, Facts, Outgoing
+from gateway.session.outgoing import MOST_ASIDE_IN_ROW, WINDOW, Facts, Outgoing
 from gateway.session.pace import Pace
 from gateway.session.record import Dial, Peer
 from gateway.session.stored_state import DeviceState
@@ -370,6 +370,7 @@ class StoredSession:
         if before is not None:
             self._end_visit()
             before.device.finish(EndReason.TAKEN_OVER, "the device reconnected", code=_TAKEN_OVER)
+        self.resume()
         self.outgoing.forget_copies()
         # A predecessor that is still there is half open, and the broker does with its Will what it does with others.
         self._leave_upstream(with_disconnect=before is None and bool(self._farewell))
@@ -581,7 +582,13 @@ class StoredSession:
     def upstream_broken(self, failure: SessionEnd) -> None:
         """The connection to the broker has come to an end."""
         if self._upstream is not None:
+            if self._is_up and isinstance(failure, UpstreamFailure) and failure.is_orderly:
+                self.outgoing.hung_up()
             self._drop_upstream(failure)
+
+    def resume(self) -> None:
+        """Deliver again after messages were set aside: a person, or the device itself, has come."""
+        self.outgoing.aside_in_row = 0
 
     def upstream_full(self, is_full: bool) -> None:
         """The connection to the broker takes no more for now, or again."""
@@ -904,6 +911,11 @@ class StoredSession:
             return
         if self.visit is None and self.outgoing.is_idle:
             return
+        if self.outgoing.aside_in_row >= MOST_ASIDE_IN_ROW:
+            words = "the broker has closed the connection on several messages in a row: `mqtts-gateway store retry`"
+            self.trouble = SessionEnd(EndReason.UPSTREAM_LOST, words)
+            self._offer_offline()
+            return
         if self.backlog.loading:
             # Only an upstream that is not LIVE could be used, and the scan takes seconds.
             self._offer_offline()
@@ -1004,6 +1016,10 @@ class StoredSession:
         self._changed()
 
     def _refused_by_broker(self, treated: Connect, code: int, raw: bytes) -> None:
+        if self._was_answered and self.state.connack_missing:
+            # A CONNECT that is refused makes no session.
+            self.state.connack_missing = False
+            self._save(None)
         is_5 = treated.version is ProtocolVersion.MQTT_5_0
         words = f"CONNACK 0x{code:02X}, {describe_connack(treated.version, code)}"
         failure = SessionEnd(EndReason.UPSTREAM_REFUSED, words)

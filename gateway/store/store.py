@@ -64,11 +64,12 @@ class StoreWriter(Protocol):
 
 @define(slots=True)
 class Counts:
-    """What the store has done since the start; `dropped` is by reason."""
+    """What was done since the start; `dropped` is by reason, `confirmed` counts acknowledgements of brokers."""
 
     stored: int = 0
     drained: int = 0
     set_aside: int = 0
+    confirmed: int = 0
     dropped: Counter[str] = field(factory=Counter)
     commits: int = 0
     commit_seconds: float = 0.0
