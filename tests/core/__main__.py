@@ -1,7 +1,8 @@
 """Runs the compiled core under sanitizers: `python -m tests.core fuzz|tests [--seconds N]`.
 
-In: clang, with its runtime libraries, and gcc for its warnings.  Out: exit status 0 if nothing was found.  `fuzz` runs libFuzzer on what reads
-bytes from peers; `tests` runs the core's tests in a copy of the tree, whose core AddressSanitizer and UBSan watch.
+In: clang, with its runtime libraries, and gcc for its warnings.  Out: exit status 0 if nothing was found.  `fuzz` runs
+libFuzzer on what reads bytes from peers; `tests` runs the core's tests in a copy of the tree, whose core
+AddressSanitizer and UBSan watch.
 """
 
 # ruff: noqa: T201  a command line tool prints
