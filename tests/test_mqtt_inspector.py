@@ -748,3 +748,14 @@ def test_a_disconnect_has_its_code_behind_a_rule_too():
     inspector = from_device(version=5)
     inspector.feed(disconnect(code=4))
     assert (inspector.disconnected, inspector.disconnect_code) == (True, 4)
+
+
+def test_no_turn_takes_more_than_a_few_packets() -> None:
+    """However many come at once; the rest passes in the turns that follow, in order."""
+    inspector = from_device(TopicRules(max_qos=1))
+    packets = [publish(payload=b"%d" % number) for number in range(500)]
+    passed = [inspector.feed(b"".join(packets))]
+    while inspector.behind:
+        passed.append(inspector.feed(b""))
+    assert b"".join(passed) == b"".join(packets)
+    assert max(part.count(b"t/1") for part in passed) <= 100

@@ -1377,6 +1377,8 @@ def test_an_inspected_device_is_read_in_small_pieces() -> None:
     """Its packets take longer to pass, and others have their turn in between."""
     assert treated(topics=TopicRules(max_qos=1)).device.largest_read <= 2048
     assert treated().device.largest_read == 65_536
+    # So is a broker whose messages are read.
+    assert treated(topics=TopicRules(subscribe_prefix="p/")).upstream.largest_read <= 4096
 
 
 # ---- what has not been read yet
