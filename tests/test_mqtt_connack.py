@@ -252,7 +252,7 @@ def test_a_device_is_sent_to_no_other_server(code, rest):
             assert disconnect_for_device(sent) == mqtt_packets.disconnect(code=code, properties=rest)
 
 
-@pytest.mark.parametrize("body", [b"\x9c\x05\x1c", b"\x9c\x02\x11\0", b"\x9c\0x", b"\x9c" + b"\xff" * 9])
+@pytest.mark.parametrize("body", [b"\x9c\x05\x1c", b"\x9c\x05", b"\x9c\x02\x11\0", b"\x9c\0x", b"\x9c" + b"\xff" * 9])
 def test_a_disconnect_that_cannot_be_read_keeps_its_code_alone(body):
     """A Server Reference could be anywhere in it."""
     assert disconnect_for_device(packet(0xE0, body)) == packet(0xE0, body[:1])

@@ -135,6 +135,11 @@ def test_what_is_no_topic_name(text):
         check_name(text)
 
 
+@pytest.mark.parametrize("text", ["a", "a/b", "/", "$SYS/x", " ", "é"])
+def test_topic_names_that_are_right_pass(text):
+    check_name(text)
+
+
 @given(text=topic_filters())
 def test_filters_that_are_right_pass(text):
     """Whatever the levels."""

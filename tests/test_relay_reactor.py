@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from twisted.internet import tcp
 from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 
-from gateway.net.transport import RelayReactor
+from gateway.net.transport import RelayReactor, SendsAtOnce
 
 
 class Idle:
@@ -253,3 +255,65 @@ def test_a_stop_ends_all_connections(make: Make) -> None:
     relay.addReader(make())
     relay.stop()
     assert all(len(each.lost) == 1 for each in descriptors)
+
+
+# ---- a transport that sends at once
+
+
+class Transport(SendsAtOnce, tcp.Connection):
+    """A transport over one end of a pair of sockets."""
+
+    def __init__(self, relay: RelayReactor) -> None:
+        end, self.peer = socket.socketpair()
+        end.setblocking(False)
+        self.peer.settimeout(10)
+        self.ended: list[Failure] = []
+        protocol = Protocol()
+        protocol.connectionLost = self.ended.append  # type: ignore[assignment]
+        super().__init__(end, protocol, relay)  # type: ignore[arg-type]  # it has what transports ask for
+        self.connected = True
+        protocol.makeConnection(self)
+
+
+@pytest.fixture
+def transport(relay: RelayReactor) -> Iterator[Transport]:
+    transport = Transport(relay)
+    yield transport
+    transport.peer.close()
+    if not transport.ended:
+        transport.connectionLost(Failure(ConnectionDone()))
+
+
+def test_nothing_is_sent_after_a_half_close(transport: Transport) -> None:
+    transport.write(b"before")
+    assert transport.is_ordinary
+    transport.loseWriteConnection()
+    assert not transport.is_ordinary
+    transport.write(b"after")
+    assert (transport.peer.recv(100), transport.peer.recv(100)) == (b"before", b"")
+
+
+def test_what_the_kernel_does_not_take_is_sent_when_it_does(relay: RelayReactor, transport: Transport) -> None:
+    """In order; meanwhile nothing overtakes it."""
+    # What is longer is left to Twisted's buffer from the start.
+    pieces = [bytes([number]) * 20_000 for number in range(100)]
+    for piece in pieces:
+        transport.write(piece)
+    assert not transport.is_ordinary
+    received = bytearray()
+    while len(received) < 2_000_000:
+        received += transport.peer.recv(65536)
+        relay.doRead()
+    assert bytes(received) == b"".join(pieces)
+    assert transport.is_ordinary
+
+
+def test_a_send_that_failed_does_not_end_a_connection_orderly(transport: Transport) -> None:
+    """The kernel tells of an error once, and here `write` was told."""
+    transport.peer.close()
+    transport.write(b"into the void")
+    assert not transport.is_ordinary
+    assert not transport.ended
+    transport.connectionLost(Failure(ConnectionDone()))
+    (end,) = transport.ended
+    assert end.check(ConnectionLost)

@@ -168,6 +168,25 @@ def test_what_waited_goes_before_what_is_encrypted(make: MakeEngine) -> None:
     assert peer.decrypt(calls.encrypt(b"second"), 2) == (b"first, second", None)
 
 
+@pytest.mark.skipif(direct._set_groups is None, reason="this cryptography does not give SSL_set1_curves_list")
+def test_only_the_group_that_is_asked_for_is_offered() -> None:
+    """In the ClientHello's supported_groups (RFC 8446 §4.2.7); a name that OpenSSL does not know changes nothing."""
+
+    def hello(group: str) -> bytes:
+        client = SSL.Connection(SSL.Context(SSL.TLS_METHOD), None)
+        client.set_connect_state()
+        calls = DirectCalls(client)
+        calls.offer_group(group)
+        assert lib.ERR_peek_error() == 0
+        with pytest.raises(SSL.WantReadError):
+            client.do_handshake()
+        return calls.waiting()
+
+    only_p384 = b"\x00\x0a\x00\x04\x00\x02\x00\x18"
+    assert only_p384 in hello("secp384r1")
+    assert only_p384 not in hello("no such group")
+
+
 def test_without_pyopenssls_private_names_the_public_calls_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a release that has put them elsewhere; the log says so, once."""
     monkeypatch.setitem(sys.modules, "OpenSSL._util", ModuleType("OpenSSL._util"))
