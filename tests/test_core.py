@@ -12,6 +12,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -685,3 +686,26 @@ def test_a_core_that_fails_its_trial_is_not_used(core: Any, monkeypatch: pytest.
     assert choice.core is None
     assert "trial" in choice.words
     assert choice.remedy
+
+
+def test_a_core_that_is_older_than_its_source_is_not_used(
+    core: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """After a `git pull`, Python and a core of before may not fit together."""
+    binary = tmp_path / "_core.abi3.so"
+    binary.touch()
+    monkeypatch.delenv(choosing.SWITCH, raising=False)
+    monkeypatch.setattr(core, "__file__", str(binary))
+    choosing._tried.cache_clear()
+    try:
+        installed = choosing.engine()
+        os.utime(binary, (1, 1))
+        (tmp_path / "_core.c").touch()
+        choosing._tried.cache_clear()
+        stale = choosing.engine()
+    finally:
+        choosing._tried.cache_clear()
+    assert installed.name == "compiled", "a wheel has no source"
+    assert stale.name == "python"
+    assert "older than its source" in stale.words
+    assert stale.remedy

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from attrs import frozen
@@ -72,6 +73,8 @@ def _tried() -> Choice:
         core: Any = import_module("gateway.relay._core")
     except ImportError:
         return Choice(None, "the compiled core was not built", _BUILD)
+    if _is_stale(Path(core.__file__)):
+        return Choice(None, "the compiled core is older than its source", "Reinstall the gateway: pip install -e .")
     if choose() is PublicCalls:
         return Choice(None, "OpenSSL cannot be called directly", "Install a pyOpenSSL that this version supports.")
     try:
@@ -83,6 +86,12 @@ def _tried() -> Choice:
     except Exception as error:  # noqa: BLE001  whatever a core that was built for another version comes up with
         return Choice(None, f"the compiled core failed its trial ({error!r})", _BUILD)
     return Choice(core)
+
+
+def _is_stale(core: Path) -> bool:
+    """Whether this is a clone whose source has changed since the core was built: they may not fit together."""
+    source = core.with_name("_core.c")
+    return source.exists() and source.stat().st_mtime > core.stat().st_mtime
 
 
 # ---- verdicts
