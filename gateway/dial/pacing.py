@@ -82,8 +82,8 @@ class Pacer:
             shed = self._queue.shed(visitor.address)
             if shed is None:
                 self.refused += 1
-                raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} are already waiting")
-            self._refuse(shed, "most of the waiters are from its address")
+                raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} devices are already waiting")
+            self._refuse(shed, "its address has the most waiting devices")
         if not self._queue:
             self._expiring.clear()
         expires = self._clock.seconds() + min(self._patience, visitor.patience()) + _GRACE
@@ -153,4 +153,4 @@ class Pacer:
             if not self._queue or (waiter := self._first_to_expire()).expires > now:
                 return
             self._queue.discard(waiter.address, waiter)
-            self._refuse(waiter, "no turn in time")
+            self._refuse(waiter, "timed out in the queue")

@@ -179,9 +179,11 @@ class ProxiedConnection(Protocol):
         if self._closing:
             return
         if self._is_local:
-            self._doorstep.refuse(self, EndReason.CONNECT_TIMEOUT, "nothing followed a health check's header")
+            self._doorstep.refuse(self, EndReason.CONNECT_TIMEOUT, "a health check's header, and nothing after it")
         else:
-            self._doorstep.refuse(self, EndReason.NO_PROXY_HEADER, f"received {len(self._header)} bytes of it in time")
+            self._doorstep.refuse(
+                self, EndReason.NO_PROXY_HEADER, f"only {len(self._header)} bytes of it before the timeout"
+            )
 
     def close(self) -> None:
         """Close the connection at once."""

@@ -72,8 +72,8 @@ class Turns:
         if len(self._queue) >= _ROOM:
             shed = self._queue.shed(visitor.address)
             if shed is None:
-                raise self._too_many(f"{len(self._queue)} are already waiting")
-            shed.turn.errback(self._too_many("its address has most of the waiters"))
+                raise self._too_many(f"{len(self._queue)} devices are already waiting")
+            shed.turn.errback(self._too_many("its address has the most waiting devices"))
         turn: Deferred[None] = Deferred(lambda _: self._queue.discard(visitor.address, waiter))
         waiter = _Waiter(visitor, turn)
         self._queue.push(visitor.address, waiter)
@@ -83,7 +83,7 @@ class Turns:
         try:
             await turn
         except DeferredTimeout:
-            raise self._too_many("it waited for too long") from None
+            raise self._too_many("timed out in the queue") from None
 
     def give(self) -> None:
         """Pass a turn on to the next waiter."""
@@ -92,7 +92,7 @@ class Turns:
             return
         waiter = self._queue.pop()
         if waiter.visitor.has_left():
-            waiter.turn.errback(Refusal(EndReason.DEVICE_LOST, f"while it waited for {self._what}", 3, 0x88))
+            waiter.turn.errback(Refusal(EndReason.DEVICE_LOST, f"while waiting for {self._what}", 3, 0x88))
             # One in each turn of the event loop: thousands may have left.
             self._clock.callLater(0, self.give)
         else:

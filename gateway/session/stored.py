@@ -879,7 +879,7 @@ class StoredSession:
                 # The device was told something else.
                 if self.visit is not None:
                     self.visit.device.finish(
-                        EndReason.STORED_SESSION_DIFFERS, "the broker granted less than the gateway had answered"
+                        EndReason.STORED_SESSION_DIFFERS, "the broker granted less than the gateway had told the device"
                     )
                 subscriptions.remove([each.topic_filter for each in request.wanted if each not in granted], told=True)
         self._answered_at = self._world.seconds()
