@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -65,8 +66,9 @@ class Descriptor:
 @pytest.fixture
 def relay(monkeypatch: pytest.MonkeyPatch) -> Iterator[RelayReactor]:
     """Return a relay's reactor that is running."""
-    # A machine that stands still for a moment must not end a turn.
-    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: 0.0)
+    # A machine that stands still for a moment must not end a turn; a microsecond passes each time somebody asks.
+    ticks = itertools.count()
+    monkeypatch.setattr("gateway.net.transport.monotonic", lambda: next(ticks) / 1e6)
     relay = RelayReactor(Idle())
     relay.start()
     yield relay
