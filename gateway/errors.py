@@ -269,7 +269,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "Enable on the broker what the detail lists, or set tls.ciphers; `mqtts-gateway check` shows what it supports.",
+        "`mqtts-gateway check` shows what the broker supports: enable on it what the detail lists, or set tls.ciphers.",
     )
     TLS_VERSION = (
         "tls-version",
