@@ -317,6 +317,11 @@ def start_sensors(site: Site) -> Iterator[Callable[[str, int], list[Sensor]]]:
             started.append(sensors[-1])
             # One after the other, so that each is counted when the next is dealt out.
             sensors[-1].wait_for_more(1)
+        # The gateways' logs may come a little later than CONNACK.
+        eventually(
+            lambda: all(any(site.sensors(each, [sensor]) for each in site.gateways) for sensor in sensors),
+            "all in a log",
+        )
         return sensors
 
     yield start

@@ -234,7 +234,7 @@ def test_a_line_feed_at_the_end_is_no_safe_character() -> None:
 
 def test_a_value_that_there_is_not() -> None:
     """A device on a UNIX socket has no address; nobody writes None into a name."""
-    with pytest.raises(UnusableValueError, match=r"\{address\} is not known"):
+    with pytest.raises(UnusableValueError, match=r"\{address\} has no value"):
         expand("{address}", {"address": None})
     assert expand("{{}}", {}) == "{}"
     assert expand("as it is", {}) == "as it is"

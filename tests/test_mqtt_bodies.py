@@ -204,15 +204,6 @@ def test_a_head_that_waits_is_not_judged_again_with_each_byte(monkeypatch):
     assert len(asked) < 5
 
 
-def test_packets_that_are_not_plain_are_counted():
-    """Of the last piece that held more than one short packet: each costs time."""
-    framer = fresh()
-    framer.feed(publish("t") * 3 + acknowledgement(0x40) + subscribe("a") + publish("é"))
-    assert framer.judged == 3
-    framer.feed(publish("t") * 2)
-    assert framer.judged == 0
-
-
 def test_a_stream_is_lent_where_it_stands():
     """With a head that is not whole, which whoever borrows it goes on from."""
     sent = publish("topic", b"payload")

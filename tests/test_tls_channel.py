@@ -998,7 +998,7 @@ def test_a_broker_without_a_common_cipher_is_told_what_was_offered(policy: TLSPo
     server = Server(certify(ROOT, key=rsa_key(2048)), maximum=ssl.TLSVersion.TLSv1_2, **offer)
     failure = refused(TLSChannel(policy, LOCALHOST), server)
     assert failure.reason is EndReason.TLS_HANDSHAKE_FAILED
-    assert "ECDHE or DHE and AES-GCM or ChaCha20-Poly1305; curves X25519, P-256" in failure.detail
+    assert "ECDHE or DHE with AES-GCM or ChaCha20-Poly1305; groups X25519, P-256" in failure.detail
 
 
 def test_a_renegotiation_that_is_declined_is_no_refused_certificate() -> None:

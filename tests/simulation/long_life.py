@@ -18,6 +18,7 @@ import attrs
 from gateway.config import TLS, Config, Drain, Failover, Listener, Pacing, Upstream
 from gateway.errors import EndReason
 from gateway.gateway import Gateway
+from gateway.prepared import free
 from gateway.session.record import SessionRecord
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
@@ -172,6 +173,7 @@ class LongLife(World):
         prepared = self.gateway.prepare(self.config)
         self.generations.append(weakref.ref(prepared))
         self.gateway.adopt(self.gateway.made(prepared))
+        free(prepared)  # as the service does
 
     def _trouble(self, hour: int) -> None:
         broker = self.brokers[hour % 2]

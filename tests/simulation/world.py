@@ -28,6 +28,7 @@ from gateway.errors import EndReason
 from gateway.gateway import Gateway
 from gateway.net import transport
 from gateway.ops.journal import Journal
+from gateway.prepared import free
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
 from gateway.tls.channel import ChannelState
@@ -289,7 +290,9 @@ class World:
     def _change(self) -> None:
         """All is made anew, as at a reload; nobody may notice."""
         self.note("gateway", "changes to another generation")
-        self.gateway.adopt(self.gateway.made(self.gateway.prepare(self.config)))
+        prepared = self.gateway.prepare(self.config)
+        self.gateway.adopt(self.gateway.made(prepared))
+        free(prepared)  # as the service does
 
     def _stopped(self, _: object) -> None:
         self.note("gateway", "has stopped")
