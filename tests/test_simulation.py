@@ -497,7 +497,13 @@ def keeps_the_devices_own_password(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Session, "treat", forgetful)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+# These take ten seconds and more.
+HARD_TO_FIND = {"forgets_a_balancer_that_came_for_nobody", "writes_into_the_middle_of_a_packet"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HARD_TO_FIND else []) for name in MUTANTS]
+)
 def test_a_broken_gateway_is_found(
     name: str, identities: Identities, monkeypatch: pytest.MonkeyPatch, logged_errors: list[dict[str, Any]]
 ) -> None:
