@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -104,7 +105,11 @@ def plant(tmp_path: Path, root: Certified) -> Iterator[Plant]:
 
 
 class Sensor:
-    """A client whose session is kept, which sends again what it has no acknowledgement for (paho does)."""
+    """A client whose session is kept, which sends again what it has no acknowledgement for (paho does).
+
+    paho may send a message that is published before CONNACK, or just after it, ahead of those that it sends again.
+    `is_ready` is false until they are sent, so that a device whose messages are published only then keeps their order.
+    """
 
     def __init__(self, name: str, port: int) -> None:
         self.name = name
@@ -114,12 +119,22 @@ class Sensor:
         self._payloads: dict[int, str] = {}
         self.client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, clean_session=False)
         self.client.reconnect_delay_set(1, 1)
-        self.client.max_inflight_messages_set(50)
+        self.client.max_inflight_messages_set(0)  # no limit: those that wait for their turn might be overtaken, too
+        self.is_ready = False
+        self._lock = threading.Lock()
+        self.client.on_pre_connect = self._connecting
+        self.client.on_connect = self._connected
         self.client.on_publish = self._published
         self.client.on_disconnect = self._disconnected
         self.client.connect_async("127.0.0.1", port)
         self.client.loop_start()
         eventually(self.client.is_connected, f"{name} is connected")
+
+    def publish_if_ready(self, qos: int) -> None:
+        """Send the next message of this QoS, unless it might overtake others."""
+        with self._lock:
+            if self.is_ready:
+                self.publish(qos)
 
     def publish(self, qos: int) -> None:
         """Send the next message of this QoS."""
@@ -127,9 +142,18 @@ class Sensor:
         self.numbers[qos] += 1
         self._payloads[self.client.publish(f"from/{self.name}", payload, qos).mid] = payload
 
+    def _connecting(self, *_: Any) -> None:
+        with self._lock:
+            self.is_ready = False
+
+    def _connected(self, *_: Any) -> None:
+        self.is_ready = not self.waiting
+
     def _published(self, _client: Any, _data: Any, mid: int, *_: Any) -> None:
         # paho may say so before `publish` has returned the number.
         self._acknowledged.add(mid)
+        # The thread that sends messages again reads this acknowledgement only when it has sent them all.
+        self.is_ready = True
 
     def _disconnected(self, *_: Any) -> None:
         self.disconnects += 1
@@ -328,7 +352,7 @@ def run_killed(plant: Plant, tmp_path: Path, kills: int, count: int) -> tuple[in
             for _ in range(10):
                 for sensor in random.sample(sensors, max(1, count // 2)):
                     if sensor.waiting < _MOST_WAITING:
-                        sensor.publish(random.choice((1, 2)))
+                        sensor.publish_if_ready(random.choice((1, 2)))
                 time.sleep(random.uniform(0, 0.15))
             process.send_signal(signal.SIGKILL)
             process.wait()
