@@ -269,7 +269,7 @@ class EndReason(StrEnum):
     TLS_HANDSHAKE_FAILED = (
         "tls-handshake-failed",
         "The TLS handshake failed.",
-        "`mqtts-gateway check` shows what the broker supports: enable on it what the detail lists, or set tls.ciphers.",
+        "Enable on the broker what the detail lists, or set tls.ciphers to what `mqtts-gateway check` finds there.",
     )
     TLS_VERSION = (
         "tls-version",
