@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from gateway.store.store import Store
 from tests.stored_world import StoredWorld, parsed
 
 SEEDS = 6
-MANY_SEEDS = 3000
+MANY_SEEDS = int(os.environ.get("STORE_SEEDS", "200"))
 # A broken gateway is found within so many seeds, or, if that is hard, within many.
 ENOUGH, MANY = 25, 200
 
