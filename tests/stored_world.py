@@ -56,11 +56,18 @@ class Clock:
         self.now = until
 
 
+class Memory(sqlite3.Connection):
+    """A database in memory; a gateway that crashes does not close it, and Python 3.13 would warn."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class MemoryDatabase(Database):
     """The gateway's database in memory, which outlives the gateway."""
 
     def __init__(self, directory: Path, name: str) -> None:
-        super().__init__(directory, lambda _: sqlite3.connect(name, uri=True, isolation_level=None))
+        super().__init__(directory, lambda _: sqlite3.connect(name, uri=True, isolation_level=None, factory=Memory))
         self.path = directory / "none"
 
     def _take_lock(self) -> None:
@@ -722,7 +729,7 @@ class StoredWorld:
         self.seed = seed
         self.directory = directory
         self.database = f"file:stored{seed}?mode=memory&cache=shared"
-        self._keeps = sqlite3.connect(self.database, uri=True)
+        self._keeps = sqlite3.connect(self.database, uri=True, factory=Memory)
         self.clock = Clock()
         self.config = StoreConfig(after=random.choice((2.0, 5.0)))
         self.problems: list[str] = []

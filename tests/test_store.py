@@ -38,7 +38,7 @@ from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
 from gateway.store.store import Store
 from gateway.store.writer import Writer
 from tests.harness import eventually
-from tests.stored_world import open_memory_store
+from tests.stored_world import Memory, open_memory_store
 from tests.tools import require_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,7 +253,7 @@ def kept(tmp_path: Path) -> Callable[..., tuple[Store, Any]]:
 
     def make(**values: Any) -> tuple[Store, Any]:
         name = f"file:{tmp_path.name}{len(opened)}?mode=memory&cache=shared"
-        opened.append(sqlite3.connect(name, uri=True))
+        opened.append(sqlite3.connect(name, uri=True, factory=Memory))
         return open_memory_store(tmp_path, name, StoreConfig(**values), lambda: 0.0, lambda: clock[0])
 
     clock = [1_800_000_000.0]
