@@ -77,7 +77,7 @@ def test_the_operations_from_install_to_decommission(plant: Plant) -> None:
     box, reader = plant.box, Reader(plant, OPERATIONS)
     assert "nothing changed" in reader.do("install")
     box.write(SETTINGS / "ca.pem", plant.ca.cert_pem.bytes().decode())
-    (lines,) = re.findall(r"```toml\n\[tls\]\n(.*?)```", OPERATIONS.read_text(), re.DOTALL)
+    lines = re.findall(r"```toml\n\[tls\]\n(.*?)```", OPERATIONS.read_text(), re.DOTALL)[0]
     box.do("sed", "-i", f"s|^\\[tls\\]$|[tls]\\n{lines.strip()}|".replace("\n", "\\n"), CONFIG)
     reader.receive("first")
     reader.do("key")
