@@ -39,7 +39,7 @@ from tests.simulation.identities import Identities
 from tests.simulation.run import report, run
 from tests.simulation.world import simulate
 
-SEEDS = int(os.environ.get("SIMULATION_SEEDS", "500"))
+SEEDS = int(os.environ.get("SIMULATION_SEEDS", "350"))
 # Seeds beyond them that failed once.  697, 1469: the gateway's DISCONNECT for a device whose forbidden packet had not
 # arrived yet.  1330: a device closed its sending side while it waited for its turn.
 FAILED_ONCE = (697, 1330, 1469)
