@@ -1,6 +1,6 @@
 """The simulation: seeds find nothing wrong with the gateway, and find what is made wrong with it on purpose.
 
-`SIMULATION_SEEDS` says how many seeds are run (default 500; CI runs 3,500 others as well).  A seed that fails is
+`SIMULATION_SEEDS` says how many seeds are run (default 350; CI runs 3,650 others as well).  A seed that fails is
 printed with the command that runs it alone.
 """
 
