@@ -123,7 +123,7 @@ def _directory(path: Path, mode: int) -> Change:
 def _make_group() -> None:
     program = shutil.which("groupadd", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "groupadd"
     # --force: it is no error that the group exists.
-    done = subprocess.run([program, "--system", "--force", KEY_GROUP], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([program, "--system", "--force", KEY_GROUP], capture_output=True, text=True, check=False)  # noqa: S603  constants
     if done.returncode != 0:
         raise CannotInstallError([f"the group {KEY_GROUP} cannot be created: {done.stderr.strip()}"])
 
