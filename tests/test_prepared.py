@@ -167,6 +167,25 @@ def test_a_broken_rule_file_is_its_own_devices_matter(files: Files, text: str, r
         load_file(files.directory / "gateway.toml")
 
 
+@pytest.mark.parametrize(("text", "refused"), BROKEN)
+def test_a_rule_file_that_breaks_is_no_reason_to_refuse_a_reload(files: Files, text: str, refused: list[str]) -> None:
+    """Nor is its repair: either takes effect with the next reload, whatever the rule said before."""
+    path = files.directory / "devices" / "d1.toml"
+    path.write_text('publish = ["a/#"]\nsubscribe = ["a/#"]\nmax_packet_size = 1000\n')
+    right = files.prepare()
+    path.write_text(text)
+    broken = files.prepare(before=right)
+    assert all(matched(broken, name) in broken.refused for name in refused)
+    path.write_text('publish = ["a/#"]')
+    repaired = files.prepare(before=broken)
+    assert not repaired.refused
+    rule = matched(repaired, "d1")
+    assert rule is not None
+    assert rule.publish == ("a/#",)
+    assert broken.changed[0].startswith("device")
+    assert repaired.changed[0].startswith("device")
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"match_client_id = [", b"match_client_id = 5\n"])
 def test_a_file_that_does_not_say_whom_it_is_for_may_be_for_anybody(files: Files, content: bytes) -> None:
     """Devices that no other file names are refused: one of them may be meant."""

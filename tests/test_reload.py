@@ -25,7 +25,7 @@ from twisted.internet.defer import gatherResults
 from twisted.logger import formatEvent, globalLogPublisher
 
 from gateway.cli.main import console
-from gateway.config import changed_keys, from_mapping
+from gateway.config import Config, changed_keys, from_mapping
 from gateway.dial.dialler import Dialler
 from gateway.errors import ConfigError, EndReason
 from gateway.gateway import Generation
@@ -222,6 +222,30 @@ def test_what_differs_is_named_by_its_key() -> None:
     assert changed(upstream=[{"host": "a"}, {"host": "b", "port": 1}]) == ["upstream[1].port"]
     assert changed(upstream=[{"host": "a"}]) == ["upstream"]
     assert changed(admission={"allow": ["10.0.0.0/8"]}) == ["admission.allow"]
+
+
+RULE: dict[str, Any] = {
+    "password_file": "/p",
+    "client_cert": "/c",
+    "client_key": "/k",
+    "client_key_password_file": "/w",
+    "clean_start": False,
+    "publish": ["a/#"],
+    "subscribe": ["a/#"],
+    "max_packet_size": 1000,
+}
+
+
+@pytest.mark.parametrize("key", RULE)
+def test_a_key_that_comes_or_goes_is_a_difference(key: str) -> None:
+    """Whatever the type of its value, a key that is missing is another value."""
+
+    def ruled(keys: dict[str, Any]) -> Config:
+        return from_mapping({"upstream": [{"host": "a"}], "device": [{"match_client_id": "d", **keys}]})
+
+    needed = {"client_cert": "/c"} if key.startswith("client_key") else {}
+    less, more = ruled(needed), ruled({**needed, key: RULE[key]})
+    assert changed_keys(less, more) == changed_keys(more, less) == [f"device[0].{key}"]
 
 
 # ---- files that change

@@ -21,7 +21,9 @@ def changed_keys(before: Config, after: Config) -> list[str]:
 def _changed(key: str, before: Any, after: Any) -> Iterator[str]:
     if before == after:
         return
-    if attrs.has(type(before)):
+    if type(before) is not type(after):  # a key that may be absent: `None` on one side
+        yield key
+    elif attrs.has(type(before)):
         for field in attrs.fields(type(before)):
             dotted = f"{key}.{field.name}" if key else field.name
             yield from _changed(dotted, getattr(before, field.name), getattr(after, field.name))
