@@ -120,6 +120,13 @@ def test_a_broken_link_would_be_found() -> None:
     assert anchors("# What `check` does, and why\n") == {"what-check-does-and-why"}
 
 
+def test_each_page_is_on_the_site() -> None:
+    """The first page of the site lists all others, each once."""
+    lists = re.findall(r"```\{toctree\}\n(?:\S*:.*\n)*((?:\n|\S+\n)*?)```", (ROOT / "docs" / "index.md").read_text())
+    pages = [page.stem for page in (ROOT / "docs").glob("*.md") if page.stem != "index"]
+    assert sorted(" ".join(lists).split()) == sorted(pages)
+
+
 @pytest.mark.parametrize("document", [ARCHITECTURE, CONTRIBUTING], ids=lambda path: path.name)
 def test_files_that_are_named_exist(document: Path) -> None:
     """Paths in backticks, on their own or in a command."""
