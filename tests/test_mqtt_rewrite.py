@@ -74,7 +74,7 @@ CHANGES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=250)
 @given(made=connects(), changes=CHANGES, upgrade=st.booleans())
 def test_a_rewritten_connect_is_what_the_device_would_have_sent_with_those_fields(made, changes, upgrade):
     """Built anew from the changed fields by the tests' own encoder, it has the same bytes, Will and properties too."""

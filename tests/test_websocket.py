@@ -254,7 +254,8 @@ class Scripted:
                 pass
 
         self.broker = start_broker(serve=serve)
-        self.gateway = start_gateway(upstream=over_websocket(self.broker.port))
+        # This broker leaves a close_notify without an answer.
+        self.gateway = start_gateway(upstream=over_websocket(self.broker.port), timeouts={"close": 0.5})
         self.device = Device(self.gateway.port)
         self.device.send(packets.connect(keep_alive=0))
         assert self.device.read(4) == packets.connack()
