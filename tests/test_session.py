@@ -1246,14 +1246,28 @@ def test_the_servers_keep_alive_counts_when_packets_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_device", "limit", "sent"), [(None, 5000, 5000), (9000, 5000, 5000), (400, 5000, 400), (400, None, 400)]
+    ("of_device", "limit", "of_rule", "sent"),
+    [
+        (None, 5000, None, 5000),
+        (9000, 5000, None, 5000),
+        (400, 5000, None, 400),
+        (400, None, None, 400),
+        (None, 5000, 3000, 3000),
+        (None, None, 3000, 3000),
+        (9000, 5000, 7000, 7000),
+        (400, 5000, 3000, 400),
+    ],
 )
-def test_the_broker_is_told_what_the_gateway_takes(of_device: int | None, limit: int | None, sent: int) -> None:
-    """The smaller of the device's and its own; all else of CONNECT stays."""
+def test_the_broker_is_told_what_the_gateway_takes(
+    of_device: int | None, limit: int | None, of_rule: int | None, sent: int
+) -> None:
+    """The smaller of the device's and its own, which a rule's overrides; all else of CONNECT stays."""
     properties = mqtt.user_property() + (b"" if of_device is None else mqtt.number(0x27, of_device, size=4))
     own = mqtt.connect(version=5, properties=properties, username="u")
     bench = Bench(limits=Limits() if limit is None else Limits(max_packet_size=limit))
     bench.session.device_received(own)
+    if of_rule is not None:
+        bench.session.treat(Treatment(own, ProtocolVersion.MQTT_5_0, max_packet_size=of_rule))
     bench.session.upstream_verified(bench.upstream, PEER)
     announced = mqtt.user_property() + mqtt.number(0x27, sent, size=4)
     assert bench.upstream.bytes == mqtt.connect(version=5, properties=announced, username="u")
@@ -1269,14 +1283,28 @@ def test_before_5_there_is_no_packet_size_to_tell(version: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("of_broker", "limit", "told"),
-    [(None, 5000, 5000), (9000, 5000, 5000), (1000, 5000, 1000 - 10), (1000, None, 1000 - 10), (None, None, None)],
+    ("of_broker", "limit", "of_rule", "told"),
+    [
+        (None, 5000, None, 5000),
+        (9000, 5000, None, 5000),
+        (1000, 5000, None, 1000 - 10),
+        (1000, None, None, 1000 - 10),
+        (None, None, None, None),
+        (None, 5000, 3000, 3000),
+        (None, None, 3000, 3000),
+        (9000, 5000, 7000, 7000),
+        (1000, 5000, 3000, 1000 - 10),
+    ],
 )
-def test_the_device_is_told_what_may_pass(of_broker: int | None, limit: int | None, told: int | None) -> None:
-    """The smaller of the gateway's and the broker's, less what the prefixes add."""
+def test_the_device_is_told_what_may_pass(
+    of_broker: int | None, limit: int | None, of_rule: int | None, told: int | None
+) -> None:
+    """The smaller of the gateway's, which a rule's overrides, and the broker's, less what the prefixes add."""
     bench = Bench(limits=Limits() if limit is None else Limits(max_packet_size=limit)).connect(version=5)
     topics = TopicRules(publish_prefix="hall/", subscribe_prefix="in/")
-    bench.session.treat(Treatment(mqtt.connect(version=5), ProtocolVersion.MQTT_5_0, topics=topics))
+    bench.session.treat(
+        Treatment(mqtt.connect(version=5), ProtocolVersion.MQTT_5_0, topics=topics, max_packet_size=of_rule)
+    )
     bench.session.upstream_verified(bench.upstream, PEER)
 
     def connack(size: int | None) -> bytes:

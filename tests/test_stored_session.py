@@ -343,6 +343,19 @@ def test_offline_the_device_gets_the_limits_of_the_last_connack(bench: Bench) ->
     assert b"\x21\0\x05" in device.connack
 
 
+def test_the_packet_size_of_a_rule_is_told_to_both_sides(bench: Bench) -> None:
+    """To the device also offline, and the broker's own if that is smaller."""
+    size = b"\x27" + (3000).to_bytes(4, "big")
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, max_packet_size=3000)
+    assert size in bench.offline(version=5).connack
+    upstream = bench.verified()
+    assert size in upstream.sent[0]
+    bench.stored.upstream_received(packet(0x20, b"\0\0\5\x27" + (2000).to_bytes(4, "big")))
+    bench.settle()
+    bench.start()
+    assert b"\x27" + (2000).to_bytes(4, "big") in bench.offline(version=5).connack
+
+
 def test_session_present_is_true_offline_once_there_is_a_session(bench: Bench) -> None:
     """And false for a clean start."""
     bench.offline()
