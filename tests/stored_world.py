@@ -57,7 +57,13 @@ class Clock:
 
 
 class Memory(sqlite3.Connection):
-    """A database in memory; a gateway that crashes does not close it, and Python 3.13 would warn."""
+    """A database in memory; a gateway that crashes does not close it, and Python 3.13 would warn.
+
+    The garbage collector closes it in whichever thread it runs.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, uri=True, isolation_level=None, check_same_thread=False)
 
     def __del__(self) -> None:
         self.close()
@@ -67,7 +73,7 @@ class MemoryDatabase(Database):
     """The gateway's database in memory, which outlives the gateway."""
 
     def __init__(self, directory: Path, name: str) -> None:
-        super().__init__(directory, lambda _: sqlite3.connect(name, uri=True, isolation_level=None, factory=Memory))
+        super().__init__(directory, lambda _: Memory(name))
         self.path = directory / "none"
 
     def _take_lock(self) -> None:
@@ -729,7 +735,7 @@ class StoredWorld:
         self.seed = seed
         self.directory = directory
         self.database = f"file:stored{seed}?mode=memory&cache=shared"
-        self._keeps = sqlite3.connect(self.database, uri=True, factory=Memory)
+        self._keeps = Memory(self.database)
         self.clock = Clock()
         self.config = StoreConfig(after=random.choice((2.0, 5.0)))
         self.problems: list[str] = []

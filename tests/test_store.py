@@ -253,7 +253,7 @@ def kept(tmp_path: Path) -> Callable[..., tuple[Store, Any]]:
 
     def make(**values: Any) -> tuple[Store, Any]:
         name = f"file:{tmp_path.name}{len(opened)}?mode=memory&cache=shared"
-        opened.append(sqlite3.connect(name, uri=True, factory=Memory))
+        opened.append(Memory(name))
         return open_memory_store(tmp_path, name, StoreConfig(**values), lambda: 0.0, lambda: clock[0])
 
     clock = [1_800_000_000.0]
