@@ -337,6 +337,16 @@ def test_an_encryption_that_fails_for_python_too_ends_the_session(
     assert record.bytes_up == before
 
 
+def test_bytes_of_which_openssl_took_a_part_end_the_session(
+    bench: Bench, logged_errors: list[dict[str, Any]]
+) -> None:
+    """To encrypt them again would send that part twice."""
+    bench.openssl.fail("ssl_write", 5)
+    bench.device.send(PACKET)
+    assert bench.ended().reason is EndReason.INTERNAL_ERROR
+    logged_errors.clear()
+
+
 @pytest.mark.parametrize("results", [(0,), (-1,)])
 def test_ciphertext_that_stays_in_openssl_is_sent_by_python(bench: Bench, results: tuple[int, ...]) -> None:
     """Before anything else."""
@@ -705,7 +715,11 @@ FAULTS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
     ),
     "a failed encryption counts as done": (
         "encryption_that_fails",
-        (("(int)found.passed) != (int)found.passed) {", "(int)found.passed) == 0) {"),),
+        (("if (written != (int)found.passed) {", "if (written == 0) {"),),
+    ),
+    "a partial encryption is done again": (
+        "of_which_openssl_took_a_part",
+        (("written > 0 ? FAILED : FROM_DEVICE", "FROM_DEVICE"),),
     ),
     "a failed encryption is committed": (
         "encryption_that_fails",

@@ -29,6 +29,9 @@
  * and that is handed over; so what TLS wants to answer (KeyUpdate) never waits here.
  *
  * No OpenSSL headers: the five functions are those that cryptography's wheel has inside, given by Python as addresses.
+ *
+ * If this has to be shorter, leave out `judge` and what only it calls, about 150 lines: sessions under
+ * `limits.check_bodies` then stay with Python.
  */
 
 #define Py_LIMITED_API 0x030b0000
@@ -115,7 +118,7 @@ enum handed {
     TLS_ENDED,      /* as FROM_BROKER, and behind it SSL_read returned `result` */
     DEVICE_ENDED,   /* recv failed with errno `result`, or 0 for the end */
     BROKER_ENDED,   /* likewise */
-    FAILED,         /* no memory: bytes are lost */
+    FAILED,         /* bytes are lost: no memory, or OpenSSL has taken a part of them */
 };
 
 typedef struct {
@@ -484,8 +487,10 @@ static void device_readable(Pair *pair)
     }
     if (found.passed > 0) {
         openssl.clear_errors();
-        if (openssl.ssl_write(pair->ssl, data, (int)found.passed) != (int)found.passed) {
-            hand_over(pair, FROM_DEVICE, network + HELD, received, 0);
+        int written = openssl.ssl_write(pair->ssl, data, (int)found.passed);
+        if (written != (int)found.passed) {
+            /* What OpenSSL has taken a part of must not be encrypted again.  It takes all or nothing as it is set up. */
+            hand_over(pair, written > 0 ? FAILED : FROM_DEVICE, network + HELD, received, 0);
             return;
         }
     }
