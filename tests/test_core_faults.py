@@ -337,9 +337,7 @@ def test_an_encryption_that_fails_for_python_too_ends_the_session(
     assert record.bytes_up == before
 
 
-def test_bytes_of_which_openssl_took_a_part_end_the_session(
-    bench: Bench, logged_errors: list[dict[str, Any]]
-) -> None:
+def test_bytes_of_which_openssl_took_a_part_end_the_session(bench: Bench, logged_errors: list[dict[str, Any]]) -> None:
     """To encrypt them again would send that part twice."""
     bench.openssl.fail("ssl_write", 5)
     bench.device.send(PACKET)

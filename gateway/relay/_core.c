@@ -489,7 +489,7 @@ static void device_readable(Pair *pair)
         openssl.clear_errors();
         int written = openssl.ssl_write(pair->ssl, data, (int)found.passed);
         if (written != (int)found.passed) {
-            /* What OpenSSL has taken a part of must not be encrypted again.  It takes all or nothing as it is set up. */
+            /* What OpenSSL took a part of must not be encrypted again.  As it is set up, it takes all or nothing. */
             hand_over(pair, written > 0 ? FAILED : FROM_DEVICE, network + HELD, received, 0);
             return;
         }
