@@ -7,8 +7,11 @@ from hypothesis import strategies as st
 from gateway.errors import EndReason, PacketError
 from gateway.mqtt.connack import (
     Connack,
+    connack_acceptance,
     connack_for_device,
+    connack_properties,
     connack_refusal,
+    connack_without_session,
     disconnect,
     disconnect_for_device,
     parse_connack,
@@ -47,7 +50,7 @@ def test_success_is_accepted(version):
     assert parsed.accepted
 
 
-@pytest.mark.parametrize(("version", "code"), [(3, 2), (4, 5), (4, 6), (5, 0x87), (5, 0xFE)])
+@pytest.mark.parametrize(("version", "code"), [(3, 2), (4, 5), (4, 6), (5, 0x80), (5, 0x87), (5, 0xFE)])
 def test_a_refusal_is_read_with_its_code(version, code):
     """Codes that no specification knows are refusals too."""
     parsed = parse(connack(version=version, code=code), version)
@@ -175,6 +178,30 @@ def test_a_refusal_is_written_in_the_devices_own_version(version, reason_string,
 
 
 @pytest.mark.parametrize(
+    ("version", "present", "written"),
+    [
+        (3, False, "20020000"),
+        (3, True, "20020000"),
+        (4, False, "20020000"),
+        (4, True, "20020100"),
+        (5, False, "2003000000"),
+        (5, True, "2003010000"),
+    ],
+)
+def test_an_acceptance_is_written_in_the_devices_own_version(version, present, written):
+    """Session Present where it exists, properties in 5.0 only."""
+    data = connack_acceptance(ProtocolVersion(version), b"", session_present=present)
+    assert data.hex() == written
+    assert parse(data, version) == Connack(session_present=present and version > 3, code=0)
+    properties = b"\3" + number(0x21, 5, size=2)
+    data = connack_acceptance(ProtocolVersion(version), properties, session_present=present)
+    assert data.endswith(properties) is (version == 5)
+    if version == 5:
+        (found,) = read_all(data)
+        assert connack_properties(found) == properties
+
+
+@pytest.mark.parametrize(
     ("code", "reason_string", "written"),
     [
         (0, "", "e000"),
@@ -264,3 +291,31 @@ def test_what_names_no_other_server_passes_as_it_is(body):
     assert disconnect_for_device(packet(0xE0, body)) == packet(0xE0, body)
     (found,) = read_all(packet(0x20, b"\0\x9c"))
     assert connack_for_device(found) == found.raw
+
+
+SIZE, OTHERS = number(0x27, 9000, size=4), user_property() + number(0x21, 5, size=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "properties"),
+    [
+        ({}, 1, SIZE + OTHERS),
+        ({"hide_session": True}, 0, SIZE + OTHERS),
+        ({"maximum_packet_size": 300}, 1, number(0x27, 300, size=4) + OTHERS),
+        ({"maximum_packet_size": 1}, 1, number(0x27, 1, size=4) + OTHERS),
+        ({"assigned": "hall-3"}, 1, SIZE + OTHERS + text(0x12, "hall-3")),
+    ],
+)
+def test_only_what_the_gateway_changed_differs_for_the_device(change, flags, properties):
+    """Session Present, the packet size, the Client Identifier; each by itself."""
+    (found,) = read_all(connack(version=5, flags=1, properties=SIZE + OTHERS))
+    assert connack_for_device(found, **change) == connack(version=5, flags=flags, properties=properties)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_session_present_is_cleared_and_nothing_else(version):
+    """Also where it was clear before."""
+    properties = OTHERS if version == 5 else b""
+    for flags in (0, 1):
+        (found,) = read_all(connack(version=version, flags=flags, properties=properties))
+        assert connack_without_session(found) == connack(version=version, properties=properties)

@@ -113,6 +113,23 @@ def test_the_properties_of_mqtt_5_are_read():
     assert parsed.maximum_packet_size == 128
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_what_only_the_broker_needs_is_dropped_and_the_rest_is_kept(version):
+    """A session may last for months, and its credentials must not stay in memory with it."""
+    properties = number(0x27, 128, size=4) + text(0x15, "SCRAM") + b"\x16" + binary(b"secret") if version == 5 else b""
+    whole = parse(
+        connect("d", version=version, keep_alive=7, will_topic="t", username="u", password=b"p", properties=properties)
+    )
+    rest = whole.without_content()
+    assert (rest.client_identifier, rest.will, rest.username, rest.password) == ("", None, None, None)
+    assert (rest.version, rest.clean_start, rest.keep_alive) == (whole.version, True, 7)
+    assert rest.maximum_packet_size == whole.maximum_packet_size
+    assert rest.authentication_method == whole.authentication_method
+    assert (rest.properties is None) is (version != 5)
+    if rest.properties is not None:
+        assert PropertyId.AUTHENTICATION_DATA not in rest.properties.values
+
+
 def test_a_connect_has_a_thousand_properties_at_most():
     """In the packet and in the Will; anyone can send one, and each takes time to read."""
     few, many = (user_property("", "") * count for count in (1000, 1001))
