@@ -7,12 +7,14 @@ import itertools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from twisted.internet import tcp
+from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.error import ConnectionDone, ConnectionLost
-from twisted.internet.protocol import Protocol
+from twisted.internet.protocol import Factory, Protocol
 from twisted.python.failure import Failure
 
 from gateway.net.transport import RelayReactor, SendsAtOnce
@@ -257,6 +259,39 @@ def test_a_stop_ends_all_connections(make: Make) -> None:
     relay.addReader(make())
     relay.stop()
     assert all(len(each.lost) == 1 for each in descriptors)
+
+
+def test_a_reactor_that_stops_ends_all_connections(relay: RelayReactor, make: Make) -> None:
+    """It tells what it watches that it is over, and the relay's set is one descriptor among others."""
+    descriptor = make()
+    relay.addReader(descriptor)
+    relay.connectionLost(Failure(ConnectionLost()))
+    assert not relay.running
+    (reason,) = descriptor.lost
+    assert reason.check(ConnectionLost)
+
+
+@pytest.mark.parametrize(("family", "kind"), [(socket.AF_UNIX, UNIXAddress), (socket.AF_INET, IPv4Address)])
+def test_a_socket_that_listens_already_is_adopted(
+    relay: RelayReactor, tmp_path: Path, family: socket.AddressFamily, kind: type
+) -> None:
+    """As systemd hands it over, of either family."""
+    built: list[Any] = []
+
+    class Accepting(Factory):
+        def buildProtocol(self, address: Any) -> None:
+            built.append(address)
+
+    with socket.socket(family) as ears, socket.socket(family) as device:
+        ears.bind(str(tmp_path / "socket") if family is socket.AF_UNIX else ("127.0.0.1", 0))
+        ears.listen()
+        ears.setblocking(False)
+        port: Any = relay.adoptStreamPort(ears.fileno(), family, Accepting())
+        assert type(port.getHost()) is kind
+        device.connect(ears.getsockname())
+        relay.doRead()
+        assert [type(address) for address in built] == [kind]
+        port.connectionLost(Failure(ConnectionDone()))
 
 
 # ---- a transport that sends at once

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
@@ -217,6 +217,59 @@ def test_direct_calls_that_do_not_do_the_same_are_not_used(
     chosen, (event,) = chosen_with_log()
     assert chosen is PublicCalls
     assert event["log_level"].name == "warn"
+
+
+Found = tuple[bytes, SSL.Error | None]
+# What the engine decrypts, and what a broken one would make of it.
+MISTAKES: list[tuple[str, Callable[[bytes, SSL.Error | None], bool], Callable[[Found], Found]]] = [
+    ("half a record is nothing", lambda _, ended: type(ended) is SSL.WantReadError, lambda found: (found[0], None)),
+    ("its rest is lost", lambda plaintext, _: plaintext == b"record", lambda _: (b"", None)),
+    ("a forged record is nothing", lambda _, ended: type(ended) is SSL.Error, lambda found: (found[0], None)),
+    ("what is before it is lost", lambda _, ended: type(ended) is SSL.Error, lambda found: (b"", found[1])),
+    ("an end is nothing", lambda _, ended: type(ended) is SSL.ZeroReturnError, lambda found: (found[0], None)),
+    ("what is before it is lost", lambda _, ended: type(ended) is SSL.ZeroReturnError, lambda found: (b"", found[1])),
+    *(
+        (f"{size} bytes change", lambda plaintext, _, size=size: len(plaintext) == size, lambda found: (b"?", found[1]))
+        for size in (1, RECORD_SIZE, 40_960, 0x50000)
+    ),
+]
+
+
+@pytest.mark.parametrize(("applies", "mistake"), [pytest.param(*case[1:], id=case[0]) for case in MISTAKES])
+def test_one_mistake_in_decrypting_is_enough(monkeypatch: pytest.MonkeyPatch, applies: Any, mistake: Any) -> None:
+    """Each is found by itself: one record more, less or altered would be another message."""
+    right = DirectCalls.decrypt
+
+    def decrypt(calls: DirectCalls, ciphertext: bytes, records: int) -> Found:
+        found = right(calls, ciphertext, records)
+        return mistake(found) if applies(*found) else found
+
+    monkeypatch.setattr(DirectCalls, "decrypt", decrypt)
+    assert chosen_with_log()[0] is PublicCalls
+
+
+@pytest.mark.parametrize("size", [1, RECORD_SIZE, 40_960, 0x50000])
+def test_one_mistake_in_encrypting_is_enough(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Of one size only."""
+    right = DirectCalls.encrypt
+
+    def encrypt(calls: DirectCalls, plaintext: bytes) -> bytes:
+        return right(calls, b"?" + plaintext[1:] if len(plaintext) == size else plaintext)
+
+    monkeypatch.setattr(DirectCalls, "encrypt", encrypt)
+    assert chosen_with_log()[0] is PublicCalls
+
+
+def test_bytes_from_nowhere_are_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits in a connection that has just finished its handshake."""
+    right, asked = DirectCalls.waiting, []
+
+    def waiting(calls: DirectCalls) -> bytes:
+        asked.append(calls)
+        return b"?" if len(asked) == 1 else right(calls)
+
+    monkeypatch.setattr(DirectCalls, "waiting", waiting)
+    assert chosen_with_log()[0] is PublicCalls
 
 
 def test_a_connection_that_is_made_in_another_way_is_not_called_directly(monkeypatch: pytest.MonkeyPatch) -> None:
