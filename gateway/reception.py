@@ -112,7 +112,7 @@ class Reception:
         if self._is_plain:
             _, connect = session.connect
             try:
-                self._enter(session, Holder(connect.client_identifier, caller.address, self._everyone))
+                self._enter(session, Holder(connect.client_identifier, caller.address, self._everyone), None)
             except Refusal as refusal:
                 session.refuse(refusal)
                 return succeed(None)
@@ -132,11 +132,11 @@ class Reception:
             holder = self._holder(matched, connect, caller)
             self._names.check(holder.client_identifier, matched, caller, holder.brokers)
             if matched is None:
-                self._enter(session, holder)
+                self._enter(session, holder, None)
             else:
                 await self._check_password(matched, connect, visitor, holder)
-                self._enter(session, holder)
-                if self._is_stored(session, device, matched, packet, connect, caller):
+                self._enter(session, holder, matched)
+                if self._is_stored(session, device, matched, packet, connect, caller, holder):
                     return
                 password, lives = await self.credentials.password(matched, visitor)
                 limit = self._config.limits.max_connect_size
@@ -172,6 +172,15 @@ class Reception:
             self._check_rule(matched.rule.device)
             holder = self._holder(matched, connect, caller)
             self._names.check(holder.client_identifier, matched, caller, holder.brokers)
+            devices = self._stored()
+            if devices is not None:
+                if not stored.has_device and (
+                    self._presence.established(holder) or devices.rivals(holder, stored.name)
+                ):
+                    detail = "another device, or another backlog, has its Client Identifier at the broker"
+                    connection.postponed(SessionEnd(EndReason.CLIENT_ID_IN_USE, detail), _SOON)
+                    return
+                devices.holders.assign(stored, holder)
             password, lives = await self.credentials.password(matched, visitor)
             if password is KEPT and stored.state.had_password and connect.password is None:
                 detail = "its own password is not kept on disk, so its messages wait until it connects"
@@ -185,7 +194,6 @@ class Reception:
             else:
                 connection.refused(refusal, (refusal.code_3, refusal.code_5))
             return
-        devices = self._stored()
         route = self._route(matched.rule.device) or self._dialler.default_route
         if devices is not None:
             devices.routes[stored.name] = route
@@ -219,6 +227,7 @@ class Reception:
         packet: Packet,
         connect: Connect,
         caller: Caller,
+        holder: Holder,
     ) -> bool:
         """Give a device to the store if its rule wants that, or what it stored before has not all left.
 
@@ -237,13 +246,18 @@ class Reception:
         treatment = treat(matched, packet, connect, None, None, self._config.limits.max_connect_size)
         where = (caller.address, caller.listener)
         confirm = matched.rule.device.store_qos0 == "confirm"
-        devices.receive(session, device, name, packet, treatment, where, confirm=confirm)
+        devices.receive(session, device, name, packet, treatment, where, holder, confirm=confirm)
         return True
 
-    def _enter(self, session: Session, holder: Holder) -> None:
+    def _enter(self, session: Session, holder: Holder, matched: Matched | None) -> None:
         """Add the session to `presence` and end those it takes over.  Raises Refusal."""
         for other in self._presence.enter(session, holder, self._config.devices):
             self._end(other)
+        devices = self._stored()
+        if devices is not None and devices.holders.at(holder):
+            name = "" if matched is None else self.backlog_name(matched, session.connect[1])
+            for rival in devices.rivals(holder, name):
+                rival.give_way()
         if not holder.client_identifier:
             session.when_assigned(lambda name: self._presence.assign(session, evolve(holder, client_identifier=name)))
 

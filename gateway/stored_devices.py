@@ -22,6 +22,7 @@ from gateway.mqtt.reader import Packet
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import Gauge
 from gateway.relay.upstream import UpstreamProtocol
+from gateway.rules.presence import Holder, Holders
 from gateway.session.record import Dial, Peer, SessionRecord
 from gateway.session.session import Session
 from gateway.session.stored import Phase, StoredSession, World
@@ -207,6 +208,8 @@ class StoredDevices:
         self.uniform = uniform
         self.sessions: dict[str, StoredSession] = {}
         self.routes: dict[str, Route] = {}
+        # Under which name each was last known at the broker, or was about to be.
+        self.holders: Holders[StoredSession] = Holders()
         self._clock = clock
         self._lead = lead
         self._changed = changed
@@ -250,6 +253,17 @@ class StoredDevices:
             return False
         return bool(len(backlog) or backlog.loading or name in self.sessions or self.store.received[name])
 
+    def rivals(self, holder: Holder, name: str) -> list[StoredSession]:
+        """Return the stored sessions of identities other than `name` that have this Client Identifier at the broker.
+
+        Each has its device, or connects or is connected to the broker.
+        """
+        return [
+            stored
+            for stored in self.holders.at(holder)
+            if stored.name != name and (stored.has_device or stored.name in self._current)
+        ]
+
     def has_place(self, name: str) -> bool:
         """Whether this identity can be served as a stored device."""
         return self.store.make_place(name, self.sessions)
@@ -262,11 +276,13 @@ class StoredDevices:
         packet: Packet,
         treatment: Treatment,
         caller: tuple[str, str],
+        holder: Holder,
         *,
         confirm: bool,
     ) -> None:
-        """Let a device speak to its stored session."""
+        """Let a device speak to its stored session; `holder` is the device as the broker will know it."""
         stored = self.sessions.get(name) or self._begin(name)
+        self.holders.assign(stored, holder)
         device.transport.registerProducer(Gauge(lambda is_full: self._device_full(stored, session, is_full)), True)
         session.become_stored(stored)
         stored.after = stored.outgoing.after = self._config.store.after
@@ -346,6 +362,7 @@ class StoredDevices:
         if self.sessions.get(stored.name) is stored:
             del self.sessions[stored.name]
             self.routes.pop(stored.name, None)
+        self.holders.leave(stored)
 
     # ---- for connections
 

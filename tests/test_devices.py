@@ -651,8 +651,7 @@ def test_a_second_session_from_another_address_is_refused(
     established(gateway, version=version, source="127.0.0.2").close()
     gateway.wait_ended(4)
     gateway.wait_empty()
-    assert not gateway.service.gateway.presence._standing
-    assert not gateway.service.gateway.presence._names
+    assert not gateway.service.gateway.presence.holders
 
 
 @pytest.mark.parametrize("version", [4, 5])
@@ -719,7 +718,7 @@ def test_a_name_that_the_broker_assigned_is_its_devices(start_gateway: StartGate
         assert gateway.wait_ended().reason is EndReason.CLIENT_ID_IN_USE
     gateway.wait_ended(2)
     gateway.wait_empty()
-    assert not gateway.service.gateway.presence._standing
+    assert not gateway.service.gateway.presence.holders
 
 
 def test_wrong_passwords_from_one_address_leave_the_others_alone(

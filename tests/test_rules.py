@@ -316,8 +316,7 @@ def test_a_name_is_its_first_holders_until_that_is_gone() -> None:
     assert world.enter(5, address="10.0.0.2") == []
     for session in (1, 2, 3, 4, 5, 5):
         world.presence.leave(session)
-    assert not world.presence._standing
-    assert not world.presence._names
+    assert not world.presence.holders
 
 
 def test_a_session_has_one_name() -> None:
@@ -329,7 +328,17 @@ def test_a_session_has_one_name() -> None:
     assert world.enter(2, address="10.0.0.2") == []
     for session in (1, 2):
         world.presence.leave(session)
-    assert not world.presence._standing
+    assert not world.presence.holders
+
+
+def test_who_has_a_name_at_a_broker_is_known() -> None:
+    """A backlog waits for them; sessions that have ended do not count."""
+    world = World()
+    there = frozenset({("b", 1, "b")})
+    assert world.enter(1) == world.enter(2) == world.enter(3, at=there) == world.enter(4, name="b") == []
+    world.over.add(2)
+    assert list(world.presence.established(Holder("a", "", AT))) == [1]
+    assert list(world.presence.established(Holder("a", "", AT | there))) == [1, 3]
 
 
 def test_names_at_different_brokers_are_different_names() -> None:
@@ -422,7 +431,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     world.now += 1.5
     world.presence.sweep(world.devices)
     assert not world.presence._buckets
-    assert not world.presence._standing
+    assert not world.presence.holders
 
 
 def test_a_sweep_looks_at_some_names_and_the_next_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:

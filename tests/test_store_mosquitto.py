@@ -450,6 +450,57 @@ def test_packets_that_are_dropped_silently_cost_no_message(reactor: Any, root: C
         broker.stop()
 
 
+def keeps_quiet(connection: BrokerConnection) -> None:
+    """Serve as a broker that accepts and acknowledges nothing until the test lets it."""
+    connection.read_packet()
+    connection.send(b"\x20\x02\x00\x00")
+    connection.read_to_end()
+
+
+def connect_as(port: int, username: str) -> Device:
+    """A device whose user name is not the only one for its Client Identifier comes."""
+    device = Device(port)
+    device.send(mqtt.connect("one", username=username))
+    assert device.read(4) == b"\x20\2\0\0"
+    return device
+
+
+@pytest.mark.slow
+def test_two_identities_with_one_client_identifier_take_turns(
+    reactor: Any, root: Certified, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connected at the same time, they would end each other's connections again and again."""
+    monkeypatch.setattr("gateway.reception._SOON", 0.1)
+    ca_file = tmp_path / "root.pem"
+    ca_file.write_bytes(root.pem)
+    broker = Broker(tls=certify(root, names=("DNS:localhost",), purposes=(SERVER,)).server(), serve=keeps_quiet)
+    gateway = RunningGateway(reactor, broker.port, ca_file=ca_file, **store(tmp_path))
+    try:
+        alice = connect_as(gateway.port, "alice")
+        alice.send(publish(4, b"from/one", b"of alice", 1, 1) + b"\xe0\0")
+        eventually(lambda: b"of alice" in broker.received, "her message is under way")
+        stored = gateway.service.gateway.stored
+        assert stored is not None
+        bob = connect_as(gateway.port, "bob")
+        assert broker.connection(0).finished.wait(PATIENCE)
+        eventually(lambda: len(broker.connections) == 2, "his connection")
+        of_alice = next(each for name, each in stored.sessions.items() if "alice" in name)
+        eventually(
+            lambda: of_alice.trouble is not None and "backlog" in of_alice.trouble.detail, "her backlog has to wait"
+        )
+        assert len(broker.connections) == 2
+        assert of_alice.backlog
+        carol = connect_as(gateway.port, "carol")
+        eventually(lambda: EndReason.TAKEN_OVER in {each.reason for each in gateway.ended}, "one name, one device")
+        carol.send(b"\xe0\0")
+        eventually(lambda: broker.received.count(b"of alice") == 2, "it is sent again once she may connect")
+        for device in (alice, bob, carol):
+            device.close()
+    finally:
+        gateway.stop()
+        broker.stop()
+
+
 def identities_survive(reactor: Any, root: Certified, tmp_path: Path, count: int) -> None:
     """Half of the devices are gone before the outage ends; each message arrives under its own device's name."""
     (tmp_path / "acl").write_text("user watcher\ntopic read #\npattern write from/%u/#\n")

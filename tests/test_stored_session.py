@@ -1060,6 +1060,35 @@ def test_another_client_that_took_over_at_the_broker_ends_the_session(bench: Ben
     assert device.ended[0] is EndReason.UPSTREAM_DISCONNECT
 
 
+def test_a_device_gives_way_to_another_with_its_client_identifier(bench: Bench) -> None:
+    """The broker would end one of their connections."""
+    device = bench.connect()
+    upstream = bench.online()
+    bench.up(b"x")
+    bench.stored.give_way()
+    bench.settle()
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.TAKEN_OVER
+    assert upstream.aborted
+
+
+def test_a_backlog_gives_way_to_a_device_with_its_client_identifier(bench: Bench) -> None:
+    """Whether it is connected to the broker or about to be; its messages stay."""
+    with_backlog(bench, b"x")
+    bench.stored.detached(bench.stored.visit.device)  # type: ignore[union-attr]
+    upstream = bench.online()
+    bench.stored.give_way()
+    assert upstream.aborted
+    assert bench.stored.phase is Phase.OFFLINE
+    assert bench.store.messages == 1
+    bench.sweep(2)
+    bench.stored.give_way()
+    late = Upstream()
+    bench.stored.upstream_verified(late, _PEER, bench.treatment(b"", parsed(raw_connect(4, clean=False))[1]))
+    assert late.aborted
+    assert not late.sent
+
+
 # ---- a device that asks for more than is answered
 
 

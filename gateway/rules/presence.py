@@ -53,17 +53,51 @@ class Holder:
         return _name(self.client_identifier)
 
 
+class Holders(Generic[_S]):
+    """Who has which Client Identifier at which brokers.  Names at different brokers are different names."""
+
+    def __init__(self) -> None:
+        self._by_name: dict[_Name, dict[_S, Holder]] = {}
+        self._names: dict[_S, _Name] = {}
+
+    def __len__(self) -> int:
+        """Return how many have a name."""
+        return len(self._names)
+
+    def assign(self, who: _S, holder: Holder) -> None:
+        """Add `who` under this Client Identifier; forget any other."""
+        self.leave(who)
+        self._by_name.setdefault(holder.name, {})[who] = holder
+        self._names[who] = holder.name
+
+    def leave(self, who: _S) -> None:
+        """Remove `who`, if it has a name."""
+        name = self._names.pop(who, None)
+        if name is not None:
+            holders = self._by_name[name]
+            del holders[who]
+            if not holders:
+                del self._by_name[name]
+
+    def at(self, holder: Holder) -> dict[_S, Holder]:
+        """Return those that have this name at one of these brokers."""
+        return {
+            who: each
+            for who, each in self._by_name.get(holder.name, {}).items()
+            if not each.brokers.isdisjoint(holder.brokers)
+        }
+
+
 class Presence(Generic[_S]):
     """Counts sessions by Client Identifier at the broker and admits or refuses new ones.
 
-    `ended` says whether a session has ended.  Names at different brokers are different names.
+    `ended` says whether a session has ended.
     """
 
     def __init__(self, seconds: Callable[[], float], ended: Callable[[_S], bool]) -> None:
         self._seconds = seconds
         self._ended = ended
-        self._standing: dict[_Name, dict[_S, Holder]] = {}
-        self._names: dict[_S, _Name] = {}
+        self.holders: Holders[_S] = Holders()
         # Token buckets (tokens left, time of that count); a full bucket is the same as none.
         self._buckets: _Buckets = {}
         # Apart, so that those who come with many names do not push these out.
@@ -115,18 +149,15 @@ class Presence(Generic[_S]):
 
     def assign(self, session: _S, holder: Holder) -> None:
         """Add a session under the Client Identifier that it has, or that the broker assigned; forget any other."""
-        self.leave(session)
-        self._standing.setdefault(holder.name, {})[session] = holder
-        self._names[session] = holder.name
+        self.holders.assign(session, holder)
 
     def leave(self, session: _S) -> None:
         """Remove a session if it was counted."""
-        name = self._names.pop(session, None)
-        if name is not None:
-            standing = self._standing[name]
-            del standing[session]
-            if not standing:
-                del self._standing[name]
+        self.holders.leave(session)
+
+    def established(self, holder: Holder) -> dict[_S, Holder]:
+        """Return the sessions that have not ended and have this name at one of these brokers."""
+        return {session: each for session, each in self.holders.at(holder).items() if not self._ended(session)}
 
     def sweep(self, devices: Devices) -> None:
         """Forget names whose rate has recovered: of some thousand names each time, since there may be many."""
@@ -147,11 +178,7 @@ class Presence(Generic[_S]):
 
     def _judge(self, holder: Holder, devices: Devices) -> tuple[list[_S], float | None]:
         """Return the sessions with this name from other addresses, and the tokens left for it.  Raises Refusal."""
-        standing = {
-            session: each
-            for session, each in self._standing.get(holder.name, {}).items()
-            if not self._ended(session) and not each.brokers.isdisjoint(holder.brokers)
-        }
+        standing = self.established(holder)
         others = [session for session, each in standing.items() if each.address != holder.address]
         if others and devices.same_client_id == "refuse":
             where = ", ".join(sorted({standing[each].address or "a local socket" for each in others}))

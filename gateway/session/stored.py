@@ -462,6 +462,19 @@ class StoredSession:
         self._settled.append(done)
         self._check_settled()
 
+    def give_way(self) -> None:
+        """A device comes with this Client Identifier under another identity; the broker lets only one be connected."""
+        if self.visit is not None:
+            self.visit.device.finish(
+                EndReason.TAKEN_OVER,
+                "a device with the same Client Identifier, but another user name or certificate, connected",
+                code=_TAKEN_OVER,
+            )
+        if self._is_dialling:
+            self._is_dialling = False
+            self._link.cancel(self)
+        self._drop_upstream(SessionEnd(EndReason.CLIENT_ID_IN_USE, "another device connected with its name"))
+
     def dropped(self) -> None:
         """A person has dropped the messages; for a device that is away nothing more is published, not even its Will."""
         if self.visit is None:
