@@ -322,7 +322,7 @@ def test_a_filter_too_narrow_would_be_noticed(plant: Plant, calls: str) -> None:
     plant.box.run("systemctl", "start", UNIT)
     answer = b""
     with contextlib.suppress(OSError), plant.device() as device:
-        device.socket.settimeout(PATIENCE / 3)
+        device.socket.settimeout(7)
         device.send(connect())
         answer = device.read(4)
     assert answer != ACCEPTED
