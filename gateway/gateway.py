@@ -179,6 +179,8 @@ class Gateway:
         self._use_store()
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
         self.doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
+        # Sessions that this round of the sweep has not reached, and the seconds that they are to be given back.
+        self._round: list[tuple[list[Session], float]] = []
         self._sweeping: IDelayedCall | None = None
         self._swept_at: float | None = None
         self._sweeper = LoopingCall(self._sweep)
@@ -438,7 +440,7 @@ class Gateway:
         lost = self._lost_time(now)
         steps: list[Callable[[], object]] = [
             partial(self._give_back, lost, now),
-            self._sweep_all,
+            partial(self._sweep_all, lost),
             self._forget_accepted,
             partial(self.doorstep.sweep, now, self.config.timeouts.connect_packet),
             self.doorkeeper.sweep,
@@ -471,27 +473,39 @@ class Gateway:
             return
         self._patience.give_back(lost)
         self.doorstep.give_back(lost, now)
-        for session in self.sessions:
-            session.give_back(lost, now)
         if self.stored is not None:
             self.stored.give_back(lost)
 
-    def _sweep_all(self) -> None:
-        # A sweep that takes longer than a second goes on: starting over would leave out the same sessions each time.
-        if self._sweeping is None or not self._sweeping.active():
-            self._sweep_sessions(list(self.sessions))
+    def _sweep_all(self, lost: float) -> None:
+        """Begin a round; a late one gives each session the `lost` seconds back right before it judges it."""
+        # A round that takes longer than a second goes on: starting over would leave out the same sessions each time.
+        is_under_way = self._sweeping is not None and self._sweeping.active()
+        if is_under_way and not lost:
+            return
+        unfinished = self._round if is_under_way else []
+        if self._sweeping is not None and is_under_way:
+            self._sweeping.cancel()
+        left = [(sessions, owed + lost) for sessions, owed in unfinished]
+        others = self.sessions.difference(*(sessions for sessions, _ in left))
+        self._round = [*left, (list(others), lost)]
+        self._sweep_sessions()
 
-    def _sweep_sessions(self, left: list[Session]) -> None:
+    def _sweep_sessions(self) -> None:
         """Sweep some sessions now and the rest in the next reactor turns, so that messages do not wait."""
         now = self._clock.seconds()
+        sessions, lost = self._round.pop(0)
+        some, rest = sessions[:_SWEPT_AT_A_TIME], sessions[_SWEPT_AT_A_TIME:]
         # Without `_guarded`: its two calls per session would be most of the cost.
-        for session in left[:_SWEPT_AT_A_TIME]:
+        for session in some:
             try:
+                if lost:
+                    session.give_back(lost, now)
                 session.sweep(now)
             except Exception as error:  # noqa: BLE001  an internal error in one session must not affect the others
                 self._mistaken(session, error)
-        rest = left[_SWEPT_AT_A_TIME:]
-        self._sweeping = self._clock.callLater(0, self._sweep_sessions, rest) if rest else None
+        if rest:
+            self._round.insert(0, (rest, lost))
+        self._sweeping = self._clock.callLater(0, self._sweep_sessions) if self._round else None
 
     def _forget_accepted(self) -> None:
         for session in [each for each in self._not_accepted if each.state is State.ENDED or each.state in _ESTABLISHED]:

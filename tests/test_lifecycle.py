@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import succeed
+from twisted.internet.task import Clock
 from twisted.logger import Logger
 
 from benchmarks.blackhole import drop_packets
@@ -723,9 +724,9 @@ def test_many_sessions_are_swept_a_few_at_a_time(
     left: list[int] = []
     sweep = Gateway._sweep_sessions
 
-    def counted(gateway: Gateway, sessions: list[Session]) -> None:
-        left.append(len(sessions))
-        sweep(gateway, sessions)
+    def counted(gateway: Gateway) -> None:
+        left.append(sum(len(sessions) for sessions, _ in gateway._round))
+        sweep(gateway)
 
     monkeypatch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 2)
     monkeypatch.setattr(Gateway, "_sweep_sessions", counted)
@@ -740,6 +741,50 @@ def test_many_sessions_are_swept_a_few_at_a_time(
     for device in devices:
         device.close()
     gateway.wait_empty()
+
+
+class Swept:
+    """Stands for a session; notes what the sweep does with it."""
+
+    def __init__(self, told: list[list[str]], name: str) -> None:
+        self.told, self.name = told, name
+
+    def give_back(self, seconds: float, now: float) -> None:
+        """See `Session`."""
+        del now
+        self.told[-1].append(f"{self.name} +{seconds:g}")
+
+    def sweep(self, now: float) -> None:
+        """See `Session`."""
+        del now
+        self.told[-1].append(f"{self.name} swept")
+
+
+def test_lost_time_is_given_back_a_few_sessions_at_a_time(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To each before it is judged; also if the process is stopped again before the round has reached everybody."""
+    running = start_gateway(upstream=1)
+    gateway = running.service.gateway
+    told: list[list[str]] = [[]]
+
+    def swept() -> None:
+        clock = Clock()
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 2)
+            patch.setattr(gateway, "_clock", clock)
+            patch.setattr(gateway, "sessions", {Swept(told, name) for name in "abcd"})
+            gateway._sweep_all(60.0)
+            told.append([])
+            gateway._sweep_all(5.0)
+            while clock.getDelayedCalls():
+                told.append([])
+                clock.advance(0)
+
+    running.call(swept)
+    first, second, third = ({each[0] for each in turn} for turn in told)
+    assert [[each[1:] for each in turn] for turn in told] == [[owed, " swept"] * 2 for owed in (" +60", " +65", " +5")]
+    assert (len(first), second, third) == (2, set("abcd") - first, first)
 
 
 def greet(connection: BrokerConnection) -> None:
