@@ -1,12 +1,12 @@
 """Long work in short pieces: a thread that computes keeps the event loop from running meanwhile.
 
-In: the work of a thread.  Out: the same, with pauses.
+In: the work of a thread, or of the event loop itself.  Out: the same, with pauses, or a piece per turn.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from heapq import merge
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,8 +17,37 @@ Pause: TypeAlias = Callable[[], None]
 _WORK, _REST = 0.001, 0.001
 # So many things are sorted in a fraction of a millisecond.
 _SORTED_AT_A_TIME = 500
+# The event loop looks at so many things in a turn; a few microseconds each.
+AT_A_TIME = 250
 
 _T = TypeVar("_T", bound=Any)
+
+Pieces: TypeAlias = Generator[None, None, _T]
+"""Work that yields after each piece and returns its result."""
+
+
+def at_once(pieces: Pieces[_T]) -> _T:
+    """Do all pieces; return the result."""
+    try:
+        while True:
+            next(pieces)
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+
+
+def in_turns(call_later: Callable[..., object], pieces: Pieces[None]) -> None:
+    """Do one piece now, and each of the others in a later turn of the event loop."""
+    for _ in pieces:
+        call_later(0, in_turns, call_later, pieces)
+        return
+
+
+def slices(things: Sequence[_T], size: int = 0) -> Iterator[Sequence[_T]]:
+    """Yield all things, up to `size` at a time; `AT_A_TIME` by default."""
+    size = size or AT_A_TIME
+    for first in range(0, len(things), size):
+        yield things[first : first + size]
 
 
 class Pauses:

@@ -24,6 +24,7 @@ from gateway.cli.main import console
 from gateway.config.listen import reachable_at
 from gateway.errors import EndReason
 from gateway.ops.status_words import SCHEMA, unknown_words
+from gateway.pieces import at_once
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.pki import certify
@@ -360,8 +361,8 @@ def test_a_gateway_that_is_asked_too_often_is_asked_again(
     monkeypatch.setattr("gateway.cli.status._RETRY_AFTER", 0.0)
     gateway = start(upstream=1)
     site = gateway.service.status_port._open.site
-    answer, refused = site._status, [(429, "text/plain", b"later")] * 2
-    monkeypatch.setitem(site._answers, "/status", lambda *_: refused.pop() if refused else answer(*_))
+    answer, refused = site._answer, [(429, "text/plain", b"later")] * 2
+    monkeypatch.setattr(site, "_answer", lambda *request: refused.pop() if refused else answer(*request))
     status, out, _ = ask("--url", f"http://127.0.0.1:{status_port(gateway)}")
     assert status in {0, 2, 3}
     assert "version" in out
@@ -378,7 +379,7 @@ def test_wrong_options_are_told(ask: Ask) -> None:
 
 def test_no_answer_is_an_unknown_devices(start: StartGateway) -> None:
     """The words for a device that is not known are made for what is known of the gateway."""
-    document = start(upstream=1).service.sight.document()
+    document = at_once(start(upstream=1).service.sight.document())
     assert all(line.endswith(".") for line in unknown_words(document))
 
 

@@ -17,6 +17,7 @@ import pytest
 from gateway.config.passwords import hash_password
 from gateway.errors import EndReason
 from gateway.ops.status_words import Level, verdict
+from gateway.pieces import at_once
 from tests import mqtt_packets as mqtt
 from tests.cloud import SERVER_NAME, Cloud
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, connect_version, eventually
@@ -383,7 +384,7 @@ def test_a_rule_with_broken_files_is_refused_and_the_others_are_served(
             ended = gateway.wait_ended(index + 1)
             assert ended.reason is EndReason.DEVICE_RULE_BROKEN
             assert f": {key}: {tmp_path}" in ended.detail
-        document = gateway.call(gateway.service.sight.document)
+        document = gateway.call(lambda: at_once(gateway.service.sight.document()))
         assert document["refused_rules"]["count"] == 4
         assert document["unserved"] == 4
         judged = verdict(document)
@@ -1152,7 +1153,7 @@ def test_a_broker_that_refuses_all_is_no_gateway_that_is_well(
         connection.read_to_end()
 
     gateway = start_gateway(upstream=start_broker(serve=serve).port)
-    judge = lambda: verdict(gateway.call(gateway.service.sight.document))  # noqa: E731
+    judge = lambda: verdict(gateway.call(lambda: at_once(gateway.service.sight.document())))  # noqa: E731
     assert judge().level is Level.WELL
     assert "no broker has been tried" in judge().line
     for index in range(3):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import attrs
@@ -9,16 +10,19 @@ import pytest
 from twisted.internet.task import Clock
 from twisted.logger import Logger
 
+from gateway import pieces
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops import ledger as module
 from gateway.ops.journal import Journal
 from gateway.ops.ledger import BUCKETS, REMEMBERED, SAMPLE_INTERVAL, SAMPLES, Histogram, Ledger
+from gateway.pieces import at_once, in_turns
 from gateway.session.record import Traffic
-from gateway.session.session import State
+from gateway.session.session import Session, State
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 from tests.test_journal import RECORD
 from tests.test_session import Bench
+from tests.turn_clock import TurnClock
 
 
 class Sessions:
@@ -74,12 +78,12 @@ def test_what_is_relayed_is_counted_once() -> None:
     bench = sessions.bench().relaying()
     bench.session.device_received(mqtt.publish() * 3)
     standing = bench.session.traffic
-    assert sessions.ledger.traffic() == standing
+    assert at_once(sessions.ledger.survey()).traffic == standing
     bench.session.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "x"))
     assert bench.state is State.ENDED
-    assert sessions.ledger.traffic() == standing
+    assert at_once(sessions.ledger.survey()).traffic == standing
     sessions.open.clear()
-    assert sessions.ledger.traffic() == standing
+    assert at_once(sessions.ledger.survey()).traffic == standing
     assert standing.packets_up == 4
 
 
@@ -91,7 +95,7 @@ def test_sessions_are_counted_by_the_step_they_stand_at() -> None:
     sessions.bench().verified()
     sessions.bench().relaying()
     sessions.bench().relaying().session.device_gone("closed")
-    assert sessions.ledger.open_by_step() == dict.fromkeys(set(State) - {State.STORED}, 1)
+    assert at_once(sessions.ledger.survey()).steps == dict.fromkeys(set(State) - {State.STORED}, 1)
     assert (sessions.ledger.started, sessions.ledger.ended[EndReason.DEVICE_LOST]) == (2, 1)
 
 
@@ -224,7 +228,64 @@ def test_a_sample_that_came_late_is_a_longer_interval() -> None:
     assert (interval.began, interval.ended) == (0, 25)
 
 
+def watched(monkeypatch: pytest.MonkeyPatch, count: int) -> tuple[Sessions, list[Bench], list[int]]:
+    """Sessions of which two are looked at in a turn, in the order of the list; how often each was asked."""
+    monkeypatch.setattr(pieces, "AT_A_TIME", 2)
+    sessions = Sessions()
+    benches = [sessions.bench().relaying() for _ in range(count)]
+    # A set has no order.
+    sessions.ledger.watch([bench.session for bench in benches])
+    asked: list[int] = []
+    traffic = Session.traffic.fget
+    assert traffic is not None
+    numbers = {id(bench.session): number for number, bench in enumerate(benches)}
+
+    def counted(session: Session) -> Traffic:
+        asked.append(numbers[id(session)])
+        return traffic(session)
+
+    monkeypatch.setattr(Session, "traffic", property(counted))
+    return sessions, benches, asked
+
+
+def test_a_sample_looks_at_a_few_sessions_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is of the moment when it began, and no other begins meanwhile."""
+    sessions, benches, asked = watched(monkeypatch, 5)
+    ledger, clock, turns = sessions.ledger, sessions.clock, TurnClock()
+    ledger._spread = partial(in_turns, turns.callLater)
+    counts = []
+    sessions.sweep(10)
+    while turns.getDelayedCalls():
+        counts.append(len(asked))
+        sessions.sweep(20)
+        turns.turn()
+    assert counts == [2, 4, 5]
+    assert [(each.ended, each.open) for each in ledger.intervals()][-1] == (10, len(benches))
+    assert clock.seconds() == 70
+
+
+def test_what_ends_during_a_survey_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it was reached before its end or not; what begins meanwhile waits for the next survey."""
+    sessions, benches, _ = watched(monkeypatch, 5)
+    for bench in benches:
+        bench.session.device_received(mqtt.publish() * 3)
+    benches[1].session.device_gone("closed")  # it has ended before, and still closes
+    before = at_once(sessions.ledger.survey()).traffic
+    survey = sessions.ledger.survey()
+    next(survey)
+    for number in (0, 4):
+        benches[number].session.device_gone("closed")
+    sessions.bench().relaying()
+    found = at_once(survey)
+    assert found.traffic == before
+    assert (found.steps[State.RELAYING], found.steps[State.ENDED]) == (3, 2)
+    assert at_once(sessions.ledger.survey()).traffic == before
+    next(survey := sessions.ledger.survey())
+    survey.close()
+    assert not sessions.ledger._ended_meanwhile
+
+
 def test_nothing_is_asked_of_sessions_but_what_is_told() -> None:
     """A ledger that nobody watches with has no traffic."""
     clock = Clock()
-    assert Ledger(Journal(clock.seconds), clock.seconds).traffic() == Traffic()
+    assert at_once(Ledger(Journal(clock.seconds), clock.seconds).survey()).traffic == Traffic()

@@ -23,6 +23,7 @@ from gateway.ops.logs import LineObserver
 from gateway.ops.metrics import Metrics
 from gateway.ops.output import LIMIT, BackgroundOutput, stream_writer
 from gateway.ops.status_words import verdict
+from gateway.pieces import at_once
 from gateway.tap import _Service
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, eventually
@@ -264,10 +265,10 @@ def test_lines_that_are_being_lost_are_shown_where_the_log_is_not_needed(reactor
     for _ in range(2):
         output.write("x" * LIMIT + "\n")
     assert service.lost_lines == (2, True)
-    document = service.sight.document()
+    document = at_once(service.sight.document())
     assert document["log"] == {"lines_lost": 2, "losing": True}
     assert any("2 lines are lost" in reason for reason in verdict(document).reasons)
-    assert b"mqtts_gateway_log_lines_lost_total 2.0" in Metrics(service.sight).exposition("")[0]
+    assert b"mqtts_gateway_log_lines_lost_total 2.0" in at_once(Metrics(service.sight).exposition(""))[0]
     stuck.free.set()
     eventually(lambda: service.lost_lines == (2, False), "it is written again")
-    assert not any("lines are lost" in reason for reason in verdict(service.sight.document()).reasons)
+    assert not any("lines are lost" in reason for reason in verdict(at_once(service.sight.document())).reasons)

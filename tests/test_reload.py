@@ -32,6 +32,7 @@ from gateway.gateway import Generation
 from gateway.ops.notify import Notifier
 from gateway.ops.reload_port import ReloadPort
 from gateway.ops.status_words import verdict
+from gateway.pieces import at_once
 from gateway.service import GatewayService
 from gateway.session.session import State
 from gateway.tls.trust import TLSPolicy
@@ -809,12 +810,12 @@ def test_a_request_is_answered_with_what_came_of_it(
         assert console(["reload", "--socket", str(path)]) == 1
         assert "upstream: missing" in capfd.readouterr().err
         logged_errors.clear()
-        document = gateway.call(gateway.service.sight.document)
+        document = gateway.call(lambda: at_once(gateway.service.sight.document()))
         assert document["reloads"]["refused"] == 1
         assert any("reload refused" in reason for reason in verdict(document).reasons)
         gateway.service.reread = good
         assert console(["reload", "--socket", str(path)]) == 0
-        assert not verdict(gateway.call(gateway.service.sight.document)).reasons
+        assert not verdict(gateway.call(lambda: at_once(gateway.service.sight.document()))).reasons
     finally:
         gateway.call(port.close)
 

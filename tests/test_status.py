@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,20 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.logger import globalLogPublisher
 
+from gateway import pieces as pieces_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
+from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import SCHEMA
 from gateway.ops.web import site as site_module
 from gateway.ops.web.site import StatusSite
+from gateway.session.session import Session
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers
 from tests.pki import certify
 from tests.test_floors import ROOT
+from tests.turn_clock import TurnClock
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]
@@ -684,10 +689,19 @@ def test_the_time_that_answers_take_comes_back_as_a_share(monkeypatch: pytest.Mo
     monkeypatch.setattr(site_module.time, "thread_time", lambda: next(spent))
     clock = Clock()
     budget = site_module._Budget(clock.seconds)
+    making = site_module._Making(clock, budget)
     made: list[object] = []
 
+    def make(key: object) -> Any:
+        made.append(key)
+        return (200, "", repr(key).encode())
+        yield
+
     def answer(key: object) -> Any:
-        return budget.answer(key, lambda: made.append(key) or (200, "", repr(key).encode()))
+        answers: list[Any] = []
+        making.ask(key, partial(make, key), answers.append)
+        (status, *rest) = answers.pop()
+        return None if status == 429 else (status, *rest)
 
     assert answer("a") == (200, "", b"'a'")
     assert [answer("b"), answer("a")] == [None, (200, "", b"'a'")]
@@ -699,6 +713,127 @@ def test_the_time_that_answers_take_comes_back_as_a_share(monkeypatch: pytest.Mo
     for key in range(20):
         answer(key)
     assert len(budget._kept) <= 8
+
+
+class Kitchen:
+    """A place where answers are made, each in as many pieces as its name has letters; and what happened there."""
+
+    def __init__(self) -> None:
+        self.clock = TurnClock()
+        self.making = site_module._Making(self.clock, site_module._Budget(self.clock.seconds))
+        self.pieces: list[str] = []
+        self.closed: list[str] = []
+        self.answers: list[tuple[str, bytes]] = []
+
+    def make(self, key: str) -> Any:
+        """Make an answer."""
+        try:
+            for piece in key:
+                self.pieces.append(piece)
+                yield
+        except GeneratorExit:
+            self.closed.append(key)
+            raise
+        return (200, "", key.encode())
+
+    def ask(self, who: str, key: str) -> Any:
+        """Ask for one."""
+
+        def done(answer: Any) -> None:
+            self.answers.append((who, answer[2]))
+
+        self.making.ask(key, partial(self.make, key), done)
+        return done
+
+    def turns(self, count: int) -> None:
+        """Let so many turns pass."""
+        for _ in range(count):
+            self.clock.turn()
+
+
+def test_answers_are_made_a_piece_per_turn_and_shared() -> None:
+    """One at a time, however many are wanted; who asks for what is being made gets the same."""
+    kitchen = Kitchen()
+    for who, key in (("a", "xyz"), ("b", "pq"), ("c", "xyz")):
+        kitchen.ask(who, key)
+    seen = [len(kitchen.pieces)]
+    while kitchen.clock.getDelayedCalls():
+        kitchen.turns(1)
+        seen.append(len(kitchen.pieces))
+    assert seen == [1, 2, 3, 3, 4, 5, 5]
+    assert kitchen.answers == [("a", b"xyz"), ("c", b"xyz"), ("b", b"pq")]
+
+
+def test_what_nobody_waits_for_is_not_made() -> None:
+    """The others go on; nothing is left at the end."""
+    kitchen = Kitchen()
+    first, second, third = kitchen.ask("a", "xyz"), kitchen.ask("b", "xyz"), kitchen.ask("c", "pq")
+    kitchen.making.forget(first)
+    kitchen.turns(1)
+    assert not kitchen.closed
+    kitchen.making.forget(second)
+    assert kitchen.closed == ["xyz"]
+    kitchen.turns(3)
+    assert kitchen.answers == [("c", b"pq")]
+    kitchen.making.forget(third)
+    kitchen.making.forget(kitchen.ask("d", "xyz"))
+    assert not kitchen.clock.getDelayedCalls()
+    kitchen.ask("e", "xyz")
+    kitchen.making.end()
+    assert not kitchen.clock.getDelayedCalls()
+
+
+def test_a_document_looks_at_a_few_devices_in_each_turn(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the metrics and the page; a session that ends meanwhile is shown all the same, a last time."""
+    monkeypatch.setattr(pieces_module, "AT_A_TIME", 2)
+    gateway = start(upstream=start_broker().port)
+    devices.extend(connected(gateway, f"d{number}") for number in range(5))
+    seen: list[Session] = []
+    state = Session.shown_state.fget
+    assert state is not None
+    monkeypatch.setattr(Session, "shown_state", property(lambda session: (seen.append(session), state(session))[1]))
+
+    def made(pieces: Any) -> tuple[list[int], Any]:
+        """Make it, in the gateway's thread; how many sessions were looked at in each turn, and the result."""
+        counts = []
+        while True:
+            seen.clear()
+            try:
+                next(pieces)
+            except StopIteration as stop:
+                return counts, stop.value
+            counts.append(len(seen))
+            if len(counts) == 2:
+                seen[0].stop(EndReason.TAKEN_OVER)
+
+    counts, document = gateway.call(made, gateway.service.sight.document())
+    assert counts[:4] == [2, 2, 1, 0]
+    assert sorted(each["client_identifier"] for each in document["devices"]["items"]) == [f"d{n}" for n in range(5)]
+    assert {each["step"] for each in document["devices"]["items"]} == {"relaying"}
+    assert document["sessions"]["by_step"]["relaying"] == 5
+    counts, _ = gateway.call(made, Metrics(gateway.service.sight).exposition(""))
+    assert max(counts) == 2
+
+
+def test_who_leaves_before_the_answer_cancels_it(start: StartGateway) -> None:
+    """And who sends more meanwhile gets one answer."""
+    clock = Clock()
+    site = StatusSite(start(upstream=1).service.sight, clock)
+    request = b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    connection, wire = on_the_wire(site)
+    connection.dataReceived(request)
+    assert not wire.value()
+    connection.dataReceived(b"more")
+    clock.pump([0] * 20)
+    assert wire.value().count(b"HTTP/1.1 200 OK") == 1
+    connection.connectionLost()
+    connection, wire = on_the_wire(site)
+    connection.dataReceived(request)
+    connection.connectionLost()
+    assert not clock.getDelayedCalls()
+    assert not wire.value()
 
 
 @pytest.mark.parametrize("header", ["Accept", "Host", "X-Other", "Content-Length", "Transfer-Encoding", "Connection"])

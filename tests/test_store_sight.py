@@ -11,6 +11,7 @@ import pytest
 from gateway.cli.status import overview
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
+from gateway.pieces import at_once
 from gateway.store.database import StoreError
 from gateway.store.forecast import Forecast
 from tests import mqtt_packets as mqtt
@@ -42,7 +43,7 @@ def device(gateway: RunningGateway) -> Iterator[Device]:
 
 def seen(gateway: RunningGateway) -> dict[str, Any]:
     """Return the status document."""
-    document: dict[str, Any] = gateway.call(gateway.service.sight.document)
+    document: dict[str, Any] = gateway.call(lambda: at_once(gateway.service.sight.document()))
     return document
 
 
@@ -93,8 +94,8 @@ def test_page_and_terminal_show_the_backlog(gateway: RunningGateway, device: Dev
     """Names of devices are escaped."""
     del device
     document = seen(gateway)
-    assert "d&lt;1&gt;" in page(document)
-    assert "Stored messages" in page(document)
+    assert "d&lt;1&gt;" in at_once(page(document))
+    assert "Stored messages" in at_once(page(document))
     lines = list(overview(document))
     assert any("d<1>: 1 messages" in line for line in lines)
 

@@ -18,6 +18,7 @@ from attrs import define, frozen
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import IN_ORDER, GatewayJournal
+from gateway.pieces import Pieces, at_once, slices
 from gateway.session.record import Peer, SessionRecord, Traffic
 from gateway.session.session import Session, State
 from gateway.text import printable
@@ -96,6 +97,14 @@ class Sample:
 
 
 @frozen(slots=True)
+class Survey:
+    """What the open sessions are doing and what all sessions have relayed; closing sessions are at step ENDED."""
+
+    steps: Counter[State]
+    traffic: Traffic
+
+
+@frozen(slots=True)
 class Interval:
     """What happened between two samples: sessions open at the end, packets in both directions, failures."""
 
@@ -112,16 +121,25 @@ class Ledger:
     Counts are by reason where there is one: `ended` for sessions, `refusals` for refused connections.
     `failures` are all ends that are not in order, and all refusals.  `passes` counts failovers from a broker
     (`host:port`) by reason; `peers` has the last verified peer of each.  The code that reloads counts `reloads` and
-    `refused_reloads`.
+    `refused_reloads`.  `spread` does the pieces of a sample, by default all at once.
     """
 
-    def __init__(self, journal: GatewayJournal, seconds: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        journal: GatewayJournal,
+        seconds: Callable[[], float],
+        spread: Callable[[Pieces[None]], None] = at_once,
+    ) -> None:
         self._journal = journal
         self._seconds = seconds
         self._ends: OrderedDict[str, End] = OrderedDict()
         self._samples: deque[Sample] = deque(maxlen=SAMPLES + 1)
         self._traffic = _NOTHING
         self._open: Collection[Session] = ()
+        self._spread = spread
+        self._sampling = False
+        # Of each survey under way: the records of the sessions that have ended since it began, by identity.
+        self._ended_meanwhile: list[set[int]] = []
         self.began = self.swept = seconds()
         self.started = 0
         self.failures = 0
@@ -156,11 +174,13 @@ class Ledger:
         self.ended[reason] += 1
         if not record.established:
             self._observe(record)
-        passed = Traffic(record.bytes_up, record.bytes_down, record.packets_up, record.packets_down)
+        passed = _of(record)
         self._traffic = _sum((self._traffic, passed))
+        for meanwhile in self._ended_meanwhile:
+            meanwhile.add(id(record))
         self._remember(
             End(
-                key=_device(record.client_identifier, record.device_address),
+                key=device_key(record.client_identifier, record.device_address),
                 client_identifier=printable(record.client_identifier, _MAX_TEXT),
                 device_address=record.device_address,
                 reason=reason,
@@ -183,7 +203,7 @@ class Ledger:
         self.refusals[reason] += 1
         now = self._seconds()
         self._remember(
-            End(_device("", device_address), "", device_address, reason, printable(detail, _MAX_TEXT), now, now)
+            End(device_key("", device_address), "", device_address, reason, printable(detail, _MAX_TEXT), now, now)
         )
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:
@@ -208,6 +228,8 @@ class Ledger:
             if now - oldest.ended < REMEMBERED:
                 break
             del self._ends[key]
+        if self._sampling:
+            return
         if not self._samples or now - self._samples[-1].at >= SAMPLE_INTERVAL:
             self.sample()
 
@@ -217,19 +239,33 @@ class Ledger:
 
     # ---- queries
 
-    def traffic(self) -> Traffic:
-        """Return what all sessions have relayed, open ones included."""
-        open_ones = (session.traffic for session in self._open if session.state is not State.ENDED)
-        return _sum((self._traffic, *open_ones))
+    def survey(self, see: Callable[[Session, State], None] | None = None) -> Pieces[Survey]:
+        """Look at the sessions that are open when this begins, some at a time; `see` gets each and its step.
 
-    def open_by_step(self) -> Counter[State]:
-        """Return how many sessions are at each step; those that have ended and are still closing are in ENDED."""
-        return Counter(session.shown_state for session in self._open)
-
-    @property
-    def open(self) -> Collection[Session]:
-        """The sessions that are open or closing."""
-        return self._open
+        Each is counted as it is when it is reached.  The traffic includes all that was relayed before the survey began,
+        and nothing twice, so that of two surveys, one after the other, the second never has less.
+        """
+        sessions, ended, meanwhile = list(self._open), self._traffic, set[int]()
+        steps: Counter[State] = Counter()
+        passed = [ended]
+        self._ended_meanwhile.append(meanwhile)
+        try:
+            for some in slices(sessions):
+                for session in some:
+                    state = session.shown_state
+                    steps[state] += 1
+                    if state is not State.ENDED:
+                        passed.append(session.traffic)
+                    elif id(session.record) in meanwhile:
+                        passed.append(_of(session.record))
+                    if see is not None:
+                        see(session, state)
+                passed = [_sum(passed)]
+                yield
+        finally:
+            # By identity: others may be equal.
+            self._ended_meanwhile = [each for each in self._ended_meanwhile if each is not meanwhile]
+        return Survey(steps, passed[0])
 
     def ends(self) -> Iterator[End]:
         """Yield the last end of each device, latest first."""
@@ -237,7 +273,7 @@ class Ledger:
 
     def last_end(self, client_identifier: str) -> End | None:
         """Return how the last session of a device ended, if it is still kept."""
-        return self._ends.get(_device(client_identifier, "")) if client_identifier else None
+        return self._ends.get(device_key(client_identifier, "")) if client_identifier else None
 
     def ended_lately(self) -> Counter[EndReason]:
         """Return how many sessions ended and connections were refused, by reason, since the oldest sample."""
@@ -271,20 +307,20 @@ class Ledger:
 
     def sample(self) -> None:
         """Take a sample for the charts."""
-        relaying = sum(1 for session in self._open if session.is_established)
-        self._samples.append(
-            Sample(
-                self._seconds(),
-                relaying,
-                self.traffic(),
-                self.started,
-                self.failures,
-                self.ended + self.refusals,
-            )
-        )
+        self._spread(self._sampled())
+
+    def _sampled(self) -> Pieces[None]:
+        self._sampling = True
+        try:
+            at, started, failures, ended = self._seconds(), self.started, self.failures, self.ended + self.refusals
+            survey = yield from self.survey()
+            established = survey.steps[State.RELAYING] + survey.steps[State.STORED]
+            self._samples.append(Sample(at, established, survey.traffic, started, failures, ended))
+        finally:
+            self._sampling = False
 
 
-def _device(client_identifier: str, device_address: str) -> str:
+def device_key(client_identifier: str, device_address: str) -> str:
     """Return the key of a device: its whole Client Identifier, however long; without one, its address."""
     if not client_identifier:
         # Without the port, which changes with each connection.
@@ -292,6 +328,10 @@ def _device(client_identifier: str, device_address: str) -> str:
     if len(client_identifier) <= _MAX_TEXT:
         return f"id {client_identifier}"
     return sha256(client_identifier.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _of(record: SessionRecord) -> Traffic:
+    return Traffic(record.bytes_up, record.bytes_down, record.packets_up, record.packets_down)
 
 
 def _sum(parts: Iterable[Traffic]) -> Traffic:

@@ -24,8 +24,9 @@ from prometheus_client.registry import Collector
 from gateway import __version__
 from gateway.errors import EndReason
 from gateway.ops.expiry import Certificate
-from gateway.ops.ledger import BUCKETS
+from gateway.ops.ledger import BUCKETS, Survey
 from gateway.ops.sight import STEPS, Sight
+from gateway.pieces import Pieces
 from gateway.store.store import BUCKETS as COMMIT_BUCKETS
 
 _PREFIX = "mqtts_gateway"
@@ -38,13 +39,19 @@ class Metrics:
     def __init__(self, sight: Sight) -> None:
         # Not the global registry: other code in this process may use it.
         self._registry = CollectorRegistry()
-        self._registry.register(_Gateway(sight))
+        self._sight = sight
+        self._gateway = _Gateway(sight)
+        self._registry.register(self._gateway)
         ProcessCollector(registry=self._registry)
         PlatformCollector(registry=self._registry)
         GCCollector(registry=self._registry)
 
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return the metrics and their content type: OpenMetrics if a request's Accept header has it, else text."""
+    def exposition(self, accept: str) -> Pieces[tuple[bytes, str]]:
+        """Make the metrics and their content type: OpenMetrics if a request's Accept header has it, else text.
+
+        Sessions are counted some at a time; all else is as of the end.
+        """
+        self._gateway.survey = yield from self._sight.ledger.survey()
         # Not the header as it came: the library raises for versions that it cannot compare.
         encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS.partition(";")[0] in accept else "")
         return encode(self._registry), content_type
@@ -55,6 +62,7 @@ class _Gateway(Collector):
 
     def __init__(self, sight: Sight) -> None:
         self._sight = sight
+        self.survey: Survey
 
     def collect(self) -> Iterator[Metric]:
         """See `prometheus_client.registry.Collector`."""
@@ -85,7 +93,7 @@ class _Gateway(Collector):
 
     def _sessions(self) -> Iterator[Metric]:
         ledger = self._sight.ledger
-        steps = ledger.open_by_step()
+        steps = self.survey.steps
         open_ones = GaugeMetricFamily(f"{_PREFIX}_sessions", "Open sessions by step.", labels=["step"])
         for step, word in STEPS.items():
             open_ones.add_metric([word], steps[step])
@@ -114,7 +122,7 @@ class _Gateway(Collector):
         yield durations
 
     def _traffic(self) -> Iterator[Metric]:
-        traffic = self._sight.ledger.traffic()
+        traffic = self.survey.traffic
         relayed = CounterMetricFamily(
             f"{_PREFIX}_relayed_bytes", "MQTT bytes relayed, without TLS.", labels=["direction"]
         )

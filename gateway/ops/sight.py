@@ -7,10 +7,10 @@ printable, and cut.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from heapq import nlargest
-from itertools import islice
+from heapq import merge, nlargest
+from itertools import chain, islice
 from typing import Any
 
 from attrs import frozen
@@ -20,13 +20,14 @@ from gateway.dial.health import UpstreamHealth
 from gateway.errors import EndReason
 from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Validity, shown_by
 from gateway.ops.journal import IN_ORDER
-from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger
+from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger, device_key
 from gateway.ops.status_words import SCHEMA, shown_state
+from gateway.pieces import AT_A_TIME, Pieces, slices
 from gateway.relay.core import Choice
 from gateway.session.record import Traffic
 from gateway.session.session import Session, State
 from gateway.session.stored import Phase
-from gateway.store.backlog import client_identifier_of
+from gateway.store.backlog import Backlog, client_identifier_of
 from gateway.stored_devices import StoredDevices
 from gateway.text import printable
 
@@ -34,6 +35,8 @@ PER_PAGE = 50
 MOST_PER_PAGE = 1000
 _MAX_TEXT = 256  # characters shown of a Client Identifier or a detail
 _MAX_WORDS = 1000  # characters shown of why a reload was refused
+# Devices that are described in one turn of the event loop.
+_SHOWN_AT_A_TIME = 50
 _MAX_QUERY = 256  # characters used of a search
 SHOWN = ("all", "connected", "connecting", "silent")
 
@@ -45,6 +48,7 @@ STEPS = {
     State.RELAYING: "relaying",
     State.STORED: "stored",
 }
+_ESTABLISHED = frozenset({State.RELAYING, State.STORED})
 # What any stranger can bring about.
 _OF_DEVICES = frozenset(
     {
@@ -158,18 +162,32 @@ class Sight:
             if peer is not None:
                 yield shown_by(upstream.address, peer)
 
-    def document(self, query: Query | None = None) -> dict[str, Any]:
-        """Return the whole document, with the devices that `query` selects."""
+    def document(self, query: Query | None = None) -> Pieces[dict[str, Any]]:
+        """Make the whole document, with the devices that `query` selects.
+
+        Each device is shown as it was when its turn came, a few turns of the event loop before the end at most; all
+        else is as of the end.
+        """
         query = query or Query()
-        seconds, now = self.sources.seconds(), self.sources.now()
-        ledger = self.ledger
+        ledger, sources = self.ledger, self.sources
+        census = _Census(ledger, query)
+        survey = yield from ledger.survey(census.see)
+        for some in slices(list(ledger.ends())):
+            census.add(some, sources.seconds())
+            yield
+        chosen = yield from census.chosen()
+        stored = yield from self._stored()
+        seconds, now = sources.seconds(), sources.now()
 
         def at(moment: float) -> str:
             return (now - timedelta(seconds=seconds - moment)).isoformat(timespec="seconds")
 
-        steps = ledger.open_by_step()
+        items: list[dict[str, Any]] = []
+        for several in slices(chosen, _SHOWN_AT_A_TIME):
+            items += [census.shown(each, seconds, at) for each in several]
+            yield
+        steps = survey.steps
         unready = self.unready()
-        absent = self._absent()
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -194,15 +212,15 @@ class Sight:
                 "ended": {reason.value: count for reason, count in ledger.ended.items()},
                 "refused": {reason.value: count for reason, count in ledger.refusals.items()},
             },
-            "traffic": ledger.traffic()._asdict(),
-            "store": self._store(now),
+            "traffic": survey.traffic._asdict(),
+            "store": self._store(now, *stored),
             "reloads": {
                 "done": ledger.reloads,
                 "refused": ledger.refused_reloads,
                 "wanting": [printable(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
             },
             "log": dict(zip(("lines_lost", "losing"), self.sources.log(), strict=True)),
-            "lately": self._lately(seconds, at),
+            "lately": self._lately(census, at),
             "history": [
                 {
                     "ended": at(interval.ended),
@@ -213,9 +231,9 @@ class Sight:
                 }
                 for interval in ledger.intervals()
             ],
-            "absent": sum(1 for end in absent if end.reason not in IN_ORDER and seconds - end.ended < LATELY),
-            "unserved": sum(1 for end in absent if _is_unserved(end) and seconds - end.ended < LATELY),
-            "devices": self._devices(query, absent, seconds, at),
+            "absent": census.absent,
+            "unserved": census.unserved,
+            "devices": self._devices(query, census, items, seconds),
         }
 
     def _device_certificates(self, now: datetime) -> dict[str, Any]:
@@ -256,13 +274,26 @@ class Sight:
             | {"time": at(deciding.failed_at), "seconds_ago": round(seconds - deciding.failed_at)},
         }
 
-    def _store(self, now: datetime) -> dict[str, Any] | None:
+    def _stored(self) -> Pieces[tuple[Counter[str], list[Backlog]]]:
+        """Count the stored devices by their phase; find the largest backlogs."""
+        phases: Counter[str] = Counter()
+        largest: list[Backlog] = []
+        devices = self.sources.store()
+        if devices is not None:
+            for some in slices(list(devices.sessions.values())):
+                phases.update(stored.phase.value for stored in some)
+                yield
+            for several in slices(list(devices.store)):
+                waiting = (backlog for backlog in several if len(backlog))
+                largest = nlargest(PER_PAGE, chain(largest, waiting), key=lambda each: each.bytes)
+                yield
+        return phases, largest
+
+    def _store(self, now: datetime, phases: Counter[str], waiting: list[Backlog]) -> dict[str, Any] | None:
         devices = self.sources.store()
         if devices is None:
             return None
         store, counts = devices.store, devices.store.counts
-        phases = Counter(stored.phase.value for stored in devices.sessions.values())
-        waiting = nlargest(PER_PAGE, (backlog for backlog in store if len(backlog)), key=lambda each: each.bytes)
         moment, seconds = now.timestamp(), self.sources.seconds()
         forecast, since = devices.forecast, devices.outage_since
         return {
@@ -299,81 +330,138 @@ class Sight:
             ],
         }
 
-    def _lately(self, seconds: float, at: Callable[[float], str]) -> list[dict[str, Any]]:
+    def _lately(self, census: _Census, at: Callable[[float], str]) -> list[dict[str, Any]]:
         """Return the failures of the last 15 minutes, most frequent first."""
-        counts = self.ledger.ended_lately()
-        latest: dict[EndReason, End] = {}
-        devices: dict[EndReason, int] = {}
-        for end in self.ledger.ends():
-            if seconds - end.ended >= LATELY:
-                break
-            latest.setdefault(end.reason, end)
-            devices[end.reason] = devices.get(end.reason, 0) + 1
+        latest = census.latest
         return [
             _reason(reason, latest[reason].detail if reason in latest else "")
             | {
                 "count": count,
-                "devices": devices.get(reason, 0),
+                "devices": census.devices[reason],
                 "latest": at(latest[reason].ended) if reason in latest else None,
             }
-            for reason, count in counts.most_common()
+            for reason, count in self.ledger.ended_lately().most_common()
             if reason not in IN_ORDER
         ]
 
-    # ---- devices
-
-    def _absent(self) -> list[End]:
-        """Return the last ends of devices that are not connected now, latest first."""
-        # The last end of a connected device is shown with its current session.
-        here = {id(self.ledger.last_end(session.record.client_identifier)) for session in self._standing()}
-        return [end for end in self.ledger.ends() if id(end) not in here]
-
-    def _standing(self) -> list[Session]:
-        return [session for session in self.ledger.open if session.state is not State.ENDED]
-
-    def _devices(
-        self, query: Query, absent: Sequence[End], seconds: float, at: Callable[[float], str]
-    ) -> dict[str, Any]:
-        """Return a page of devices: first those that failed, then those connecting, then the others."""
-        wanted = query.text.casefold()
-        sessions = self._standing()
-        groups: tuple[tuple[str, Collection[Session | End]], ...] = (
-            ("silent", [end for end in absent if end.reason not in IN_ORDER]),
-            ("connecting", [session for session in sessions if not session.is_established]),
-            ("connected", [session for session in sessions if session.is_established]),
-            ("silent", [end for end in absent if end.reason in IN_ORDER]),
-        )
-        found: list[Session | End] = []
-        counts = dict.fromkeys(SHOWN, 0)
-        for name, group in groups:
-            matching = [each for each in group if _matches(each, wanted)] if wanted else list(group)
-            counts[name] += len(matching)
-            counts["all"] += len(matching)
-            if query.show in {"all", name}:
-                matching.sort(key=_latest_first)
-                found += matching
-        if wanted:
-            found.sort(key=lambda each: _identifier(each).casefold() != wanted)
-        first = (query.page - 1) * query.limit
+    def _devices(self, query: Query, census: _Census, items: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+        """Describe a page of devices: first those that failed, then those connecting, then the others."""
         return {
             "query": query.text,
             "show": query.show,
             "page": query.page,
-            "pages": max(1, -(-len(found) // query.limit)) if query.limit else 1,
-            "matching": len(found),
-            "counts": counts,
+            "pages": max(1, -(-census.matching // query.limit)) if query.limit else 1,
+            "matching": census.matching,
+            "counts": census.counts,
             "remembered_seconds": round(min(REMEMBERED, seconds - self.ledger.began)),
-            "items": [
-                _ended(each, seconds, at)
-                if isinstance(each, End)
-                else _open(each, self.ledger.last_end(each.record.client_identifier), seconds, at)
-                for each in islice(found, first, first + query.limit)
-            ],
+            "items": items,
         }
 
 
-def _latest_first(each: Session | End) -> float:
-    return -(each.ended if isinstance(each, End) else each.record.started)
+@frozen(slots=True, eq=False)
+class _Seen:
+    """A session, and its step when its turn came: it may have ended since."""
+
+    session: Session
+    step: str
+
+
+class _Census:
+    """All devices, connected or not, sorted into groups: who is here, who matches, who failed."""
+
+    def __init__(self, ledger: Ledger, query: Query) -> None:
+        self._ledger = ledger
+        self._query = query
+        self._wanted = query.text.casefold()
+        self._here: set[str] = set()
+        # By name; those whose whole identifier was searched for apart.
+        self._groups: dict[tuple[bool, str], list[_Seen | End]] = {
+            (is_exact, name): [] for is_exact in (True, False) for name in ("failed", "connecting", "connected", "left")
+        }
+        self.counts = dict.fromkeys(SHOWN, 0)
+        self.absent = self.unserved = 0
+        self.latest: dict[EndReason, End] = {}
+        self.devices: Counter[EndReason] = Counter()
+
+    def see(self, session: Session, state: State) -> None:
+        """Take an open session."""
+        if state is State.ENDED:
+            return
+        # The last end of a connected device is shown with its current session.
+        identifier = session.record.client_identifier
+        if identifier:
+            self._here.add(device_key(identifier, ""))
+        self._sort(_Seen(session, STEPS[state]), "connected" if state in _ESTABLISHED else "connecting")
+
+    def add(self, ends: Iterable[End], seconds: float) -> None:
+        """Take ends, latest first."""
+        for end in ends:
+            is_late = seconds - end.ended < LATELY
+            if is_late:
+                self.latest.setdefault(end.reason, end)
+                self.devices[end.reason] += 1
+            if end.key in self._here:
+                continue
+            self.absent += is_late and end.reason not in IN_ORDER
+            self.unserved += is_late and _is_unserved(end)
+            self._sort(end, "left" if end.reason in IN_ORDER else "failed")
+
+    def _sort(self, each: _Seen | End, group: str) -> None:
+        of = each if isinstance(each, End) else each.session
+        if self._wanted and not _matches(of, self._wanted):
+            return
+        name = "silent" if isinstance(each, End) else group
+        self.counts[name] += 1
+        self.counts["all"] += 1
+        if self._query.show in {"all", name}:
+            is_exact = bool(self._wanted) and _identifier(of).casefold() == self._wanted
+            self._groups[is_exact, group].append(each)
+
+    @property
+    def matching(self) -> int:
+        """How many devices the query selects, on all pages."""
+        return sum(map(len, self._groups.values()))
+
+    def chosen(self) -> Pieces[list[_Seen | End]]:
+        """Choose those of the query's page; in each group, the latest come first."""
+        limit = self._query.limit
+        first = (self._query.page - 1) * limit
+        found: list[_Seen | End] = []
+        for group in self._groups.values():
+            if first >= len(group):
+                first -= len(group)
+                continue
+            last = first + limit - len(found)
+            found += (yield from _latest(group, last))[first:last]
+            first = 0
+        return found
+
+    def shown(self, each: _Seen | End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+        """Describe a device."""
+        if isinstance(each, End):
+            return _ended(each, seconds, at)
+        before = self._ledger.last_end(each.session.record.client_identifier)
+        return _open(each, before, seconds, at)
+
+
+def _latest(group: list[_Seen | End], count: int) -> Pieces[list[_Seen | End]]:
+    """Sort the latest `count` of a group; a part at a time, since nothing interrupts a sort."""
+    if not count or isinstance(group[0], End):
+        return group[:count]  # they came in order
+    parts = []
+    for some in slices(group):
+        parts.append(sorted(some, key=_latest_first))
+        yield
+    ordered = islice(merge(*parts, key=_latest_first), count)
+    found: list[_Seen | End] = []
+    while some := list(islice(ordered, AT_A_TIME)):
+        found += some
+        yield
+    return found
+
+
+def _latest_first(each: _Seen | End) -> float:
+    return -(each.ended if isinstance(each, End) else each.session.record.started)
 
 
 def _identifier(each: Session | End) -> str:
@@ -394,7 +482,8 @@ def _matches(each: Session | End, wanted: str) -> bool:
     )
 
 
-def _open(session: Session, before: End | None, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+def _open(seen: _Seen, before: End | None, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
+    session = seen.session
     record, heard = session.record, session.last_heard
     return {
         "client_identifier": printable(record.client_identifier, _MAX_TEXT),
@@ -402,13 +491,13 @@ def _open(session: Session, before: End | None, seconds: float, at: Callable[[fl
         "listener": record.listener,
         "session": record.number,
         "protocol_version": record.protocol_version,
-        "step": STEPS[session.shown_state],
+        "step": seen.step,
         "since": at(record.started),
         "seconds": round(seconds - record.started),
         "upstream": record.upstream,
         "upstream_address": record.upstream_address,
         "traffic": session.traffic._asdict(),
-        "heard_seconds_ago": round(seconds - heard) if heard is not None else None,
+        "heard_seconds_ago": max(0, round(seconds - heard)) if heard is not None else None,
         "held_back": session.held_back,
         "end": None if before is None else _end(before, seconds, at),
     }
@@ -445,7 +534,7 @@ def _is_unserved(end: End) -> bool:
 def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
     return _reason(end.reason, end.detail) | {
         "time": at(end.ended),
-        "seconds_ago": round(seconds - end.ended),
+        "seconds_ago": max(0, round(seconds - end.ended)),
         "times": end.times,
         "times_seconds": round(seconds - end.since),
         "established": end.established,

@@ -35,6 +35,7 @@ from gateway.ops.status_words import (
 )
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Child, Markup, element, together
+from gateway.pieces import Pieces, slices
 
 _STYLE = resources.files(__package__).joinpath("page.css").read_text("utf-8")
 _SCRIPT = resources.files(__package__).joinpath("page.js").read_text("utf-8")
@@ -56,14 +57,15 @@ CONTENT_SECURITY_POLICY = "; ".join(
     ]
 )
 
+_ROWS_AT_A_TIME = 10  # rows of devices that are made in one turn of the event loop
 _NAME = 64  # characters of a Client Identifier shown in a row
 
 _CLASSES = {Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
 _SHOWN = {"all": "All", "silent": "Not connected", "connecting": "Connecting", "connected": "Connected"}
 
 
-def page(document: Part) -> str:
-    """Return the page."""
+def page(document: Part) -> Pieces[str]:
+    """Make the page."""
     judged = verdict(document)
     devices = document["devices"]
     head = element(
@@ -77,8 +79,15 @@ def page(document: Part) -> str:
         element("style", Markup(_STYLE)),
     )
     searching = bool(devices["query"]) or devices["show"] != "all" or devices["page"] > 1
-    sections = [_now(document), _history(document), _why(document), _upstreams(document), *_store(document)]
-    sections.append(_certificates(document))
+    sections = []
+    for make in (_now, _history, _why, _upstreams, _store, _certificates):
+        sections.append(make(document))
+        yield
+    rows: list[Markup] = []
+    for some in slices(devices["items"], _ROWS_AT_A_TIME):
+        rows += _rows(_OF_DEVICES, map(_device, some))
+        yield
+    listed = element("div", _devices(document, rows), id="devices")
     body = element(
         "body",
         element("header", element("h1", "MQTTS gateway ", element("span", document["host"], class_="host"))),
@@ -86,9 +95,9 @@ def page(document: Part) -> str:
             "main",
             element("div", _verdict(judged), id="verdict"),
             _search(devices),
-            element("div", _devices(document), id="devices") if searching else None,
+            listed if searching else None,
             element("div", *sections, id="state"),
-            None if searching else element("div", _devices(document), id="devices"),
+            None if searching else listed,
         ),
         element("footer", _footer(document), id="footer"),
         element(
@@ -209,10 +218,10 @@ def _upstreams(document: Part) -> Markup:
     return _section("Upstreams", _table(("Broker", "State", "Last verified", "Last failure"), rows), "None.", rows)
 
 
-def _store(document: Part) -> Sequence[Markup]:
+def _store(document: Part) -> Markup | None:
     stored = document["store"]
     if stored is None:
-        return []
+        return None
     rows = [
         [
             element("b", each["client_identifier"][:_NAME], class_="name", title=each["identity"]),
@@ -225,14 +234,12 @@ def _store(document: Part) -> Sequence[Markup]:
         for each in stored["backlogs"]
     ]
     headings = ("Device", "State", "Messages", "Size", "Oldest", "Why it waits")
-    return [
-        element(
-            "section",
-            element("h2", "Stored messages"),
-            *(element("p", line) for line in store_lines(stored)),
-            _table(headings, rows, numeric=(2, 3)) if rows else None,
-        )
-    ]
+    return element(
+        "section",
+        element("h2", "Stored messages"),
+        *(element("p", line) for line in store_lines(stored)),
+        _table(headings, rows, numeric=(2, 3)) if rows else None,
+    )
 
 
 def _certificates(document: Part) -> Markup:
@@ -273,10 +280,12 @@ def _history(document: Part) -> Markup:
 # ---- devices
 
 
-def _devices(document: Part) -> Markup:
+_OF_DEVICES = ("Device", "State", "Since", "Upstream", "To the broker", "From the broker")
+
+
+def _devices(document: Part, rows: Sequence[Markup]) -> Markup:
     devices = document["devices"]
     query = devices["query"]
-    rows = [_device(each) for each in devices["items"]]
     matching = devices["matching"]
     many = "device" if matching == 1 else "devices"
     title = f"{number(matching)} {many} with “{query}”" if query else "Devices"
@@ -285,11 +294,7 @@ def _devices(document: Part) -> Markup:
     elif not matching:
         content = element("p", "None.")
     else:
-        content = _table(
-            ("Device", "State", "Since", "Upstream", "To the broker", "From the broker"),
-            rows,
-            class_="devices",
-        )
+        content = _framed(_OF_DEVICES, rows, class_="devices")
     return element(
         "section",
         element("h2", title),
@@ -396,10 +401,12 @@ def _section(title: str, content: Markup, otherwise: str, rows: Sequence[object]
     return element("section", element("h2", title), content if rows else element("p", otherwise))
 
 
-def _table(
-    headings: Sequence[str], rows: Iterable[Sequence[Child]], numeric: Sequence[int] = (), class_: str | None = None
-) -> Markup:
+def _table(headings: Sequence[str], rows: Iterable[Sequence[Child]], numeric: Sequence[int] = ()) -> Markup:
     """Make a table; on a narrow screen each row is a card, and each cell has its heading."""
+    return _framed(headings, _rows(headings, rows, numeric))
+
+
+def _rows(headings: Sequence[str], rows: Iterable[Sequence[Child]], numeric: Sequence[int] = ()) -> list[Markup]:
 
     def cell(index: int, content: Child) -> Markup:
         # The roles remain when the style no longer displays a table.
@@ -408,8 +415,11 @@ def _table(
             return element("th", content, scope="row", role="rowheader")
         return element("td", content, data_name=headings[index], role="cell", class_=class_)
 
+    return [element("tr", *(cell(index, each) for index, each in enumerate(row)), role="row") for row in rows]
+
+
+def _framed(headings: Sequence[str], body: Iterable[Markup], class_: str | None = None) -> Markup:
     head = element("tr", *(element("th", each, scope="col", role="columnheader") for each in headings), role="row")
-    body = [element("tr", *(cell(index, each) for index, each in enumerate(row)), role="row") for row in rows]
     return element(
         "table",
         element("thead", head, role="rowgroup"),

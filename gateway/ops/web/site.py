@@ -4,8 +4,8 @@ In: requests.  Out: answers made from `Sight`.  Nothing can be changed here, so 
 bodies are not read.
 
 The relay runs in the same process.  So connections are few, short and paced; a request must come in a few pieces; and
-the answers that cost something may take a small share of the event loop's time (`_Budget`).  An error in an answer must
-not spread.
+the answers that cost something are made one at a time, a piece per turn of the event loop (`_Making`), and may take a
+small share of its time (`_Budget`).  An error in an answer must not spread.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import json
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
+from itertools import islice
 from typing import Any
 from urllib.parse import parse_qsl
 
 import h11
-from attrs import frozen
+from attrs import Factory, define, frozen
 from twisted.internet import protocol
 from twisted.internet.interfaces import IAddress, IDelayedCall
 from twisted.internet.protocol import connectionDone
@@ -30,6 +32,7 @@ from twisted.python.failure import Failure
 from gateway.ops.metrics import Metrics
 from gateway.ops.sight import Query, Sight
 from gateway.ops.web.page import CONTENT_SECURITY_POLICY, page
+from gateway.pieces import Pieces
 
 _log = Logger(namespace="gateway")
 
@@ -52,6 +55,8 @@ _AT_ONCE = 0.02
 # An answer may be repeated for so many seconds instead of made again; this many are kept.
 _REPEATABLE_FOR = 10.0
 _MOST_KEPT = 8
+# Pieces of JSON, of a few characters each, that are encoded in one turn.
+_ENCODED_AT_A_TIME = 2000
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -66,6 +71,7 @@ _HEADERS = {
 _TEXT = "text/plain; charset=utf-8"
 
 Answer = tuple[int, str, bytes]
+Done = Callable[[Answer], None]
 
 
 class StatusSite(protocol.ServerFactory):
@@ -88,8 +94,8 @@ class StatusSite(protocol.ServerFactory):
         self._tokens = _BURST
         self._tokens_at = reactor.seconds()
         self._resume: IDelayedCall | None = None
-        self._budget = _Budget(reactor.seconds)
-        self._answers: Mapping[str, Callable[[Mapping[str, str], str], Answer]] = {
+        self._making = _Making(reactor, _Budget(reactor.seconds))
+        self._answers: Mapping[str, Callable[[Mapping[str, str], str], Pieces[Answer]]] = {
             "/": self._page,
             "/status": self._status,
             "/metrics": self._expose,
@@ -123,16 +129,22 @@ class StatusSite(protocol.ServerFactory):
             self._resume = None
         for connection in list(self.protocols):
             connection.abort()
+        self._making.end()
 
-    def answer(self, method: str, uri: str, host: str | None, accept: str) -> Answer:
-        """Answer a request; an error is answered with 500."""
+    def answer(self, method: str, uri: str, host: str | None, accept: str, done: Done) -> None:
+        """Answer a request, now or in a later turn; an error is answered with 500."""
         try:
-            return self._answer(method, uri, host, accept)
+            answer = self._answer(method, uri, host, accept, done)
         except Exception:  # noqa: BLE001  an error in an answer must not reach the relay
-            _log.failure("internal error in the status page")
-            return 500, _TEXT, b"Internal error; see the gateway's log.\n"
+            answer = _failed()
+        if answer is not None:
+            done(answer)
 
-    def _answer(self, method: str, uri: str, host: str | None, accept: str) -> Answer:
+    def forget(self, done: Done) -> None:
+        """Whoever asked has left."""
+        self._making.forget(done)
+
+    def _answer(self, method: str, uri: str, host: str | None, accept: str, done: Done) -> Answer | None:
         if method not in {"GET", "HEAD"}:
             return 405, _TEXT, b"Only GET and HEAD are allowed.\n"
         if not (self.any_host or host is None or _is_this_machine(host)):
@@ -155,19 +167,28 @@ class StatusSite(protocol.ServerFactory):
             arguments = dict(parse_qsl(query, max_num_fields=_MOST_ARGUMENTS))
         except ValueError:
             return 400, _TEXT, b"Too many arguments.\n"
-        return self._budget.answer((uri, accept), lambda: answer(arguments, accept)) or _BUSY
+        self._making.ask((uri, accept), partial(answer, arguments, accept), done)
+        return None
 
     # ---- the answers
 
-    def _page(self, arguments: Mapping[str, str], _: str) -> Answer:
-        return 200, "text/html; charset=utf-8", page(self._sight.document(Query.of(arguments))).encode()
+    def _page(self, arguments: Mapping[str, str], _: str) -> Pieces[Answer]:
+        document = yield from self._sight.document(Query.of(arguments))
+        yield
+        text = yield from page(document)
+        return 200, "text/html; charset=utf-8", text.encode()
 
-    def _status(self, arguments: Mapping[str, str], _: str) -> Answer:
-        document = self._sight.document(Query.of(arguments))
-        return 200, "application/json", json.dumps(document, indent=1).encode("ascii") + b"\n"
+    def _status(self, arguments: Mapping[str, str], _: str) -> Pieces[Answer]:
+        document = yield from self._sight.document(Query.of(arguments))
+        yield
+        encoded, parts = json.JSONEncoder(indent=1).iterencode(document), []
+        while some := "".join(islice(encoded, _ENCODED_AT_A_TIME)):
+            parts.append(some)
+            yield
+        return 200, "application/json", "".join(parts).encode("ascii") + b"\n"
 
-    def _expose(self, _: Mapping[str, str], accept: str) -> Answer:
-        body, content_type = self._metrics.exposition(accept)
+    def _expose(self, _: Mapping[str, str], accept: str) -> Pieces[Answer]:
+        body, content_type = yield from self._metrics.exposition(accept)
         return 200, content_type, body
 
     def _health(self) -> Answer:
@@ -181,6 +202,93 @@ class StatusSite(protocol.ServerFactory):
 
 
 _BUSY: Answer = (429, _TEXT, b"Too many requests: retry in a few seconds.\n")
+
+
+def _failed() -> Answer:
+    """Log the exception that is being handled."""
+    _log.failure("internal error in the status page")
+    return 500, _TEXT, b"Internal error; see the gateway's log.\n"
+
+
+@define(eq=False)
+class _Request:
+    """What is to be made, as far as it has been made, and who waits for it."""
+
+    make: Callable[[], Pieces[Answer]]
+    waiting: list[Done] = Factory(list)
+    pieces: Pieces[Answer] | None = None
+
+
+class _Making:
+    """Makes one answer at a time, a piece per turn of the event loop; equal requests share an answer."""
+
+    def __init__(self, reactor: Any, budget: _Budget) -> None:
+        self._reactor = reactor
+        self._budget = budget
+        # The first one is being made.
+        self._requests: OrderedDict[object, _Request] = OrderedDict()
+        self._turn: IDelayedCall | None = None
+
+    def ask(self, key: object, make: Callable[[], Pieces[Answer]], done: Done) -> None:
+        """Give `done` the answer that `make` makes, or one for the same `key` that is being made already."""
+        request = self._requests.setdefault(key, _Request(make))
+        request.waiting.append(done)
+        if self._turn is None:
+            self._go_on()
+
+    def forget(self, done: Done) -> None:
+        """Nobody waits for this any more; what nobody waits for is not made."""
+        for key, request in list(self._requests.items()):
+            if done in request.waiting:
+                request.waiting.remove(done)
+                if not request.waiting:
+                    self._drop(key)
+        if not self._requests:
+            self.end()
+
+    def end(self) -> None:
+        """Make nothing more."""
+        for key in list(self._requests):
+            self._drop(key)
+        if self._turn is not None:
+            self._turn.cancel()
+            self._turn = None
+
+    def _drop(self, key: object) -> _Request:
+        request = self._requests.pop(key)
+        if request.pieces is not None:
+            request.pieces.close()
+        return request
+
+    def _go_on(self) -> None:
+        """Do one piece."""
+        self._turn = None
+        key, request = next(iter(self._requests.items()))
+        answer = self._next(key, request)
+        if answer is not None:
+            for done in self._drop(key).waiting:
+                done(answer)
+        if self._requests and self._turn is None:
+            self._turn = self._reactor.callLater(0, self._go_on)
+
+    def _next(self, key: object, request: _Request) -> Answer | None:
+        """Return the answer if that was the last piece."""
+        if request.pieces is None and not self._budget.allows():
+            return self._budget.kept(key) or _BUSY
+        began = time.thread_time()
+        try:
+            if request.pieces is None:
+                request.pieces = request.make()
+            next(request.pieces)
+        except StopIteration as stop:
+            answer: Answer = stop.value
+            self._budget.keep(key, answer)
+            return answer
+        except Exception:  # noqa: BLE001  an error in an answer must not reach the relay
+            return _failed()
+        finally:
+            self._budget.spend(time.thread_time() - began)
+        return None
 
 
 @frozen
@@ -200,24 +308,28 @@ class _Budget:
         self._since = seconds()
         self._kept: OrderedDict[object, _Kept] = OrderedDict()
 
-    def answer(self, key: object, make: Callable[[], Answer]) -> Answer | None:
-        """Return what `make` returns, or returned for the same `key` a moment ago; `None` if neither is allowed."""
+    def allows(self) -> bool:
+        """Whether another answer may be made now."""
         now = self._seconds()
         self._left = min(_AT_ONCE, self._left + (now - self._since) * _SHARE)
         self._since = now
-        if self._left <= 0:
-            kept = self._kept.get(key)
-            return kept.answer if kept is not None and now - kept.made <= _REPEATABLE_FOR else None
-        began = time.thread_time()
-        try:
-            answer = make()
-        finally:
-            self._left -= time.thread_time() - began
-        self._kept[key] = _Kept(answer, now)
+        return self._left > 0
+
+    def spend(self, seconds: float) -> None:
+        """Count the time that a piece of an answer took."""
+        self._left -= seconds
+
+    def keep(self, key: object, answer: Answer) -> None:
+        """Keep an answer for a while, to be repeated."""
+        self._kept[key] = _Kept(answer, self._seconds())
         self._kept.move_to_end(key)
         if len(self._kept) > _MOST_KEPT:
             self._kept.popitem(last=False)
-        return answer
+
+    def kept(self, key: object) -> Answer | None:
+        """Return what was made for the same `key` a moment ago, if anything was."""
+        kept = self._kept.get(key)
+        return kept.answer if kept is not None and self._seconds() - kept.made <= _REPEATABLE_FOR else None
 
 
 class _Connection(protocol.Protocol):
@@ -229,6 +341,7 @@ class _Connection(protocol.Protocol):
         self._request = h11.Connection(h11.SERVER, max_incomplete_event_size=_LONGEST_HEAD)
         self._reads = 0
         self._answered = False
+        self._done: Done | None = None
         self._end: IDelayedCall | None = None
 
     def connectionMade(self) -> None:
@@ -238,6 +351,9 @@ class _Connection(protocol.Protocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         del reason
         self._site.protocols.discard(self)
+        if self._done is not None:
+            self._site.forget(self._done)
+            self._done = None
         if self._end is not None and self._end.active():
             self._end.cancel()
 
@@ -255,7 +371,7 @@ class _Connection(protocol.Protocol):
         if self._reads > _MOST_READS:
             self.abort()
             return
-        if self._answered:
+        if self._answered or self._done is not None:
             return
         try:
             self._request.receive_data(data)
@@ -268,17 +384,20 @@ class _Connection(protocol.Protocol):
             for name, value in event.headers:
                 if name in fields:
                     fields[name].append(value.decode("latin-1"))
-            answer = self._site.answer(
+            self._reads = _MOST_READS - _MOST_READS_AFTER
+            self._done = partial(self._respond, event.method)
+            self._site.answer(
                 event.method.decode("latin-1"),
                 event.target.decode("latin-1"),
                 # HTTP/1.0 health checkers send none; browsers always do.
                 ",".join(fields[b"host"]) if fields[b"host"] else None,
                 ",".join(fields[b"accept"]),
+                self._done,
             )
-            self._respond(event.method, answer)
 
     def _respond(self, method: bytes, answer: Answer) -> None:
         self._answered = True
+        self._done = None
         self._reads = _MOST_READS - _MOST_READS_AFTER
         status, content_type, body = answer
         headers = {**_HEADERS, "Content-Type": content_type, "Content-Length": str(len(body))}

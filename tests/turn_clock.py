@@ -1,0 +1,16 @@
+"""A clock that makes one turn at a time: Twisted's also calls what its calls have added, in the same `advance`."""
+
+from __future__ import annotations
+
+from twisted.internet.task import Clock
+
+
+class TurnClock(Clock):
+    """Makes one turn of an event loop at a time; time stands still."""
+
+    def turn(self) -> None:
+        """Call what is due; what that adds waits for the next turn."""
+        due, self.calls = self.calls, []
+        for call in due:
+            call.called = 1
+            call.func(*call.args, **call.kw)
