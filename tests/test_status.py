@@ -26,10 +26,14 @@ from twisted.logger import globalLogPublisher
 from gateway import pieces as pieces_module
 from gateway.config import from_mapping
 from gateway.errors import ConfigError, EndReason
+from gateway.ops import metrics as metrics_module
+from gateway.ops import sight as sight_module
 from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import SCHEMA
+from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.site import StatusSite
+from gateway.pieces import at_once
 from gateway.session.session import Session
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
@@ -815,6 +819,80 @@ def test_a_document_looks_at_a_few_devices_in_each_turn(
     assert document["sessions"]["by_step"]["relaying"] == 5
     counts, _ = gateway.call(made, Metrics(gateway.service.sight).exposition(""))
     assert max(counts) == 2
+
+
+def test_what_a_document_was_made_of_is_freed_a_few_at_a_time(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To free all of it in the last turn would take that turn as long as to look at it."""
+    monkeypatch.setattr(sight_module, "AT_A_TIME", 2)
+    gateway = start(upstream=start_broker().port)
+    devices.extend(connected(gateway, f"d{number}") for number in range(5))
+    kept: list[Any] = []
+
+    class Census(sight_module._Census):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            kept.append(self)
+
+    monkeypatch.setattr(sight_module, "_Census", Census)
+
+    def held() -> list[tuple[int, int]]:
+        return [(kept[0].matching, len(kept[0]._here)) for _ in gateway.service.sight.document()]
+
+    sizes = gateway.call(held)
+    assert sizes[-6:] == [(3, 5), (1, 5), (0, 5), (0, 3), (0, 1), (0, 0)]
+
+
+def test_metrics_are_encoded_one_family_per_turn(start: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put together, they are what the library makes of all at once."""
+    gateway = start(upstream=1)
+    encoded: list[int] = []
+    choose = metrics_module.choose_encoder
+
+    def chosen(accept: str) -> Any:
+        encode, content_type = choose(accept)
+
+        def counting(registry: Any) -> bytes:
+            encoded.append(len(list(registry.collect())))
+            result: bytes = encode(registry)
+            return result
+
+        return counting, content_type
+
+    monkeypatch.setattr(metrics_module, "choose_encoder", chosen)
+    for accept, read in (("", parse), ("application/openmetrics-text", openmetrics)):
+        encoded.clear()
+        body, _ = gateway.call(at_once, Metrics(gateway.service.sight).exposition(accept))
+        assert len(encoded) > 20
+        assert max(encoded) == 1
+        families = [family.name for family in read(body.decode())]
+        assert len(families) == len(set(families)) == len(encoded) - 1
+
+
+def test_no_element_of_the_page_grows_with_the_number_of_rows(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each element copies what is in it, and there are ten around the rows."""
+    gateway = start(upstream=start_broker().port)
+    devices.append(connected(gateway, "<!--rows-->"))
+    document = gateway.call(at_once, gateway.service.sight.document())
+    lengths: list[int] = []
+    make = page_module.element
+
+    def element(*children: Any, **attributes: Any) -> Any:
+        made = make(*children, **attributes)
+        lengths.append(len(made))
+        return made
+
+    monkeypatch.setattr(page_module, "element", element)
+    at_once(page_module.page(document))
+    longest = max(lengths)
+    document["devices"]["items"] *= 100
+    page = at_once(page_module.page(document))
+    assert max(lengths) == longest
+    assert page.count(b"&lt;!--rows--&gt;</b>") == 100
+    assert b"<!--rows-->" not in page
 
 
 def test_who_leaves_before_the_answer_cancels_it(start: StartGateway) -> None:

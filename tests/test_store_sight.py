@@ -94,8 +94,8 @@ def test_page_and_terminal_show_the_backlog(gateway: RunningGateway, device: Dev
     """Names of devices are escaped."""
     del device
     document = seen(gateway)
-    assert "d&lt;1&gt;" in at_once(page(document))
-    assert "Stored messages" in at_once(page(document))
+    assert b"d&lt;1&gt;" in at_once(page(document))
+    assert b"Stored messages" in at_once(page(document))
     lines = list(overview(document))
     assert any("d<1>: 1 messages" in line for line in lines)
 

@@ -7,7 +7,7 @@ series is bounded by the configuration and `EndReason`.  docs/sight.md lists the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -49,12 +49,29 @@ class Metrics:
     def exposition(self, accept: str) -> Pieces[tuple[bytes, str]]:
         """Make the metrics and their content type: OpenMetrics if a request's Accept header has it, else text.
 
-        Sessions are counted some at a time; all else is as of the end.
+        Sessions are counted some at a time, then a family of metrics is collected and encoded per piece.
         """
         self._gateway.survey = yield from self._sight.ledger.survey()
         # Not the header as it came: the library raises for versions that it cannot compare.
         encode, content_type = choose_encoder(_OPENMETRICS if _OPENMETRICS.partition(";")[0] in accept else "")
-        return encode(self._registry), content_type
+        # What ends a text, so what each family would end with.
+        end = encode(_Families())
+        encoded = []
+        for family in self._registry.collect():
+            encoded.append(encode(_Families(family)).removesuffix(end))
+            yield
+        return b"".join((*encoded, end)), content_type
+
+
+class _Families(Collector):
+    """Metrics that are encoded by themselves."""
+
+    def __init__(self, *families: Metric) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        """See `prometheus_client.registry.Collector`."""
+        return self._families
 
 
 class _Gateway(Collector):

@@ -188,6 +188,9 @@ class Sight:
             yield
         steps = survey.steps
         unready = self.unready()
+        latest, devices = self._lately(census, at), self._devices(query, census, items, seconds)
+        absent, unserved = census.absent, census.unserved
+        yield from census.free()
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -220,7 +223,7 @@ class Sight:
                 "wanting": [printable(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
             },
             "log": dict(zip(("lines_lost", "losing"), self.sources.log(), strict=True)),
-            "lately": self._lately(census, at),
+            "lately": latest,
             "history": [
                 {
                     "ended": at(interval.ended),
@@ -231,9 +234,9 @@ class Sight:
                 }
                 for interval in ledger.intervals()
             ],
-            "absent": census.absent,
-            "unserved": census.unserved,
-            "devices": self._devices(query, census, items, seconds),
+            "absent": absent,
+            "unserved": unserved,
+            "devices": devices,
         }
 
     def _device_certificates(self, now: datetime) -> dict[str, Any]:
@@ -435,6 +438,17 @@ class _Census:
             found += (yield from _latest(group, last))[first:last]
             first = 0
         return found
+
+    def free(self) -> Pieces[None]:
+        """Forget all devices, some at a time: to free all in one go takes as long as to look at them."""
+        for group in self._groups.values():
+            while group:
+                del group[-AT_A_TIME:]
+                yield
+        while self._here:
+            for _ in range(min(AT_A_TIME, len(self._here))):
+                self._here.pop()
+            yield
 
     def shown(self, each: _Seen | End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
         """Describe a device."""

@@ -58,14 +58,16 @@ CONTENT_SECURITY_POLICY = "; ".join(
 )
 
 _ROWS_AT_A_TIME = 10  # rows of devices that are made in one turn of the event loop
+# Stands for those rows until all else is made.  No text can look like it: the less-than sign would be escaped.
+_ROWS = Markup("<!--rows-->")
 _NAME = 64  # characters of a Client Identifier shown in a row
 
 _CLASSES = {Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
 _SHOWN = {"all": "All", "silent": "Not connected", "connecting": "Connecting", "connected": "Connected"}
 
 
-def page(document: Part) -> Pieces[str]:
-    """Make the page."""
+def page(document: Part) -> Pieces[bytes]:
+    """Make the page; the rows of devices apart, since each element copies what is in it."""
     judged = verdict(document)
     devices = document["devices"]
     head = element(
@@ -83,11 +85,11 @@ def page(document: Part) -> Pieces[str]:
     for make in (_now, _history, _why, _upstreams, _store, _certificates):
         sections.append(make(document))
         yield
-    rows: list[Markup] = []
+    rows: list[bytes] = []
     for some in slices(devices["items"], _ROWS_AT_A_TIME):
-        rows += _rows(_OF_DEVICES, map(_device, some))
+        rows.append(together(*_rows(_OF_DEVICES, map(_device, some))).encode())
         yield
-    listed = element("div", _devices(document, rows), id="devices")
+    listed = element("div", _devices(document), id="devices")
     body = element(
         "body",
         element("header", element("h1", "MQTTS gateway ", element("span", document["host"], class_="host"))),
@@ -105,7 +107,9 @@ def page(document: Part) -> Pieces[str]:
         ),
         element("script", Markup(_SCRIPT)),
     )
-    return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+    yield
+    before, _, after = f"<!doctype html>\n{element('html', head, body, lang='en')}\n".partition(_ROWS)
+    return b"".join((before.encode(), *rows, after.encode()))
 
 
 def _mark(level: Level) -> str:
@@ -283,7 +287,7 @@ def _history(document: Part) -> Markup:
 _OF_DEVICES = ("Device", "State", "Since", "Upstream", "To the broker", "From the broker")
 
 
-def _devices(document: Part, rows: Sequence[Markup]) -> Markup:
+def _devices(document: Part) -> Markup:
     devices = document["devices"]
     query = devices["query"]
     matching = devices["matching"]
@@ -294,7 +298,7 @@ def _devices(document: Part, rows: Sequence[Markup]) -> Markup:
     elif not matching:
         content = element("p", "None.")
     else:
-        content = _framed(_OF_DEVICES, rows, class_="devices")
+        content = _framed(_OF_DEVICES, [_ROWS], class_="devices")
     return element(
         "section",
         element("h2", title),

@@ -175,8 +175,8 @@ class StatusSite(protocol.ServerFactory):
     def _page(self, arguments: Mapping[str, str], _: str) -> Pieces[Answer]:
         document = yield from self._sight.document(Query.of(arguments))
         yield
-        text = yield from page(document)
-        return 200, "text/html; charset=utf-8", text.encode()
+        body = yield from page(document)
+        return 200, "text/html; charset=utf-8", body
 
     def _status(self, arguments: Mapping[str, str], _: str) -> Pieces[Answer]:
         document = yield from self._sight.document(Query.of(arguments))
