@@ -9,6 +9,8 @@ holds at most `max_size` bytes and one chunk.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from attrs import frozen
 
 from gateway.errors import EndReason, PacketError
@@ -62,8 +64,7 @@ class PacketReader:
     def __init__(
         self, permitted: frozenset[PacketType], max_size: int, unexpected: EndReason, *, any_flags: bool = False
     ) -> None:
-        flags = [low for low in range(16) if low & 0b0110 != 0b0110] if any_flags else [0]
-        self._first_bytes = {packet_type << 4 | low: packet_type for packet_type in permitted for low in flags}
+        self._first_bytes = _first_bytes(permitted, any_flags)
         self._max_size = max_size
         self._unexpected = unexpected
         self._buffer = bytearray()
@@ -144,3 +145,10 @@ class PacketReader:
             if self._buffer.startswith(opening):
                 return PacketError(reason, code, name)
         return PacketError(reason, code, f"first byte 0x{first:02X}, {seen}, where {wanted} was expected")
+
+
+@lru_cache(maxsize=32)
+def _first_bytes(permitted: frozenset[PacketType], any_flags: bool) -> dict[int, PacketType]:
+    """Return the types by their permitted first bytes; readers share it."""
+    flags = [low for low in range(16) if low & 0b0110 != 0b0110] if any_flags else [0]
+    return {packet_type << 4 | low: packet_type for packet_type in permitted for low in flags}

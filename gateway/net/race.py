@@ -21,6 +21,8 @@ ATTEMPT_DELAY = 0.25  # seconds, RFC 8305 §8
 
 def interleave(addresses: Sequence[Address]) -> list[Address]:
     """Alternate the address families, starting with the first address's, otherwise in the given order (RFC 8305 §4)."""
+    if len(addresses) == 1:
+        return list(addresses)
     sixes = [address for address in addresses if isinstance(address, IPv6Address)]
     fours = [address for address in addresses if not isinstance(address, IPv6Address)]
     first: Sequence[Address] = fours

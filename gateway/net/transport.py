@@ -24,6 +24,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from types import FunctionType
 from typing import Any, Protocol
@@ -33,6 +34,7 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IDelayedCall,
+    IHalfCloseableProtocol,
     IListeningPort,
     IProtocol,
     IReactorTime,
@@ -188,8 +190,19 @@ class SendsAtOnce(tcp.Connection):
         # Nothing is pending.  Twisted would ask for writability and half-close when it is reported.
         self._writeDisconnecting = self._writeDisconnected = True
         self._writing = True  # Later writes go to Twisted's `write`, which drops them.
-        self._closeWriteConnection()
+        if IHalfCloseableProtocol.providedBy(self.protocol):
+            self._closeWriteConnection()
+        else:
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_WR)
         self._shouldShutdown = False  # As Twisted does before the close: FIN has been sent.
+
+    def readConnectionLost(self, reason: Failure) -> None:
+        """See IHalfCloseableDescriptor; Twisted would look for an adapter of the protocol, which costs more."""
+        if IHalfCloseableProtocol.providedBy(self.protocol):
+            super().readConnectionLost(reason)
+        else:
+            self.connectionLost(reason)
 
     def abortConnection(self) -> None:
         """See ITCPTransport."""

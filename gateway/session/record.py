@@ -14,7 +14,8 @@ from attrs import define, frozen
 from gateway.errors import EndReason
 
 
-@frozen(slots=True)
+# Hashed for each session, by what caches its texts.
+@frozen(slots=True, cache_hash=True)
 class Peer:
     """Facts about a verified broker: the names on its certificate and the negotiated TLS parameters.
 
