@@ -193,7 +193,7 @@ def test_mistakes_in_files_name_the_files(tmp_path: Path) -> None:
 def test_a_directory_that_is_not_there() -> None:
     """Its name and the reason."""
     assert problems(devices={"directory": "/nowhere"}) == [
-        'devices.directory: "/nowhere" cannot be read: No such file or directory'
+        'devices.directory: "/nowhere" cannot be read: No such file or directory; create it (it may be empty)'
     ]
 
 

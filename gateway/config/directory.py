@@ -52,7 +52,8 @@ def read_directory(
         with os.scandir(directory) as entries:
             names = in_order((entry.name for entry in entries if _RULE_FILE.fullmatch(entry.name)), known.pause)
     except OSError as error:
-        return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}"]
+        remedy = "; create it (it may be empty)" if isinstance(error, FileNotFoundError) else ""
+        return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}{remedy}"]
     rules: list[tuple[Path, DeviceRule]] = []
     for_anybody: list[tuple[Path, DeviceRule]] = []
     problems: list[str] = []
