@@ -142,6 +142,26 @@ def test_each_sensor_has_an_identity_of_its_own_and_the_spoofer_has_none(
     assert gone(int(running.wait_for(r"\(process (\d+)\)")))
 
 
+@pytest.mark.slow
+def test_a_sensor_sees_nothing_of_an_outage(start_demo: Callable[..., RunningDemo]) -> None:
+    """`--profile outage` stores what is published while the link is cut, and delivers it in order."""
+    running = start_demo("--profile", "outage", "--once")
+    assert running.wait() == 0, running.output
+    shown = running.output
+    cut, opened = shown.index("cut: the gateway"), shown.index("link  open again")
+    published = [
+        match.start() for match in re.finditer(r"sensor  published 21\.[3-7], QoS 1: the gateway stored", shown)
+    ]
+    received = [(match[1], match.start()) for match in re.finditer(r"subscriber  received (21\.\d)\n", shown)]
+    assert [reading for reading, _ in received] == [f"21.{number}" for number in range(1, 9)]
+    assert len(published) == 5
+    assert all(cut < place < opened for place in published)
+    assert next(reading for reading, place in received if place > opened) == "21.3"
+    assert "Traceback" not in shown
+    assert running.left_behind() == []
+    assert gone(int(running.wait_for(r"\(process (\d+)\)")))
+
+
 def test_the_impostor_counts_what_it_is_told(reactor: Any, ca: trustme.CA) -> None:
     """Its zero means something: a client that verifies nothing is counted to the byte."""
     impostor = Impostor(ca.issue_cert("elsewhere.example"))

@@ -1,7 +1,7 @@
 """`mqtts-gateway demo`: from a plain-MQTT sensor to a TLS broker, on this machine alone.
 
-In: the command line.  Out: an exit status.  The demos are in `gateway.cli.demo_show` and `gateway.cli.demo_identities`,
-which need the extra `demo`.
+In: the command line.  Out: an exit status.  The demos are in `gateway.cli.demo_show`, `gateway.cli.demo_identities` and
+`gateway.cli.demo_outage`, which need the extra `demo`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--profile",
-        choices=("plain", "aws-like"),
+        choices=("plain", "aws-like", "outage"),
         default="plain",
-        help="aws-like: a broker that requires a certificate per device (default: plain)",
+        help="aws-like: a broker that requires a certificate per device; outage: a sensor whose messages are stored "
+        "while the broker is unreachable (default: plain)",
     )
     parser.add_argument("--once", action="store_true", help="exit after the demo, without waiting for clients")
 
@@ -44,10 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
     from twisted.internet import reactor
 
     from gateway.cli.demo_identities import IdentitiesShow
+    from gateway.cli.demo_outage import OutageShow
     from gateway.cli.demo_show import Show
 
-    show = IdentitiesShow if arguments.profile == "aws-like" else Show
-    return show(reactor, port=arguments.listen, once=arguments.once).run()
+    shows = {"plain": Show, "aws-like": IdentitiesShow, "outage": OutageShow}
+    return shows[arguments.profile](reactor, port=arguments.listen, once=arguments.once).run()
 
 
 def _port(text: str) -> int:
