@@ -49,7 +49,7 @@ from gateway.prepared import Prepared, free, look
 from gateway.reception import Helpers
 from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
-from gateway.store.opening import open_store, store_directory
+from gateway.store.opening import open_store, store_directory, stores_all
 from gateway.store.store import Store
 from gateway.text import printable
 
@@ -157,6 +157,7 @@ class GatewayService(Service):
             seconds=self._reactor.seconds,
             now=now,
             store=lambda: gateway.stored,
+            stores_all=lambda: stores_all(gateway.config),
             log=lambda: self.lost_lines,
         )
 

@@ -64,6 +64,29 @@ def test_an_outage_in_which_all_is_stored_needs_attention_only(gateway: RunningG
     assert "stored" in judged.line
 
 
+@pytest.mark.parametrize(
+    ("names", "unknown", "ready"),
+    [((), "pass", True), (("d*",), "refuse", True), (("d*",), "pass", False)],
+)
+def test_without_a_broker_the_gateway_is_ready_if_it_stores_for_every_device(
+    gateway: RunningGateway, device: Device, names: tuple[str, ...], unknown: str, *, ready: bool
+) -> None:
+    """A load balancer that took it for down would cut off devices that are served."""
+    del device
+    stored_rule = {"match_client_id": list(names), "bound_to": ["127.0.0.0/8"], "store": True}
+    gateway.change(device=[stored_rule], devices={"unknown": unknown})
+    eventually(lambda: not any(each["open"] for each in seen(gateway)["upstreams"]), "the broker is not there")
+    assert seen(gateway)["ready"] is ready
+    assert verdict(seen(gateway)).level is Level.ATTENTION
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    stored.store.failure = StoreError("no space")
+    assert "no broker" in seen(gateway)["unready"]
+    gateway.change(device=[stored_rule, {**stored_rule, "match_client_id": ["e*"], "store": False}])
+    stored.store.failure = None
+    assert not seen(gateway)["ready"]
+
+
 def test_other_devices_that_are_refused_are_not_passed_over(gateway: RunningGateway, device: Device) -> None:
     """The line says that some messages are stored, and not all."""
     del device

@@ -101,6 +101,7 @@ class Sources:
     seconds: Callable[[], float]
     now: Callable[[], datetime]
     store: Callable[[], StoredDevices | None] = lambda: None
+    stores_all: Callable[[], bool] = lambda: False
     log: Callable[[], tuple[int, bool]] = lambda: (0, False)
 
 
@@ -140,19 +141,26 @@ class Sight:
         return self.sources.seconds() - self.ledger.swept < _ALIVE_WITHIN
 
     def unready(self) -> str:
-        """Return why the gateway is not ready for new devices; empty if it is."""
+        """Return why the gateway is not ready for new devices; empty if it is.
+
+        Without a broker it is, if it serves every device itself (`store`) and can write.
+        """
         if self.sources.is_stopping():
             return "the gateway is stopping"
         if not self.sources.listeners():
             return "no listener is open"
         upstreams = self.sources.upstreams()
-        if upstreams and not any(upstream.is_open for upstream in upstreams):
+        if upstreams and not any(upstream.is_open for upstream in upstreams) and not self._stores_all():
             return "no broker is available: " + ", ".join(
                 f"{each.address} is {shown_state(each.state.value)}"
                 + (f" ({each.last_failure.reason})" if each.last_failure is not None else "")
                 for each in upstreams
             )
         return ""
+
+    def _stores_all(self) -> bool:
+        devices = self.sources.store()
+        return devices is not None and devices.store.failure is None and self.sources.stores_all()
 
     def certificates(self) -> Iterator[Certificate]:
         """Yield all certificates whose expiry would stop the service: own, CAs' and brokers'."""

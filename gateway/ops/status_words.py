@@ -78,7 +78,7 @@ def verdict(document: Part) -> Verdict:
     stored, steps = document.get("store"), document["sessions"]["by_step"]
     if stored is not None:
         reasons = [*store_problems(stored), *reasons]
-    is_outage = document["unready"].startswith("no broker")
+    is_outage = bool(document["upstreams"]) and not any(each["open"] for each in document["upstreams"])
     if is_outage and stored is not None and not stored["failure"] and steps.get("stored"):
         line = "No broker is available; messages of some devices are stored"
         if not document["unserved"]:

@@ -33,6 +33,12 @@ def store_is_wanted(config: Config) -> bool:
     return any(device.store for device in config.device)
 
 
+def stores_all(config: Config) -> bool:
+    """Whether every device that is let in has a rule that says `store`."""
+    is_closed = config.devices.unknown == "refuse" or any(device.is_for_everybody for device in config.device)
+    return is_closed and all(device.store for device in config.device)
+
+
 def open_store(
     config: Config,
     post: Callable[[Callable[[], None]], None],
