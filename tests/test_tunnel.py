@@ -108,6 +108,37 @@ def test_what_http_answers_mean(answer: bytes, reason: EndReason, named: str, at
     assert "wörd" not in str(found)
 
 
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [
+        (300, EndReason.PROXY_REFUSED),
+        (408, EndReason.PROXY_REFUSED),
+        (499, EndReason.PROXY_REFUSED),
+        (500, EndReason.TCP_UNREACHABLE),
+        (599, EndReason.TCP_UNREACHABLE),
+    ],
+)
+def test_the_borders_between_statuses(status: int, reason: EndReason) -> None:
+    """2xx opens, 5xx is the broker's failure, all else the proxy's."""
+    assert failure(HTTP, b"HTTP/1.1 %d Status\r\n\r\n" % status, 1000).reason is reason
+    tunnel = tunnel_to("broker.example", 8883, HTTP)
+    tunnel.start()
+    fed(tunnel, b"HTTP/1.1 299 Status\r\n\r\n", 1000)
+    assert tunnel.is_open
+
+
+def test_an_answer_is_bounded() -> None:
+    """Ten interim answers and 16 KiB of a head, and no more."""
+    interim, final = b"HTTP/1.1 102 Processing\r\n\r\n", b"HTTP/1.1 200 OK\r\n"
+    for answer in (interim * 10 + final + b"\r\n", final + b"X: " + b"a" * 16_000 + b"\r\n\r\n"):
+        tunnel = tunnel_to("broker.example", 8883, HTTP)
+        tunnel.start()
+        fed(tunnel, answer, 1000)
+        assert tunnel.is_open
+    for answer in (interim * 11 + final + b"\r\n", final + b"X: " + b"a" * 17_000 + b"\r\n\r\n"):
+        assert failure(HTTP, answer, 1000).reason is EndReason.PROXY_UNREACHABLE
+
+
 @CUTS
 @pytest.mark.parametrize(
     "bound", [b"\x01\x7f\0\0\1\0\x50", b"\x04" + bytes(16) + b"\0\x50", b"\x03\x05proxy\0\x50"], ids=["4", "6", "name"]
@@ -132,6 +163,41 @@ def test_socks5_credentials(at_a_time: int) -> None:
     assert tunnel.is_open
 
 
+@pytest.mark.parametrize(
+    ("host", "target"),
+    [
+        ("192.0.2.1", b"\x01\xc0\x00\x02\x01"),
+        ("2001:db8::1", b"\x04\x20\x01\x0d\xb8" + bytes(11) + b"\x01"),
+        ("fe80::1%eth0", b"\x04\xfe\x80" + bytes(13) + b"\x01"),
+        ("b" * 63 + ".example.", b"\x03\x47" + b"b" * 63 + b".example"),
+    ],
+)
+def test_socks5_gets_an_address_or_a_name(host: str, target: bytes) -> None:
+    """Of its own type each, without what only the resolver or this machine knows."""
+    tunnel = tunnel_to(host, 443, SOCKS)
+    tunnel.start()
+    assert fed(tunnel, b"\x05\x00", 2) == b"\x05\x01\x00" + target + b"\x01\xbb"
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (1, "general failure"),
+        (2, "not allowed"),
+        (3, "network unreachable"),
+        (4, "host unreachable"),
+        (5, "connection refused"),
+        (6, "TTL expired"),
+        (7, "command not supported"),
+        (8, "address type not supported"),
+        (9, "reply 9"),
+    ],
+)
+def test_a_socks5_reply_has_words(reply: int, words: str) -> None:
+    """RFC 1928 §6."""
+    assert words in failure(SOCKS, b"\x05\x00\x05" + bytes([reply]), 1).detail
+
+
 @CUTS
 @pytest.mark.parametrize(
     ("proxy", "answer", "reason"),
@@ -141,6 +207,7 @@ def test_socks5_credentials(at_a_time: int) -> None:
         (SOCKS_WITH_PASSWORD, b"\x05\x02\x01\x01", EndReason.PROXY_AUTHENTICATION),
         (SOCKS, b"\x05\x00\x05\x01", EndReason.TCP_UNREACHABLE),
         (SOCKS, b"\x05\x00\x05\x02", EndReason.PROXY_REFUSED),
+        (SOCKS, b"\x05\x00\x05\x03", EndReason.TCP_UNREACHABLE),
         (SOCKS, b"\x05\x00\x05\x04", EndReason.TCP_UNREACHABLE),
         (SOCKS, b"\x05\x00\x05\x05", EndReason.TCP_REFUSED),
         (SOCKS, b"\x05\x00\x05\x06", EndReason.TCP_TIMEOUT),
