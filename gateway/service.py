@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from random import random
 from socket import gethostname
 from typing import Any, TypeVar
 
@@ -39,6 +40,7 @@ from gateway.ops.ledger import Ledger
 from gateway.ops.notify import Notifier
 from gateway.ops.reload_port import NAME as RELOAD_SOCKET
 from gateway.ops.reload_port import ReloadPort
+from gateway.ops.renewal import Renewals, Renewer
 from gateway.ops.sight import Sight, Sources
 from gateway.ops.status_words import shown_state
 from gateway.ops.store_port import StorePort
@@ -119,6 +121,17 @@ class GatewayService(Service):
             ),
             patience=patience,
         )
+        self.renewals = Renewals(
+            Renewer(
+                programs=Programs(reactor, patience),
+                in_thread=self._in_thread,
+                now=now,
+                current=lambda: (self.gateway.config, self.gateway.generation.dialler),
+            ),
+            lambda: self.gateway.generation.prepared,
+            reactor.seconds,
+            random,
+        )
         self._listeners = Listeners(self._relay, self.gateway.factory)
         self._watch = Watch(self.gateway.generation.prepared.files)
         self._sweeps = 0
@@ -159,6 +172,7 @@ class GatewayService(Service):
             store=lambda: gateway.stored,
             stores_all=lambda: stores_all(gateway.config),
             log=lambda: self.lost_lines,
+            renewals=lambda: self.renewals,
         )
 
     @property
@@ -227,6 +241,7 @@ class GatewayService(Service):
             sessions=len(self.gateway.sessions),
             seconds=config.drain.seconds,
         )
+        self.renewals.stop()
         if self._reload_port is not None:
             self._reload_port.close()
         if self._store_port is not None:
@@ -354,6 +369,7 @@ class GatewayService(Service):
         # From here on the new configuration is active, so an internal error must not look like a refusal.
         steps: list[Callable[[], object]] = [
             partial(self.gateway.adopt, generation),
+            self.renewals.let_go,
             self._follow_store,
             partial(self.status_port.adopt, status),
             partial(self._watch.know, prepared.files),
@@ -391,6 +407,8 @@ class GatewayService(Service):
             self._files.run(lambda: Deferred.fromCoroutine(self._look()))
         self.status_port.sweep()
         self._expiry.sweep(self._certificates)
+        if not self.gateway.stopping:
+            self.renewals.sweep()
 
     def _looked(self, prepared: Prepared) -> list[Path]:
         pause = Pauses()

@@ -844,6 +844,8 @@ COMPANIONS = {
     "client_key": {"client_cert": "gateway.pem"},
     "client_key_password_file": {"client_cert": "gateway.p12"},
     "client_key_password_credential": {"client_cert": "gateway.p12"},
+    "renew_command": {"client_cert": "gateway.pem"},
+    "rotate_key": {"client_cert": "gateway.pem", "renew_command": "/usr/bin/x"},
     "store": {"bound_to": "127.0.0.1"},
     "sas_key_file": {"sas_resource": "r"},
     "sas_resource": {"sas_key_file": "k"},

@@ -231,6 +231,8 @@ async def examine(
                 client_key=guise.device.client_key,
                 client_key_password_file=guise.device.client_key_password_file,
                 client_key_password_credential=guise.device.client_key_password_credential,
+                renew_command=(),
+                rotate_key=False,
             )
         try:
             proxies = dict(zip(config.upstream, proxy_routes(config, os.environ, random), strict=True))

@@ -18,6 +18,7 @@ from typing import Any
 import attrs
 from attrs import frozen
 
+from gateway.cli import renew
 from gateway.cli.certificates import expiry
 from gateway.cli.device_files import (
     KEY_TYPES,
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ) -> argparse.ArgumentParser:
         each = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
         each.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
-        each.set_defaults(action=action)
+        each.set_defaults(run_device=lambda arguments: action(_Rules.of(Path(arguments.config)), arguments))
         return each
 
     add = command("add", _add, "write a device's rule, optionally with a key and a certificate")
@@ -94,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     importing.add_argument("--dry-run", action="store_true", help="show what would be added, and write nothing")
     _identity(importing)
+    summary = "renew a certificate with the rule's renew_command"
+    renewing = commands.add_parser("renew", help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    renewing.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
+    renew.add_arguments(renewing)
+    renewing.set_defaults(run_device=renew.run)
 
 
 def _identifier(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +117,7 @@ def _identity(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command; return 0, or 1 on failure."""
     try:
-        rules = _Rules.of(Path(arguments.config))
-        status: int = arguments.action(rules, arguments)
+        status: int = arguments.run_device(arguments)
     except (ConfigError, Problems) as error:
         for problem in error.problems:
             complain(problem)
@@ -388,7 +393,7 @@ def _show(rules: _Rules, arguments: argparse.Namespace) -> int:
 def _shown(key: str, value: Any) -> str:
     if key == "lan_password":
         return "set"
-    if key == "password_command":
+    if key in {"password_command", "renew_command"}:
         return f"{value[0]} with {len(value) - 1} arguments"
     if isinstance(value, tuple | list):
         return ", ".join(printable(str(each)) for each in value)

@@ -20,12 +20,12 @@ from typing import Any
 
 from attrs import define, frozen
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway.errors import GatewayError
+from gateway.tls.renewal import signing_hash
 from gateway.tls.trust import PrivateKey, read_certificates, read_private_key
 
 _FIT = re.compile(r"[A-Za-z0-9_@:-][A-Za-z0-9._@:-]{0,99}")
@@ -163,7 +163,7 @@ def certificate_pem(certificate: x509.Certificate) -> bytes:
 def request_pem(key: PrivateKey, common_name: str) -> bytes:
     """Make a certificate signing request (PEM, RFC 2986) for a device.  Raises `DeviceProblem`."""
     builder = x509.CertificateSigningRequestBuilder().subject_name(_subject(common_name))
-    return builder.sign(key, _hash(key)).public_bytes(Encoding.PEM)
+    return builder.sign(key, signing_hash(key)).public_bytes(Encoding.PEM)
 
 
 @frozen
@@ -224,7 +224,7 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key()), critical=False)
         )
-        return builder.sign(self.key, _hash(self.key))
+        return builder.sign(self.key, signing_hash(self.key))
 
 
 def _subject(common_name: str) -> x509.Name:
@@ -239,11 +239,6 @@ def check_common_name(common_name: str) -> None:
             f"a common name has 1 to {_LONGEST_COMMON_NAME} characters, this one has {len(common_name)}. "
             "Set another with --common-name"
         )
-
-
-def _hash(key: PrivateKey) -> hashes.SHA256 | None:
-    """Return the hash to sign with; Edwards curves have their own."""
-    return None if isinstance(key, ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey) else hashes.SHA256()
 
 
 def now() -> datetime:

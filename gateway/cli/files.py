@@ -10,6 +10,7 @@ owns it: root:SERVICE 0640 is the usual way to give a service a key.
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import stat
@@ -31,6 +32,8 @@ from gateway.config import TLS, Config, DeviceRule, weak_ciphers
 from gateway.config.secret_files import Passphrase, SecretUnavailable, read_secret
 from gateway.rules.tokens import check_signing_key, sas_key
 from gateway.text import printable
+from gateway.tls.file_kinds import is_pkcs12
+from gateway.tls.renewal import obstacle
 from gateway.tls.trust import (
     ca_dir_files,
     platform_bundle,
@@ -62,6 +65,7 @@ def file_steps(config: Config, view: ServiceView | None = None) -> Iterator[Step
     """Check each file that `config` names; with `view`, also whether the service can read it."""
     for step in (*_tls_steps(config.tls), *_proxy_steps(config)):
         yield _as_seen(step, view)
+    yield from _renewal(config.tls, view)
     for key, words in weak_ciphers(config):
         remedy = "Remove it as soon as the broker has a better one."
         yield Step(_STEP, Status.WARN, f"{key}: weaker than the defaults: {words}", remedy)
@@ -152,7 +156,7 @@ def _rule_steps(config: Config, view: ServiceView | None) -> Iterator[Step]:
     if config.devices.directory is not None and view is not None:
         yield from _unseen_rules(config.devices.directory, view)
     for device in config.device:
-        for step in (*_device_steps(device), *_credential_steps(device, view)):
+        for step in (*_device_steps(device), *_renewal(device, view), *_credential_steps(device, view)):
             seen = _as_seen(step, view)
             checked += 1
             if seen.status is not Status.PASS:
@@ -181,7 +185,7 @@ def _device_steps(device: DeviceRule) -> Iterator[Step]:
     if device.password_file is not None:
         yield _secret(device.password_file, "password", read_secret)
     if device.password_command:
-        yield _program(Path(device.password_command[0]))
+        yield _program(Path(device.password_command[0]), "password_command")
     for key in ("publish", "subscribe"):
         if getattr(device, f"{key}_prefix") and getattr(device, key) is None:
             message = f"{key}_prefix leaves topics that begin with $ as they are, and {key} permits them all"
@@ -236,11 +240,26 @@ def _mode_step(path: Path, mode: int, what: str) -> Step | None:
     return None
 
 
-def _program(path: Path) -> Step:
+def _renewal(table: TLS | DeviceRule, view: ServiceView | None) -> Iterator[Step]:
+    """Check what a renewal needs: the program, and the right to replace the file."""
+    if not table.renew_command or table.client_cert is None:
+        return
+    yield _program(Path(table.renew_command[0]), "renew_command")
+    file = table.client_cert
+    problem = obstacle(file) if view is None else view.unwritable(file)
+    if problem:
+        remedy = "Keep it in /var/lib/mqtts-gateway, or run `mqtts-gateway device renew --due` from a timer."
+        yield _step(Status.WARN, file, f"the gateway cannot replace it when it is renewed: {problem}", remedy)
+    with contextlib.suppress(OSError):
+        if is_pkcs12(file.read_bytes()):
+            yield _step(Status.FAIL, file, "renew_command cannot renew PKCS #12", "Convert it to PEM files.")
+
+
+def _program(path: Path, key: str) -> Step:
     if path.is_absolute() and not os.access(path, os.X_OK):
         why = "is not executable" if path.exists() else "does not exist"
-        return _step(Status.FAIL, path, f"password_command: {why}", "Correct its path, or install the program.")
-    return Step(_STEP, Status.PASS, f"{path}: password_command")
+        return _step(Status.FAIL, path, f"{key}: {why}", "Correct its path, or install the program.")
+    return Step(_STEP, Status.PASS, f"{path}: {key}")
 
 
 def _roots(path: Path) -> Step:

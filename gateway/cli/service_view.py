@@ -8,6 +8,7 @@ files itself would pass what the service cannot use.
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -103,6 +104,14 @@ class ServiceView:
         if not self._may(path, stat.S_IRUSR) or (path.is_dir() and not self._may(path, stat.S_IXUSR)):
             return _mode(path)
         return ""
+
+    def unwritable(self, path: Path) -> str:
+        """Return what keeps the service from replacing a file; "" if it can."""
+        with contextlib.suppress(OSError):
+            path = path.resolve(strict=True)
+        if any(path.is_relative_to(directory) for directory in OWN):
+            return ""
+        return f"its unit makes {path.parent} read-only"
 
     def _may(self, path: Path, right: int) -> bool:
         """Judge as the kernel does: the first of owner, group and others that fits decides."""

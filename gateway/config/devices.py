@@ -122,6 +122,8 @@ class DeviceRule:
     client_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_key_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_key_password_credential: str = attrs.field(default="", validator=checked(check_credential_name))
+    renew_command: tuple[str, ...] = attrs.field(default=(), validator=checked(check_command), repr=False)
+    rotate_key: bool = False
     keep_alive_min: int = attrs.field(default=0, validator=between(0, _MAX_KEEP_ALIVE), metadata={"unit": "seconds"})
     keep_alive_max: int = attrs.field(
         default=_MAX_KEEP_ALIVE, validator=between(1, _MAX_KEEP_ALIVE), metadata={"unit": "seconds"}
@@ -242,6 +244,15 @@ def identity_problems(table: Any) -> Iterator[tuple[str, str]]:
         for key in ("client_key", "client_key_password_file", "client_key_password_credential"):
             if getattr(table, key):
                 yield f".{key}", "client_cert is missing: name the certificate that belongs to this key"
+        if table.renew_command:
+            yield ".renew_command", "client_cert is missing: name the certificate to renew"
+    if table.rotate_key and not table.renew_command:
+        yield ".rotate_key", "renew_command is missing: name the program that has the new key certified"
+    if table.rotate_key and table.client_key not in (None, table.client_cert):
+        # Two files cannot be replaced at the same moment.
+        yield ".rotate_key", "client_key is set: put key and certificate into one file, and name it in client_cert"
+    if table.rotate_key and (table.client_key_password_file is not None or table.client_key_password_credential):
+        yield ".rotate_key", "a new key is written without a passphrase: remove the passphrase, or rotate_key"
     if table.client_key_password_file is not None and table.client_key_password_credential:
         yield ".client_key_password_credential", "client_key_password_file is set as well: a passphrase has one source"
 

@@ -189,6 +189,8 @@ class TLS:
     client_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_key_password_file: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
     client_key_password_credential: str = attrs.field(default="", validator=checked(check_credential_name))
+    renew_command: tuple[str, ...] = attrs.field(default=(), validator=checked(check_command), repr=False)
+    rotate_key: bool = False
     crl_file: tuple[Path, ...] = attrs.field(default=(), validator=checked_each(check_path))
     alpn: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_check_alpn))
     pin: tuple[str, ...] = attrs.field(default=(), validator=checked_each(_pin_digest))

@@ -20,8 +20,9 @@ from twisted.python.failure import Failure
 from gateway.config import Config, Upstream
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.pacing import Pacer
+from gateway.dial.proof import Proof
 from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
-from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve
+from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve, within
 from gateway.dial.websocket import WebSocketRoute
 from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UnknownIssuer, UpstreamFailure
 from gateway.net.network import Network, shown_address
@@ -55,6 +56,8 @@ _AFTER_APPROVAL = frozenset(
         EndReason.TLS_TIMEOUT,
     }
 )
+# Seconds in which a broker of TLS 1.3 refuses a client certificate after the client's handshake is done.
+_REFUSED_WITHIN = 2.0
 
 
 class _IdentityRefused(UpstreamFailure):
@@ -370,6 +373,40 @@ class Dialler:
             return
         self._closing[protocol] = self._clock.seconds() + self._timeouts.close
         protocol.close()
+
+    async def prove(self, names: Sequence[str], policy_for: Callable[[Upstream], TLSPolicy]) -> None:
+        """Show a client certificate to the first broker of a rule's that can be reached; not one MQTT byte is sent.
+
+        Raises `UpstreamFailure` if none accepts it.
+        """
+        failures: list[str] = []
+        last = UpstreamFailure(EndReason.TCP_UNREACHABLE, "no broker")
+        for target, health in self.route(names, policy_for):
+            try:
+                await self._prove(evolve(target, websocket=None), health)
+            except UpstreamFailure as failure:
+                last = UpstreamFailure(failure.reason, failure.detail)
+                failures.append(f"{health.address}: {last}")
+            else:
+                return
+        raise UpstreamFailure(last.reason, "; ".join(failures))
+
+    async def _prove(self, target: Target, health: UpstreamHealth) -> None:
+        dial = Dial(health.address)
+        protocol = await self._connect(target, dial, None)
+        peer = await self._shake_hands(protocol, dial)
+        proof = Proof()
+        protocol.serve(proof, proof.gauge, peer)
+        try:
+            await within(min(_REFUSED_WITHIN, self._timeouts.tls), proof.ended, self._patience)
+        except TimeoutError:
+            return
+        except SessionEnd as end:
+            raise UpstreamFailure(end.reason, end.detail) from None
+        finally:
+            proof.ended.addErrback(lambda _: None)
+            protocol.close()
+            self._closing[protocol] = self._clock.seconds() + self._timeouts.close
 
     async def _reach(self, target: Target, dial: Dial, visitor: Visitor) -> tuple[UpstreamProtocol, Peer]:
         """Resolve, connect, shake hands, verify.  Returns a verified connection; raises as `_attempt`.

@@ -98,6 +98,7 @@ class _Gateway(Collector):
         yield from self._upstreams()
         yield self._certificates()
         yield from self._device_rules()
+        yield from self._renewals()
         ledger = self._sight.ledger
         reloads = CounterMetricFamily(f"{_PREFIX}_reloads", "Attempts to load a new configuration.", labels=["result"])
         reloads.add_metric(["done"], ledger.reloads)
@@ -231,6 +232,19 @@ class _Gateway(Collector):
         )
         yield GaugeMetricFamily(
             f"{_PREFIX}_device_rules_refused", "Rules that cannot be used.", len(sources.refused_rules())
+        )
+
+    def _renewals(self) -> Iterator[Metric]:
+        renewals = self._sight.sources.renewals()
+        counts = (0, 0, 0) if renewals is None else (renewals.done, renewals.failed, len(renewals.failing))
+        attempts = CounterMetricFamily(
+            f"{_PREFIX}_certificate_renewals", "Renewals of client certificates.", labels=["result"]
+        )
+        attempts.add_metric(["done"], counts[0])
+        attempts.add_metric(["failed"], counts[1])
+        yield attempts
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_certificate_renewals_failing", "Certificates whose last renewal failed.", counts[2]
         )
 
     def _certificates(self) -> Metric:

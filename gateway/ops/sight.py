@@ -21,6 +21,7 @@ from gateway.errors import EndReason
 from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Validity, shown_by
 from gateway.ops.journal import IN_ORDER
 from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger, device_key
+from gateway.ops.renewal import Renewals, whose
 from gateway.ops.status_words import SCHEMA, shown_state
 from gateway.pieces import AT_A_TIME, Pieces, slices
 from gateway.relay.core import Choice
@@ -103,6 +104,7 @@ class Sources:
     store: Callable[[], StoredDevices | None] = lambda: None
     stores_all: Callable[[], bool] = lambda: False
     log: Callable[[], tuple[int, bool]] = lambda: (0, False)
+    renewals: Callable[[], Renewals | None] = lambda: None
 
 
 @frozen(kw_only=True)
@@ -215,6 +217,7 @@ class Sight:
             "certificates": [_certificate(each, now) for each in self.certificates()],
             "device_certificates": self._device_certificates(now),
             "refused_rules": self._refused_rules(),
+            "renewals": self._renewals(),
             "sessions": {
                 "open": sum(steps[step] for step in STEPS),
                 "limit": self.sources.max_sessions(),
@@ -261,6 +264,18 @@ class Sight:
             "first": [
                 {"rule": printable(rule, _MAX_TEXT), "problem": printable(problem, _MAX_WORDS)}
                 for rule, problem in refused[:MOST_DEVICES]
+            ],
+        }
+
+    def _renewals(self) -> dict[str, Any]:
+        renewals = self.sources.renewals()
+        failing = {} if renewals is None else renewals.failing
+        return {
+            "done": 0 if renewals is None else renewals.done,
+            "failed": 0 if renewals is None else renewals.failed,
+            "failing": len(failing),
+            "first": [
+                {"whose": whose(name), "problem": problem} for name, problem in islice(failing.items(), MOST_DEVICES)
             ],
         }
 

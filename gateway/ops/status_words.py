@@ -66,6 +66,7 @@ def verdict(document: Part) -> Verdict:
     ]
     reasons += device_certificate_lines(document)
     reasons += refused_rule_lines(document)
+    reasons += renewal_lines(document)
     reasons += [f"The {words}." for words in document["reloads"]["wanting"]]
     if document["log"]["losing"]:
         reasons.append(
@@ -176,6 +177,20 @@ def refused_rule_lines(document: Part) -> list[str]:
     ]
     more = refused["count"] - len(lines)
     return [*lines, f"{number(more)} more rules cannot be used."] if more > 0 else lines
+
+
+def renewal_lines(document: Part) -> list[str]:
+    """Name the certificates whose renewal fails; the first of them."""
+    renewals = document.get("renewals")
+    if renewals is None:
+        return []
+    lines = [
+        f"{each['whose'].capitalize()} cannot be renewed: {each['problem']}. "
+        "Run `mqtts-gateway device renew` to see why."
+        for each in renewals["first"]
+    ]
+    more = renewals["failing"] - len(lines)
+    return [*lines, f"{number(more)} more certificates cannot be renewed."] if more > 0 else lines
 
 
 def _absent(document: Part) -> list[str]:

@@ -1,7 +1,7 @@
-"""Passwords from programs.
+"""Runs programs: for passwords, and for certificates.
 
-In: a program.  Out: the password that it writes; `SecretUnavailable`, which says what is wrong and never contains its
-output.
+In: a program, and what it reads.  Out: what it writes; `SecretUnavailable`, which says what is wrong and never contains
+its output.
 """
 
 from __future__ import annotations
@@ -34,27 +34,42 @@ class Spawner(Protocol):
 
 
 class Programs:
-    """Runs programs that write a password to standard output, a few at a time.
+    """Runs programs that write a password or a certificate to standard output, a few at a time.
 
-    Programs run without a shell, with a minimal environment and no standard input; standard error is discarded, since
-    it may contain anything. A program that takes too long or writes too much is killed.
+    Programs run without a shell and with a minimal environment. A program that takes too long or writes too much is
+    killed. Standard error is discarded, since it may contain anything; with `shows_errors` it is this process's.
     """
 
-    def __init__(self, spawner: Spawner, clock: IReactorTime) -> None:
+    def __init__(self, spawner: Spawner, clock: IReactorTime, *, shows_errors: bool = False) -> None:
         self._spawner = spawner
         self._clock = clock
+        self._shows_errors = shows_errors
         self._turns = Turns(_PROGRAMS, clock, "a password program")
 
     async def run(
         self, words: Sequence[str], environment: Mapping[str, str], timeout: float, visitor: Visitor = ANYONE
     ) -> bytes:
-        """Return the program's output; `timeout` is in seconds, from its start.
+        """Return the password that the program writes; `timeout` is in seconds, from its start.
 
         Raises SecretUnavailable, and Refusal if it was not the visitor's turn in time. Cancelling kills the program.
         """
+        output = await self.output(words, environment, timeout, visitor)
+        return checked_secret(output, words[0])
+
+    async def output(
+        self,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        timeout: float,
+        visitor: Visitor = ANYONE,
+        *,
+        given: bytes = b"",
+        limit: int = LARGEST_SECRET + 2,
+    ) -> bytes:
+        """Return all that the program writes, up to `limit` bytes; it reads `given`.  Otherwise like `run`."""
         await self._turns.take(visitor)
         try:
-            program = _Program(words[0])
+            program = _Program(words[0], given, limit)
             try:
                 self._spawner.spawnProcess(
                     program,
@@ -62,7 +77,7 @@ class Programs:
                     list(words),
                     env={"PATH": _SEARCH_PATH, "LANG": "C.UTF-8", **environment},
                     path="/",
-                    childFDs={0: "w", 1: "r", 2: "r"},
+                    childFDs={0: "w", 1: "r", 2: 2 if self._shows_errors else "r"},
                 )
             except OSError as problem:
                 raise SecretUnavailable(f"{words[0]} cannot be started: {problem.strerror}") from None
@@ -75,18 +90,22 @@ class Programs:
 
 
 class _Program(ProcessProtocol):
-    """One run; `written` fires with the password."""
+    """One run; `written` fires with the output."""
 
     transport: IProcessTransport
 
-    def __init__(self, shown: str) -> None:
+    def __init__(self, shown: str, given: bytes, limit: int) -> None:
         self._shown = shown
+        self._given = given
+        self._limit = limit
         self._output = bytearray()
         self._done = False
         self.written: Deferred[bytes] = Deferred(lambda _: self._give_up())
 
     def connectionMade(self) -> None:
-        """Close the program's standard input."""
+        """Write to the program's standard input, and close it."""
+        if self._given:
+            self.transport.write(self._given)
         self.transport.closeStdin()
 
     def outReceived(self, data: bytes) -> None:  # noqa: N802  Twisted's name
@@ -94,11 +113,11 @@ class _Program(ProcessProtocol):
         if self._done:
             return
         self._output += data
-        if len(self._output) > LARGEST_SECRET + 2:
-            self._fail(f"{self._shown} wrote more than {LARGEST_SECRET} bytes")
+        if len(self._output) > self._limit:
+            self._fail(f"{self._shown} wrote more than {min(self._limit, LARGEST_SECRET)} bytes")
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802  Twisted's name
-        """Fire `written` with the password or the failure."""
+        """Fire `written` with the output or the failure."""
         if reason.check(error.ProcessDone) is None:
             ending = reason.value
             status, by_signal = getattr(ending, "exitCode", None), getattr(ending, "signal", None)
@@ -106,12 +125,7 @@ class _Program(ProcessProtocol):
             self._fail(f"{self._shown} exited with {how}")
         elif not self._done:
             self._done = True
-            try:
-                password = checked_secret(bytes(self._output), self._shown)
-            except SecretUnavailable as problem:
-                self.written.errback(problem)
-            else:
-                self.written.callback(password)
+            self.written.callback(bytes(self._output))
 
     def _fail(self, why: str) -> None:
         if not self._done:

@@ -43,6 +43,8 @@ class DevicePolicies(Generic[_K]):
             client_key=None,
             client_key_password_file=None,
             client_key_password_credential="",
+            renew_command=(),
+            rotate_key=False,
         )
         self._before = before
         self._algorithms = tuple(algorithms) or (tls.algorithms,)

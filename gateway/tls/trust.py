@@ -290,7 +290,7 @@ def read_client_identity(
         keys = _collect(problems, "tls.client_key", key_path, lambda path: [read_client_key(path, passphrase)])
     if not chain or not keys:
         return None, problems
-    if _spki(chain[0].public_key()) != _spki(keys[0].public_key()):
+    if public_key_bytes(chain[0].public_key()) != public_key_bytes(keys[0].public_key()):
         problems.append(
             f"tls.client_key: {key_path} is not the key of the first certificate in {tls.client_cert}; "
             "put the certificate of this key first, then its CAs' certificates"
@@ -451,7 +451,7 @@ def _reasons(error: SSL.Error) -> str:
 
 def spki_pin(certificate: x509.Certificate) -> bytes:
     """Return the pin of a certificate's key: the SHA-256 of its SubjectPublicKeyInfo (RFC 7469 §2.4), 32 bytes."""
-    return sha256(_spki(certificate.public_key())).digest()
+    return sha256(public_key_bytes(certificate.public_key())).digest()
 
 
 def platform_bundle() -> Path:
@@ -480,7 +480,8 @@ def platform_roots() -> tuple[x509.Certificate, ...]:
     return tuple(roots)
 
 
-def _spki(public_key: PublicKeyTypes) -> bytes:
+def public_key_bytes(public_key: PublicKeyTypes) -> bytes:
+    """Return the SubjectPublicKeyInfo (RFC 5280 §4.1.2.7) in DER."""
     return public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
