@@ -450,7 +450,7 @@ def test_the_documented_table_can_be_imported(site: Site, tmp_path: Path) -> Non
     """As it stands in docs/devices.md."""
     document = (Path(__file__).resolve().parent.parent / "docs" / "devices.md").read_text()
     table = tmp_path / "devices.csv"
-    table.write_text(document.partition("```csv\n")[2].partition("```")[0])
+    table.write_text("id," + document.partition("```text\nid,")[2].partition("```")[0])
     assert site.do("import", str(table), "--csr") == 0
     assert [name for name in site.files() if name.endswith("-key.pem")] == ["boiler-1-key.pem", "boiler-2-key.pem"]
     assert site.do("add", "boiler-3", "--set", "publish=sensors/{client_id}/#") == 0
