@@ -72,10 +72,10 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_what_is_there_already_needs_no_timer(clock: Clock) -> None:
+def test_what_is_there_already_needs_no_timer() -> None:
     """Most steps of a storm end so."""
-    assert begun(within(5.0, succeed("it"), clock))[0] == ["it"]
-    assert clock.getDelayedCalls() == []
+    no_timers: Any = object()
+    assert begun(within(5.0, succeed("it"), no_timers))[0] == ["it"]
 
 
 def test_what_comes_in_time_leaves_no_timer(clock: Clock) -> None:

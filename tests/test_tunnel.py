@@ -223,6 +223,12 @@ def test_what_socks5_answers_mean(proxy: ProxyServer, answer: bytes, reason: End
     assert failure(proxy, answer, at_a_time).reason is reason
 
 
+def test_the_methods_that_were_offered_are_named() -> None:
+    """Whoever set no user name sees that the proxy wants one."""
+    assert "user name" not in failure(SOCKS, b"\x05\xff").detail
+    assert "or user name and password" in failure(SOCKS_WITH_PASSWORD, b"\x05\xff").detail
+
+
 @pytest.mark.parametrize(
     ("url", "address"),
     [
