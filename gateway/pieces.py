@@ -5,8 +5,10 @@ In: the work of a thread, or of the event loop itself.  Out: the same, with paus
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from heapq import merge
 from typing import Any, TypeAlias, TypeVar
 
@@ -19,6 +21,8 @@ _WORK, _REST = 0.001, 0.001
 _SORTED_AT_A_TIME = 500
 # The event loop looks at so many things in a turn; a few microseconds each.
 AT_A_TIME = 250
+# mallopt(3): chunks of up to so many bytes are not merged when they are freed; and the default.
+_M_MXFAST, _MXFAST = 1, 16 * ctypes.sizeof(ctypes.c_size_t)
 
 _T = TypeVar("_T", bound=Any)
 
@@ -61,6 +65,23 @@ class Pauses:
         if time.monotonic() - self._since >= _WORK:
             time.sleep(_REST)
             self._since = time.monotonic()
+
+
+@contextmanager
+def merging_at_once() -> Iterator[None]:
+    """Have glibc merge small chunks of memory as they are freed.
+
+    Otherwise it keeps them, and merges up to a million in one go.  That takes tens of milliseconds, in which no other
+    thread runs Python.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MXFAST, 0)
+    try:
+        yield
+    finally:
+        if mallopt is not None:
+            mallopt(_M_MXFAST, _MXFAST)
 
 
 def no_pause() -> None:

@@ -9,6 +9,7 @@ so that a thread can do it.  What did not change is neither read nor built again
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gateway.dial.proxy import ProxyRoute, proxy_routes
 from gateway.dial.websocket import WebSocketRoute, websocket_routes
 from gateway.ops.expiry import DeviceCertificates
 from gateway.ops.watch import FileState, differing, states
-from gateway.pieces import Pause, no_pause
+from gateway.pieces import Pause, merging_at_once, no_pause
 from gateway.rules.credentials import DeviceKeys, key_files, read_keys
 from gateway.rules.names import Names
 from gateway.rules.rules import Rule, Rules
@@ -33,6 +34,9 @@ from gateway.tls.trust import ClientIdentity, TLSPolicy, policy_files
 
 # Objects freed between two looks at the clock.
 _FREED_AT_A_TIME = 20
+# The sections that sessions are judged by, and what follows a section's name in a key.
+_TO_JUDGE_BY = frozenset({"upstream", "devices", "device", "limits"})
+_SECTION = re.compile(r"[.\[]")
 
 
 @frozen(eq=False, kw_only=True)
@@ -77,7 +81,10 @@ def prepare(
 
     `uniform` returns random numbers from 0 to 1; `programs` runs programs.
     """
-    of_policy, of_others = policy_files(config.tls), [*upstream_files(config), *device_files(config)]
+    of_policy, of_others = policy_files(config.tls), upstream_files(config)
+    for path in device_files(config):
+        of_others.append(path)
+        pause()
     files = states([*of_policy, *of_others], pause)
     is_policy_kept = before is not None and _is_policy_kept(config, files, of_policy, before)
     kept = before if is_policy_kept else None
@@ -121,11 +128,12 @@ def look(prepared: Prepared, pause: Pause = no_pause) -> dict[Path, FileState]:
 
 def free(prepared: Prepared, pause: Pause = no_pause) -> None:
     """Free the configuration before a few parts at a time: thousands in one go would hold up the event loop."""
-    # To free a container frees no part, since these are still held.
-    for size, parts in ((1, prepared.containers), (_FREED_AT_A_TIME, prepared.leftovers)):
-        while parts:
-            del parts[-size:]
-            pause()
+    with merging_at_once():
+        # To free a container frees no part, since these are still held.
+        for size, parts in ((1, prepared.containers), (_FREED_AT_A_TIME, prepared.leftovers)):
+            while parts:
+                del parts[-size:]
+                pause()
 
 
 def upstream_files(config: Config) -> list[Path]:
@@ -164,7 +172,11 @@ def _keys(device: DeviceRule, files: Mapping[Path, FileState], before: Prepared 
 
 
 def _certificates(keys: Mapping[DeviceRule, DeviceKeys], before: Prepared | None, pause: Pause) -> DeviceCertificates:
-    named = [(device.name, read.client) for device, read in keys.items() if read.client is not None]
+    named = []
+    for device, read in keys.items():
+        if read.client is not None:
+            named.append((device.name, read.client))
+        pause()
     if before is not None and before.certificates.are_of(named):
         return before.certificates
     return DeviceCertificates(named, pause)
@@ -183,13 +195,14 @@ def _policy_problems(
 def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
     """Add what differs from the configuration before."""
     old, new = before.config, after.config
-    changed = changed_keys(old, new) + [str(path) for path in differing(before.files, after.files, pause)]
+    keys = changed_keys(old, new, pause)
+    changed = keys + [str(path) for path in differing(before.files, after.files, pause)]
     is_equivalent = (
         after.policy is before.policy
-        and (old.upstream, old.devices, old.device, old.limits) == (new.upstream, new.devices, new.device, new.limits)
+        and _TO_JUDGE_BY.isdisjoint(_SECTION.split(key, 1)[0] for key in keys)
         and (_listener_names(old) <= _listener_names(new) or not any(device.match_listener for device in new.device))
         and all(after.files[path] == before.files.get(path) for path in upstream_files(new))
-        and all(keys is before.keys.get(device) for device, keys in after.keys.items())
+        and _are_keys_kept(after, before, pause)
     )
     leftovers: list[Any] = [*old.device, *before.keys.values(), *before.policies.all, *before.other_files]
     leftovers += [
@@ -198,11 +211,21 @@ def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
     ]
     leftovers += before.names.parts
     leftovers += before.rules.parts
-    leftovers += [part for rule in before.rules for part in _parts(rule)]
+    for rule in before.rules:
+        leftovers += _parts(rule)
+        pause()
     # From the end, so what holds all others comes last.
     containers: list[Any] = [old, before.other_files, before.files, before.keys, before.policies, before.refused]
     containers += [before.certificates, before.names, before.rules, before]
     return evolve(after, changed=changed, is_equivalent=is_equivalent, containers=containers, leftovers=leftovers)
+
+
+def _are_keys_kept(after: Prepared, before: Prepared, pause: Pause) -> bool:
+    for device, keys in after.keys.items():
+        if keys is not before.keys.get(device):
+            return False
+        pause()
+    return True
 
 
 def _listener_names(config: Config) -> set[tuple[str, str]]:

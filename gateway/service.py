@@ -25,7 +25,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from gateway import MADE
-from gateway.config import Config, Listener, weak_ciphers
+from gateway.config import Config, Listener, changed_keys, weak_ciphers
 from gateway.config.listen import is_open_to_all
 from gateway.dial.health import UpstreamHealth
 from gateway.errors import ConfigError
@@ -285,10 +285,10 @@ class GatewayService(Service):
         problems: Sequence[str] = ()
 
         def prepare() -> Prepared:
-            config = read()
-            if config == now:
+            config, pause = read(), Pauses()
+            if config is now or not changed_keys(now, config, pause):
                 refused[:] = ["files"]
-            return self.gateway.prepare(config, Pauses())
+            return self.gateway.prepare(config, pause)
 
         try:
             prepared = await self._prepared(prepare)

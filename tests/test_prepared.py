@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import weakref
 from itertools import pairwise
 from pathlib import Path
@@ -10,14 +12,14 @@ from unittest.mock import patch
 
 import pytest
 
-from gateway.config import Config, DeviceRule, from_mapping, load_file
+from gateway.config import Config, DeviceRule, changed_keys, from_mapping, load_file
 from gateway.config import directory as rule_files
 from gateway.config.directory import RuleFiles
 from gateway.errors import ConfigError, EndReason
 from gateway.mqtt.connect import parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import PacketReader
-from gateway.pieces import in_order, no_pause
+from gateway.pieces import in_order, merging_at_once, no_pause
 from gateway.prepared import Prepared, free, prepare
 from gateway.rules import credentials
 from gateway.rules.rules import Caller
@@ -241,3 +243,77 @@ def test_the_configuration_before_is_freed_bit_by_bit(tmp_path: Path) -> None:
     free(after, lambda: alive.append(sum(each() is not None for each in left)))
     assert alive[-1] == 0
     assert max(now - then for then, now in pairwise(reversed(alive))) <= 20
+
+
+def longest_stretch(directory: Path, rules: int) -> int:
+    """Reload so many rules that have all changed; return the most calls of functions between two pauses."""
+    directory.mkdir()
+    (directory / "devices").mkdir()
+    certify(certify_ca(), purposes=(CLIENT,)).write(directory / "own.pem")
+    (directory / "gateway.toml").write_text(
+        '[[upstream]]\nhost = "localhost"\n[tls]\nca_file = "own.pem"\n[devices]\ndirectory = "devices"\n'
+    )
+    calls, longest = 0, 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    def pause() -> None:
+        nonlocal calls, longest
+        longest, calls = max(longest, calls), 0
+
+    def write(text: str) -> None:
+        for number in range(rules):
+            (directory / "devices" / f"d{number}.toml").write_text(text)
+
+    known = RuleFiles(pause)
+    write('client_cert = "../own.pem"')
+    now = load_file(directory / "gateway.toml", known=known)
+    before = prepare(now, lambda: 0.5)
+    write('client_cert = "../own.pem"  # changed')
+    pause()
+    longest = 0
+    sys.setprofile(lambda frame, event, _: count() if event == "call" else None)
+    try:
+        config = load_file(directory / "gateway.toml", known=known)
+        changed_keys(now, config, pause)
+        prepared = prepare(config, lambda: 0.5, before=before, pause=pause)
+        pause()
+    finally:
+        sys.setprofile(None)
+    assert len(prepared.rules.parts) == rules + 1
+    return longest
+
+
+def test_no_stretch_between_two_pauses_grows_with_the_number_of_rules(tmp_path: Path) -> None:
+    """The event loop may run only in pauses, and whenever it lets go of the interpreter it waits for the next one."""
+    few, many = longest_stretch(tmp_path / "few", 20), longest_stretch(tmp_path / "many", 60)
+    assert many <= few + 20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
+def test_memory_is_merged_as_it_is_freed() -> None:
+    """Otherwise glibc keeps small chunks, and merges all of them in one go that holds up all threads."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+
+    class Usage(ctypes.Structure):
+        _fields_ = [(f"other{number}", ctypes.c_size_t) for number in range(6)] + [
+            ("fsmblks", ctypes.c_size_t),
+            ("others", ctypes.c_size_t * 3),
+        ]
+
+    libc.mallinfo2.restype = Usage
+
+    def kept() -> int:
+        chunks = [libc.malloc(100) for _ in range(1000)]
+        before = int(libc.mallinfo2().fsmblks)
+        for chunk in chunks:
+            libc.free(chunk)
+        return int(libc.mallinfo2().fsmblks) - before
+
+    with merging_at_once():
+        assert kept() <= 0
+    assert kept() > 50_000

@@ -11,24 +11,34 @@ from typing import Any
 import attrs
 
 from gateway.config.schema import Config
+from gateway.pieces import Pause, no_pause
 
 
-def changed_keys(before: Config, after: Config) -> list[str]:
-    """Return the keys whose values differ; a list of tables whose length changed is named as a whole."""
-    return list(_changed("", before, after))
+def changed_keys(before: Config, after: Config, pause: Pause = no_pause) -> list[str]:
+    """Return the keys whose values differ; a list of tables whose length changed is named as a whole.
+
+    `pause` is called between two tables.
+    """
+    return list(_changed("", before, after, pause))
 
 
-def _changed(key: str, before: Any, after: Any) -> Iterator[str]:
-    if before == after:
+def _changed(key: str, before: Any, after: Any, pause: Pause) -> Iterator[str]:
+    pause()
+    if _are_tables(before) and _are_tables(after) and len(before) == len(after):
+        for index, pair in enumerate(zip(before, after, strict=True)):
+            yield from _changed(f"{key}[{index}]", *pair, pause)
+    elif not isinstance(before, Config) and before == after:
         return
-    if type(before) is not type(after):  # a key that may be absent: `None` on one side
+    elif type(before) is not type(after):  # a key that may be absent: `None` on one side
         yield key
     elif attrs.has(type(before)):
         for field in attrs.fields(type(before)):
             dotted = f"{key}.{field.name}" if key else field.name
-            yield from _changed(dotted, getattr(before, field.name), getattr(after, field.name))
-    elif isinstance(before, tuple) and len(before) == len(after) and all(attrs.has(type(each)) for each in before):
-        for index, pair in enumerate(zip(before, after, strict=True)):
-            yield from _changed(f"{key}[{index}]", *pair)
+            yield from _changed(dotted, getattr(before, field.name), getattr(after, field.name), pause)
     else:
         yield key
+
+
+def _are_tables(value: Any) -> bool:
+    # To compare a tuple of thousands in one go would hold up other threads.
+    return isinstance(value, tuple) and bool(value) and attrs.has(type(value[0]))

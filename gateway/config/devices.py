@@ -26,6 +26,7 @@ from gateway.config.validators import (
 )
 from gateway.config.value_words import quoted
 from gateway.mqtt.topics import check_filter
+from gateway.pieces import Pause, no_pause
 
 _MAX_KEEP_ALIVE = 65_535
 _SMALLEST_PACKET, _LARGEST_PACKET = 256, 1 + 4 + 268_435_455
@@ -265,13 +266,20 @@ def anchored(device: DeviceRule, anchor: Anchor) -> DeviceRule:
 
 
 def cross_problems(
-    labelled: Iterable[tuple[str, DeviceRule]], upstreams: Iterable[str], listeners: Iterable[str]
+    labelled: Iterable[tuple[str, DeviceRule]],
+    upstreams: Iterable[str],
+    listeners: Iterable[str],
+    pause: Pause = no_pause,
 ) -> list[str]:
-    """Yield conflicts between rules, each under its label, and unknown names that rules refer to."""
+    """Return conflicts between rules, each under its label, and unknown names that rules refer to.
+
+    `pause` is called between two rules.
+    """
     problems = []
     known = {"upstream": set(upstreams) - {""}, "match_listener": set(listeners) - {""}}
     seen: dict[object, str] = {}
     for label, device in labelled:
+        pause()
         if isinstance(device, BrokenRule):
             continue
         for key, names in known.items():

@@ -50,7 +50,7 @@ def read_directory(
     """
     try:
         with os.scandir(directory) as entries:
-            names = in_order((entry.name for entry in entries if _RULE_FILE.fullmatch(entry.name)), known.pause)
+            names = in_order(_names(entries, known.pause), known.pause)
     except OSError as error:
         remedy = "; create it (it may be empty)" if isinstance(error, FileNotFoundError) else ""
         return [], [f"devices.directory: {quoted(str(directory), 4096)} cannot be read: {error.strerror}{remedy}"]
@@ -74,6 +74,13 @@ def read_directory(
     return rules + for_anybody, problems
 
 
+def _names(entries: Iterable[os.DirEntry[str]], pause: Pause) -> Iterator[str]:
+    for entry in entries:
+        pause()
+        if _RULE_FILE.fullmatch(entry.name):
+            yield entry.name
+
+
 class RuleFiles:
     """The rules that were read, by file, so that a file that did not change is not read again.
 
@@ -90,7 +97,11 @@ class RuleFiles:
         """Begin to read the files of these names; the rules depend on them and on `basis`."""
         before = self._known if basis == self._basis else {}
         self._basis = basis
-        self._known = {name: before[name] for name in names if name in before}
+        self._known = {}
+        for name in names:
+            self.pause()
+            if name in before:
+                self._known[name] = before[name]
 
     def path(self, directory: Path, name: str) -> Path:
         """Return the path of a file."""

@@ -23,6 +23,7 @@ from gateway.config.schema import TLS, Config, Upstream
 from gateway.config.structure import structure, structure_device
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
+from gateway.pieces import no_pause
 
 
 def load_file(path: Path, environment: Mapping[str, str] = os.environ, known: RuleFiles | None = None) -> Config:
@@ -172,18 +173,23 @@ def _with_devices(config: Config, anchor: Anchor, known: RuleFiles | None) -> Co
     if directory is not None:
         files, lenient = known or RuleFiles(), known is not None
         in_files, problems = read_directory(anchor(directory), anchor, profile, files, lenient=lenient)
-    rules = [*((file_label(path), device) for path, device in in_files), *own]
+    pause = no_pause if known is None else known.pause
+    rules: list[tuple[str, DeviceRule]] = []
+    for path, device in in_files:
+        rules.append((file_label(path), device))
+        pause()
+    labels = {label for label, _ in rules}
+    rules += own
     everybody = with_profile(*profile, {})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
         # The broker's requirements hold for devices without a rule, too.
         name = f"devices.profile {config.devices.profile}"
         rules.append((name, attrs.evolve(structure_device(everybody), name=name)))
-    problems += cross_problems(
-        rules, [upstream.name for upstream in config.upstream], [listener.name for listener in config.listen]
-    )
+    names = ([upstream.name for upstream in config.upstream], [listener.name for listener in config.listen])
+    problems += cross_problems(rules, *names, pause)
     problems += _default_problems(config, rules)
     if known is not None:
-        rules, problems = _set_aside(rules, {file_label(path) for path, _ in in_files}, problems)
+        rules, problems = _set_aside(rules, labels, problems)
     if problems:
         raise ConfigError(problems)
     devices = attrs.evolve(config.devices, directory=directory and anchor(directory))
