@@ -13,7 +13,7 @@
  *   cert=F key=F    PEM files of the broker; without them the broker speaks no TLS (to measure without a relay)
  *   sessions=N      sessions at a time
  *   payload=N       bytes of payload in each PUBLISH
- *   rate=N          messages per second in all (paced)
+ *   rate=N          messages per second in all (paced), or sessions (setup; as many as there can be if not given)
  *   warmup=S        seconds of the same work before the measured time
  *   seconds=S       measured time
  *   pids=N,N        the relay's processes
@@ -83,6 +83,7 @@ static enum mode mode;
 static enum phase phase = ESTABLISH;
 static int device_port, broker_port, sessions = 1, payload = 64, paused;
 static double rate, warmup = 0.5, seconds = 3;
+static double due; /* when the next message, or session, of a pace is to begin */
 static const char *cert, *key;
 static clockid_t clocks[MAX_PIDS];
 static int clock_count;
@@ -273,6 +274,16 @@ static void device_failed(struct end *device, const char *why) {
         die("device %d of %d: %s", number, sessions, why);
 }
 
+/* Begin the next session: at once, or in its turn of a pace. */
+static void connect_when_due(struct end *device) {
+    if (rate <= 0) {
+        connect_device(device);
+        return;
+    }
+    due = fmax(due, now()) + 1 / rate;
+    device->retry = due;
+}
+
 static void device_connack(struct end *device, bool accepted) {
     static const uint8_t disconnect[] = {0xe0, 0x00};
     if (device->established)
@@ -292,7 +303,7 @@ static void device_connack(struct end *device, bool accepted) {
     if (mode == SETUP) {
         send_small(device, disconnect, sizeof disconnect);
         close_end(device);
-        connect_device(device);
+        connect_when_due(device);
     }
 }
 
@@ -586,8 +597,6 @@ static double random_share(void) {
     return (double)(state >> 11) / 9007199254740992.0;
 }
 
-static double due;
-
 static void send_what_is_due(void) {
     if (phase != WARMUP && phase != MEASURE)
         return;
@@ -625,7 +634,7 @@ static void run(void) {
     phase_since = now();
     for (;;) {
         /* Where latency is measured at a given rate, the process never sleeps: waking up would be measured, too. */
-        int count = epoll_wait(poller, events, 512, mode == PACED && phase != ESTABLISH ? 0 : 20);
+        int count = epoll_wait(poller, events, 512, mode == PACED && phase != ESTABLISH ? 0 : rate > 0 ? 1 : 20);
         if (count < 0 && errno != EINTR)
             die("epoll_wait: %s", strerror(errno));
         for (int index = 0; index < count; index++)
@@ -642,6 +651,8 @@ static void run(void) {
         }
         if (mode == PACED)
             send_what_is_due();
+        else if (mode == SETUP)
+            retry_devices(moment);
         switch (phase) {
         case ESTABLISH:
             establish();

@@ -159,6 +159,7 @@ class Scale:
     warmup: float = 0.5
     paced_sessions: int = 2000
     paced_rate: int = 5000
+    setup_rate: int = 100
     many: int = 3000
 
 
@@ -236,6 +237,15 @@ def measurements(scale: Scale) -> list[Measurement]:
                 Figure("TLS sessions resumed", "%", lambda own, _: 100 * own["resumed"] / own["handshakes"]),
                 *_BUSY,
             ),
+        ),
+        Measurement(
+            "setup-paced",
+            "setup",
+            f"session set-up: {scale.setup_rate} sessions/s in all, otherwise the same",
+            "setup",
+            timed | {"sessions": 20, "rate": scale.setup_rate},
+            (_cpu(1e3, "ms", "session", BOTH), _rate("sessions/s"), _latency("p99 to CONNACK", "p99")),
+            with_direct=False,
         ),
         Measurement(
             "storm",
