@@ -133,7 +133,7 @@ class RelaySide(Protocol):
         transport: object = self.transport
         self._socket = _socket_of(transport)
         if self._socket is not None and not isinstance(transport, UNIXServer):
-            tune(self.transport, user_timeout)
+            _tune(transport, self._socket, user_timeout)
             self._watch = AcknowledgementWatch(self._socket, user_timeout)
 
     def check(self, now: float) -> None:
@@ -220,8 +220,11 @@ def tune(transport: object, user_timeout: float) -> None:
     A UNIX socket needs neither.
     """
     handle = _socket_of(transport)
-    if handle is None or isinstance(transport, UNIXServer):
-        return
+    if handle is not None and not isinstance(transport, UNIXServer):
+        _tune(transport, handle, user_timeout)
+
+
+def _tune(transport: object, handle: socket.socket, user_timeout: float) -> None:
     listener = getattr(transport, "server", None)
     if getattr(listener, "tuned_for", None) != user_timeout:
         tune_socket(handle, user_timeout)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable
 from hashlib import sha256
 from typing import Generic, TypeAlias, TypeVar
 
-from attrs import frozen
+from attrs import Factory, field, frozen
 
 from gateway.config import Devices
 from gateway.errors import EndReason, Refusal
@@ -46,11 +46,10 @@ class Holder:
     client_identifier: str
     address: str
     brokers: Brokers
-
-    @property
-    def name(self) -> _Name:
-        """The Client Identifier, or its digest if it is long."""
-        return _name(self.client_identifier)
+    # The Client Identifier, or its digest if it is long.
+    name: _Name = field(
+        init=False, eq=False, default=Factory(lambda holder: _name(holder.client_identifier), takes_self=True)
+    )
 
 
 class Holders(Generic[_S]):

@@ -27,6 +27,8 @@ _bio_read = lib.BIO_read
 # Before OpenSSL 4.0, SSL_get_error(3) reads the thread's error queue, which may hold errors of other calls.
 _clear_errors = lib.ERR_clear_error
 _unpack = ffi.unpack
+_get_error = lib.SSL_get_error
+_WANT_READ = lib.SSL_ERROR_WANT_READ
 # Optional: it only saves work.
 _set_groups = getattr(lib, "SSL_set1_curves_list", None)
 # By the key of `[tls]` that they are for.  Those called "curves" have set all groups since OpenSSL 1.1.1.
@@ -108,6 +110,8 @@ class DirectCalls:
 
     def why(self, result: int) -> SSL.Error:
         """See `Engine`: what pyOpenSSL would have raised for the call that has just returned `result`."""
+        if _get_error(self._ssl, result) == _WANT_READ:
+            return SSL.WantReadError()  # The usual answer, after tickets: no error, so it is not raised first.
         try:
             self._connection._raise_ssl_error(self._ssl, result)  # noqa: SLF001  see above
         except SSL.Error as error:
