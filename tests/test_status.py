@@ -29,7 +29,7 @@ from gateway.errors import ConfigError, EndReason
 from gateway.ops import metrics as metrics_module
 from gateway.ops import sight as sight_module
 from gateway.ops.metrics import Metrics
-from gateway.ops.status_words import SCHEMA
+from gateway.ops.status_words import SCHEMA, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.site import StatusSite
@@ -1137,6 +1137,9 @@ def test_a_reload_that_was_refused_is_to_be_seen(start: StartGateway, logged_err
     document = ask(gateway).json
     assert (document["reloads"]["done"], document["reloads"]["refused"]) == (0, 1)
     assert "tls.ca_file: ca.pem cannot be read" in ask(gateway, "/").text
+    assert verdict(document).reasons[0] == (
+        "Reload refused, previous configuration still active: tls.ca_file: ca.pem cannot be read"
+    )
     assert value(ask(gateway, "/metrics").text, "reloads_total", result="refused") == 1
     service.reread = lambda: gateway.config
     gateway.call(service.reload)

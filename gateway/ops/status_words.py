@@ -67,7 +67,7 @@ def verdict(document: Part) -> Verdict:
     reasons += device_certificate_lines(document)
     reasons += refused_rule_lines(document)
     reasons += renewal_lines(document)
-    reasons += [f"The {words}." for words in document["reloads"]["wanting"]]
+    reasons += [words[:1].upper() + words[1:] for words in document["reloads"]["wanting"]]
     if document["log"]["losing"]:
         reasons.append(
             f"The log output is blocked or fails: {number(document['log']['lines_lost'])} lines are lost. "
