@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
 from gateway.config import Timeouts
-from gateway.dial.steps import connect, resolve, within
+from gateway.config.proxies import ProxyServer
+from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve, within
 from gateway.errors import EndReason, UpstreamFailure
 
-TIMEOUTS = Timeouts(dns=3.0, tcp=7.0)
+TIMEOUTS = Timeouts(dns=3.0, tcp=7.0, tls=7.0)
 FOUR, OTHER_FOUR = IPv4Address("TCP", "192.0.2.1", 8883), IPv4Address("TCP", "192.0.2.2", 8883)
 SIX = IPv6Address("TCP", "2001:db8::1", 8883)
 
@@ -177,4 +179,45 @@ def test_the_first_address_gives_the_reason_and_all_give_words(
     """In the kernel's words where it has any, and none of them twice."""
     network: Any = Network(*(Endpoint(fail(each)) for each in errors))
     results, _ = begun(connect(network, [FOUR, SIX][: len(errors)], object, clock, TIMEOUTS))
+    assert failed(results) == (reason, words)
+
+
+PROXY = ProxyServer("http", "proxy.test", 3128)
+STEPS: list[tuple[Callable[[Any, Any], Any], str, EndReason, str]] = [
+    (
+        lambda awaited, clock: open_tunnel(SimpleNamespace(opened=awaited), PROXY, clock, TIMEOUTS),  # type: ignore[arg-type]
+        "it",
+        EndReason.TCP_TIMEOUT,
+        "http://proxy.test:3128 did not open a tunnel within 7 s",
+    ),
+    (
+        lambda awaited, clock: handshake(SimpleNamespace(verified=awaited), clock, TIMEOUTS),  # type: ignore[arg-type]
+        "it",
+        EndReason.TLS_TIMEOUT,
+        "the handshake did not finish within 7 s",
+    ),
+    (
+        lambda awaited, clock: open_websocket(
+            SimpleNamespace(upgrade=lambda request: awaited),  # type: ignore[arg-type]
+            None,  # type: ignore[arg-type]
+            clock,
+            TIMEOUTS,
+        ),
+        "",
+        EndReason.WEBSOCKET_REFUSED,
+        "no answer to the opening handshake within 7 s",
+    ),
+]
+
+
+@pytest.mark.parametrize(("step", "result", "reason", "words"), STEPS, ids=["tunnel", "handshake", "websocket"])
+def test_a_step_has_a_result_or_a_reason(clock: Clock, step: Any, result: str, reason: EndReason, words: str) -> None:
+    """What the other side gives in time, its failure, or that it gave nothing."""
+    assert begun(step(succeed("it"), clock))[0] == [result or None]
+    own = UpstreamFailure(EndReason.PROXY_REFUSED, "own")
+    assert failed(begun(step(fail(own), clock))[0]) == (own.reason, own.detail)
+    results, _ = begun(step(Deferred(), clock))
+    clock.advance(6.9)
+    assert not results
+    clock.advance(0.2)
     assert failed(results) == (reason, words)
