@@ -6,8 +6,7 @@ A process that is stopped, or whose machine is suspended, reads nothing meanwhil
 before it reads.  By an ordinary clock, every peer would then be blamed for its silence.
 
 Nearly all timeouts are cancelled, and most are of a few lengths.  So there is one timer for each length, for the first
-that is due; a timer for each would be a tenth of the Python code that runs for a session.  A timer whose timeouts are
-all cancelled runs on, because the next session needs it again.
+that is due; a timer for each would be a tenth of the Python code that runs for a session.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class PatientClock:
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._lost = 0.0
-        # By delay; dropped when their timer is due and nothing waits.
+        # By delay; those in which nothing waits are dropped.
         self._queues: dict[float, _Queue] = {}
 
     def seconds(self) -> float:
@@ -49,7 +48,7 @@ class PatientClock:
     def give_back(self, seconds: float) -> None:
         """Move all that is waiting by `seconds` that were lost, but to no more than its whole delay from now."""
         self._lost += seconds
-        for queue in list(self._queues.values()):
+        for queue in self._queues.values():
             queue.give_back(seconds)
 
 
@@ -74,9 +73,12 @@ class _Queue:
 
     def remove(self, wait: _Wait) -> None:
         """Forget a timeout that is over or was cancelled."""
-        if wait in self.waits:
-            del self.waits[wait]
-            self._drop_if_unused()
+        if wait not in self.waits:
+            return
+        del self.waits[wait]
+        if not self.waits:
+            self._stop()
+            del self._all[self.delay]
 
     def give_back(self, seconds: float) -> None:
         """See `PatientClock`; the order stays the same."""
@@ -102,11 +104,6 @@ class _Queue:
             wait.call_soon()
         if self._timer is None and (left := [wait.ends for wait in self.waits if wait.ends > now]):
             self._timer = self.clock.callLater(min(left) - now, self._due)
-        self._drop_if_unused()
-
-    def _drop_if_unused(self) -> None:
-        if self._timer is None and not self.waits:
-            del self._all[self.delay]
 
     def _stop(self) -> None:
         if self._timer is not None:

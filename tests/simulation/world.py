@@ -14,6 +14,7 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Iterable
 from ipaddress import ip_network
 from random import Random
 from typing import Any
@@ -612,6 +613,10 @@ class OrderedSessions(dict[Session, None]):
 
     def discard(self, session: Session) -> None:
         self.pop(session, None)
+
+    def difference(self, *others: Iterable[Session]) -> list[Session]:
+        left_out = set[Session]().union(*others)
+        return [session for session in self if session not in left_out]
 
 
 class RecordingJournal(Journal):
