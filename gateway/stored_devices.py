@@ -25,8 +25,9 @@ from gateway.relay.upstream import UpstreamProtocol
 from gateway.rules.presence import Holder, Holders
 from gateway.session.record import Dial, Peer, SessionRecord
 from gateway.session.session import Session
-from gateway.session.stored import Phase, StoredSession, World
+from gateway.session.stored import Phase, StoredSession
 from gateway.session.treatment import Treatment
+from gateway.session.visit import World
 from gateway.store.backlog import Backlog, client_identifier_of
 from gateway.store.forecast import Forecast
 from gateway.store.store import Store

@@ -27,8 +27,9 @@ from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import Packet, PacketReader
 from gateway.session.record import Peer
-from gateway.session.stored import StoredSession, World
+from gateway.session.stored import StoredSession
 from gateway.session.treatment import Treatment
+from gateway.session.visit import World
 from gateway.store.database import Change, Database, StoreError
 from gateway.store.store import Store
 
@@ -659,7 +660,7 @@ class DeviceModel:
 
 
 class DeviceEnd:
-    """One connection of a device to the gateway: `gateway.session.stored.Device`."""
+    """One connection of a device to the gateway: `gateway.session.visit.Device`."""
 
     def __init__(self, device: DeviceModel, gateway: GatewayModel) -> None:
         self.device = device
@@ -686,7 +687,7 @@ class DeviceEnd:
         self.device.world.clock.later(0.001, call)
 
     def admit(self, connack: bytes, *, offline: bool) -> bytes:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         del offline
         if self.device.visit is self:
             self._down(partial(self._admitted, bool(connack[2])))
@@ -697,20 +698,20 @@ class DeviceEnd:
             self.device.admit(session_present)
 
     def send(self, data: bytes) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self._down(partial(self.device.receive, self, data))
 
     def hold(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
     release = hold
 
     def go_on_later(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self.device.world.clock.later(0.0, partial(self._up, b""))
 
     def finish(self, reason: EndReason, detail: str = "", **_: Any) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         if not self.ended:
             self.ended = True
             self.device.world.reasons[reason] += 1
@@ -718,13 +719,13 @@ class DeviceEnd:
             self._down(partial(self.device.lost, self))
 
     def count_up(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
     def dials(self, dial: Any) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
     def verified(self, peer: Any) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
 
 class StoredWorld:

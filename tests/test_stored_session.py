@@ -13,9 +13,10 @@ import pytest
 from gateway.config import StoreConfig
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.mqtt.connect import Connect
-from gateway.session.stored import Phase, StoredSession, World
+from gateway.session.stored import Phase, StoredSession
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
+from gateway.session.visit import World
 from tests import mqtt_packets
 from tests.stored_world import _PEER, EPOCH, open_memory_store, packet, packets_of, parsed, publish, read_publish
 
@@ -82,41 +83,41 @@ class Device:
         self.stored: StoredSession | None = None
 
     def admit(self, connack: bytes, *, offline: bool) -> bytes:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self.connack, self.offline = connack, offline
         return b""
 
     def send(self, data: bytes) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self.got += packets_of(data)
 
     def hold(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self.held = True
 
     def release(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self.held = False
 
     def go_on_later(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         self.behind = True
 
     def finish(self, reason: EndReason, detail: str = "", *, answer: Any = None, code: Any = None) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
         if self.ended is None:
             self.ended, self.answer = (reason, detail), answer
             assert self.stored is not None
             self.stored.detached(self)
 
     def count_up(self) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
     def dials(self, dial: Any) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
     def verified(self, peer: Any) -> None:
-        """See `gateway.session.stored.Device`."""
+        """See `gateway.session.visit.Device`."""
 
     def take(self) -> list[bytes]:
         """Return what it got since this was asked last."""

@@ -23,23 +23,20 @@ import attrs
 
 from gateway.errors import EndReason, PacketError, SessionEnd, UpstreamFailure
 from gateway.mqtt.connack import (
-    CONNACK_PROPERTIES,
     connack_acceptance,
     connack_properties,
     connack_refusal,
     disconnect,
     parse_connack,
 )
-from gateway.mqtt.connect import Connect, parse_connect
+from gateway.mqtt.connect import Connect
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector
 from gateway.mqtt.message import (
     Message,
     Subscription,
-    acknowledgement,
     body_of,
     code_of,
-    end_of_length,
     identifier_of,
     read_message,
     read_subscriptions,
@@ -59,28 +56,25 @@ from gateway.mqtt.packets import (
     describe_disconnect,
 )
 from gateway.mqtt.properties import (
-    Properties,
     PropertyId,
-    parse_properties,
     replace_property,
     without_properties,
 )
 from gateway.mqtt.reader import Packet, PacketReader
 from gateway.mqtt.relayed import read_publish, read_subscribe, read_unsubscribe
-from gateway.mqtt.rewrite import ConnectChanges, connect_properties, rewrite_connect, will_properties
+from gateway.mqtt.rewrite import ConnectChanges, connect_properties, rewrite_connect
 from gateway.mqtt.whole import WholePackets
 from gateway.session.incoming import Incoming
 from gateway.session.outgoing import MOST_ASIDE_IN_ROW, WINDOW, Facts, Outgoing
-from gateway.session.pace import Pace
 from gateway.session.record import Dial, Peer
+from gateway.session.stored_connect import integer_of, is_persistent, limits_of, packet_of, will_of
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
+from gateway.session.visit import LARGEST_HELD, Device, Visit, World
 from gateway.store.backlog import Backlog
 from gateway.store.database import StoreError
 from gateway.store.store import Store
 
-LARGEST_HELD = 1_048_576
-"""The largest packet that is held until it is whole, in bytes, unless the rule says otherwise."""
 SWEEP = 1.0  # seconds between two sweeps; what may take so long is begun so much earlier
 _PING_PATIENCE = 30.0  # seconds until PINGRESP has to be there
 _STUCK = 60.0  # seconds without any acknowledgement, with messages in flight
@@ -143,46 +137,6 @@ class Upstream(Protocol):
         """End the connection now."""
 
 
-class Device(Protocol):
-    """The device's session, as far as it is one of a stored device."""
-
-    @property
-    def unread(self) -> bool:
-        """Whether bytes have arrived that have not been read yet."""
-
-    def admit(self, connack: bytes, *, offline: bool) -> bytes:
-        """Send the CONNACK that accepts, and count the session in; return what waits behind CONNECT.
-
-        `offline` says that no broker has accepted the device.
-        """
-
-    def send(self, data: bytes) -> None:
-        """Send a packet."""
-
-    def count_up(self) -> None:
-        """Count a packet of the device."""
-
-    def hold(self) -> None:
-        """Stop reading."""
-
-    def release(self) -> None:
-        """Read again."""
-
-    def go_on_later(self) -> None:
-        """Call `device_received` with nothing in a later turn, and read nothing until then."""
-
-    def finish(
-        self, reason: EndReason, detail: str = "", *, answer: bytes | None = None, code: int | None = None
-    ) -> None:
-        """End the session."""
-
-    def dials(self, dial: Dial) -> None:
-        """This broker is dialled."""
-
-    def verified(self, peer: Peer) -> None:
-        """This broker is verified."""
-
-
 class Link(Protocol):
     """Who finds the broker."""
 
@@ -197,62 +151,6 @@ class Link(Protocol):
 
     def over(self, stored: StoredSession) -> None:
         """Nothing of it is left."""
-
-
-@attrs.frozen(eq=False)
-class World:
-    """What a stored session needs besides packets: clocks, random numbers from 0 to 1, limits."""
-
-    seconds: Callable[[], float]
-    now: Callable[[], float]
-    is_plausible: Callable[[], bool]
-    uniform: Callable[[], float]
-    max_packet_size: int
-    max_connect_size: int
-    check_bodies: bool
-    connack: float
-
-
-class _Visit:
-    """One device's session with this gateway: what is the device's alone, and ends with it."""
-
-    def __init__(self, device: Device, packet: Packet, treatment: Treatment, treated: Connect, world: World) -> None:
-        connect = parse_connect(packet)
-        self.device = device
-        self.packet = packet
-        self.connect = connect
-        self.version = connect.version
-        self.treatment = treatment
-        self.treated = treated
-        self.is_admitted = False
-        self.since = world.seconds()
-        self.heard = world.seconds()
-        self.keep_alive = connect.keep_alive
-        self.told_session_present = False
-        self.is_first_upstream = True
-        self.pace: Pace | None = treatment.pace(world.seconds)
-        self.largest = treatment.max_packet_size or min(world.max_packet_size, LARGEST_HELD)
-        checker = treatment.from_device(connect.version, self.largest, check_bodies=world.check_bodies)
-        self.packets = WholePackets(checker)
-        # What was read and waits until earlier SUBSCRIBEs and UNSUBSCRIBEs are answered; `requests` counts them.
-        self.waiting: deque[bytes] = deque()
-        self.requests = 0
-        self.releases = 0
-        self.is_held = True
-        self.is_saved = False
-        self.gone = False
-
-    def acknowledge(self, packet_type: PacketType, identifier: int, code: int = 0) -> None:
-        """See `gateway.session.outgoing.Owner`."""
-        if not self.gone:
-            self.device.send(
-                acknowledgement(packet_type, identifier, code if self.version is ProtocolVersion.MQTT_5_0 else 0)
-            )
-
-    def not_stored(self, why: str) -> None:
-        """See `gateway.session.outgoing.Owner`."""
-        if not self.gone:
-            self.device.finish(EndReason.STORE_UNAVAILABLE, why, code=0x97)
 
 
 class StoredSession:
@@ -287,7 +185,7 @@ class StoredSession:
             after=after,
         )
         self.incoming = Incoming(_RECEIVE_MAXIMUM, self._to_device, self._to_broker)
-        self.visit: _Visit | None = None
+        self.visit: Visit | None = None
         self.stopping = False
         self.offline_since = world.seconds()
         self.trouble: SessionEnd | None = None
@@ -358,7 +256,7 @@ class StoredSession:
             return self._presented
         if not self.state.connect:
             return None
-        return _packet_of(self.state.connect, self._world.max_connect_size)
+        return packet_of(self.state.connect, self._world.max_connect_size)
 
     # ---- the device
 
@@ -377,8 +275,8 @@ class StoredSession:
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
-        treated_packet, treated = _packet_of(treatment.connect, self._world.max_connect_size)
-        visit = _Visit(device, packet, treatment, treated, self._world)
+        treated_packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
+        visit = Visit(device, packet, treatment, treated, self._world)
         connect = visit.connect
         self.visit = visit
         self._presented = packet, connect
@@ -386,7 +284,7 @@ class StoredSession:
         self._will_at = float("inf")
         self._status, self._status_is_due = None, False
         self.outgoing.confirm = confirm
-        receive_maximum = _integer(connect.properties, PropertyId.RECEIVE_MAXIMUM, _RECEIVE_MAXIMUM)
+        receive_maximum = integer_of(connect.properties, PropertyId.RECEIVE_MAXIMUM, _RECEIVE_MAXIMUM)
         self.incoming = Incoming(receive_maximum, self._to_device, self._to_broker)
         state = self.state
         forget = treated.clean_start or not state.has_session
@@ -396,13 +294,13 @@ class StoredSession:
         if treated.clean_start:
             state.clean_pending = True
         visit.told_session_present = state.has_session
-        if _is_persistent(treated):
+        if is_persistent(treated):
             state.has_session = True
         kept = ConnectChanges(password=None, will=None)
         state.connect = rewrite_connect(packet, connect, kept, len(packet.raw))
         state.had_password = connect.password is not None
         state.address, state.listener = caller
-        state.will, state.will_delay = _will_of(treated_packet, treated)
+        state.will, state.will_delay = will_of(treated_packet, treated)
         # What its predecessor had under way is durable before this is, and so before any CONNACK.
         self._save(lambda: self._saved(visit), forget_received=forget)
         self._retry_at = 0.0
@@ -419,7 +317,7 @@ class StoredSession:
             visit.pace.overdrawn(visit.packets.checker.packets, len(data))
         self._go_on(visit)
 
-    def _go_on(self, visit: _Visit) -> None:
+    def _go_on(self, visit: Visit) -> None:
         """Do what the device has asked for, as far as it need not wait for answers."""
         while visit.waiting and visit.requests < _MOST_REQUESTS and not visit.gone:
             packet = visit.waiting.popleft()
@@ -514,7 +412,7 @@ class StoredSession:
             return
         self._is_dialling = False
         now = self._world.seconds()
-        packet, treated = _packet_of(treatment.connect, self._world.max_connect_size)
+        packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
         self._treated = treated
         self._upstream = upstream
         self._connack_due = now + self._world.connack
@@ -641,7 +539,7 @@ class StoredSession:
             self._publish_will()
         self._check_over()
 
-    def _sweep_visit(self, visit: _Visit, now: float) -> None:
+    def _sweep_visit(self, visit: Visit, now: float) -> None:
         if not visit.is_admitted:
             if now + SWEEP > visit.since + self.after:
                 self._offer_offline()
@@ -686,7 +584,7 @@ class StoredSession:
 
     # ---- inside: the device
 
-    def _saved(self, visit: _Visit) -> None:
+    def _saved(self, visit: Visit) -> None:
         visit.is_saved = True
         if self.visit is visit and not visit.is_admitted and not self._is_dialling and self._upstream is None:
             self._offer_offline()
@@ -707,16 +605,16 @@ class StoredSession:
             return
         self._admit(visit, self.state.limits, session_present=visit.told_session_present)
 
-    def _admit(self, visit: _Visit, section: bytes, *, session_present: bool) -> None:
-        properties = _limits(section)
+    def _admit(self, visit: Visit, section: bytes, *, session_present: bool) -> None:
+        properties = limits_of(section)
         visit.is_admitted = True
         visit.told_session_present = session_present
-        visit.keep_alive = _integer(properties, PropertyId.SERVER_KEEP_ALIVE, visit.connect.keep_alive)
+        visit.keep_alive = integer_of(properties, PropertyId.SERVER_KEEP_ALIVE, visit.connect.keep_alive)
         visit.heard = self._world.seconds()
         # A Topic Alias would have no meaning in a message that is sent much later, on another connection.
         shown = without_properties(section, PropertyId.TOPIC_ALIAS_MAXIMUM, PropertyId.SERVER_REFERENCE)
         if visit.version is ProtocolVersion.MQTT_5_0:
-            largest = min(visit.largest, _integer(properties, PropertyId.MAXIMUM_PACKET_SIZE, visit.largest))
+            largest = min(visit.largest, integer_of(properties, PropertyId.MAXIMUM_PACKET_SIZE, visit.largest))
             shown = replace_property(shown or b"\0", PropertyId.MAXIMUM_PACKET_SIZE, largest.to_bytes(4, "big"))
         connack = connack_acceptance(visit.version, shown, session_present=session_present)
         rest = visit.device.admit(connack, offline=not self._is_up)
@@ -744,7 +642,7 @@ class StoredSession:
             else:
                 visit.device.release()
 
-    def _from_device(self, visit: _Visit, packet: bytes) -> None:
+    def _from_device(self, visit: Visit, packet: bytes) -> None:
         packet_type = PacketType(packet[0] >> 4)
         if packet_type is PacketType.PUBLISH:
             read_publish(visit.version, packet[0], body_of(packet))
@@ -767,13 +665,13 @@ class StoredSession:
             self.incoming.from_device(packet)
             self._mind_broker()
 
-    def _released(self, visit: _Visit, identifier: int, error: StoreError | None) -> None:
+    def _released(self, visit: Visit, identifier: int, error: StoreError | None) -> None:
         visit.releases -= 1
         if error is None:
             visit.acknowledge(PacketType.PUBCOMP, identifier)
         self._mind_device()
 
-    def _said_goodbye(self, visit: _Visit, packet: bytes) -> None:
+    def _said_goodbye(self, visit: Visit, packet: bytes) -> None:
         body = body_of(packet)
         with_will = bool(body) and body[0] == _WITH_WILL
         self._leave(packet, with_will=with_will)
@@ -788,7 +686,7 @@ class StoredSession:
         state = self.state
         if not lost and state.will is not None:
             state.will = None
-        if treated is not None and not _is_persistent(treated):
+        if treated is not None and not is_persistent(treated):
             state.has_session = False
             state.subscriptions.clear()
         if lost and state.will is not None and not self._is_up and not self.stopping:
@@ -830,7 +728,7 @@ class StoredSession:
 
     # ---- inside: subscriptions
 
-    def _asked(self, visit: _Visit, packet_type: PacketType, packet: bytes) -> None:
+    def _asked(self, visit: Visit, packet_type: PacketType, packet: bytes) -> None:
         identifier = identifier_of(packet)
         if packet_type is PacketType.SUBSCRIBE:
             filters = read_subscribe(visit.version, body_of(packet)).filters
@@ -866,7 +764,7 @@ class StoredSession:
         else:
             self._save(lambda: self._answer(visit, answer), lambda error: visit.not_stored(str(error)))
 
-    def _answer(self, visit: _Visit, answer: bytes) -> None:
+    def _answer(self, visit: Visit, answer: bytes) -> None:
         """Give a device its SUBACK or UNSUBACK, and go on with what it sent behind the request."""
         visit.requests -= 1
         if not visit.gone:
@@ -978,12 +876,12 @@ class StoredSession:
             self.upstream_received(rest)
 
     def _accepted(self, treated: Connect, section: bytes, *, session_present: bool) -> None:
-        now, properties = self._world.seconds(), _limits(section)
+        now, properties = self._world.seconds(), limits_of(section)
         self._is_up = True
         self._up_since = now
         self.trouble = None
         visit, state = self.visit, self.state
-        keep_alive = _integer(properties, PropertyId.SERVER_KEEP_ALIVE, treated.keep_alive)
+        keep_alive = integer_of(properties, PropertyId.SERVER_KEEP_ALIVE, treated.keep_alive)
         self._ping_interval = keep_alive / 2 if keep_alive else _IDLE_PING
         limits = without_properties(section, PropertyId.ASSIGNED_CLIENT_IDENTIFIER)
         is_same = session_present and self._was_answered
@@ -1008,10 +906,10 @@ class StoredSession:
         self.outgoing.connect(
             Facts(
                 treated.version,
-                max(1, min(WINDOW, _integer(properties, PropertyId.RECEIVE_MAXIMUM, WINDOW))),
+                max(1, min(WINDOW, integer_of(properties, PropertyId.RECEIVE_MAXIMUM, WINDOW))),
                 session_present,
                 is_same,
-                _integer(properties, PropertyId.MAXIMUM_PACKET_SIZE, 0),
+                integer_of(properties, PropertyId.MAXIMUM_PACKET_SIZE, 0),
             )
         )
         self.incoming.connected(session_present=session_present)
@@ -1239,14 +1137,14 @@ class StoredSession:
     def _remembered_keep_alive(self) -> int:
         if not self.state.connect:
             return 0
-        return _packet_of(self.state.connect, self._world.max_connect_size)[1].keep_alive
+        return packet_of(self.state.connect, self._world.max_connect_size)[1].keep_alive
 
 
 @attrs.define(slots=True)
 class _Request:
     """A SUBSCRIBE or an UNSUBSCRIBE: whose, the device's Packet Identifier; `visit` is None for the gateway's own."""
 
-    visit: _Visit | None
+    visit: Visit | None
     identifier: int
     wanted: list[Subscription]
     gone: tuple[str, ...]
@@ -1261,48 +1159,8 @@ def _as_wanted(wanted: list[Subscription], codes: bytes) -> bool:
     return all(code == each.qos for each, code in zip(wanted, codes, strict=False))
 
 
-def _version(visit: _Visit | None) -> ProtocolVersion:
+def _version(visit: Visit | None) -> ProtocolVersion:
     return ProtocolVersion.MQTT_3_1_1 if visit is None else visit.version
-
-
-def _packet_of(raw: bytes, limit: int) -> tuple[Packet, Connect]:
-    """Read a CONNECT that the gateway wrote, or has read before."""
-    reader = PacketReader(frozenset({PacketType.CONNECT}), max(limit, len(raw)), EndReason.NOT_MQTT)
-    reader.feed(raw)
-    packet = reader.next_packet()
-    if packet is None:
-        raise PacketError(EndReason.NOT_MQTT, ReasonCode.MALFORMED_PACKET, "half a CONNECT")
-    return packet, parse_connect(packet)
-
-
-def _integer(properties: Properties | None, identifier: PropertyId, default: int) -> int:
-    found = None if properties is None else properties.integer(identifier)
-    return default if found is None else found
-
-
-def _limits(section: bytes) -> Properties:
-    return parse_properties(section, 0, CONNACK_PROPERTIES, "CONNACK")[0] if section else Properties({})
-
-
-def _is_persistent(connect: Connect) -> bool:
-    """Whether a session outlives its connection (MQTT 3.1.1 §3.1.2.4, MQTT 5.0 §3.1.2.11.2)."""
-    if connect.version is ProtocolVersion.MQTT_5_0:
-        return _integer(connect.properties, PropertyId.SESSION_EXPIRY_INTERVAL, 0) > 0
-    return not connect.clean_start
-
-
-def _will_of(packet: Packet, connect: Connect) -> tuple[Message | None, float]:
-    will = connect.will
-    if will is None:
-        return None, 0.0
-    delay = _integer(will.properties, PropertyId.WILL_DELAY_INTERVAL, 0)
-    properties = expiry = None
-    if connect.version is ProtocolVersion.MQTT_5_0:
-        expiry = None if will.properties is None else will.properties.integer(PropertyId.MESSAGE_EXPIRY_INTERVAL)
-        left_out = (PropertyId.WILL_DELAY_INTERVAL, PropertyId.MESSAGE_EXPIRY_INTERVAL)
-        section = without_properties(will_properties(packet, connect), *left_out)
-        properties = section[end_of_length(section) :]
-    return Message(will.topic.encode(), will.payload, will.qos, will.retain, properties, expiry), float(delay)
 
 
 def _refusal(version: ProtocolVersion, codes: tuple[int, int]) -> bytes:
