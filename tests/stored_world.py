@@ -258,7 +258,7 @@ class BrokerLink:
     # the gateway's side
 
     def write(self, data: bytes) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         for raw in packets_of(data):
             if raw[0] >> 4 == 1:
                 before, self.world.asked[self.stored.name] = self.world.asked.get(self.stored.name), self
@@ -293,7 +293,7 @@ class BrokerLink:
     release = hold
 
     def go_on_later(self) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.world.clock.later(0.0, partial(self._deliver, b""))
 
     def close(self) -> None:

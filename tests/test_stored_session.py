@@ -32,29 +32,29 @@ class Upstream:
         self.closed = self.aborted = self.held = self.unread = self.behind = False
 
     def write(self, data: bytes) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.sent += packets_of(data)
 
     write_last = write
 
     def hold(self) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.held = True
 
     def release(self) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.held = False
 
     def go_on_later(self) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.behind = True
 
     def close(self) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.closed = True
 
     def abort(self) -> None:
-        """See `gateway.session.stored.Upstream`."""
+        """See `gateway.session.session.Connection`."""
         self.aborted = True
 
     @property

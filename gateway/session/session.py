@@ -114,19 +114,12 @@ _CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
 _MAX_UNANSWERED_PINGS = 2
 
 
-class Side(Protocol):
-    """One end's network connection, as a session sees it."""
-
-    @property
-    def reading(self) -> bool:
-        """Whether bytes are read: the session does not hold, and the other side's buffer is not full."""
+class Connection(Protocol):
+    """One end's network connection."""
 
     @property
     def unread(self) -> bool:
         """Whether bytes have arrived that have not been read yet."""
-
-    def check(self, now: float) -> None:
-        """Close the connection if the peer no longer acknowledges; `now` is in seconds."""
 
     def write(self, data: bytes) -> None:
         """Send bytes."""
@@ -136,9 +129,6 @@ class Side(Protocol):
 
     def release(self) -> None:
         """Read again."""
-
-    def limit_reads(self, size: int) -> None:
-        """Read at most `size` bytes at a time."""
 
     def go_on_later(self) -> None:
         """Give the session no bytes in a later turn of the event loop, and read nothing until then."""
@@ -151,6 +141,20 @@ class Side(Protocol):
 
     def abort(self) -> None:
         """Close the connection at once."""
+
+
+class Side(Connection, Protocol):
+    """A connection whose buffers the session looks after."""
+
+    @property
+    def reading(self) -> bool:
+        """Whether bytes are read: the session does not hold, and the other side's buffer is not full."""
+
+    def check(self, now: float) -> None:
+        """Close the connection if the peer no longer acknowledges; `now` is in seconds."""
+
+    def limit_reads(self, size: int) -> None:
+        """Read at most `size` bytes at a time."""
 
 
 class Journal(Protocol):

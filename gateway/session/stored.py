@@ -67,6 +67,8 @@ from gateway.mqtt.whole import WholePackets
 from gateway.session.incoming import Incoming
 from gateway.session.outgoing import MOST_ASIDE_IN_ROW, WINDOW, Facts, Outgoing
 from gateway.session.record import Dial, Peer
+from gateway.session.saving import Saving
+from gateway.session.session import Connection
 from gateway.session.stored_connect import integer_of, is_persistent, limits_of, packet_of, will_of
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
@@ -108,35 +110,6 @@ class Phase(Enum):
     LIVE = "live"
 
 
-class Upstream(Protocol):
-    """The verified connection to the broker; see `gateway.session.session.Side`."""
-
-    @property
-    def unread(self) -> bool:
-        """Whether bytes have arrived that have not been read yet."""
-
-    def write(self, data: bytes) -> None:
-        """Send bytes."""
-
-    def write_last(self, data: bytes) -> None:
-        """Send bytes behind which there is nothing but `close`."""
-
-    def hold(self) -> None:
-        """Stop reading."""
-
-    def release(self) -> None:
-        """Read again."""
-
-    def go_on_later(self) -> None:
-        """Call `upstream_received` with nothing in a later turn, and read nothing until then."""
-
-    def close(self) -> None:
-        """End the connection in the orderly way."""
-
-    def abort(self) -> None:
-        """End the connection now."""
-
-
 class Link(Protocol):
     """Who finds the broker."""
 
@@ -173,6 +146,7 @@ class StoredSession:
         self._world = world
         self.after = after
         self.state = DeviceState.load(store.states.get(name, "{}"))
+        self._saving = Saving(store, backlog, self.state)
         self.outgoing = Outgoing(
             store,
             backlog,
@@ -190,7 +164,7 @@ class StoredSession:
         self.offline_since = world.seconds()
         self.trouble: SessionEnd | None = None
         # The upstream: dialled, asked with CONNECT, accepted.
-        self._upstream: Upstream | None = None
+        self._upstream: Connection | None = None
         self._is_dialling = False
         self._is_up = False
         # Whether each CONNECT before this one was answered, as far as that matters.
@@ -221,9 +195,6 @@ class StoredSession:
         self._status: Message | None = None
         self._status_is_due = False
         self._settled: list[Callable[[], None]] = []
-        # Who waits for the state to be durable; how many times it is being written.
-        self._unsaved: list[tuple[Callable[[], None] | None, Callable[[StoreError], None]]] = []
-        self._saving = 0
         self.is_over = False
         self.resubscribed = 0
         if self.state.will is not None:
@@ -302,7 +273,7 @@ class StoredSession:
         state.address, state.listener = caller
         state.will, state.will_delay = will_of(treated_packet, treated)
         # What its predecessor had under way is durable before this is, and so before any CONNACK.
-        self._save(lambda: self._saved(visit), forget_received=forget)
+        self._saving.save(lambda: self._saved(visit), forget_received=forget)
         self._retry_at = 0.0
         self._dial()
 
@@ -355,7 +326,7 @@ class StoredSession:
     def settle(self, done: Callable[[], None]) -> None:
         """The gateway stops: put everything on disk, acknowledge it, then call `done`."""
         self.stopping = True
-        self._save_now()
+        self._saving.stop()
         self.outgoing.spill()
         self._settled.append(done)
         self._check_settled()
@@ -378,13 +349,13 @@ class StoredSession:
         if self.visit is None:
             self.state.will = None
             self._will_at = float("inf")
-            self._save(None)
+            self._saving.save()
             self._check_over()
 
     def stop(self, *, discard_will: bool) -> None:
         """The gateway stops and the device's session has ended: leave the broker, too."""
         self.stopping = True
-        self._save_now()
+        self._saving.stop()
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
@@ -393,7 +364,7 @@ class StoredSession:
             upstream.write_last(_DISCONNECT)
             if discard_will and self.state.will is not None:
                 self.state.will = None
-                self._save(None)
+                self._saving.save()
         if upstream is not None:
             self._forget_upstream()
             upstream.close()
@@ -405,7 +376,7 @@ class StoredSession:
         if self.visit is not None:
             self.visit.device.dials(dial)
 
-    def upstream_verified(self, upstream: Upstream, peer: Peer, treatment: Treatment) -> None:
+    def upstream_verified(self, upstream: Connection, peer: Peer, treatment: Treatment) -> None:
         """There is a verified connection: now, and not before, CONNECT leaves."""
         if not self._is_dialling or self.stopping:
             upstream.abort()
@@ -439,11 +410,11 @@ class StoredSession:
             # If the CONNACK is lost, nobody may take the new session that this makes for the old one, not even after a
             # crash.
             self.state.connack_missing = True
-            self._save(lambda: self._ask(upstream, words), lambda _: self._ask(upstream, words))
+            self._saving.save(lambda: self._ask(upstream, words), lambda _: self._ask(upstream, words))
         else:
             self._ask(upstream, words)
 
-    def _ask(self, upstream: Upstream, connect: bytes) -> None:
+    def _ask(self, upstream: Connection, connect: bytes) -> None:
         if self._upstream is upstream:
             self._has_asked = True
             upstream.write(connect)
@@ -628,19 +599,14 @@ class StoredSession:
         visit = self.visit
         if visit is None or not visit.is_admitted:
             return
-        held = (
+        is_held = (
             self.outgoing.is_congested
             or self._is_device_full
             or bool(visit.waiting)
             or visit.releases >= _MOST_RELEASES
             or (visit.pace is not None and visit.pace.paused)
         )
-        if held != visit.is_held:
-            visit.is_held = held
-            if held:
-                visit.device.hold()
-            else:
-                visit.device.release()
+        visit.is_held = _hold_or_release(visit.device, is_held, was_held=visit.is_held)
 
     def _from_device(self, visit: Visit, packet: bytes) -> None:
         packet_type = PacketType(packet[0] >> 4)
@@ -691,7 +657,7 @@ class StoredSession:
             state.subscriptions.clear()
         if lost and state.will is not None and not self._is_up and not self.stopping:
             self._will_at = self._world.seconds() + state.will_delay
-        self._save(None)
+        self._saving.save()
         if self._is_dialling or (self._upstream is not None and not self._is_up):
             # That was for the device, with its Will.
             if self._is_dialling:
@@ -724,7 +690,7 @@ class StoredSession:
         will, self.state.will = self.state.will, None
         if will is not None:
             self.outgoing.offer(attrs.evolve(will, qos=max(1, will.qos)) if will.qos != 2 else will, 0, None)
-            self._save(None)
+            self._saving.save()
 
     # ---- inside: subscriptions
 
@@ -760,9 +726,9 @@ class StoredSession:
             subscriptions.remove(request.gone, told=False)
             answer = unsuback(_version(visit), request.identifier, len(request.gone))
         if visit is None:
-            self._save(None)
+            self._saving.save()
         else:
-            self._save(lambda: self._answer(visit, answer), lambda error: visit.not_stored(str(error)))
+            self._saving.save(lambda: self._answer(visit, answer), lambda error: visit.not_stored(str(error)))
 
     def _answer(self, visit: Visit, answer: bytes) -> None:
         """Give a device its SUBACK or UNSUBACK, and go on with what it sent behind the request."""
@@ -794,7 +760,7 @@ class StoredSession:
                     )
                 subscriptions.remove([each.topic_filter for each in request.wanted if each not in granted], told=True)
         self._answered_at = self._world.seconds()
-        self._save(None)
+        self._saving.save()
         if request.visit is not None:
             self._answer(request.visit, with_identifier(packet, request.identifier))
 
@@ -891,7 +857,7 @@ class StoredSession:
         if state.clean_pending or state.connack_missing or limits != state.limits:
             state.clean_pending = state.connack_missing = False
             state.limits = limits
-            self._save(None)
+            self._saving.save()
         if visit is not None:
             if visit.is_admitted and visit.is_first_upstream and session_present and not visit.told_session_present:
                 self._is_up = False
@@ -930,7 +896,7 @@ class StoredSession:
         if self._was_answered and self.state.connack_missing:
             # A CONNECT that is refused makes no session.
             self.state.connack_missing = False
-            self._save(None)
+            self._saving.save()
         is_5 = treated.version is ProtocolVersion.MQTT_5_0
         words = f"CONNACK 0x{code:02X}, {describe_connack(treated.version, code)}"
         failure = SessionEnd(EndReason.UPSTREAM_REFUSED, words)
@@ -997,15 +963,9 @@ class StoredSession:
 
     def _mind_broker(self) -> None:
         """Read the broker, or not."""
-        if self._upstream is None:
-            return
-        held = self._is_device_full or self.incoming.is_congested
-        if held != self._is_broker_held:
-            self._is_broker_held = held
-            if held:
-                self._upstream.hold()
-            else:
-                self._upstream.release()
+        if self._upstream is not None:
+            is_held = self._is_device_full or self.incoming.is_congested
+            self._is_broker_held = _hold_or_release(self._upstream, is_held, was_held=self._is_broker_held)
 
     def _leave_upstream(self, *, with_disconnect: bool) -> None:
         """End the connection to the broker, because another one follows or nobody needs it."""
@@ -1090,49 +1050,19 @@ class StoredSession:
                 if self.state.will is not None:
                     # The broker publishes it, since there is no DISCONNECT.
                     self.state.will = None
-                    self._save(None)
+                    self._saving.save()
                 self._forget_upstream()
                 upstream.close()
         if self._will_at < float("inf"):
             return
         self.is_over = True
-        self._save_now()
+        self._saving.now()
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
         if not self.state.has_session and not self._store.received[self.backlog.name]:
             self._store.forget(self.backlog)
         self._link.over(self)
-
-    def _save(
-        self,
-        done: Callable[[], None] | None,
-        failed: Callable[[StoreError], None] = lambda _: None,
-        *,
-        forget_received: bool = False,
-    ) -> None:
-        """Write the state down: together with what changes until the disk is done with an earlier one."""
-        self._unsaved.append((done, failed))
-        if forget_received or self.stopping or not self._saving:
-            self._save_now(forget_received=forget_received)
-
-    def _save_now(self, *, forget_received: bool = False) -> None:
-        if not self._unsaved:
-            return
-        told, self._unsaved = self._unsaved, []
-        self._saving += 1
-
-        def saved(error: StoreError | None) -> None:
-            for done, failed in told:
-                if error is not None:
-                    failed(error)
-                elif done is not None:
-                    done()
-            self._saving -= 1
-            if not self._saving:
-                self._save_now()
-
-        self._store.save(self.backlog, self.state.dumped(), saved, forget_received=forget_received)
 
     def _remembered_keep_alive(self) -> int:
         if not self.state.connect:
@@ -1153,6 +1083,15 @@ class _Request:
     def filters(self) -> list[str]:
         """The Topic Filters in it."""
         return [*self.gone, *(each.topic_filter for each in self.wanted)]
+
+
+def _hold_or_release(end: Connection | Device, is_held: bool, *, was_held: bool) -> bool:
+    """Read one end or not, as `is_held` says; return that."""
+    if is_held and not was_held:
+        end.hold()
+    elif was_held and not is_held:
+        end.release()
+    return is_held
 
 
 def _as_wanted(wanted: list[Subscription], codes: bytes) -> bool:
