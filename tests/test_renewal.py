@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import shlex
 import ssl
@@ -163,6 +164,21 @@ def test_the_file_is_replaced_and_the_last_one_kept(tmp_path: Path, one_file: bo
     assert file.stat().st_mode == mode
     assert (tmp_path / "client.pem.old").read_bytes() == before
     assert not [each for each in tmp_path.iterdir() if each.name.startswith(".")]
+
+
+def test_the_file_of_another_user_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the service does with a file that root has put into its directory: it can neither link to it nor own it."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    monkeypatch.setattr("os.fchown", refuse)
+    table = held_in(tmp_path, one_file=False)
+    new = renewed()
+    replace(read_held(table), [new.certificate], None)
+    assert pair_of(table)[0] == [new.certificate]
+    assert (tmp_path / "client.pem.old").read_bytes() == OLD.pem
 
 
 def test_a_rotated_key_replaces_the_old_one_in_the_same_moment(tmp_path: Path) -> None:

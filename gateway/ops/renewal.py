@@ -80,7 +80,7 @@ class Renewer:
         except SecretUnavailable as problem:
             raise RenewalFailed(f"renew_command: {problem}") from None
         except SessionEnd as end:
-            raise RenewalFailed(f"no broker accepted the new certificate: {end}") from None
+            raise RenewalFailed(f"no broker accepted the new certificate: {end.detail or end.reason}") from None
 
     async def _renew(self, table: Renewable) -> x509.Certificate:
         held: Held = await self.in_thread(lambda: read_held(table))

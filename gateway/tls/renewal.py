@@ -183,8 +183,10 @@ def replace(held: Held, chain: list[x509.Certificate], new_key: PrivateKey | Non
     try:
         if held.file.read_bytes() != held.content:
             raise RenewalFailed(f"{held.file} has been changed meanwhile")
-        _write(part, content, held.file.stat())
-        kept.hardlink_to(held.file)
+        like = held.file.stat()
+        _write(part, content, like)
+        # Not a link: the kernel refuses one to another user's file (proc(5), protected_hardlinks).
+        _write(kept, held.content, like)
         kept.replace(held.file.with_name(f"{held.file.name}.old"))
         part.replace(held.file)
         _sync(held.file.parent)
