@@ -24,7 +24,7 @@ from tests.stored_world import StoredWorld, parsed
 SEEDS = 6
 MANY_SEEDS = int(os.environ.get("STORE_SEEDS", "200"))
 # A broken gateway is found within so many seeds, or, if that is hard, within many.
-ENOUGH, MANY = 25, 200
+ENOUGH, MANY = 60, 200
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
