@@ -812,7 +812,7 @@ def test_a_request_is_answered_with_what_came_of_it(
         logged_errors.clear()
         document = gateway.call(lambda: at_once(gateway.service.sight.document()))
         assert document["reloads"]["refused"] == 1
-        assert any("reload refused" in reason for reason in verdict(document).reasons)
+        assert any("Reload refused" in reason for reason in verdict(document).reasons)
         gateway.service.reread = good
         assert console(["reload", "--socket", str(path)]) == 0
         assert not verdict(gateway.call(lambda: at_once(gateway.service.sight.document()))).reasons
