@@ -8,7 +8,7 @@ session takes the generation of the moment when its dial begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import random
 
@@ -32,7 +32,7 @@ from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.net.patience import PatientClock
 from gateway.ops.journal import GatewayJournal
-from gateway.pieces import Pause, no_pause
+from gateway.pieces import Pause, Pieces, in_turns, no_pause, slices
 from gateway.prepared import Prepared, prepare
 from gateway.reception import Helpers, Reception, is_over, password_turns
 from gateway.relay.device import DeviceProtocol
@@ -53,6 +53,9 @@ _LATE = 1.0  # seconds; by which a sweep must be late to give the time back
 # This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
 _ESTABLISHED = frozenset({State.RELAYING, State.STORED})
+# A reload judges those anew; so many in a turn, since each may be ended.
+_WAITING = frozenset({State.DIALLING, State.WAIT_CONNACK})
+_JUDGED_AT_A_TIME = 20
 # The codes of the CONNACK, before 5.0 and in 5.0, for a device that a reload has shut out.
 _REFUSED_AFTER_RELOAD = {
     EndReason.NETWORK_NOT_ALLOWED: (5, ReasonCode.NOT_AUTHORIZED),
@@ -239,14 +242,27 @@ class Gateway:
         self._use_store()
         if self.stored is not None:
             self.stored.adopt(prepared.config)
-        for session, opening in list(self._not_accepted.items()):
-            self._guarded(session, partial(self._judge_waiting, opening, before))
+        # To end thousands takes long; they are judged by what they were now, since some are accepted meanwhile.
+        waiting = [
+            (session, opening, session.state is State.WAIT_CONNACK)
+            for session, opening in self._not_accepted.items()
+            if session.state in _WAITING
+        ]
+        in_turns(self._clock.callLater, self._judge_all(waiting, is_superseded=before.dialler.superseded))
 
-    def _judge_waiting(self, opening: _Opening, before: Generation, session: Session) -> None:
-        """End a session that the new configuration does not permit, or that the broker has under the old one."""
-        if session.state is State.WAIT_CONNACK and before.dialler.superseded:
+    def _judge_all(self, waiting: Sequence[tuple[Session, _Opening, bool]], *, is_superseded: bool) -> Pieces[None]:
+        """End sessions that the new configuration does not permit, or that the broker had under the old one."""
+        for some in slices(waiting, _JUDGED_AT_A_TIME):
+            for session, opening, was_sent in some:
+                self._guarded(session, partial(self._judge, opening, was_sent and is_superseded))
+            yield
+
+    def _judge(self, opening: _Opening, is_of_before: bool, session: Session) -> None:
+        if session.state is State.ENDED:
+            return
+        if is_of_before:
             session.stop(EndReason.CONFIGURATION_CHANGED)
-        elif session.state in {State.DIALLING, State.WAIT_CONNACK} and (reason := self.judge_again(opening)):
+        elif reason := self.judge_again(opening):
             session.stop(reason, connack_codes=_REFUSED_AFTER_RELOAD[reason])
 
     def made(self, prepared: Prepared) -> Generation:

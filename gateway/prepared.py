@@ -196,7 +196,10 @@ def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
     """Add what differs from the configuration before."""
     old, new = before.config, after.config
     keys = changed_keys(old, new, pause)
-    changed = keys + [str(path) for path in differing(before.files, after.files, pause)]
+    changed = list(keys)
+    for path in differing(before.files, after.files, pause):
+        changed.append(str(path))
+        pause()
     is_equivalent = (
         after.policy is before.policy
         and _TO_JUDGE_BY.isdisjoint(_SECTION.split(key, 1)[0] for key in keys)

@@ -37,6 +37,8 @@ _log = Logger(namespace="gateway")
 
 # So many are swept in one turn of the reactor.
 _SWEPT_AT_A_TIME = 200
+# So many connections are checked in one turn: each is a question to the kernel.
+_CHECKED_AT_A_TIME = 100
 _BUSY = frozenset({EndReason.TOO_MANY_NEW_SESSIONS})
 _LATER = 5.0  # seconds until a dial that was not let through is tried again, on average
 _SHOWN = 200  # characters of a name
@@ -220,6 +222,9 @@ class StoredDevices:
         self._current: dict[str, StoredConnection] = {}
         self._connections: set[StoredConnection] = set()
         self._sweeping: IDelayedCall | None = None
+        self._checking: IDelayedCall | None = None
+        # The seconds that were lost since the start, all together.
+        self._lost = 0.0
         self._are_known = False
         # What the log has been told.
         self._told: Counter[str] = Counter()
@@ -389,13 +394,15 @@ class StoredDevices:
     # ---- the time
 
     def give_back(self, seconds: float) -> None:
-        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
+        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped.
+
+        Each session gets them right before the sweep judges it: there may be thousands.
+        """
         now = self.seconds()
         for connection in self._connections:
             if connection.closed_at is not None:
                 connection.closed_at = min(connection.closed_at + seconds, now)
-        for stored in self.sessions.values():
-            stored.give_back(seconds, now)
+        self._lost += seconds
 
     def sweep(self, patience: float) -> None:
         """Do what is due; closed connections have `patience` seconds to end.  Called every second or so."""
@@ -407,8 +414,8 @@ class StoredDevices:
                     self.gone(connection)
         if now >= self._check_at:
             self._check_at = now + min(_CHECK_INTERVAL, self._config.timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
-            for connection in list(self._connections):
-                connection.check(now)
+            if self._checking is None or not self._checking.active():
+                self._check_some(list(self._connections))
         self.store.sweep()
         self._tell(now)
         if self._stopping:
@@ -471,15 +478,26 @@ class StoredDevices:
         if self._stopping:
             return
         self._stopping = True
-        if self._sweeping is not None and self._sweeping.active():
-            self._sweeping.cancel()
+        for under_way in (self._sweeping, self._checking):
+            if under_way is not None and under_way.active():
+                under_way.cancel()
         for stored in list(self.sessions.values()):
             stored.stop(discard_will=discard_wills)
+
+    def _check_some(self, left: list[StoredConnection]) -> None:
+        now = self.seconds()
+        for connection in left[:_CHECKED_AT_A_TIME]:
+            connection.check(now)
+        rest = left[_CHECKED_AT_A_TIME:]
+        self._checking = self._clock.callLater(0, self._check_some, rest) if rest else None
 
     def _sweep_some(self, left: list[StoredSession]) -> None:
         now = self.seconds()
         for stored in left[:_SWEPT_AT_A_TIME]:
+            owed, stored.given_back = self._lost - stored.given_back, self._lost
             try:
+                if owed:
+                    stored.give_back(owed, now)
                 stored.sweep(now)
             except Exception:  # noqa: BLE001  an error in one leaves the others alone
                 _log.failure("internal error in the sweep of a stored device")
@@ -507,6 +525,7 @@ class StoredDevices:
         )
         backlog = self.store.backlog(name)
         stored = StoredSession(name, self.store, backlog, self, world, after=config.store.after)
+        stored.given_back = self._lost
         self.sessions[name] = stored
         return stored
 

@@ -18,12 +18,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
 from typing import Any
+from unittest.mock import Mock
 
+import attrs
 import pytest
 import trustme
 from twisted.internet.defer import gatherResults
 from twisted.logger import formatEvent, globalLogPublisher
 
+from gateway import gateway as gateway_module
 from gateway.cli.main import console
 from gateway.config import Config, changed_keys, from_mapping
 from gateway.dial.dialler import Dialler
@@ -51,6 +54,7 @@ from tests.mosquitto import Mosquitto, free_port
 from tests.pki import CLIENT, Certified, certify, certify_ca
 from tests.processes import GatewayProcess
 from tests.tools import require_tool
+from tests.turn_clock import TurnClock
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]
@@ -953,3 +957,33 @@ def test_an_internal_error_after_a_change_is_no_refusal(
     established(added).close()
     eventually(lambda: not service.gateway.sessions, "the session has gone")
     monkeypatch.undo()
+
+
+def test_waiting_sessions_are_judged_a_few_at_a_time(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To end thousands in one turn would hold up all others; who is accepted before its turn is ended all the same."""
+    running = start_gateway(upstream=1)
+    gateway = running.service.gateway
+    clock, ended = TurnClock(), list[str]()
+    monkeypatch.setattr(gateway_module, "_JUDGED_AT_A_TIME", 2)
+
+    def waiting(name: str, state: State) -> Mock:
+        return Mock(state=state, stop=lambda reason, **_: ended.append(f"{name} {reason.value}"))
+
+    def reload() -> None:
+        sessions = [waiting(name, State.WAIT_CONNACK) for name in "abcd"]
+        others = [waiting(name, state) for name, state in (("x", State.RELAYING), ("y", State.WAIT_CONNECT))]
+        config = attrs.evolve(gateway.config, limits=attrs.evolve(gateway.config.limits, max_packet_size=70_000))
+        generation = gateway.made(gateway.prepare(config))
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway, "_clock", clock)
+            patch.setattr(gateway, "_not_accepted", dict.fromkeys([*sessions, *others]))
+            gateway.adopt(generation)
+        assert len(ended) == 2
+        sessions[2].state = State.RELAYING
+        sessions[3].state = State.ENDED
+        clock.turn()
+
+    running.call(reload)
+    assert ended == [f"{name} configuration-changed" for name in "abc"]

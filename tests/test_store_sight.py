@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from gateway import stored_devices
 from gateway.cli.status import overview
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
@@ -16,6 +18,7 @@ from gateway.store.database import StoreError
 from gateway.store.forecast import Forecast
 from tests import mqtt_packets as mqtt
 from tests.harness import Device, RunningGateway, eventually
+from tests.turn_clock import TurnClock
 
 
 @pytest.fixture
@@ -136,3 +139,61 @@ def test_a_forecast_says_when_the_store_is_full_or_empty() -> None:
     for step in range(5):
         forecast.note(100 + step * 10, 450 - step * 100)
     assert forecast.until_empty() == pytest.approx(5)
+
+
+def test_a_few_connections_are_checked_in_each_turn(gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a question to the kernel; nobody is checked any more once all is stopped."""
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    clock, checked = TurnClock(), list[str]()
+    monkeypatch.setattr(stored_devices, "_CHECKED_AT_A_TIME", 2)
+
+    def check() -> None:
+        connections = [Mock(check=lambda _, name=name: checked.append(name), closed_at=None) for name in "abcde"]
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "_clock", clock)
+            patch.setattr(stored, "_connections", set(connections))
+            for _ in range(2):
+                stored._check_at = 0.0
+                stored.sweep(5.0)
+            assert len(checked) == 2
+            clock.turn()
+            assert len(checked) == 4
+            clock.turn()
+
+    gateway.call(check)
+    assert sorted(checked) == list("abcde")
+
+
+def test_stored_devices_get_lost_time_back_a_few_at_a_time(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each before it is judged, and all of it, if the process is stopped again in the middle of a round."""
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    clock, told = TurnClock(), list[str]()
+    monkeypatch.setattr(stored_devices, "_SWEPT_AT_A_TIME", 1)
+
+    def device(name: str) -> Mock:
+        return Mock(
+            given_back=0.0,
+            phase=None,
+            give_back=lambda seconds, _: told.append(f"{name} +{seconds:g}"),
+            sweep=lambda _: told.append(f"{name} swept"),
+        )
+
+    def sweep() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "_clock", clock)
+            patch.setattr(stored, "sessions", {name: device(name) for name in "abc"})
+            stored.give_back(60.0)
+            assert not told
+            stored.sweep(5.0)
+            stored.give_back(5.0)
+            while clock.calls:
+                clock.turn()
+            stored.sweep(5.0)
+
+    gateway.call(sweep)
+    expected = ["a +60", "a swept", "b +65", "b swept", "c +65", "c swept", "a +5", "a swept"]
+    assert told == expected

@@ -176,6 +176,8 @@ class StoredSession:
         self._presented: tuple[Packet, Connect] | None = None
         self._lives_until = float("inf")
         self._connack_due = 0.0
+        # For whoever calls `give_back`: how much of all lost time has been given back here.
+        self.given_back = 0.0
         self._reader: PacketReader | None = None
         self._from_broker: WholePackets | None = None
         self._retry_at = 0.0
@@ -492,7 +494,8 @@ class StoredSession:
         self._sent_at = min(self._sent_at + seconds, now)
         self._answered_at = min(self._answered_at + seconds, now)
         self.outgoing.last_progress = min(self.outgoing.last_progress + seconds, now)
-        self._connack_due += seconds
+        # It may have been set since the pause.
+        self._connack_due = min(self._connack_due + seconds, now + self._world.connack)
         self._will_at += seconds
 
     def sweep(self, now: float) -> None:
