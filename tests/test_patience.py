@@ -17,12 +17,14 @@ from gateway.dial.pacing import Pacer
 from gateway.dial.steps import within
 from gateway.drain import Spread
 from gateway.errors import EndReason, SessionEnd
+from gateway.net import patience as patience_module
 from gateway.net.patience import PatientClock
 from gateway.rules.turns import Turns, Visitor
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.proxy_headers import v2
 from tests.test_lifecycle import stopped
+from tests.turn_clock import TurnClock
 
 
 class Paused:
@@ -113,6 +115,23 @@ def test_a_call_can_be_cancelled_at_any_time() -> None:
     clock.advance(1.0)
     assert not first.active()
     assert not second.active()
+    assert not patience.getDelayedCalls()
+
+
+def test_a_few_timeouts_are_called_in_each_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a pause, thousands get their whole time again, and end at the same moment."""
+    monkeypatch.setattr(patience_module, "_CALLED_AT_A_TIME", 2)
+    clock, called = TurnClock(), list[int]()
+    patience = PatientClock(clock)
+    for number in range(5):
+        patience.callLater(4.0, called.append, number)
+    clock.rightNow += 4.0
+    seen = []
+    while clock.calls:
+        clock.turn()
+        seen.append(len(called))
+    assert seen == [0, 2, 4, 5]
+    assert called == list(range(5))
     assert not patience.getDelayedCalls()
 
 

@@ -18,6 +18,8 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from zope.interface import implementer
 
 _LATE = 1.0  # seconds; by which a timeout must be late to get its whole time again, once
+# So many are called in one turn of the reactor: a pause of the process makes all that wait due at the same time.
+_CALLED_AT_A_TIME = 20
 
 
 @implementer(IReactorTime)
@@ -91,8 +93,11 @@ class _Queue:
     def _due(self) -> None:
         """Have those called that are due, and wait for the next one."""
         self._timer = None
-        now = self.clock.seconds()
+        now, called = self.clock.seconds(), 0
         for wait in self.waits:
+            if called == _CALLED_AT_A_TIME:
+                self._timer = self.clock.callLater(0, self._due)
+                break
             if wait.ends > now:
                 self._timer = self.clock.callLater(wait.ends - now, self._due)
                 break
@@ -102,6 +107,7 @@ class _Queue:
                 wait.put_off(now + self.delay)
                 continue
             wait.call_soon()
+            called += 1
         if self._timer is None and (left := [wait.ends for wait in self.waits if wait.ends > now]):
             self._timer = self.clock.callLater(min(left) - now, self._due)
 
