@@ -34,6 +34,7 @@ from gateway.store.database import Change, Database, StoreError
 from gateway.store.store import Store
 
 EPOCH = 1_800_000_000
+_RUNS = count()
 _PEER: Any = Peer("CN=broker", "CN=ca", "DNS:broker", None, "TLSv1.3", "x", "")  # type: ignore[arg-type]
 
 
@@ -735,7 +736,8 @@ class StoredWorld:
         self.random = random = Random(seed)  # noqa: S311  reproducible
         self.seed = seed
         self.directory = directory
-        self.database = f"file:stored{seed}?mode=memory&cache=shared"
+        # A name of its own: a gateway that crashed in an earlier run of this seed may still have the database open.
+        self.database = f"file:stored{seed}-{next(_RUNS)}?mode=memory&cache=shared"
         self._keeps = Memory(self.database)
         self.clock = Clock()
         self.config = StoreConfig(after=random.choice((2.0, 5.0)))

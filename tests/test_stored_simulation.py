@@ -33,6 +33,14 @@ def test_nothing_acknowledged_is_lost(seed: int, tmp_path: Path) -> None:
     assert StoredWorld(seed, tmp_path, seconds=40).run() == []
 
 
+def test_a_seed_is_the_same_each_time(tmp_path: Path) -> None:
+    """What a seed finds can be found again, whatever an earlier run has left behind."""
+    for seed in range(4):
+        first, second = (StoredWorld(seed, tmp_path, seconds=40) for _ in range(2))
+        assert first.run() == second.run()
+        assert (first.arrivals, first.reasons, first.crashes) == (second.arrivals, second.reasons, second.crashes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(1_000_000, 1_000_000 + MANY_SEEDS, 100))
 def test_nothing_acknowledged_is_lost_in_many_worlds(first: int, tmp_path: Path) -> None:
