@@ -71,7 +71,9 @@ def _head_end(version: ProtocolVersion, first: int, body: bytes, length: int) ->
     elif kind in {_SUBACK, _UNSUBACK}:
         end = 2
     elif kind in _ACKNOWLEDGEMENTS:
-        end = 3 if is_5 and length > 3 else 2
+        if not is_5 or length <= 3:
+            return 2  # A Reason Code may follow, without properties (MQTT 5.0 §3.4.2.2.1).
+        end = 3
     else:
         return 0
     if len(body) < end or not is_5 or length <= end:
