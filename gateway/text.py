@@ -21,6 +21,11 @@ def printable(text: str, limit: int = 256) -> str:
     return shown + "…" if len(text) > limit else shown
 
 
+def capitalized(words: str) -> str:
+    """Begin with a capital letter; unlike `str.capitalize`, leave the others, which may be those of a name."""
+    return words[:1].upper() + words[1:]
+
+
 def unprintable_escaped(text: str) -> str:
     """Return `text` with unprintable characters escaped, backslashes unchanged.
 

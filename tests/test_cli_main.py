@@ -54,6 +54,12 @@ def test_a_wrong_command_line_is_status_1(capfd: pytest.CaptureFixture[str], arg
     assert words in err
 
 
+def test_descriptions_keep_capital_letters(capfd: pytest.CaptureFixture[str]) -> None:
+    """Only their first letter is made one."""
+    assert console(["device", "import", "--help"]) == 0
+    assert "Add devices from a CSV file" in capfd.readouterr().out
+
+
 def test_every_command_has_help(capfd: pytest.CaptureFixture[str]) -> None:
     """The options of a command are there although its module is loaded only on demand."""
     for command, option in (("check", "--upstream HOST[:PORT]"), ("init", "--force"), ("demo", "--once")):

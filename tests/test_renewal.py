@@ -26,8 +26,8 @@ from gateway.cli.main import console
 from gateway.cli.service_view import ServiceView
 from gateway.config import TLS, from_mapping
 from gateway.errors import ConfigError
-from gateway.ops.renewal import Renewals
-from gateway.ops.status_words import Level, verdict
+from gateway.ops.renewal import Renewals, whose
+from gateway.ops.status_words import Level, renewal_lines, verdict
 from gateway.pieces import at_once
 from gateway.tls.renewal import (
     RenewalFailed,
@@ -623,3 +623,10 @@ def test_no_session_of_a_hundred_is_lost(
         with established(gateway, "new"):
             new = x509.load_pem_x509_certificate(file.read_bytes())
             assert serial_of(broker, len(broker.connections) - 1) == new.serial_number != OLD.certificate.serial_number
+
+
+def test_a_name_is_shown_as_it_is() -> None:
+    """Only the first letter of the sentence is made a capital."""
+    first = [{"whose": whose("Pump-3 CA"), "problem": "no answer"}]
+    (line,) = renewal_lines({"renewals": {"failing": 1, "first": first}})
+    assert line.startswith("The certificate of rule Pump-3 CA cannot be renewed: no answer. ")

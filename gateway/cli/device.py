@@ -48,7 +48,7 @@ from gateway.config.secret_files import SecretUnavailable
 from gateway.config.structure import structure_device
 from gateway.errors import ConfigError, Refusal
 from gateway.rules.rules import Rule
-from gateway.text import printable
+from gateway.text import capitalized, printable
 from gateway.tls.trust import read_certificates, read_chain, read_private_key
 
 _CONFIG = "/etc/mqtts-gateway/gateway.toml"
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def command(
         name: str, action: Callable[[_Rules, argparse.Namespace], int], summary: str
     ) -> argparse.ArgumentParser:
-        each = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        each = commands.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
         each.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
         each.set_defaults(run_device=lambda arguments: action(_Rules.of(Path(arguments.config)), arguments))
         return each
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     importing.add_argument("--dry-run", action="store_true", help="show what would be added, and write nothing")
     _identity(importing)
     summary = "renew a certificate with the rule's renew_command"
-    renewing = commands.add_parser("renew", help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    renewing = commands.add_parser("renew", help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
     renewing.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
     renew.add_arguments(renewing)
     renewing.set_defaults(run_device=renew.run)

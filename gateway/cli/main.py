@@ -17,6 +17,7 @@ from typing import Never
 from gateway import __version__
 from gateway.cli.report import complain
 from gateway.config.flags import FLAGS
+from gateway.text import capitalized
 
 # Each is a module here with `add_arguments(parser)` and `run(arguments)`, imported on use: `demo` needs extra packages,
 # and `init` does not need Twisted.
@@ -71,7 +72,7 @@ def _run(arguments: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"mqtts-gateway {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        command = commands.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
         if arguments[:1] == [name]:
             module = import_module(f"gateway.cli.{name}")
             module.add_arguments(command)

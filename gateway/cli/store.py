@@ -25,7 +25,7 @@ from gateway.store.backlog import client_identifier_of
 from gateway.store.database import Database, Delete, Forget, StoreError
 from gateway.store.opening import store_directory
 from gateway.store.row import DamagedRow, Row, decode_row
-from gateway.text import printable
+from gateway.text import capitalized, printable
 
 _DEFAULT = Path("/var/lib/mqtts-gateway/store")
 _SHOWN = 200  # characters of a name or a topic
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("retry", "deliver again what was set aside"),
         ("drop", "delete all messages of a device"),
     ):
-        action = actions.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+        action = actions.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
         if name != "list":
             action.add_argument("device", metavar="ID", help="the Client Identifier at the broker")
         place = action.add_mutually_exclusive_group()

@@ -12,6 +12,8 @@ from typing import Any
 
 from attrs import frozen
 
+from gateway.text import capitalized
+
 Part = Mapping[str, Any]
 
 SCHEMA = 1
@@ -67,7 +69,7 @@ def verdict(document: Part) -> Verdict:
     reasons += device_certificate_lines(document)
     reasons += refused_rule_lines(document)
     reasons += renewal_lines(document)
-    reasons += [words[:1].upper() + words[1:] for words in document["reloads"]["wanting"]]
+    reasons += [capitalized(words) for words in document["reloads"]["wanting"]]
     if document["log"]["losing"]:
         reasons.append(
             f"The log output is blocked or fails: {number(document['log']['lines_lost'])} lines are lost. "
@@ -185,7 +187,7 @@ def renewal_lines(document: Part) -> list[str]:
     if renewals is None:
         return []
     lines = [
-        f"{each['whose'].capitalize()} cannot be renewed: {each['problem']}. "
+        f"{capitalized(each['whose'])} cannot be renewed: {each['problem']}. "
         "Run `mqtts-gateway device renew` to see why."
         for each in renewals["first"]
     ]
