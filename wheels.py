@@ -70,12 +70,12 @@ def headers(directory: Path) -> Path:
     return copy
 
 
-def build(machine: Machine, include: Path, into: Path) -> Path:
-    """Build one wheel."""
+def build(machine: Machine, include: Path, into: Path, flags: str = "") -> Path:
+    """Build one wheel; `flags` are further ones for the compiler."""
     environment = {
         **os.environ,
         "CC": f"{sys.executable} -m ziglang cc -target {machine.zig}.{GLIBC}",
-        "CFLAGS": f"-I{include}",
+        "CFLAGS": f"-I{include} {flags}",
         "MQTTS_GATEWAY_TARGET": f"manylinux_{GLIBC.replace('.', '_')}_{machine.wheel}",
     }
     pip = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]

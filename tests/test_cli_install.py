@@ -216,3 +216,14 @@ def test_uninstall_takes_away_what_install_has_put(tmp_path: Path, capfd: pytest
     assert [link.name for link in (units / "multi-user.target.wants").iterdir()] == ["other.service"]
     out = capfd.readouterr().out
     assert f"rm -r {tmp_path}/etc/mqtts-gateway {units}/mqtts-gateway.service.d" in out
+
+
+@pytest.mark.parametrize(("command", "words"), [("install", "systemctl enable --now"), ("uninstall", "apt remove")])
+def test_the_debian_package_leaves_its_service_to_dpkg(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], command: str, words: str
+) -> None:
+    """Units in /etc would hide those of the package; nothing is written or removed."""
+    monkeypatch.setattr("gateway.cli.places.DEBIAN_PACKAGE", Path(gateway.__file__).parent.parent)
+    assert console([command, "--root", str(tmp_path / "root")]) == 1
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "root").exists()

@@ -25,6 +25,7 @@ from gateway.cli.places import (
     Change,
     Places,
     carry_out,
+    is_debian_package,
     is_ours,
     systemctl,
     systemd_runs,
@@ -40,6 +41,8 @@ _REMEDY_PYTHON = (
     "create the environment with a Python outside it, such as the system's: "
     "/usr/bin/python3 -m venv --clear /opt/mqtts-gateway, and pip install there"
 )
+
+_START = "edit /etc/mqtts-gateway/gateway.toml, then run: systemctl enable --now mqtts-gateway"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _changes(places: Places, arguments: argparse.Namespace) -> Iterator[Change]:
     """Return the changes.  Raises `CannotInstallError` with every reason against them."""
+    if is_debian_package():
+        raise CannotInstallError([f"the Debian package has installed the service: {_START}"])
     programs = Path(sys.prefix) / "bin"
     problems = list(_obstacles(programs))
     if places.is_this_machine and os.geteuid() != 0 and not arguments.dry_run:

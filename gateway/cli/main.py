@@ -10,7 +10,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import Never
 
@@ -21,7 +21,7 @@ from gateway.text import capitalized
 
 # Each is a module here with `add_arguments(parser)` and `run(arguments)`, imported on use: `demo` needs extra packages,
 # and `init` does not need Twisted.
-_COMMANDS = {
+COMMANDS = {
     "run": "run the gateway in the foreground",
     "check": "test the configuration: open a session step by step",
     "init": "write a commented configuration",
@@ -67,16 +67,22 @@ def console(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _run(arguments: Sequence[str]) -> int:
+def command_line(loaded: Collection[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Return the parser.  Only the commands in `loaded` have their options: each takes the import of its module."""
     parser = _Parser(prog="mqtts-gateway", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"mqtts-gateway {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, summary in _COMMANDS.items():
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
-        if arguments[:1] == [name]:
+        if name in loaded:
             module = import_module(f"gateway.cli.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    parser = command_line(arguments[:1])
     try:
         if arguments and arguments[0].partition("=")[0] in {flag.option for flag in FLAGS}:
             parser.error(f"name a command first, such as: mqtts-gateway run {shlex.join(arguments)}")

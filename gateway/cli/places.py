@@ -14,6 +14,7 @@ from pathlib import Path
 
 from attrs import frozen
 
+import gateway
 from gateway.cli.report import complain
 
 UNITS = ("mqtts-gateway.service", "mqtts-gateway.socket", "mqtts-gateway@.service", "mqtts-gateway@.socket")
@@ -21,6 +22,8 @@ UNITS = ("mqtts-gateway.service", "mqtts-gateway.socket", "mqtts-gateway@.servic
 UNIT_PATTERNS = ("mqtts-gateway.s*", "mqtts-gateway@*.s*")
 # The path of the programs in the units as shipped.
 PACKAGED_PROGRAMS = "/opt/mqtts-gateway/bin/"
+# Where the Debian package has the gateway (package.py); its service is dpkg's to install and remove.
+DEBIAN_PACKAGE = Path("/usr/lib/mqtts-gateway")
 _MARK = "# mqtts-gateway: "  # how each unit file of ours begins
 
 
@@ -104,6 +107,11 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
     except OSError:
         new.unlink(missing_ok=True)
         raise
+
+
+def is_debian_package() -> bool:
+    """Return whether this gateway came with the Debian package."""
+    return Path(gateway.__file__).is_relative_to(DEBIAN_PACKAGE)
 
 
 def systemd_runs() -> bool:

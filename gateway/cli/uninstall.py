@@ -18,6 +18,7 @@ from gateway.cli.places import (
     Change,
     Places,
     carry_out,
+    is_debian_package,
     is_ours,
     systemctl,
     systemd_runs,
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _changes(places: Places, *, dry_run: bool) -> Iterator[Change]:
+    if is_debian_package():
+        raise CannotInstallError(["the service belongs to the Debian package: apt remove mqtts-gateway"])
     if places.is_this_machine and os.geteuid() != 0 and not dry_run:
         raise CannotInstallError(["removing a service requires root: run this with sudo"])
     return _plan(places, tells_systemd=places.is_this_machine and systemd_runs())
