@@ -19,6 +19,7 @@ from gateway.config import Config
 from gateway.dial.dialler import Route
 from gateway.errors import EndReason, Refusal, SessionEnd, UpstreamFailure
 from gateway.mqtt.reader import Packet
+from gateway.pieces import Pieces, in_turns, slices
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import Gauge
 from gateway.relay.upstream import UpstreamProtocol
@@ -39,6 +40,8 @@ _log = Logger(namespace="gateway")
 _SWEPT_AT_A_TIME = 200
 # So many connections are checked in one turn: each is a question to the kernel.
 _CHECKED_AT_A_TIME = 100
+# To begin or end so many takes a few milliseconds at most.
+_CHANGED_AT_A_TIME = 20
 _BUSY = frozenset({EndReason.TOO_MANY_NEW_SESSIONS})
 _LATER = 5.0  # seconds until a dial that was not let through is tried again, on average
 _SHOWN = 200  # characters of a name
@@ -231,6 +234,7 @@ class StoredDevices:
         self._told_at = clock.seconds()
         self._told_failure = ""
         self._stopping = False
+        self._are_stopped = False
         self._check_at = 0.0
         self.forecast = Forecast()
         # Since when devices are served without a broker, None if none is.
@@ -243,8 +247,8 @@ class StoredDevices:
 
     @property
     def are_gone(self) -> bool:
-        """Whether no connection is left."""
-        return not self._connections
+        """Whether all are stopped, and no connection is left."""
+        return self._are_stopped and not self._connections
 
     def adopt(self, config: Config) -> None:
         """From now on another configuration holds."""
@@ -407,35 +411,41 @@ class StoredDevices:
     def sweep(self, patience: float) -> None:
         """Do what is due; closed connections have `patience` seconds to end.  Called every second or so."""
         now = self.seconds()
-        for connection in [each for each in self._connections if each.closed_at is not None]:
-            if now - (connection.closed_at or 0.0) >= patience:
-                connection.abort()
-                if not connection.is_open:
-                    self.gone(connection)
+        late = (each for each in self._connections if each.closed_at is not None and now - each.closed_at >= patience)
+        in_turns(self._clock.callLater, self._abort_all(list(late)))
         if now >= self._check_at:
             self._check_at = now + min(_CHECK_INTERVAL, self._config.timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
             if self._checking is None or not self._checking.active():
                 self._check_some(list(self._connections))
-        self.store.sweep()
+        in_turns(self._clock.callLater, self.store.sweep())
         self._tell(now)
         if self._stopping:
             return
         if self.forecast.is_due(now):
-            self._take_sample(now)
+            in_turns(self._clock.callLater, self._take_sample(now))
         if not self._are_known and not self.store.loading:
             self._are_known = True
-            self._begin_waiting()
+            in_turns(self._clock.callLater, self._begin_waiting())
         if self._sweeping is None or not self._sweeping.active():
             self._sweep_some(list(self.sessions.values()))
 
-    def _take_sample(self, now: float) -> None:
+    def _abort_all(self, connections: list[StoredConnection]) -> Pieces[None]:
+        for some in slices(connections, _CHANGED_AT_A_TIME):
+            for connection in some:
+                connection.abort()
+                if not connection.is_open:
+                    self.gone(connection)
+            yield
+
+    def _take_sample(self, now: float) -> Pieces[None]:
         """See how much waits, and whether devices are served without a broker."""
         self.forecast.note(now, self.store.bytes)
-        offline = [
-            stored.offline_since
-            for stored in self.sessions.values()
-            if stored.phase is Phase.OFFLINE and stored.is_serving
-        ]
+        offline: list[float] = []
+        for some in slices(list(self.sessions.values())):
+            offline += [stored.offline_since for stored in some if stored.phase is Phase.OFFLINE and stored.is_serving]
+            yield
+        if self._stopping:
+            return
         if offline and self.outage_since is None:
             self._delivered_before = self.store.counts.drained
             _log.warn(
@@ -481,8 +491,22 @@ class StoredDevices:
         for under_way in (self._sweeping, self._checking):
             if under_way is not None and under_way.active():
                 under_way.cancel()
-        for stored in list(self.sessions.values()):
-            stored.stop(discard_will=discard_wills)
+        in_turns(self._clock.callLater, self._stop_all(discard_wills=discard_wills))
+
+    def _stop_all(self, *, discard_wills: bool) -> Pieces[None]:
+        turns = 0
+        for some in slices(list(self.sessions.values()), _CHANGED_AT_A_TIME):
+            if turns:
+                yield
+            turns += 1
+            for stored in some:
+                try:
+                    stored.stop(discard_will=discard_wills)
+                except Exception:  # noqa: BLE001  the gateway waits until all others are stopped
+                    _log.failure("internal error while a stored device was stopped")
+        self._are_stopped = True
+        if turns > 1:
+            self._changed()
 
     def _check_some(self, left: list[StoredConnection]) -> None:
         now = self.seconds()
@@ -493,7 +517,9 @@ class StoredDevices:
 
     def _sweep_some(self, left: list[StoredSession]) -> None:
         now = self.seconds()
+        swept = changed = 0
         for stored in left[:_SWEPT_AT_A_TIME]:
+            before = stored.visit, self._current.get(stored.name)
             owed, stored.given_back = self._lost - stored.given_back, self._lost
             try:
                 if owed:
@@ -501,15 +527,23 @@ class StoredDevices:
                 stored.sweep(now)
             except Exception:  # noqa: BLE001  an error in one leaves the others alone
                 _log.failure("internal error in the sweep of a stored device")
-        rest = left[_SWEPT_AT_A_TIME:]
+            swept += 1
+            changed += before != (stored.visit, self._current.get(stored.name))
+            if changed == _CHANGED_AT_A_TIME:
+                break
+        rest = left[swept:]
         self._sweeping = self._clock.callLater(0, self._sweep_some, rest) if rest else None
 
-    def _begin_waiting(self) -> None:
+    def _begin_waiting(self) -> Pieces[None]:
         """Begin to deliver for devices that are away."""
-        for backlog in list(self.store):
-            is_waiting = len(backlog) or _NO_WILL not in self.store.states.get(backlog.name, _NO_WILL)
-            if is_waiting and backlog.name not in self.sessions:
-                self._begin(backlog.name)
+        for some in slices(list(self.store), _CHANGED_AT_A_TIME):
+            if self._stopping:
+                return
+            for backlog in some:
+                is_waiting = len(backlog) or _NO_WILL not in self.store.states.get(backlog.name, _NO_WILL)
+                if is_waiting and backlog.name not in self.sessions:
+                    self._begin(backlog.name)
+            yield
 
     def _begin(self, name: str) -> StoredSession:
         config = self._config

@@ -26,6 +26,7 @@ from gateway.errors import EndReason, SessionEnd
 from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import Packet, PacketReader
+from gateway.pieces import at_once
 from gateway.session.record import Peer
 from gateway.session.stored import StoredSession
 from gateway.session.treatment import Treatment
@@ -508,7 +509,7 @@ class GatewayModel:
 
     def _sweep(self) -> None:
         if self.alive:
-            self.store.sweep()
+            at_once(self.store.sweep())
             for stored in list(self.stored.values()):
                 stored.sweep(self.world.clock.now)
             self.world.clock.later(1.0, self._sweep)

@@ -18,6 +18,7 @@ import pytest
 from gateway.config import StoreConfig, from_mapping
 from gateway.errors import ConfigError
 from gateway.mqtt.message import Message
+from gateway.pieces import at_once
 from gateway.store import database as database_module
 from gateway.store import store as store_module
 from gateway.store.backlog import Backlog
@@ -306,12 +307,27 @@ def test_messages_that_are_too_old_are_dropped_and_counted(kept: Any) -> None:
     put(store, "one", 3)
     kept.clock[0] += 101
     store._is_plausible = lambda: False
-    store.sweep()
+    at_once(store.sweep())
     assert len(store.backlog("one")) == 3
     store._is_plausible = lambda: True
-    store.sweep()
+    at_once(store.sweep())
     assert len(store.backlog("one")) == 0
     assert store.counts.dropped["too old"] == 3
+
+
+def test_messages_of_some_devices_are_dropped_in_each_turn(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no second round begins before the first has reached all devices."""
+    monkeypatch.setattr(store_module, "_AGED_IN_A_TURN", 20)
+    store, _ = kept(max_age=100.0)
+    for name in "abcdef":
+        put(store, name, 1)
+    kept.clock[0] += 101
+    sweep, left = store.sweep(), []
+    for _ in sweep:
+        left.append(store.messages)
+        at_once(store.sweep())
+        assert store.messages == left[-1]
+    assert (left, store.messages) == ([4, 2], 0)
 
 
 def test_a_device_is_not_forgotten_before_its_rows_are_deleted(kept: Any) -> None:
@@ -436,7 +452,7 @@ def test_a_full_disk_acknowledges_nothing_deletes_and_recovers(tmp_path: Path) -
     threaded.store.flush()
     threaded.writer.work(lambda _: connections[-1].execute("PRAGMA max_page_count = 100000"), lambda *_: None)
     threaded.store._probed = -100.0
-    threaded.store.sweep()
+    at_once(threaded.store.sweep())
     eventually(lambda: threaded.turn() and threaded.store.failure is None, "it recovers by itself")
     threaded.append(1)
     assert threaded.wait(2051)[-1] is None

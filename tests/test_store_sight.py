@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
@@ -13,7 +13,7 @@ from gateway import stored_devices
 from gateway.cli.status import overview
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
-from gateway.pieces import at_once
+from gateway.pieces import at_once, in_turns
 from gateway.store.database import StoreError
 from gateway.store.forecast import Forecast
 from tests import mqtt_packets as mqtt
@@ -163,6 +163,85 @@ def test_a_few_connections_are_checked_in_each_turn(gateway: RunningGateway, mon
 
     gateway.call(check)
     assert sorted(checked) == list("abcde")
+
+
+def test_a_few_stored_devices_begin_and_stop_in_each_turn(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, logged_errors: list[Any]
+) -> None:
+    """Each may read the disk, dial, or close a connection; a stop is over when the last of them has stopped."""
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    clock, begun, stopped, changed = TurnClock(), list[str](), list[str](), list[bool]()
+    monkeypatch.setattr(stored_devices, "_CHANGED_AT_A_TIME", 2)
+    counts = []
+
+    def stop(name: str) -> None:
+        stopped.append(name)
+        if name == "b":
+            raise ZeroDivisionError
+
+    def run() -> None:
+        backlogs = [MagicMock(__len__=lambda _: 1) for _ in "abcde"]
+        for backlog, name in zip(backlogs, "abcde", strict=True):
+            backlog.name = name
+        store = MagicMock(states={}, __iter__=lambda _: iter(backlogs))
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "_clock", clock)
+            patch.setattr(stored, "store", store)
+            patch.setattr(stored, "_begin", begun.append)
+            in_turns(clock.callLater, stored._begin_waiting())
+            while clock.calls:
+                counts.append(len(begun))
+                clock.turn()
+            patch.setattr(stored, "sessions", {name: Mock(stop=lambda name=name, **_: stop(name)) for name in "abcde"})
+            patch.setattr(stored, "_connections", set())
+            patch.setattr(stored, "_changed", lambda: changed.append(stored.are_gone))
+            patch.setattr(stored, "_stopping", False)
+            stored.stop(discard_wills=False)
+            while clock.calls:
+                counts.append(len(stopped))
+                assert not stored.are_gone
+                clock.turn()
+        stored._stopping = stored._are_stopped = False
+
+    gateway.call(run)
+    assert counts == [2, 4, 5, 2, 4]
+    assert logged_errors.pop()["log_failure"].check(ZeroDivisionError)
+    assert begun == stopped == list("abcde")
+    assert changed == [True]
+
+
+def test_a_sweep_of_stored_devices_goes_on_in_the_next_turn_when_some_have_changed(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To begin a dial or end a visit costs much more than to look."""
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    clock, told = TurnClock(), list[str]()
+    monkeypatch.setattr(stored_devices, "_CHANGED_AT_A_TIME", 2)
+
+    def device(name: str) -> Mock:
+        def sweep(now: float) -> None:
+            del now
+            told.append(name)
+            if name.isupper():
+                made.visit = None
+
+        made = Mock(given_back=0.0, phase=None, visit="visit", sweep=sweep)
+        made.name = name
+        return made
+
+    def sweep() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "_clock", clock)
+            patch.setattr(stored, "sessions", {name: device(name) for name in "abCDEf"})
+            stored._sweep_some(list(stored.sessions.values()))
+            assert told == ["a", "b", "C", "D"]
+            clock.turn()
+            assert not clock.calls
+
+    gateway.call(sweep)
+    assert told == list("abCDEf")
 
 
 def test_stored_devices_get_lost_time_back_a_few_at_a_time(

@@ -16,6 +16,7 @@ from attrs import define, field
 
 from gateway.config import StoreConfig
 from gateway.mqtt.message import Message
+from gateway.pieces import Pieces
 from gateway.store.backlog import Backlog
 from gateway.store.database import (
     Append,
@@ -36,7 +37,10 @@ from gateway.store.row import OVERHEAD, Row, size_of
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # seconds
 _PROBE_EVERY = 5.0  # seconds, while the disk does not take what is written
+# Messages of one device; and what is done in a turn: each message counts 1, so does each device that is looked at, and
+# deleting from it 10 more.
 _AGED_AT_A_TIME = 1_000
+_AGED_IN_A_TURN = 1_000
 MOST_REMEMBERED = 128 * 1024 * 1024
 """Bytes of what is kept of devices besides their messages, in memory as on disk, before idle ones are forgotten."""
 _LOOKED_AT = 1000  # devices in one search for idle ones
@@ -116,6 +120,8 @@ class Store:
         self.failure: StoreError | None = None
         self._probed = 0.0
         self._pending_probe = False
+        self._is_ageing = False
+        self._is_closed = False
         # How many messages of each device were set aside.
         self.aside: Counter[str] = Counter()
         self.counts = Counts()
@@ -334,23 +340,40 @@ class Store:
 
     # ---- from time to time
 
-    def sweep(self) -> None:
-        """Delete what is too old, and try a disk again that failed; called every second or so."""
+    def sweep(self) -> Pieces[None]:
+        """Delete what is too old, and try a disk again that failed; begun every second or so."""
         now = self._seconds()
         self.flush()
         if self.failure is not None and not self._pending_probe and now - self._probed >= _PROBE_EVERY:
             self._probed = now
             self._pending_probe = True
             self._writer.write(Probe(), self._proved)
-        if self.config.max_age and self._is_plausible() and not self.loading:
-            limit = int(self._now() - self.config.max_age)
-            for backlog in self:
-                oldest = backlog.oldest
-                if oldest is not None and oldest < limit:
-                    self._delete(*backlog.evict_before(limit, _AGED_AT_A_TIME), "too old")
+        # One that takes longer than a second goes on.
+        if self.config.max_age and self._is_plausible() and not self.loading and not self._is_ageing:
+            self._is_ageing = True
+            try:
+                yield from self._delete_old(int(self._now() - self.config.max_age))
+            finally:
+                self._is_ageing = False
+
+    def _delete_old(self, limit: int) -> Pieces[None]:
+        done = 0
+        for backlog in list(self):
+            if done >= _AGED_IN_A_TURN:
+                done = 0
+                yield
+                if self._is_closed:
+                    return
+            done += 1
+            oldest = backlog.oldest
+            if oldest is not None and oldest < limit:
+                numbers, freed = backlog.evict_before(limit, _AGED_AT_A_TIME)
+                self._delete(numbers, freed, "too old")
+                done += 10 + len(numbers)
 
     def close(self) -> None:
         """Write what waits and close the file."""
+        self._is_closed = True
         self.flush()
         self._writer.close()
 
