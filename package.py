@@ -1,9 +1,9 @@
 """Builds a Debian package: `python package.py DIRECTORY [--arch arm64] [--revision 2] [--wheels DIR]`.
 
-In: an environment with the gateway (`pip install -e .`), a package index, `apt install dpkg-dev gcc python3-dev`; for
-another architecture than this machine's, `pip install hatchling ziglang`.  Out: a file
-`mqtts-gateway_VERSION-REVISION_ARCH.deb`, the same bytes each time from the same sources, compiler and versions of
-dependencies (`--wheels` keeps those).
+In: an environment with the gateway (`pip install -e . hatchling`), a package index, `apt install dpkg-dev gcc
+python3-dev`; for another architecture than this machine's, `pip install ziglang`.  Out: a file
+`mqtts-gateway_VERSION-REVISION_ARCH.deb`, and beside it a CycloneDX SBOM of it, `….cdx.json`; both the same bytes each
+time from the same sources, compiler and versions of dependencies (`--wheels` keeps those).
 
 The package has the gateway with all its dependencies in /usr/lib/mqtts-gateway, for each Python in `PYTHONS`.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ from datetime import UTC, datetime
 from email.message import Message
 from email.parser import HeaderParser
 from email.utils import format_datetime
-from hashlib import md5
+from hashlib import md5, sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -94,7 +95,7 @@ def gateway_wheel(architecture: Architecture, work: Path) -> Path:
     if architecture.debian == run("dpkg", "--print-architecture"):
         # -s: without symbols.  A target is named so that a build without the core fails.
         options = {"CFLAGS": "-s", "MQTTS_GATEWAY_TARGET": f"linux_{architecture.wheel}"}
-        run(*pip("wheel"), "--no-deps", "--wheel-dir", into, ROOT, **options)
+        run(*pip("wheel"), "--no-deps", "--no-build-isolation", "--wheel-dir", into, ROOT, **options)
         (wheel,) = into.glob("*.whl")
         return wheel
     (machine,) = (each for each in wheels.MACHINES if each.debian == architecture.debian)
@@ -380,6 +381,54 @@ def stanza(files: str, holders: list[str], license_name: str, text: str) -> str:
     return f"Files: {files}\nCopyright: {held}\nLicense: {license_name}\n" + "\n".join(lines) + "\n"
 
 
+# --- The bill of materials.
+
+
+def bill_of_materials(version: str, moment: int, archives: list[Path]) -> str:
+    """Return what is inside, as CycloneDX 1.6 in JSON."""
+    components = {}
+    for archive in archives:
+        with zipfile.ZipFile(archive) as wheel:
+            about = metadata(wheel)
+        reference = f"pkg:pypi/{canonicalize_name(about['Name'])}@{about['Version']}"
+        component = components.setdefault(
+            reference,
+            {
+                "type": "library",
+                "bom-ref": reference,
+                "name": canonicalize_name(about["Name"]),
+                "version": about["Version"],
+                "purl": reference,
+                "licenses": [{"expression": license_of(about)}],
+                "properties": [],
+            },
+        )
+        # One for each Python that has a wheel of its own, which CycloneDX's `hashes` has no place for.
+        component["properties"].append(
+            {"name": f"{NAME}:sha256:{archive.name}", "value": sha256(archive.read_bytes()).hexdigest()}
+        )
+    document = {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {
+            "timestamp": datetime.fromtimestamp(moment, UTC).isoformat(),
+            "component": {
+                "type": "application",
+                "bom-ref": NAME,
+                "name": NAME,
+                "version": version,
+                "licenses": [{"expression": "MIT"}],
+            },
+        },
+        "components": [components[reference] for reference in sorted(components)],
+        "dependencies": [
+            {"ref": NAME, "dependsOn": sorted(components)},
+        ],
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
 # --- Files of the package.
 
 LAUNCHER = f"""\
@@ -583,8 +632,10 @@ def build(architecture: Architecture, revision: str, into: Path, kept: Path | No
             if not path.is_symlink():
                 path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
         package = into / f"{NAME}_{version}_{architecture.debian}.deb"
-        options = ("--root-owner-group", "-Zxz", "--build")
+        # Level 1 takes a fifth of the time of the default, for an eighth more bytes.
+        options = ("--root-owner-group", "-Zxz", "-z1", "--build")
         run("dpkg-deb", *options, root, package, SOURCE_DATE_EPOCH=str(moment))
+        write(package.with_suffix(".cdx.json"), bill_of_materials(version, moment, fetched))
     return package
 
 

@@ -1,7 +1,8 @@
-"""The Debian package: its contents, lintian, the same bytes twice, and its whole life under a systemd of its own."""
+"""The Debian package: its contents, SBOM, lintian, the same bytes twice, and its whole life under a systemd."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -86,6 +87,27 @@ def test_every_distribution_inside_has_its_licence(package: Path, listing: dict[
     assert [name for name in inside if f"/{name}/" not in text and not name.startswith("mqtts_gateway-")] == []
 
 
+def test_the_bill_of_materials_names_every_distribution_inside(
+    package: Path, listing: dict[str, str], tmp_path: Path
+) -> None:
+    """With version and licence, in a document that CycloneDX's own schema accepts."""
+    document = package.with_suffix(".cdx.json")
+    components = json.loads(document.read_text())["components"]
+    found = {f"{each['name'].replace('-', '_')}-{each['version']}" for each in components}
+    inside = {path.split("/")[5] for path in listing if re.search(r"/python/[^/]+\.dist-info/", path)}
+    own = f"mqtts_gateway-{package.name.split('_')[1].partition('-')[0]}"
+    assert {name.removesuffix(".dist-info").lower() for name in inside} == found | {own}
+    assert all(each["licenses"][0]["expression"] for each in components)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", tmp_path / "tools"]
+    subprocess.run([*pip, "cyclonedx-python-lib[json-validation]>=11"], check=True)
+    program = (
+        "import sys; from cyclonedx.schema import SchemaVersion; from cyclonedx.validation.json import *;"
+        "sys.exit(JsonStrictValidator(SchemaVersion.V1_6).validate_str(open(sys.argv[1]).read()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "tools")}
+    subprocess.run([sys.executable, "-c", program, document], env=environment, check=True)
+
+
 def test_the_manual_and_the_completion_name_every_command(package: Path, tmp_path: Path) -> None:
     """`man` formats the page without a warning; bash completes commands, options and fixed values."""
     subprocess.run(["dpkg-deb", "--extract", package, tmp_path], check=True)
@@ -123,7 +145,9 @@ def test_built_again_it_is_the_same(package: Path, wheels: Path, tmp_path: Path)
     """Byte for byte, at another time, in another directory, under another umask."""
     before = os.umask(0o077)
     try:
-        assert build(tmp_path, wheels, TZ="Asia/Tokyo").read_bytes() == package.read_bytes()
+        again = build(tmp_path, wheels, TZ="Asia/Tokyo")
+        assert again.read_bytes() == package.read_bytes()
+        assert again.with_suffix(".cdx.json").read_bytes() == package.with_suffix(".cdx.json").read_bytes()
     finally:
         os.umask(before)
 
@@ -195,7 +219,8 @@ def test_its_whole_life(package: Path, tmp_path: Path, plant: Plant) -> None:
     # A version that cannot use the configuration does not end the one that runs.
     process = box.property(UNIT, "MainPID")
     box.write(CONFIG, f"nonsense = 1\n{box.read(CONFIG)}")
-    done = box.run("dpkg", "--install", f"/root/{newer.name}")
+    postinst = "/var/lib/dpkg/info/mqtts-gateway.postinst"
+    done = box.run(postinst, "configure", newer.name.split("_")[1])  # as dpkg calls it after an upgrade
     assert done.returncode == 0
     assert "previous version is still running" in done.stderr
     assert box.property(UNIT, "MainPID") == process
