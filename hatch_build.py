@@ -3,11 +3,14 @@
 In: hatchling's build.  Out: a wheel for CPython 3.11 and later on this platform, or, without a compiler or with
 MQTTS_GATEWAY_PURE=1, one for any.  `MQTTS_GATEWAY_TARGET` names another platform and `CC` a compiler for it; then a
 failure to compile fails the build (`wheels.py` uses it).
+
+The long description is README.md without what only works in the repository: relative links and pictures.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sysconfig
@@ -16,10 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 SOURCE = "gateway/relay/_core.c"
 BINARY = "gateway/relay/_core.abi3.so"
 FLAGS = ("-std=c11", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wconversion")
+
+# In README.md: [text](docs/page.md#heading), <img src="docs/picture.png" …>.
+RELATIVE_LINK = re.compile(r"\[([^]]+)\]\((?![a-z]+:)[^)]+\)")
+PICTURE = re.compile(r'<img src="(?![a-z]+:)[^>]*>\n*')
+
+
+class DescriptionHook(MetadataHookInterface):
+    """Makes the long description, which is shown where relative links lead nowhere."""
+
+    def update(self, metadata: dict[str, Any]) -> None:
+        """Set `readme`."""
+        text = (Path(self.root) / "README.md").read_text(encoding="utf-8")
+        text = PICTURE.sub("", RELATIVE_LINK.sub(r"\1", text))
+        metadata["readme"] = {"content-type": "text/markdown", "text": text}
 
 
 class CoreBuildHook(BuildHookInterface[Any]):

@@ -96,6 +96,48 @@ def test_the_compiled_core_is_there_and_works(wheel: Path, installed: Path) -> N
     assert run(installed / "python", "-c", program).endswith(" compiled\n")
 
 
+def test_its_description_has_no_link_into_the_repository(wheel: Path) -> None:
+    """Where a package index shows it, they would lead nowhere; the words of each are there."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+        headers, _, text = archive.read(name).decode().partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in headers
+    assert text.startswith("# mqtts-gateway\n")
+    assert "docs/operations.md" in text
+    assert re.findall(r"\]\((?!https?:)|(?:src|href)=\"(?!https?:)", text) == []
+
+
+@pytest.fixture(scope="module")
+def installers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of programs of an environment with pipx and uv."""
+    environment = tmp_path_factory.mktemp("installers")
+    run(sys.executable, "-m", "venv", environment)
+    run(environment / "bin/python", "-m", "pip", "install", "--quiet", "pipx", "uv")
+    return environment / "bin"
+
+
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [("pipx", ("install", "--python", sys.executable)), ("uv", ("tool", "install", "--python", sys.executable))],
+)
+def test_installers_of_programs_install_it(
+    program: str, command: tuple[str, ...], wheel: Path, installers: Path, tmp_path: Path
+) -> None:
+    """Each puts `mqtts-gateway` on the path, and the rest into an environment of its own."""
+    variables = {
+        "PIPX_HOME": tmp_path / "pipx",
+        "PIPX_BIN_DIR": tmp_path / "bin",
+        "UV_TOOL_DIR": tmp_path / "uv",
+        "UV_TOOL_BIN_DIR": tmp_path / "bin",
+        "UV_CACHE_DIR": tmp_path / "cache",
+    }
+    settings = [f"{name}={value}" for name, value in variables.items()]
+    run("env", *settings, installers / program, *command, wheel)
+    assert run(tmp_path / "bin/mqtts-gateway", "--version").startswith("mqtts-gateway ")
+    assert "--upstream" in run(tmp_path / "bin/mqtts-gateway", "run", "--help")
+    assert {path.name for path in (tmp_path / "bin").iterdir()} == {"mqtts-gateway"}
+
+
 def test_without_a_compiler_the_wheel_is_for_all(tmp_path: Path) -> None:
     """It has all but the core; and it is said what is missing."""
     command = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", tmp_path, ROOT)
