@@ -32,7 +32,7 @@ class Spread(Generic[_T]):
     def due(self, now: float) -> Iterator[_T]:
         """Yield those that became due since the last call."""
         elapsed = now - self._began
-        share = elapsed / self._seconds if elapsed < self._seconds else 1.0
+        share = elapsed / self._seconds if 0 < self._seconds > elapsed else 1.0
         left = max(0, self._total - 1 - int(self._total * share))
         while len(self._left) > left:
             yield self._left.pop()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain, islice
 from random import random
 
 from attrs import frozen
@@ -32,7 +33,7 @@ from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.net.patience import PatientClock
 from gateway.ops.journal import GatewayJournal
-from gateway.pieces import Pause, Pieces, in_turns, no_pause, slices
+from gateway.pieces import Pause, Pieces, at_once, in_turns, no_pause, slices
 from gateway.prepared import Prepared, prepare
 from gateway.reception import Helpers, Reception, is_over, password_turns
 from gateway.relay.device import DeviceProtocol
@@ -53,6 +54,8 @@ _LATE = 1.0  # seconds; by which a sweep must be late to give the time back
 # This many sessions take a few tenths of a millisecond.
 _SWEPT_AT_A_TIME = 250
 _ESTABLISHED = frozenset({State.RELAYING, State.STORED})
+# To end a session costs far more than to look at it, so this many end in a turn.
+_ENDED_AT_A_TIME = 20
 # A reload judges those anew; so many in a turn, since each may be ended.
 _WAITING = frozenset({State.DIALLING, State.WAIT_CONNACK})
 _JUDGED_AT_A_TIME = 20
@@ -173,6 +176,9 @@ class Gateway:
         self._all_gone: list[Deferred[None]] = []
         self._stopping = False
         self._drain: Spread[Session] | None = None
+        # What a stop ends at once, `_ENDED_AT_A_TIME`.
+        self._undrained: Spread[Session] | None = None
+        self._draining: IDelayedCall | None = None
         self._drained_at = 0.0
         self.stored: StoredDevices | None = None
         # A store that is open and not in use yet.
@@ -307,6 +313,7 @@ class Gateway:
     def start(self) -> None:
         """Start to admit devices and to enforce timeouts."""
         self._stopping = False
+        self.doorstep.open()
         self._sweeper.start(SWEEP_INTERVAL, now=False)
 
     def stop(self, seconds: float = 0.0) -> Deferred[None]:
@@ -318,22 +325,27 @@ class Gateway:
         self._all_gone.append(gone)
         now = self._clock.seconds()
         self.generation.dialler.stop()
-        self.doorstep.clear()
+        in_turns(self._clock.callLater, self.doorstep.clear())
         if not self._stopping:
             self._stopping = True
             sessions = list(self.sessions)
             self._drain = Spread((each for each in sessions if each.state in _ESTABLISHED), now, seconds)
+            # No work is lost here, and waiting would only show that no broker is available.
+            self._undrained = Spread((each for each in sessions if each.state not in _ESTABLISHED), now, 0.0)
             self._drained_at = now
             self._drainer.start(DRAIN_INTERVAL)
-            for session in sessions:
-                # No work is lost here, and waiting would only show that no broker is available.
-                if session.state not in _ESTABLISHED:
-                    self._end(session)
         elif self._drain is not None:
             self._drain.hasten(now, seconds)
             self._drain_some()
         self._check_all_gone()
         return gone
+
+    def stop_at_once(self) -> None:
+        """End all sessions in this turn, however long it takes: the process is about to exit."""
+        self.stop()
+        at_once(self.doorstep.clear())
+        while self._drain_some():
+            pass
 
     def factory(self, listener: Listener) -> ListenerFactory:
         """Return the factory whose connections become sessions of this gateway."""
@@ -443,9 +455,10 @@ class Gateway:
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
-            if self._sweeping is not None and self._sweeping.active():
-                self._sweeping.cancel()
-            self._drain = None
+            for under_way in (self._sweeping, self._draining):
+                if under_way is not None and under_way.active():
+                    under_way.cancel()
+            self._drain = self._undrained = None
             self._journal.flush()
             waiting, self._all_gone = self._all_gone, []
             for gone in waiting:
@@ -455,10 +468,10 @@ class Gateway:
         now = self._clock.seconds()
         lost = self._lost_time(now)
         steps: list[Callable[[], object]] = [
-            partial(self._give_back, lost, now),
+            partial(self._give_back, lost),
             partial(self._sweep_all, lost),
             self._forget_accepted,
-            partial(self.doorstep.sweep, now, self.config.timeouts.connect_packet),
+            partial(in_turns, self._clock.callLater, self.doorstep.sweep(now, self.config.timeouts.connect_packet)),
             self.doorkeeper.sweep,
             partial(self.presence.sweep, self.config.devices),
             self.generation.dialler.sweep,
@@ -484,11 +497,11 @@ class Gateway:
         lost = 0.0 if before is None else now - before - SWEEP_INTERVAL
         return lost if abs(lost) > _LATE else 0.0
 
-    def _give_back(self, lost: float, now: float) -> None:
+    def _give_back(self, lost: float) -> None:
         if not lost:
             return
         self._patience.give_back(lost)
-        self.doorstep.give_back(lost, now)
+        self.doorstep.give_back(lost)
         if self.stored is not None:
             self.stored.give_back(lost)
 
@@ -510,16 +523,20 @@ class Gateway:
         """Sweep some sessions now and the rest in the next reactor turns, so that messages do not wait."""
         now = self._clock.seconds()
         sessions, lost = self._round.pop(0)
-        some, rest = sessions[:_SWEPT_AT_A_TIME], sessions[_SWEPT_AT_A_TIME:]
+        swept = ended = 0
         # Without `_guarded`: its two calls per session would be most of the cost.
-        for session in some:
+        for session in sessions[:_SWEPT_AT_A_TIME]:
             try:
                 if lost:
                     session.give_back(lost, now)
                 session.sweep(now)
             except Exception as error:  # noqa: BLE001  an internal error in one session must not affect the others
                 self._mistaken(session, error)
-        if rest:
+            swept += 1
+            ended += session.state is State.ENDED
+            if ended == _ENDED_AT_A_TIME:
+                break
+        if rest := sessions[swept:]:
             self._round.insert(0, (rest, lost))
         self._sweeping = self._clock.callLater(0, self._sweep_sessions) if self._round else None
 
@@ -527,17 +544,25 @@ class Gateway:
         for session in [each for each in self._not_accepted if each.state is State.ENDED or each.state in _ESTABLISHED]:
             del self._not_accepted[session]
 
-    def _drain_some(self) -> None:
+    def _drain_some(self) -> bool:
+        """End some of the sessions that are due, and the others in the next turns; return whether there are others."""
         now = self._clock.seconds()
         lost, self._drained_at = now - self._drained_at - DRAIN_INTERVAL, now
-        if self._drain is None:
-            return
+        if self._drain is None or self._undrained is None:
+            return False
+        if self._draining is not None and self._draining.active():
+            self._draining.cancel()
         if lost > _LATE:
             # What has arrived meanwhile is read first: it may end sessions in order.
             self._drain.give_back(lost)
-            return
-        for session in self._drain.due(now):
+            return True
+        some = list(islice(chain(self._undrained.due(now), self._drain.due(now)), _ENDED_AT_A_TIME))
+        for session in some:
             self._end(session)
+        are_left = len(some) == _ENDED_AT_A_TIME
+        if are_left and self._drain is not None:
+            self._draining = self._clock.callLater(0, self._drain_some)
+        return are_left
 
     def _end(self, session: Session) -> None:
         discard_will = self.config.drain.wills == "discard"

@@ -254,7 +254,7 @@ class GatewayService(Service):
     def stop_at_once(self) -> None:
         """End all sessions now; the kernel sends what it still has buffered."""
         _log.info("stopping now: closing the remaining {sessions} sessions", sessions=len(self.gateway.sessions))
-        self.gateway.stop()
+        self.gateway.stop_at_once()
         # One turn later, so that connections closed in this turn are closed in order.
         self._relay.callLater(0, self._relay.stop)
 

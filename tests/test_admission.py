@@ -17,6 +17,7 @@ from gateway.config import Admission, Listener, from_mapping
 from gateway.errors import EndReason
 from gateway.gateway import Gateway
 from gateway.net.network import ReactorNetwork
+from gateway.rules import admission as admission_module
 from gateway.rules.admission import Doorkeeper
 from gateway.service import raise_descriptor_limit
 from tests import mqtt_packets as mqtt
@@ -170,6 +171,18 @@ def test_addresses_that_are_quiet_again_are_forgotten() -> None:
     assert not door.keeper._buckets
     assert not door.keeper.by_address
     assert door.keeper.sessions == 0
+
+
+def test_a_sweep_looks_at_some_addresses_and_the_next_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many addresses there are, a sweep takes little time; all of them have their turn."""
+    monkeypatch.setattr(admission_module, "_CHECKED_AT_A_TIME", 10)
+    door = Door(new_sessions_per_second=1)
+    for number in range(35):
+        door.keeper.admit(f"10.0.0.{number}")
+    door.clock.advance(10.0)
+    for left in (25, 15, 5, 0, 0):
+        door.keeper.sweep()
+        assert len(door.keeper._buckets) == left
 
 
 @pytest.mark.parametrize(

@@ -9,23 +9,93 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import paho.mqtt.client as paho
 import pytest
 import trustme
 from attrs import define, field
 
+from gateway import gateway as gateway_module
+from gateway.config import from_mapping
 from gateway.drain import Spread
 from gateway.errors import EndReason
+from gateway.gateway import Gateway
+from gateway.session.session import State
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.mosquitto import Mosquitto, free_port
 from tests.processes import GatewayProcess
 from tests.test_versions import Client
 from tests.tools import require_tool
+from tests.turn_clock import TurnClock
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]
+
+# ---- a few in each turn
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Gateway, TurnClock]]:
+    """Return a function that makes a gateway of sessions in these states; two may end in a turn."""
+    monkeypatch.setattr(gateway_module, "_ENDED_AT_A_TIME", 2)
+
+    def make(*states: State) -> tuple[Gateway, TurnClock]:
+        clock = TurnClock()
+        gateway = Gateway(from_mapping({"upstream": [{"host": "localhost"}]}), clock, Mock(), Mock(), 1000)
+
+        def session(state: State) -> Mock:
+            made = Mock(state=state)
+
+            def stop(*_: object, **__: object) -> None:
+                gateway.sessions.remove(made)
+                gateway._check_all_gone()
+
+            made.stop = stop
+            return made
+
+        gateway.sessions |= {session(state) for state in states}
+        return gateway, clock
+
+    return make
+
+
+@pytest.mark.parametrize("state", [State.RELAYING, State.DIALLING], ids=["established", "not established"])
+def test_few_sessions_end_in_a_turn_of_a_stop(crowd: Callable[..., tuple[Gateway, TurnClock]], state: State) -> None:
+    """To end thousands in one turn would hold up everything else; the stop waits for the last of them."""
+    gateway, clock = crowd(*[state] * 5)
+    gone = gateway.stop()
+    left = [len(gateway.sessions)]
+    while not gone.called:
+        clock.turn()
+        left.append(len(gateway.sessions))
+    assert left == [3, 1, 0]
+    assert not clock.calls
+
+
+def test_sessions_that_drain_wait_for_their_time_after_the_others_have_ended(
+    crowd: Callable[..., tuple[Gateway, TurnClock]],
+) -> None:
+    """Only the first of them is due at once."""
+    gateway, clock = crowd(*[State.RELAYING] * 3, *[State.WAIT_CONNACK] * 3)
+    gateway.stop(60.0)
+    assert len(gateway.sessions) == 4
+    for _ in range(3):
+        clock.turn()
+    assert [session.state for session in gateway.sessions] == [State.RELAYING] * 2
+
+
+def test_a_stop_at_once_ends_all_in_one_turn(crowd: Callable[..., tuple[Gateway, TurnClock]]) -> None:
+    """Also during a drain: the process exits in the next turn."""
+    gateway, clock = crowd(*[State.RELAYING] * 7, *[State.DIALLING] * 4)
+    gone = gateway.stop(60.0)
+    assert gateway.sessions
+    gateway.stop_at_once()
+    assert gone.called
+    assert not gateway.sessions
+    assert not clock.calls
+
 
 # ---- the spread itself
 

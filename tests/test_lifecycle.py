@@ -29,6 +29,7 @@ from gateway.session.session import Session, State
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers
+from tests.turn_clock import TurnClock
 
 CONNACK = {3: mqtt.connack(), 4: mqtt.connack(), 5: mqtt.connack(version=5)}
 StartGateway = Callable[..., RunningGateway]
@@ -747,7 +748,7 @@ class Swept:
     """Stands for a session; notes what the sweep does with it."""
 
     def __init__(self, told: list[list[str]], name: str) -> None:
-        self.told, self.name = told, name
+        self.told, self.name, self.state = told, name, State.RELAYING
 
     def give_back(self, seconds: float, now: float) -> None:
         """See `Session`."""
@@ -785,6 +786,33 @@ def test_lost_time_is_given_back_a_few_sessions_at_a_time(
     first, second, third = ({each[0] for each in turn} for turn in told)
     assert [[each[1:] for each in turn] for turn in told] == [[owed, " swept"] * 2 for owed in (" +60", " +65", " +5")]
     assert (len(first), second, third) == (2, set("abcd") - first, first)
+
+
+def test_few_sessions_end_in_a_turn_of_the_sweep(start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To end one costs much more than to look at it; those whose connections are closing count, too."""
+    running = start_gateway(upstream=1)
+    gateway = running.service.gateway
+    told: list[list[str]] = [[]]
+    clock = TurnClock()
+    monkeypatch.setattr(gateway_module, "_ENDED_AT_A_TIME", 2)
+
+    class Ending(Swept):
+        def sweep(self, now: float) -> None:
+            super().sweep(now)
+            self.state = State.ENDED
+
+    def swept() -> None:
+        sessions = [(Ending if name.isupper() else Swept)(told, name) for name in "abCDEfGh"]
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway, "_clock", clock)
+            patch.setattr(gateway, "_round", [(sessions, 0.0)])
+            gateway._sweep_sessions()
+            while clock.calls:
+                told.append([])
+                clock.turn()
+
+    running.call(swept)
+    assert [[each[0] for each in turn] for turn in told] == [list("abCD"), list("EfG"), ["h"]]
 
 
 def greet(connection: BrokerConnection) -> None:

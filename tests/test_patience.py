@@ -197,6 +197,13 @@ def test_a_drain_goes_on_where_it_was() -> None:
     assert list(spread.due(8.0)) == [3]
 
 
+def test_a_drain_without_time_survives_a_pause() -> None:
+    """What is left of it is due."""
+    spread = Spread(range(3), 0.0, 0.0)
+    spread.give_back(5.0)
+    assert list(spread.due(1.0)) == [0, 1, 2]
+
+
 def jumping(reactor: Any) -> Callable[[float], None]:
     """Return a function that lets seconds pass on the reactor's clock, which never goes back."""
     seconds, passed = reactor.seconds, [0.0]

@@ -8,17 +8,23 @@ import re
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from gateway.errors import EndReason
 from gateway.net.proxy_header import LARGEST_V2
+from gateway.pieces import at_once, in_turns
+from gateway.relay import proxied as proxied_module
+from gateway.relay.proxied import Doorstep, ProxiedConnection
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers
 from tests.proxy_headers import SIGNATURE, local, tlv, v1, v2, v2_raw
+from tests.turn_clock import TurnClock
 
 LOOPBACK = ["127.0.0.0/8"]
 _passers_by = itertools.count()
@@ -45,6 +51,62 @@ def start(start_gateway: Callable[..., RunningGateway], broker: Broker) -> Calla
 def waiting(gateway: RunningGateway) -> int:
     """Return how many connections wait for their header."""
     return len(gateway.service.gateway.doorstep.connections)
+
+
+@pytest.fixture
+def crowd(monkeypatch: pytest.MonkeyPatch) -> tuple[Doorstep, TurnClock, list[int]]:
+    """Return a doorstep with five connections, of which two may be closed in a turn; and the clock, and a list."""
+    monkeypatch.setattr(proxied_module, "_CLOSED_AT_A_TIME", 2)
+    monkeypatch.setattr(proxied_module, "has_unread", lambda _: False)
+    clock = TurnClock()
+    doorstep = Doorstep(Mock(), Mock(), Mock(), Mock(), clock.seconds)
+    for _ in range(5):
+        connection = ProxiedConnection(doorstep, None, Mock(), 0.0)
+        connection.transport = Mock(abortConnection=partial(doorstep.gone, connection))
+        doorstep.connections.add(connection)
+    return doorstep, clock, []
+
+
+Crowd = tuple[Doorstep, TurnClock, list[int]]
+
+
+def test_few_connections_are_refused_in_a_turn(crowd: Crowd) -> None:
+    """After a pause of the process, all of them may run out at the same time; and no second sweep begins meanwhile."""
+    doorstep, clock, left = crowd
+    in_turns(clock.callLater, doorstep.sweep(10.0, 10.0))
+    while clock.calls:
+        left.append(len(doorstep.connections))
+        in_turns(clock.callLater, doorstep.sweep(10.0, 10.0))
+        assert len(doorstep.connections) == left[-1]
+        clock.turn()
+    assert left[:3] == [3, 1, 0]
+
+
+def test_few_connections_are_closed_in_a_turn_of_a_stop(crowd: Crowd) -> None:
+    """A header that comes before it is their turn makes a device of none."""
+    doorstep, clock, left = crowd
+    in_turns(clock.callLater, doorstep.clear())
+    next(iter(doorstep.connections)).dataReceived(v2() + mqtt.connect())
+    while doorstep.connections:
+        left.append(len(doorstep.connections))
+        clock.turn()
+    assert left[0] == 2
+    assert not doorstep._enter.called  # type: ignore[attr-defined]
+
+
+def test_connections_get_lost_time_back_before_they_are_judged(crowd: Crowd) -> None:
+    """But no more than their whole time."""
+    doorstep, clock, _ = crowd
+    clock.rightNow = 25.0
+    doorstep.give_back(10.0)
+    doorstep.give_back(10.0)
+    at_once(doorstep.sweep(25.0, 10.0))
+    assert {connection.accepted for connection in doorstep.connections} == {20.0}
+    doorstep.give_back(100.0)
+    at_once(doorstep.sweep(25.0, 10.0))
+    assert {connection.accepted for connection in doorstep.connections} == {25.0}
+    at_once(doorstep.sweep(35.0, 10.0))
+    assert not doorstep.connections
 
 
 def hang_up(device: Device) -> bytes:

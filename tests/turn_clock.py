@@ -10,7 +10,9 @@ class TurnClock(Clock):
 
     def turn(self) -> None:
         """Call what is due; what that adds waits for the next turn."""
-        due, self.calls = self.calls, []
-        for call in due:
-            call.called = 1
-            call.func(*call.args, **call.kw)
+        for call in [each for each in self.calls if each.getTime() <= self.seconds()]:
+            # One before it may have cancelled it.
+            if call in self.calls:
+                self.calls.remove(call)
+                call.called = 1
+                call.func(*call.args, **call.kw)

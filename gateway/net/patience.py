@@ -85,8 +85,12 @@ class _Queue:
     def give_back(self, seconds: float) -> None:
         """See `PatientClock`; the order stays the same."""
         latest = self.clock.seconds() + self.delay
+        # There may be thousands: no calls for each.
         for wait in self.waits:
-            wait.put_off(min(wait.ends + seconds, latest))
+            ends = wait.ends + seconds
+            wait.ends = ends if ends < latest else latest
+            if wait.soon is not None:
+                wait.put_off(wait.ends)
         self._stop()
         self._due()
 
@@ -104,7 +108,9 @@ class _Queue:
             if now - wait.ends > _LATE and not wait.was_late:
                 # The process was stopped, and nobody has given the time back yet.
                 wait.was_late = True
-                wait.put_off(now + self.delay)
+                wait.ends = now + self.delay
+                if wait.soon is not None:
+                    wait.put_off(wait.ends)
                 continue
             wait.call_soon()
             called += 1
@@ -119,7 +125,7 @@ class _Queue:
 
 @implementer(IDelayedCall)
 class _Wait:
-    __slots__ = ("_call", "_queue", "_soon", "ends", "was_late")
+    __slots__ = ("_call", "_queue", "ends", "soon", "was_late")
 
     def __init__(self, queue: _Queue, call: Callable[[], object]) -> None:
         self._queue = queue
@@ -127,25 +133,25 @@ class _Wait:
         self.ends = queue.clock.seconds() + queue.delay
         self.was_late = False
         # Set once it is due.
-        self._soon: IDelayedCall | None = None
+        self.soon: IDelayedCall | None = None
         queue.add(self)
 
     def call_soon(self) -> None:
         """Call it in the next turn of the reactor."""
-        if self._soon is None:
-            self._soon = self._queue.clock.callLater(0, self._now)
+        if self.soon is None:
+            self.soon = self._queue.clock.callLater(0, self._now)
 
     def put_off(self, ends: float) -> None:
         """Call it at this time of the clock instead."""
         self.ends = ends
-        if self._soon is not None:
-            self._soon.cancel()
-            self._soon = None
+        if self.soon is not None:
+            self.soon.cancel()
+            self.soon = None
 
     def _now(self) -> None:
         self._queue.remove(self)
         # It would hold on to what waited, and Twisted's call to this.
-        call, self._call, self._soon = self._call, _nothing, None
+        call, self._call, self.soon = self._call, _nothing, None
         call()
 
     def active(self) -> bool:
@@ -154,8 +160,8 @@ class _Wait:
 
     def cancel(self) -> None:
         """See IDelayedCall."""
-        if self._soon is not None:
-            self._soon.cancel()
+        if self.soon is not None:
+            self.soon.cancel()
         self._queue.remove(self)
 
     def getTime(self) -> float:  # noqa: N802  the interface's name

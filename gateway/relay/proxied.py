@@ -18,8 +18,12 @@ from gateway.errors import EndReason
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import shown_address
 from gateway.net.proxy_header import MalformedProxyHeader, parse_proxy_header
+from gateway.pieces import Pieces, slices
 from gateway.relay.side import has_unread
 from gateway.rules.admission import Doorkeeper, host_of
+
+# To close a connection costs far more than to look at it, so this many are closed in a turn.
+_CLOSED_AT_A_TIME = 20
 
 
 class Enter(Interface):
@@ -61,6 +65,10 @@ class Doorstep:
         self._refused = refused
         self._left = left
         self._seconds = seconds
+        # The seconds that were lost since the start, all together.
+        self._lost = 0.0
+        self._is_sweeping = False
+        self._is_closed = False
 
     def admit(self, address: IAddress | None, door: ListenerFactory) -> Protocol | None:
         """Return the protocol for a new connection to a listener with `proxies`, or `None` if it is refused."""
@@ -69,27 +77,67 @@ class Doorstep:
             self._refused(reason, shown_address(address), "")
             return None
         connection = ProxiedConnection(self, address, door, self._seconds())
+        connection.given_back = self._lost
         self.connections.add(connection)
         return connection
 
-    def sweep(self, now: float, patience: float) -> None:
-        """Refuse connections older than `patience` seconds; `now` is in seconds on the gateway's clock."""
-        for connection in list(self.connections):
-            if now >= connection.accepted + patience and not has_unread(connection.transport):
-                connection.run_out()
+    def sweep(self, now: float, patience: float) -> Pieces[None]:
+        """Refuse connections older than `patience` seconds; `now` is in seconds on the gateway's clock.
 
-    def give_back(self, seconds: float, now: float) -> None:
-        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
-        for connection in self.connections:
-            connection.accepted = min(connection.accepted + seconds, now)
+        Does nothing while another sweep is under way.
+        """
+        if self._is_sweeping:
+            return
+        self._is_sweeping = True
+        try:
+            for some in slices(list(self.connections)):
+                closed = 0
+                for connection in some:
+                    if self._is_too_old(connection, now, patience):
+                        connection.run_out()
+                        closed += 1
+                        if not closed % _CLOSED_AT_A_TIME:
+                            yield
+                yield
+        finally:
+            self._is_sweeping = False
 
-    def clear(self) -> None:
-        """Close them all without a record: the gateway stops."""
-        for connection in list(self.connections):
-            connection.close()
+    def _is_too_old(self, connection: ProxiedConnection, now: float, patience: float) -> bool:
+        """Give a connection the time back that was lost, and judge it."""
+        if connection.given_back != self._lost:
+            owed, connection.given_back = self._lost - connection.given_back, self._lost
+            connection.accepted = min(connection.accepted + owed, self._seconds())
+        # It may have become a device's since this sweep began.
+        return (
+            now >= connection.accepted + patience
+            and connection in self.connections
+            and not has_unread(connection.transport)
+        )
+
+    def give_back(self, seconds: float) -> None:
+        """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped.
+
+        Each connection gets them right before the sweep judges it: there may be thousands.
+        """
+        self._lost += seconds
+
+    def open(self) -> None:
+        """Let connections become devices' again after `clear`."""
+        self._is_closed = False
+
+    def clear(self) -> Pieces[None]:
+        """Close them all without a record: the gateway stops.  None becomes a device's any more."""
+        self._is_closed = True
+        for some in slices(list(self.connections), _CLOSED_AT_A_TIME):
+            for connection in some:
+                connection.close()
+            yield
 
     def named(self, connection: ProxiedConnection, source: IAddress | None, rest: bytes) -> None:
         """Admit or refuse a connection of the device at `source`, which sent `rest` after the header."""
+        if self._is_closed:
+            connection.close()
+            return
         door, host, balancer = connection.door, host_of(source), host_of(connection.proxy)
         # A reload may have changed the listener since the connection was accepted.
         reason = self._doorkeeper.judge_again(host, door, balancer, is_proxied=True)
@@ -127,6 +175,8 @@ class ProxiedConnection(Protocol):
         self.proxy = proxy
         self.door = door
         self.accepted = accepted
+        # For the doorstep: how much of all lost time has been given back here.
+        self.given_back = 0.0
         self._doorstep = doorstep
         self._header = b""
         # The header is complete and names the load balancer itself.

@@ -18,6 +18,9 @@ from gateway.config import Admission, Proxy
 from gateway.errors import EndReason
 from gateway.net.listening import ListenerFactory
 
+# Addresses looked at in one sweep.
+_CHECKED_AT_A_TIME = 2_500
+
 
 class Doorkeeper:
     """Counts sessions and admits or refuses new connections.
@@ -33,6 +36,8 @@ class Doorkeeper:
         self.by_address: Counter[str] = Counter()
         # Token buckets (address: tokens left, time of that count); a full bucket is the same as none.
         self._buckets: dict[str, tuple[float, float]] = {}
+        # Those that the next sweeps look at.
+        self._unchecked: list[str] = []
         self.refused: Counter[EndReason] = Counter()
 
     def rule(self, admission: Admission, max_sessions: int) -> None:
@@ -102,11 +107,14 @@ class Doorkeeper:
                 del self.by_address[host]
 
     def sweep(self) -> None:
-        """Forget addresses whose rate has recovered."""
+        """Forget addresses whose rate has recovered; look at some of them, and at the others in the next sweeps."""
         rate, burst, now = self._admission.new_sessions_per_second, self._admission.burst, self._seconds()
-        full = [host for host, (tokens, since) in self._buckets.items() if tokens + (now - since) * rate >= burst]
-        for host in full:
-            del self._buckets[host]
+        self._unchecked = self._unchecked or list(self._buckets)
+        for host in self._unchecked[-_CHECKED_AT_A_TIME:]:
+            bucket = self._buckets.get(host)
+            if bucket is not None and bucket[0] + (now - bucket[1]) * rate >= burst:
+                del self._buckets[host]
+        del self._unchecked[-_CHECKED_AT_A_TIME:]
 
     def _count(self, host: str | None) -> None:
         if host is not None:
