@@ -185,6 +185,13 @@ def test_it_serves_until_it_is_told_to_stop(start_demo: Callable[..., RunningDem
         device.send(connect(client_identifier="mine"))
         assert device.read(4) == b"\x20\x02\x00\x00"
         running.wait_for(r'("mine") from 127\.0\.0\.1')
+        with Device(port) as newer:
+            # With Receive Maximum, as mosquitto_pub sends it.
+            newer.send(connect("", version=5, properties=b"\x21\x00\x14"))
+            answer = newer.read_to_end()
+        # Unsupported Protocol Version, at once: the demo's broker has MQTT 3.1.1 only.
+        assert (answer[:1], answer[2:4]) == (b"\x20", b"\x00\x84")
+        assert "upstream-silent" not in running.output
         status_page = running.wait_for(r"gateway  status page: (http://\S+/)")
         with urlopen(status_page, timeout=20) as page:  # noqa: S310  it is http
             assert b">mine</b>" in page.read()
