@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import sqlite3
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -32,7 +32,9 @@ from gateway.session.stored import StoredSession
 from gateway.session.treatment import Treatment
 from gateway.session.visit import World
 from gateway.store.database import Change, Database, StoreError
+from gateway.store.row import Row
 from gateway.store.store import Store
+from gateway.store.writer import Writer, _Write
 
 EPOCH = 1_800_000_000
 _RUNS = count()
@@ -78,62 +80,87 @@ class MemoryDatabase(Database):
     def __init__(self, directory: Path, name: str) -> None:
         super().__init__(directory, lambda _: Memory(name))
         self.path = directory / "none"
+        # Called before and after each access to the disk; raises what the disk says.
+        self.fault: Callable[[], None] = lambda: None
 
     def _take_lock(self) -> None:
         pass
 
     def keep_reserve(self) -> bool:
-        """There is no disk that could be full."""
+        """There is none; whether there would be room for it."""
+        try:
+            self.fault()
+        except StoreError:
+            return False
         return True
+
+    def give_up_reserve(self) -> bool:
+        """There is none."""
+        return False
+
+    def recover(self) -> None:
+        """Memory has nothing to copy."""
+        self.fault()
+
+    def commit(self, changes: Sequence[Change]) -> None:
+        """A commit that fails may be durable all the same."""
+        self.fault()
+        super().commit(changes)
+        self.fault()
+
+    def read(self, numbers: Sequence[int]) -> list[Row | int]:
+        """Reading can fail, too."""
+        self.fault()
+        return super().read(numbers)
 
 
 class MemoryWriter:
-    """Commits when it is told to; what was not committed at a crash is lost."""
+    """The gateway's writer without its thread: commits when told to; what was not committed at a crash is lost."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: MemoryDatabase) -> None:
         self.database = database
-        self.queue: list[tuple[Any, Any]] = []
         self.store: Store
         self.failing = False
         # Called when there is something to do for a disk that was idle.
         self.wake: Callable[[], None] = lambda: None
         self.committed = 0
+        self._calls: list[Callable[[], None]] = []
+        database.fault = self._fail_if_told
+        self._writer = Writer(
+            database,
+            self._calls.append,
+            lambda seconds, used, error: self.store.committed(0.0, 0, error),
+            lambda rows: self.store.scanned(rows),
+        )
+        # A lock would only cost time here.
+        self.queue = self._writer._queue
+
+    def _fail_if_told(self) -> None:
+        if self.failing:
+            raise StoreError("database or disk is full", is_full=True)
 
     def write(self, change: Change, done: Callable[[StoreError | None], None] | None = None) -> None:
         """See `StoreWriter`."""
-        self._put(change, done)
+        self._writer.write(change, done)
+        self._wake()
 
     def work(self, work: Any, done: Any) -> None:
         """See `StoreWriter`."""
-        self._put(work, done)
+        self._writer.work(work, done)
+        self._wake()
 
-    def _put(self, item: Any, done: Any) -> None:
-        self.queue.append((item, done))
+    def _wake(self) -> None:
         if len(self.queue) == 1:
             self.wake()
 
     def commit(self, most: int = 1000, *, silently: bool = False) -> None:
         """Make what waits durable, then call back, unless the gateway crashes in between (`silently`)."""
-        taken, self.queue = self.queue[:most], self.queue[most:]
-        calls: list[Callable[[], None]] = []
-        changes = [item for item, _ in taken if hasattr(item, "apply")]
-        if changes and not self.failing:
-            self.database.commit(changes)
-            self.committed += 1
-        for item, done in taken:
-            if callable(item) and not hasattr(item, "apply"):
-                try:
-                    value, error = item(self.database), None
-                except StoreError as failure:
-                    value, error = None, failure
-                calls.append(partial(done, value, error))
-                continue
-            problem: StoreError | None = None
-            if self.failing:
-                problem = StoreError("database or disk is full", is_full=True)
-            calls.append(partial(self.store.committed, 0.0, 0, problem))
-            if done is not None:
-                calls.append(partial(done, problem))
+        taken = [self.queue.popleft() for _ in range(min(most, len(self.queue)))]
+        if taken:
+            self._writer._do(taken)
+            self.committed += any(isinstance(each, _Write) for each in taken) and not self.failing
+        calls = self._calls[:]
+        self._calls.clear()
         if not silently:
             for call in calls:
                 call()
@@ -432,6 +459,7 @@ class GatewayModel:
         self.store, self.writer = open_memory_store(
             world.directory, world.database, world.config, lambda: world.clock.now, world.wall
         )
+        self.writer.database.fault = world.disk
         self.links: dict[str, BrokerLink] = {}
         self.dialling: dict[str, int] = {}
         self._numbers = count()
@@ -733,7 +761,7 @@ class DeviceEnd:
 class StoredWorld:
     """One run."""
 
-    def __init__(self, seed: int, directory: Path, *, seconds: float = 120.0) -> None:
+    def __init__(self, seed: int, directory: Path, *, seconds: float = 120.0, failing_disk: bool = False) -> None:
         self.random = random = Random(seed)  # noqa: S311  reproducible
         self.seed = seed
         self.directory = directory
@@ -765,6 +793,12 @@ class StoredWorld:
         self.offered: Counter[bytes] = Counter()
         self.arrivals: dict[str, list[tuple[bytes, int]]] = {}
         self.crashes = 0
+        # What the disk says now, if it fails; chances of its own, so that other runs stay as they are.
+        self.disk_fault: StoreError | None = None
+        self.disk_chances = Random(seed)  # noqa: S311  reproducible
+        self.disk_faults = 0
+        if failing_disk:
+            self.clock.later(self.disk_chances.uniform(1, 10), self._disk_weather)
         self.gateway = GatewayModel(self)
         self.devices = [DeviceModel(self, f"d{number}") for number in range(random.choice((1, 2, 4)))]
         self.seconds = seconds
@@ -774,6 +808,22 @@ class StoredWorld:
     def wall(self) -> float:
         """The time of day."""
         return EPOCH + self.clock.now
+
+    def _disk_weather(self) -> None:
+        chances = self.disk_chances
+        if self.disk_fault is not None or self.clock.now > self.seconds:
+            self.disk_fault = None
+        else:
+            is_full = chances.random() < 0.5
+            self.disk_fault = StoreError("database or disk is full" if is_full else "disk I/O error", is_full=is_full)
+        if self.clock.now <= self.seconds:
+            self.clock.later(chances.choice((0.05, 1.0, 10.0)) * chances.uniform(0.1, 2), self._disk_weather)
+
+    def disk(self) -> None:
+        """Fail as the disk does now: always, or once in a while."""
+        if self.disk_fault is not None and self.disk_chances.random() < 0.7:
+            self.disk_faults += 1
+            raise self.disk_fault
 
     def delay(self) -> float:
         """How long a packet takes."""
@@ -826,7 +876,13 @@ class StoredWorld:
                 # It may have been about to send CONNECT, which it cannot know any more.
                 self.asked[link.stored.name] = link
             link.is_dead = link.is_dead or self.random.random() < 0.5
+        links = self.gateway.links
         self.gateway = GatewayModel(self)
+        for name, link in links.items():
+            if '"connack_missing": true' in self.gateway.store.states.get(name, ""):
+                # CONNACK came, and that was not durable yet.
+                link.is_answered = link.is_accepted = False
+                self.asked[name] = link
         for device in self.devices:
             if device.visit is not None:
                 device.lost(device.visit)

@@ -13,6 +13,7 @@ import pytest
 from gateway.config import StoreConfig
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.mqtt.connect import Connect
+from gateway.pieces import at_once
 from gateway.session.stored import Phase, StoredSession
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
@@ -235,6 +236,15 @@ class Bench:
         """Let the disk do its work."""
         while self.disk.queue:
             self.disk.commit()
+
+    def recovered(self) -> None:
+        """The store finds that the disk takes writes again."""
+        self.store._probed = -100.0
+        at_once(self.store.sweep())
+        self.settle()
+        assert self.store.failure is None
+        self.sweep()
+        self.settle()
 
     def up(self, payload: bytes, qos: int = 1, identifier: int = 1, *, version: int = 4, dup: bool = False) -> None:
         """The device publishes."""
@@ -788,6 +798,79 @@ def test_with_a_broker_a_failing_store_leaves_the_device_live(bench: Bench) -> N
     assert upstream.payloads == [b"b"]
     bench.ack(PUBACK, read_publish(4, upstream.sent[0])[3])
     assert acknowledgements(device.take(), PUBACK) == [2]
+
+
+def test_what_was_sent_and_cannot_be_stored_is_not_sent_again(bench: Bench) -> None:
+    """It waits for the broker's PUBACK (MQTT 5.0 §4.4)."""
+    device = bench.connect()
+    upstream = bench.online()
+    upstream.take()
+    bench.up(b"a", identifier=7)
+    bench.disk.failing = True
+    bench.sweep(6)
+    bench.settle()
+    assert upstream.payloads == [b"a"]
+    assert device.ended is None
+    bench.ack(PUBACK, read_publish(4, upstream.sent[0])[3])
+    assert acknowledgements(device.take(), PUBACK) == [7]
+
+
+def test_qos_2_stays_qos_2_while_nothing_can_be_stored(bench: Bench) -> None:
+    """Neither behind a copy that waits for its PUBACK nor behind messages that go past the disk."""
+    device = bench.connect()
+    upstream = bench.online()
+    bench.up(b"a", identifier=7)
+    bench.disk.failing = True
+    bench.sweep(6)
+    bench.settle()
+    bench.up(b"b", qos=2, identifier=8)
+    assert upstream.payloads == [b"a"]
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORE_UNAVAILABLE
+
+
+def test_a_release_that_cannot_be_stored_ends_the_session(bench: Bench) -> None:
+    """The device does not repeat PUBREL on the same connection; when it does, it gets PUBCOMP."""
+    device = bench.offline()
+    bench.up(b"x", qos=2, identifier=3)
+    bench.settle()
+    bench.disk.failing = True
+    bench.stored.device_received(packet(PUBREL, b"\0\3"))
+    bench.settle()
+    assert device.ended is not None
+    assert acknowledgements(device.take(), PUBCOMP) == []
+    assert bench.store.received["dev"] == {3}
+
+
+def test_no_pubrel_overtakes_one_that_the_disk_did_not_take(bench: Bench) -> None:
+    """Brokers may publish on PUBREL; both leave once the disk takes writes again."""
+    bench.connect()
+    upstream = bench.online()
+    bench.up(b"a", qos=2, identifier=1)
+    bench.up(b"b", qos=2, identifier=2)
+    bench.settle()
+    numbers = [read_publish(4, raw)[3] for raw in upstream.take() if raw[0] >> 4 == 3]
+    bench.ack(PUBREC, numbers[0])
+    bench.disk.failing = True
+    bench.settle()
+    bench.disk.failing = False
+    bench.ack(PUBREC, numbers[1])
+    bench.settle()
+    assert acknowledgements(upstream.sent, PUBREL) == []
+    bench.recovered()
+    assert acknowledgements(upstream.sent, PUBREL) == numbers
+
+
+def test_a_device_that_came_while_the_disk_failed_is_served_when_it_works(bench: Bench) -> None:
+    """Its state is written once more."""
+    bench.disk.failing = True
+    device = bench.connect()
+    bench.settle()
+    bench.disk.failing = False
+    bench.recovered()
+    bench.stored.upstream_failed(SessionEnd(EndReason.TCP_REFUSED, "test"))
+    bench.settle()
+    assert device.connack
 
 
 # ---- subscriptions and what comes down

@@ -33,6 +33,14 @@ def test_nothing_acknowledged_is_lost(seed: int, tmp_path: Path) -> None:
     assert StoredWorld(seed, tmp_path, seconds=40).run() == []
 
 
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_a_disk_that_fails_now_and_then_loses_nothing_acknowledged(seed: int, tmp_path: Path) -> None:
+    """ENOSPC and EIO, once or for a while, also of commits that are durable all the same; then it goes on."""
+    world = StoredWorld(seed, tmp_path, seconds=40, failing_disk=True)
+    assert world.run() == []
+    assert world.disk_faults
+
+
 def test_a_seed_is_the_same_each_time(tmp_path: Path) -> None:
     """What a seed finds can be found again, whatever an earlier run has left behind."""
     for seed in range(4):
@@ -47,6 +55,14 @@ def test_nothing_acknowledged_is_lost_in_many_worlds(first: int, tmp_path: Path)
     """The same, in thousands of worlds."""
     for seed in range(first, first + 100):
         assert StoredWorld(seed, tmp_path, seconds=40).run() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(2_000_000, 2_000_000 + MANY_SEEDS, 100))
+def test_a_disk_that_fails_loses_nothing_acknowledged_in_many_worlds(first: int, tmp_path: Path) -> None:
+    """The same, in thousands of worlds."""
+    for seed in range(first, first + 100):
+        assert StoredWorld(seed, tmp_path, seconds=40, failing_disk=True).run() == []
 
 
 # ---- broken gateways
@@ -271,6 +287,7 @@ def confirms_what_was_only_written(patch: pytest.MonkeyPatch) -> None:
 HARD_TO_FIND = frozenset(
     {
         "is_live_at_once",
+        "drops_copies_with_the_connection",
         "forgets_what_qos_2_it_received",
         "forgets_received_with_each_connect",
         "releases_before_that_is_durable",

@@ -65,11 +65,12 @@ class _Copy:
 
 @define(slots=True)
 class _Pending:
-    """A message that is being written."""
+    """A message that is being written; `order` is 0 for copies, which are older than what was not sent."""
 
     message: Message
     owner: Owner | None
     of_device: int
+    order: int = 0
 
 
 @define(slots=True, eq=False)
@@ -81,6 +82,7 @@ class _Flight:
     awaits: PacketType
     is_pinged: bool = False
     is_marking: bool = False
+    is_marked: bool = False
 
 
 @define(slots=True)
@@ -139,6 +141,7 @@ class Outgoing:
         self._pending: dict[int, _Pending] = {}
         self.pending_bytes = 0
         self._refused: deque[_Pending] = deque()
+        self._offered = 0
         self._flights: dict[int, _Flight] = {}
         # Rows that the broker confirmed before they were durable, each with its reason code.
         self._early: dict[int, int] = {}
@@ -147,6 +150,8 @@ class Outgoing:
         # Messages to be published anew, and how many of them are not written yet.
         self._unmarked: list[int] = []
         self._unmarking = 0
+        # Flights whose PUBREL waits for the disk, in the order of their PUBRECs (MQTT 5.0 §4.6).
+        self._to_release: deque[_Flight] = deque()
         # Those that the disk did not take.
         self._marked_still: list[int] = []
         # Rows that may have been sent in this session of the broker's, each with its Packet Identifier, 0 if unknown.
@@ -232,8 +237,8 @@ class Outgoing:
                 return
             self.spill()
         if self._refused:
-            self._refused.append(_Pending(message, owner, of_device))
-        elif self.live:
+            self._refused.append(self._new_pending(message, of_device, owner))
+        elif self.live and message.qos < 2:
             self._forward(message, of_device, owner)
         else:
             self._keep(message, of_device, owner)
@@ -299,6 +304,7 @@ class Outgoing:
         for identifier, flight in self._flights.items():
             self._sent_before[flight.row.number] = identifier
         self._flights.clear()
+        self._to_release.clear()
         self._loaded.clear()
         self._reading = self._full = False
         self._unmarking = 0
@@ -345,9 +351,9 @@ class Outgoing:
         if code >= _FIRST_REFUSAL and packet_type is not PacketType.PUBCOMP:
             self._rejected(flight, code)
         elif packet_type is PacketType.PUBREC:
-            if not flight.is_marking:
-                flight.is_marking = True
-                self._store.mark_released(flight.row.number, partial(self._marked, flight, self._epoch))
+            if flight not in self._to_release and not flight.is_marking:
+                self._to_release.append(flight)
+                self._mark(flight)
             return
         else:
             self._finish(flight)
@@ -372,10 +378,13 @@ class Outgoing:
         oldest = next(iter(self._sent_copies.values()), None) or next(iter(self._copies), None)
         if oldest is not None and now + interval > oldest.since + self.after:
             self.spill()
-        if self._marked_still and self._store.failure is None:
+        if self._store.failure is None:
             again, self._marked_still = self._marked_still, []
             for number in again:
                 self._unmark(number)
+            for flight in self._to_release:
+                if not flight.is_marking:
+                    self._mark(flight)
         self.pump()
 
     def spill(self) -> None:
@@ -402,6 +411,8 @@ class Outgoing:
         while self._loaded and self.connected and not (self._full or self._unmarking) and self.in_flight < window:
             if self._loaded[0].identifier in self._flights:
                 break  # an identifier comes again after 32,768 rows of all devices
+            if self._would_overtake(self._loaded[0]):
+                break
             self._send_row(self._loaded.popleft())
         if not self.connected or self._full:
             return
@@ -414,6 +425,12 @@ class Outgoing:
         self._check_refused()
         if not self.live and self.is_idle:
             self.live = True
+
+    def _would_overtake(self, row: Row) -> bool:
+        """Whether PUBREL of a row must wait for earlier messages, whose PUBRECs the disk did not take."""
+        return row.number in self._store.released and any(
+            flight.awaits is PacketType.PUBREC for flight in self._flights.values()
+        )
 
     @property
     def _window(self) -> int:
@@ -453,7 +470,9 @@ class Outgoing:
         refused, self._refused = self._refused, deque()
         self.live = True
         for each in refused:
-            if self.connected and self.live:
+            if each.message.qos == 2:
+                self.spill()
+            if self.connected and self.live and each.message.qos < 2:
                 self._forward(each.message, each.of_device, each.owner)
             else:
                 self._keep(each.message, each.of_device, each.owner)
@@ -463,11 +482,15 @@ class Outgoing:
     def _keep(self, message: Message, of_device: int, owner: Owner | None) -> None:
         if not message.qos and self.confirm:
             message = with_qos(message, 1)
-        pending = _Pending(message, owner, of_device)
+        pending = self._new_pending(message, of_device, owner)
         if self._store.has_room(self._backlog, size_of(message)):
             self._append(pending)
         else:
             self._not_stored(pending, "the store is full" if self._store.failure is None else str(self._store.failure))
+
+    def _new_pending(self, message: Message, of_device: int, owner: Owner | None) -> _Pending:
+        self._offered += 1
+        return _Pending(message, owner, of_device, self._offered)
 
     def _append(self, pending: _Pending) -> int:
         message = pending.message
@@ -483,8 +506,15 @@ class Outgoing:
         pending = self._pending.pop(number)
         self.pending_bytes -= size_of(pending.message)
         if error is not None:
-            self._flights = {key: each for key, each in self._flights.items() if each.row.number != number}
-            if number in self._early:
+            flight = next((each for each in self._flights.values() if each.row.number == number), None)
+            if flight is not None:
+                # It was sent on this connection, and must not be sent a second time (MQTT 5.0 §4.4).
+                del self._flights[flight.identifier]
+                copy = _Copy(with_qos(pending.message, 1), pending.owner, pending.of_device, self._seconds())
+                copy.identifier = flight.identifier
+                self._sent_copies[copy.identifier] = copy
+                self._copied_bytes += size_of(copy.message)
+            elif number in self._early:
                 _tell_stored(pending, self._early.pop(number))
             else:
                 self._not_stored(pending, str(error))
@@ -502,7 +532,11 @@ class Outgoing:
     def _not_stored(self, pending: _Pending, why: str) -> None:
         if self.connected and pending.message.qos < 2:
             # The broker is there: it waits for its turn and goes past the disk.
-            self._refused.append(pending)
+            # Earlier messages may fail later, once the disk says so.
+            at = len(self._refused)
+            while at and self._refused[at - 1].order > pending.order:
+                at -= 1
+            self._refused.insert(at, pending)
             self._check_refused()
         elif pending.owner is not None and (pending.of_device or self.confirm):
             pending.owner.not_stored(why)
@@ -566,17 +600,25 @@ class Outgoing:
         self._may_repeat -= 1
         return True
 
+    def _mark(self, flight: _Flight) -> None:
+        flight.is_marking = True
+        self._store.mark_released(flight.row.number, partial(self._marked, flight, self._epoch))
+
     def _marked(self, flight: _Flight, epoch: int, error: StoreError | None) -> None:
-        flight.is_marking = False
         if epoch != self._epoch or self._flights.get(flight.identifier) is not flight:
             return
         if error is not None:
-            # PUBREL must not leave: after a crash the message would be published a second time.  The broker says
-            # PUBREC again when it is asked again, on the next connection.
+            # PUBREL must not leave: after a crash the message would be published a second time.  Nor may that of a
+            # later message, since brokers may publish on PUBREL.
+            flight.is_marking = False
             self._store.released.discard(flight.row.number)
             return
-        flight.awaits = PacketType.PUBCOMP
-        self._send(acknowledgement(PacketType.PUBREL, flight.identifier))
+        flight.is_marked = True
+        while self._to_release and self._to_release[0].is_marked:
+            first = self._to_release.popleft()
+            first.awaits = PacketType.PUBCOMP
+            self._send(acknowledgement(PacketType.PUBREL, first.identifier))
+        self.pump()
 
     def _unmark(self, number: int) -> None:
         self._store.unmark_released(number, partial(self._is_unmarked, number, self._epoch))

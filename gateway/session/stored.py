@@ -275,7 +275,7 @@ class StoredSession:
         state.address, state.listener = caller
         state.will, state.will_delay = will_of(treated_packet, treated)
         # What its predecessor had under way is durable before this is, and so before any CONNACK.
-        self._saving.save(lambda: self._saved(visit), forget_received=forget)
+        self._save_visit(visit, forget_received=forget)
         self._retry_at = 0.0
         self._dial()
 
@@ -558,6 +558,13 @@ class StoredSession:
 
     # ---- inside: the device
 
+    def _save_visit(self, visit: Visit, *, forget_received: bool = False) -> None:
+        visit.is_being_saved = True
+        self._saving.save(lambda: self._saved(visit), lambda _: self._not_saved(visit), forget_received=forget_received)
+
+    def _not_saved(self, visit: Visit) -> None:
+        visit.is_being_saved = False
+
     def _saved(self, visit: Visit) -> None:
         visit.is_saved = True
         if self.visit is visit and not visit.is_admitted and not self._is_dialling and self._upstream is None:
@@ -569,6 +576,9 @@ class StoredSession:
         if visit is None or visit.is_admitted or self.stopping:
             return
         if self._store.failure is None and not visit.is_saved:
+            if not visit.is_being_saved:
+                # The disk did not take it then; now it takes writes again.
+                self._save_visit(visit)
             return
         if self._store.failure is not None:
             visit.device.finish(
@@ -638,6 +648,9 @@ class StoredSession:
         visit.releases -= 1
         if error is None:
             visit.acknowledge(PacketType.PUBCOMP, identifier)
+        else:
+            # A device does not repeat PUBREL on the same connection, and would wait forever.
+            visit.not_stored(str(error))
         self._mind_device()
 
     def _said_goodbye(self, visit: Visit, packet: bytes) -> None:

@@ -105,7 +105,7 @@ class Visit:
         self.requests = 0
         self.releases = 0
         self.is_held = True
-        self.is_saved = False
+        self.is_saved = self.is_being_saved = False
         self.gone = False
 
     def acknowledge(self, packet_type: PacketType, identifier: int, code: int = 0) -> None:

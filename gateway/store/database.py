@@ -42,6 +42,9 @@ _COPIED = ("device", "message", "released", "received", "aside")
 _WAL_PAGES = 1000
 _WAL_LIMIT = 4 * 1024 * 1024
 _VACUUM_ABOVE = 4 * 1024 * 1024
+# More than the reserve must be free before a disk counts as not full, or every message would fill it again.
+_ROOM = 4 * 1024 * 1024
+_NOT_OPEN = "the store is not open"
 
 
 class StoreError(GatewayError):
@@ -134,6 +137,9 @@ class Save:
 
     def apply(self, connection: sqlite3.Connection) -> None:
         """Write it."""
+        # A device that was forgotten and came again has another number.  Both are written again, in their order, if a
+        # commit failed and is there all the same.
+        connection.execute("DELETE FROM device WHERE name = ? AND number <> ?", (self.name, self.device))
         connection.execute(
             "INSERT INTO device VALUES (?,?,?) ON CONFLICT (number) DO UPDATE SET state = excluded.state",
             (self.device, self.name, self.state),
@@ -217,6 +223,7 @@ class Database:
         self.directory = directory
         self.path = directory / "store.db"
         self._reserve = directory / "reserve"
+        self._copy = directory / "store.copy"
         self._connect = connect or _connect
         self._connection: sqlite3.Connection | None = None
         self._lock: int | None = None
@@ -230,6 +237,8 @@ class Database:
         notes: list[str] = []
         try:
             self.directory.chmod(0o700)
+            # A gateway may have ended in the middle of `recover`.
+            self._adopt_copy()
             try:
                 self._open_file()
             except sqlite3.DatabaseError as error:
@@ -248,10 +257,7 @@ class Database:
 
     def close(self) -> None:
         """Close the file and give up the lock."""
-        if self._connection is not None:
-            with contextlib.suppress(sqlite3.Error):  # what was committed is in the WAL
-                self._connection.close()
-            self._connection = None
+        self._close_file()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -315,7 +321,8 @@ class Database:
         try:
             descriptor = os.open(self._reserve, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600)
             try:
-                os.posix_fallocate(descriptor, 0, RESERVE)
+                os.posix_fallocate(descriptor, 0, RESERVE + _ROOM)
+                os.ftruncate(descriptor, RESERVE)
             finally:
                 os.close(descriptor)
         except OSError:
@@ -329,31 +336,49 @@ class Database:
         A failed fsync marks pages as clean that never reached the disk, so a second one would lie.  They can still be
         read, from memory, until the file is closed.
         """
-        copy = self.directory / "store.copy"
+        copy = self._copy
+        failed = Path(f"{self.path}.failed-{time.strftime('%Y%m%dT%H%M%S')}")
         try:
-            for suffix in ("", "-wal"):
-                _copy(Path(f"{self.path}{suffix}"), Path(f"{copy}{suffix}"))
-            if self._connection is not None:
-                self._connection.close()
-                self._connection = None
-            stamp = time.strftime("%Y%m%dT%H%M%S")
-            for suffix in ("", "-wal"):
-                source, target = Path(f"{self.path}{suffix}"), Path(f"{self.path}.failed-{stamp}{suffix}")
-                if source.exists():
-                    source.rename(target)
-                if Path(f"{copy}{suffix}").exists():
-                    Path(f"{copy}{suffix}").rename(source)
-            Path(f"{self.path}-shm").unlink(missing_ok=True)
+            if self._connection is not None or self.path.exists():
+                for suffix in ("", "-wal"):
+                    _copy(Path(f"{self.path}{suffix}"), Path(f"{copy}{suffix}"))
+                self._close_file()
+                # The copy is complete: from here on an attempt that fails is continued by the next one.
+                for suffix in ("", "-wal"):
+                    _rename(Path(f"{self.path}{suffix}"), Path(f"{failed}{suffix}"))
+            self._adopt_copy()
             self._open_file()
+            _sync_directory(self.directory)
+            # Each attempt leaves a file; the disk has room for one.
+            for old in self.directory.glob(f"{self.path.name}.failed-*"):
+                if not old.name.startswith(failed.name):
+                    old.unlink()
         except (sqlite3.Error, OSError) as error:
+            if self.path.exists():
+                for suffix in ("", "-wal"):
+                    with contextlib.suppress(OSError):
+                        Path(f"{copy}{suffix}").unlink(missing_ok=True)
             raise StoreError(f"the store cannot be recovered: {error}", is_full=_is_full(error)) from None
+
+    def _adopt_copy(self) -> None:
+        """Put a complete copy in the place of the file, which is not there any more."""
+        if not self.path.exists():
+            for suffix in ("-wal", ""):
+                _rename(Path(f"{self._copy}{suffix}"), Path(f"{self.path}{suffix}"))
+            Path(f"{self.path}-shm").unlink(missing_ok=True)
+
+    def _close_file(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # what was committed is in the WAL
+                self._connection.close()
+            self._connection = None
 
     # ---- inside
 
     @property
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            raise StoreError("the store is not open")
+            raise StoreError(_NOT_OPEN)
         return self._connection
 
     def _take_lock(self) -> None:
@@ -364,9 +389,12 @@ class Database:
             raise StoreUnusable(f"{path} cannot be opened: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(descriptor)
             raise StoreUnusable(f"{self.directory} is in use by another gateway") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreUnusable(f"{path} cannot be locked: {error.strerror}") from None
         self._lock = descriptor
 
     def _open_file(self) -> None:
@@ -527,13 +555,18 @@ def _is_full(error: Exception) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
 
 
-def is_input_output(error: StoreError) -> bool:
-    """Whether the disk itself failed."""
-    return "disk I/O error" in str(error)
+def needs_recovery(error: StoreError) -> bool:
+    """Whether the disk itself failed, or an attempt to go on with a copy did not end well."""
+    return "disk I/O error" in str(error) or str(error) == _NOT_OPEN
 
 
 def _wal(path: Path) -> Path:
     return Path(f"{path}-wal")
+
+
+def _rename(source: Path, target: Path) -> None:
+    if source.exists():
+        source.rename(target)
 
 
 def _size(path: Path) -> int:

@@ -296,8 +296,15 @@ class Store:
 
     def release(self, backlog: Backlog, identifier: int, done: Done) -> None:
         """The device released its Packet Identifier; `done` when that is durable."""
-        self.received[backlog.name].discard(identifier)
-        self._writer.write(Release(backlog.number, identifier), done)
+        received = self.received[backlog.name]
+        received.discard(identifier)
+
+        def released(error: StoreError | None) -> None:
+            if error is not None:
+                received.add(identifier)
+            done(error)
+
+        self._writer.write(Release(backlog.number, identifier), released)
 
     def save(self, backlog: Backlog, state: str, done: Done | None = None, *, forget_received: bool = False) -> None:
         """Keep what is known of a device; `done` when that is durable."""
@@ -311,25 +318,29 @@ class Store:
 
         `done` gets how many there were.
         """
-        self.aside.pop(backlog.name, None)
+        waiting = self.aside.pop(backlog.name, 0)
         numbers, freed = backlog.evict(1 << 62)
         self.bytes -= freed
         self.counts.dropped["dropped by hand"] += len(numbers)
         self._writer.write(Delete(tuple(numbers)))
 
         def dropped(aside: object, error: StoreError | None) -> None:
+            if error is not None:
+                self.aside[backlog.name] += waiting
             done(len(numbers) + (aside if error is None and isinstance(aside, int) else 0))
 
         self._writer.work(lambda database: database.drop_aside(backlog.number), dropped)
 
     def retry(self, backlog: Backlog, done: Callable[[int], None]) -> None:
         """Put what was set aside behind the backlog; `done` gets how many there were."""
-        self.aside.pop(backlog.name, None)
+        waiting = self.aside.pop(backlog.name, 0)
         # Their numbers must not be given to others meanwhile.
         first = self._last_number + 1
         self._last_number += 1_000_000
 
         def moved(rows: object, error: StoreError | None) -> None:
+            if error is not None:
+                self.aside[backlog.name] += waiting
             found = rows if error is None and isinstance(rows, list) else []
             for number, stamp, size in found:
                 backlog.append(number, size, stamp)
@@ -347,7 +358,7 @@ class Store:
         if self.failure is not None and not self._pending_probe and now - self._probed >= _PROBE_EVERY:
             self._probed = now
             self._pending_probe = True
-            self._writer.write(Probe(), self._proved)
+            self._writer.work(lambda database: database.keep_reserve(), self._has_reserve)
         # One that takes longer than a second goes on.
         if self.config.max_age and self._is_plausible() and not self.loading and not self._is_ageing:
             self._is_ageing = True
@@ -420,11 +431,16 @@ class Store:
             self.states[name] = state
             self.remembered += len(state) + _DEVICE_OVERHEAD
 
+    def _has_reserve(self, is_there: object, _error: StoreError | None) -> None:
+        if self.failure is not None and self.failure.is_full and not is_there:
+            # Without the reserve there is room only because it was given up.
+            self._pending_probe = False
+        else:
+            self._writer.write(Probe(), self._proved)
+
     def _proved(self, error: StoreError | None) -> None:
         self._pending_probe = False
         self.failure = error
-        if error is None:
-            self._writer.work(lambda database: database.keep_reserve(), lambda *_: None)
 
     def _evict(self, backlog: Backlog, size: int, quota: int) -> int:
         numbers, freed = backlog.evict(size + quota // _EVICTED_SHARE)

@@ -10,26 +10,33 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gateway.store.database import (
     Append,
     Change,
     Database,
+    Delete,
+    Forget,
     Opened,
     Probe,
+    Release,
     Save,
     StoreError,
-    is_input_output,
+    needs_recovery,
 )
 
 _MOST = 200  # changes in a transaction; their callbacks are one turn of the reactor
 _SCANNED = 2_000  # rows that are looked at in one piece, so that commits need not wait for the scan
 _RECOVER_EVERY = 10.0  # seconds between two attempts to go on with a copy
+_SCAN_AGAIN = 1.0  # seconds until rows that could not be read are scanned again
+
+# What waits for room, and `Forget`, which must not overtake a `Save` of its device.
+_NEEDS_ROOM = (Append, Probe, Save, Forget)
 
 Done = Callable[[StoreError | None], None]
 Post = Callable[[Callable[[], None]], None]
@@ -39,6 +46,8 @@ Post = Callable[[Callable[[], None]], None]
 class _Write:
     change: Change
     done: Done | None
+    # How many failed transactions had been reported when this was asked for.
+    reported: int
 
 
 @frozen(slots=True)
@@ -68,10 +77,14 @@ class Writer:
         self._condition = threading.Condition()
         self._queue: deque[_Write | _Work] = deque()
         self._closing = False
-        # Deletes that failed: nobody waits for them, but they must not be forgotten.
+        # What must become durable although its transaction failed: it comes first in the next one.
         self._owed: list[Change] = []
+        # Failed transactions, as the thread knows and as the reactor's thread has been told; the last error.
+        self._failed = self._reported = 0
+        self._error: StoreError | None = None
         self._recovered_at = -_RECOVER_EVERY
         self._scan_from = 0
+        self._scan_at = 0.0
         self._scan_to = 0
         self._scanning = False
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
@@ -86,7 +99,7 @@ class Writer:
 
     def write(self, change: Change, done: Done | None = None) -> None:
         """Make a change durable, then call `done`."""
-        self._put(_Write(change, done))
+        self._put(_Write(change, done, self._reported))
 
     def work(self, work: Callable[[Database], Any], done: Callable[[Any, StoreError | None], None]) -> None:
         """Call `work` in the thread; `done` gets what it returns, or the error."""
@@ -109,14 +122,14 @@ class Writer:
     def _run(self) -> None:
         while True:
             with self._condition:
-                while not (self._queue or self._closing or self._scanning):
-                    self._condition.wait()
+                while not (self._queue or self._closing or (self._scanning and monotonic() >= self._scan_at)):
+                    self._condition.wait(max(0.0, self._scan_at - monotonic()) if self._scanning else None)
                 taken = [self._queue.popleft() for _ in range(min(_MOST, len(self._queue)))]
                 if not taken and self._closing:
                     break
             if taken:
                 self._do(taken)
-            if self._scanning:
+            if self._scanning and monotonic() >= self._scan_at:
                 self._scan()
         self._settle_debts()
         self._database.close()
@@ -141,51 +154,83 @@ class Writer:
 
     def _write(self, writes: Sequence[_Write]) -> list[Callable[[], None]]:
         began = monotonic()
+        # A message whose predecessor failed must not become durable before the device knows: it would overtake it.
         failures: dict[int, StoreError] = {}
+        for index, each in enumerate(writes):
+            if self._error is not None and isinstance(each.change, Append) and each.reported < self._failed:
+                failures[index] = self._error
+        tried = {index: each for index, each in enumerate(writes) if index not in failures}
         error: StoreError | None = None
         try:
-            self._database.commit([*self._owed, *(write.change for write in writes)])
+            self._database.commit([*self._owed, *(each.change for each in tried.values())])
             self._owed.clear()
         except StoreError as failed:
             error = failed
-            failures = self._rescue(writes, failed)
-        seconds, used = monotonic() - began, self._database.used()
-        told: list[Callable[[], None]] = [lambda: self._committed(seconds, used, error)]
+            failures |= self._rescue(tried, failed)
+        if failures:
+            error = self._error
+        seconds, used, count = monotonic() - began, self._database.used(), self._failed
+        told: list[Callable[[], None]] = [lambda: self._report(seconds, used, error, count)]
         for index, write in enumerate(writes):
             if write.done is not None:
                 told.append(_told(write.done, failures.get(index)))
         return told
 
-    def _rescue(self, writes: Sequence[_Write], error: StoreError) -> dict[int, StoreError]:
+    def _report(self, seconds: float, used: int, error: StoreError | None, failed: int) -> None:
+        """In the reactor's thread: what became of a transaction."""
+        self._reported = failed
+        self._committed(seconds, used, error)
+
+    def _rescue(self, tried: Mapping[int, _Write], error: StoreError) -> dict[int, StoreError]:
         """After a transaction failed: find room for what frees room, or another file.  Return what failed, by index."""
-        failures = dict.fromkeys(range(len(writes)), error)
+        failures = dict.fromkeys(tried, error)
+        freeing: list[int] = []
         if error.is_full:
             self._database.give_up_reserve()
-            freeing = [
-                (index, write)
-                for index, write in enumerate(writes)
-                if not isinstance(write.change, Append | Probe | Save)
-            ]
-        elif is_input_output(error) and monotonic() - self._recovered_at >= _RECOVER_EVERY:
+            freeing = [index for index, each in tried.items() if not isinstance(each.change, _NEEDS_ROOM)]
+        elif needs_recovery(error) and monotonic() - self._recovered_at >= _RECOVER_EVERY:
             self._recovered_at = monotonic()
             try:
                 self._database.recover()
+                freeing = list(tried)
             except StoreError:
-                freeing = []
-            else:
-                freeing = list(enumerate(writes))
-        else:
-            freeing = []
+                pass  # the first error says why
         try:
             if freeing or self._owed:
-                self._database.commit([*self._owed, *(write.change for _, write in freeing)])
+                self._database.commit([*self._owed, *(tried[index].change for index in freeing)])
                 self._owed.clear()
-                for index, _ in freeing:
+                for index in freeing:
                     del failures[index]
         except StoreError:
-            pass  # the first error says why
-        self._owed += [writes[index].change for index in failures if writes[index].done is None]
+            pass
+        if failures:
+            self._failed += 1
+            self._error = error
+        for index in failures:
+            self._owe(tried[index])
         return failures
+
+    def _owe(self, write: _Write) -> None:
+        """Take note of what the next transaction has to do because this failed."""
+        change = write.change
+        if isinstance(change, Append):
+            # It may be on the disk all the same, and would be found there after a restart.
+            self._owed.append(Delete((change.row.number,)))
+            if change.received:
+                self._owed.append(Release(change.row.device, change.received))
+        elif isinstance(change, Save):
+            self._owe_state(change)
+        elif write.done is None:
+            self._owed.append(change)
+
+    def _owe_state(self, change: Save) -> None:
+        """Owe one state of each device, however often its device comes while the disk fails."""
+        for at, owed in enumerate(self._owed):
+            if isinstance(owed, Save) and owed.device == change.device:
+                forgets = owed.forget_received or change.forget_received
+                self._owed[at] = evolve(change, forget_received=forgets)
+                return
+        self._owed.append(change)
 
     def _settle_debts(self) -> None:
         if self._owed:
@@ -198,7 +243,9 @@ class Writer:
         try:
             rows = self._database.scan(self._scan_from, self._scan_to, _SCANNED)
         except StoreError:
-            rows = []
+            # What was acknowledged before the start must not wait for the next one.
+            self._scan_at = monotonic() + _SCAN_AGAIN
+            return
         if rows:
             self._scan_from = rows[-1][0]
             self._post(lambda: self._scanned(rows))
