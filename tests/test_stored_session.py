@@ -30,6 +30,7 @@ class Upstream:
 
     def __init__(self) -> None:
         self.sent: list[bytes] = []
+        self.version = 4
         self.closed = self.aborted = self.held = self.unread = self.behind = False
 
     def write(self, data: bytes) -> None:
@@ -61,7 +62,7 @@ class Upstream:
     @property
     def payloads(self) -> list[bytes]:
         """The payloads of PUBLISHes."""
-        return [read_publish(4, raw)[1] for raw in self.sent if raw[0] >> 4 == 3]
+        return [read_publish(self.version, raw)[1] for raw in self.sent if raw[0] >> 4 == 3]
 
     def take(self) -> list[bytes]:
         """Return what was sent since this was asked last."""
@@ -77,6 +78,7 @@ class Device:
         self.connack = b""
         self.ended: tuple[EndReason, str] | None = None
         self.answer: bytes | None = None
+        self.code: int | None = None
         self.held = True
         self.offline: bool | None = None
         self.unread = False
@@ -107,7 +109,7 @@ class Device:
     def finish(self, reason: EndReason, detail: str = "", *, answer: Any = None, code: Any = None) -> None:
         """See `gateway.session.visit.Device`."""
         if self.ended is None:
-            self.ended, self.answer = (reason, detail), answer
+            self.ended, self.answer, self.code = (reason, detail), answer, code
             assert self.stored is not None
             self.stored.detached(self)
 
@@ -190,7 +192,14 @@ class Bench:
     # what happens
 
     def connect(
-        self, version: int = 4, *, clean: bool = False, confirm: bool = False, will: Any = None, **more: Any
+        self,
+        version: int = 4,
+        *,
+        clean: bool = False,
+        confirm: bool = False,
+        will: Any = None,
+        receive_maximum: int = 0,
+        **more: Any,
     ) -> Device:
         """A device comes."""
         if self.stored.is_over:
@@ -198,7 +207,7 @@ class Bench:
         device = Device()
         device.stored = self.stored
         _, connect = parsed(raw_connect(version, clean=clean))
-        found, connect = parsed(written(attrs.evolve(connect, will=will, **more)))
+        found, connect = parsed(written(attrs.evolve(connect, will=will, **more), receive_maximum))
         self.stored.attach(device, found, self.treatment(found.raw, connect), ("10.0.0.1", ""), confirm=confirm)
         self.disk.commit()
         return device
@@ -227,6 +236,7 @@ class Bench:
     def online(self, *, session_present: bool = False, version: int = 4) -> Upstream:
         """A broker is found, and accepts."""
         upstream = self.verified()
+        upstream.version = version
         connack = packet(0x20, bytes((session_present, 0)) + (b"\0" if version == 5 else b""))
         self.stored.upstream_received(connack)
         self.settle()
@@ -271,9 +281,12 @@ def raw_connect(version: int, *, clean: bool) -> bytes:
     return packet(0x10, b"\0\4MQTT" + bytes((version, flags)) + b"\0\x3c" + properties + b"\0\3dev")
 
 
-def written(connect: Connect) -> bytes:
+def written(connect: Connect, receive_maximum: int = 0) -> bytes:
     """Write a CONNECT again, with the Session Expiry Interval of `raw_connect`."""
     will = connect.will
+    properties = b"" if connect.clean_start else b"\x11\0\0\x0e\x10"
+    if receive_maximum:
+        properties += b"\x21" + receive_maximum.to_bytes(2, "big")
     return mqtt_packets.connect(
         connect.client_identifier,
         version=connect.version,
@@ -285,7 +298,7 @@ def written(connect: Connect) -> bytes:
         will_retain=will is not None and will.retain,
         username=connect.username,
         password=connect.password,
-        properties=b"" if connect.clean_start else b"\x11\0\0\x0e\x10",
+        properties=properties,
     )
 
 
@@ -1403,3 +1416,158 @@ def test_after_two_messages_in_a_row_the_device_is_at_fault(bench: Bench) -> Non
     bench.stored.resume()
     bench.sweep(61)
     assert bench.dials == dials + 1
+
+
+@pytest.mark.parametrize(
+    ("told", "forbidden"),
+    [
+        (b"\x24\1", publish(5, b"t", b"no", 2, 2)),
+        (b"\x25\0", packet(0x33, b"\0\1t\0\2\0no")),
+        (b"\x27\0\0\0\x20", publish(5, b"t", b"no" * 20, 1, 2)),
+    ],
+    ids=["Maximum QoS", "Retain Available", "Maximum Packet Size"],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_stricter_connack_forbids_is_set_aside(bench: Bench, told: bytes, forbidden: bytes, when: str) -> None:
+    """The device was told otherwise, and a broker would hang up on it again and again (MQTT 5.0 §3.2.2.3)."""
+    device = bench.offline(version=5)
+    connack = packet(0x20, b"\0\0" + bytes((len(told),)) + told)
+    messages = [publish(5, b"t", b"a", 1, 1), forbidden, publish(5, b"t", b"b", 1, 3)]
+
+    def device_publishes() -> None:
+        for raw in messages:
+            bench.stored.device_received(raw)
+            bench.settle()
+
+    if when == "before":
+        device_publishes()
+    upstream = bench.verified()
+    bench.stored.upstream_received(connack)
+    bench.settle()
+    if when == "after":
+        device_publishes()
+    for _ in range(4):
+        for raw in upstream.take():
+            if raw[0] >> 4 == 3:
+                assert read_publish(5, raw)[1] in {b"a", b"b"}
+                bench.ack(PUBACK, read_publish(5, raw)[3])
+        bench.settle()
+    assert (bench.store.messages, bench.store.counts.set_aside, bench.store.counts.drained) == (0, 1, 2)
+    assert device.ended is None
+    assert sorted(acknowledgements(device.got, PUBACK) + acknowledgements(device.got, PUBREC)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("told", "raw", "code"),
+    [(b"\x24\1", publish(5, b"t", b"no", 2, 2), 0x9B), (b"\x25\0", packet(0x33, b"\0\1t\0\2\0no"), 0x9A)],
+)
+def test_a_device_that_exceeds_what_it_was_told_is_disconnected(
+    bench: Bench, told: bytes, raw: bytes, code: int
+) -> None:
+    """What can never be delivered is not acknowledged."""
+    device = bench.connect(5)
+    bench.verified()
+    bench.stored.upstream_received(packet(0x20, b"\0\0" + bytes((len(told),)) + told))
+    bench.settle()
+    bench.stored.device_received(raw)
+    bench.settle()
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.PROTOCOL_ERROR
+    assert device.code == code
+    assert bench.store.messages == 0
+
+
+def test_the_will_of_a_device_that_the_broker_refused_is_not_published(bench: Bench) -> None:
+    """Whoever it was, the broker did not let it in."""
+    device = bench.connect(will=WILL)
+    bench.verified()
+    bench.stored.upstream_received(b"\x20\2\0\5")
+    bench.settle()
+    assert device.ended is not None
+    bench.sweep(120)
+    bench.settle()
+    assert bench.store.messages == 0
+    bench.start()
+    bench.sweep(120)
+    bench.settle()
+    assert bench.store.messages == 0
+
+
+def test_a_token_that_expires_renews_only_the_upstream(bench: Bench) -> None:
+    """The device notices nothing, and its next messages are stored or leave with the new token."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    device = bench.connect()
+    first = bench.online()
+    bench.sweep(18)
+    bench.up(b"a", identifier=1)
+    bench.sweep()
+    assert not first.closed
+    bench.sweep()
+    assert first.closed
+    assert first.sent[-1] == b"\xe0\0"
+    bench.settle()
+    assert acknowledgements(device.take(), PUBACK) == [1]
+    again = bench.online(session_present=True)
+    assert again.payloads == [b"a"]
+    assert device.ended is None
+
+
+def test_the_devices_receive_maximum_holds_over_two_connections(bench: Bench) -> None:
+    """Messages of the old connection count until the device has acknowledged them (MQTT 5.0 §4.9)."""
+    device = bench.connect(5, receive_maximum=2)
+    bench.online(version=5)
+    for number in (1, 2, 3):
+        bench.stored.upstream_received(publish(5, b"c", b"old", 1, number))
+    assert len(device.take()) == 2
+    bench.lose()
+    bench.online(version=5, session_present=True)
+    for number in (11, 12):
+        bench.stored.upstream_received(publish(5, b"c", b"new", 1, number))
+    assert device.take() == []
+    bench.stored.device_received(packet(PUBACK, b"\0\1"))
+    assert [read_publish(5, raw)[3] for raw in device.take()] == [11]
+    bench.stored.device_received(packet(PUBACK, b"\0\2") + packet(PUBACK, b"\0\x0b"))
+    assert [read_publish(5, raw)[3] for raw in device.take()] == [12]
+
+
+def test_disconnect_with_will_is_a_loss(bench: Bench) -> None:
+    """Offline its Will becomes the last message (MQTT 5.0 §3.14.2.1)."""
+    bench.offline(version=5, will=WILL)
+    bench.up(b"x", version=5)
+    bench.settle()
+    bench.stored.device_received(b"\xe0\1\4")
+    bench.sweep()
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"x", b"gone"]
+
+
+def test_disconnect_with_will_reaches_the_broker_behind_the_backlog(bench: Bench) -> None:
+    """Then the broker publishes the Will, and the gateway does not."""
+    bench.connect(5, will=WILL)
+    upstream = bench.online(version=5)
+    bench.up(b"x", version=5)
+    bench.stored.device_received(b"\xe0\1\4")
+    assert upstream.sent[-1] != b"\xe0\1\4"
+    bench.ack(PUBACK, read_publish(5, upstream.sent[-1])[3])
+    bench.settle()
+    assert upstream.sent[-1] == b"\xe0\1\4"
+    bench.sweep(120)
+    bench.settle()
+    assert bench.store.messages == 0
+
+
+@pytest.mark.parametrize(
+    ("delay", "clean", "published"), [(0.0, False, True), (60.0, False, False), (60.0, True, True)]
+)
+def test_a_predecessors_will_is_published_as_a_broker_would(
+    bench: Bench, delay: float, clean: bool, published: bool
+) -> None:
+    """Offline nobody else does it; within its delay only if its session ends (MQTT 5.0 §3.1.4, §3.1.2.5)."""
+    bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = delay
+    bench.up(b"x", version=5)
+    second = bench.offline(version=5, clean=clean)
+    bench.up(b"y", version=5)
+    bench.settle()
+    assert second.ended is None
+    assert bench.online(version=5).payloads == [b"x", *([b"gone"] * published), b"y"]

@@ -97,6 +97,16 @@ class Facts:
     session_present: bool = False
     is_same: bool = False
     max_packet_size: int = 0
+    max_qos: int = 2
+    takes_retained: bool = True
+
+    def forbids(self, message: Message) -> str:
+        """Say why the broker does not take such a message; empty if it does (MQTT 5.0 §3.2.2.3.4, §3.2.2.3.5)."""
+        if message.qos > self.max_qos:
+            return f"QoS {message.qos} is more than the broker takes"
+        if message.retain and not self.takes_retained:
+            return "the broker takes no retained messages"
+        return ""
 
 
 class Outgoing:
@@ -235,6 +245,9 @@ class Outgoing:
                 if not any(each.of_device == of_device and each.message.qos == 2 for each in self._pending.values()):
                     _tell(owner, PacketType.PUBREC, of_device)
                 return
+            self.spill()
+        elif self.live and self._is_forbidden(message):
+            # It is set aside when its turn comes.
             self.spill()
         if self._refused:
             self._refused.append(self._new_pending(message, of_device, owner))
@@ -444,8 +457,23 @@ class Outgoing:
 
     # ---- inside: LIVE
 
+    @property
+    def _confirms(self) -> bool:
+        """Whether QoS 0 is sent with QoS 1."""
+        return self.confirm and self.facts.max_qos > 0
+
+    def _is_forbidden(self, message: Message) -> bool:
+        """Whether the broker said at the connect that it takes no such message; a device may have been told less."""
+        if self.facts.forbids(message):
+            return True
+        limit = self.facts.max_packet_size
+        # `size_of` is never less than the packet.
+        if not limit or size_of(message) <= limit:
+            return False
+        return len(write_message(self.facts.version, message, 1)) > limit
+
     def _forward(self, message: Message, of_device: int, owner: Owner | None) -> None:
-        if not message.qos and not self.confirm:
+        if not message.qos and not self._confirms:
             self._send(write_message(self.facts.version, message, 0))
             return
         self._copies.append(_Copy(with_qos(message, 1), owner, of_device, self._seconds()))
@@ -480,7 +508,7 @@ class Outgoing:
     # ---- inside: to disk
 
     def _keep(self, message: Message, of_device: int, owner: Owner | None) -> None:
-        if not message.qos and self.confirm:
+        if not message.qos and self._confirms:
             message = with_qos(message, 1)
         pending = self._new_pending(message, of_device, owner)
         if self._store.has_room(self._backlog, size_of(message)):
@@ -530,7 +558,7 @@ class Outgoing:
         self._changed()
 
     def _not_stored(self, pending: _Pending, why: str) -> None:
-        if self.connected and pending.message.qos < 2:
+        if self.connected and pending.message.qos < 2 and not self._is_forbidden(pending.message):
             # The broker is there: it waits for its turn and goes past the disk.
             # Earlier messages may fail later, once the disk says so.
             at = len(self._refused)
@@ -571,8 +599,12 @@ class Outgoing:
         if message.expiry is not None and waited >= message.expiry and not was_sent:
             self._store.finish(self._backlog, [number], "expired")
             return
+        forbidden = "" if is_released else self.facts.forbids(message)
+        if forbidden:
+            self._store.set_aside(self._backlog, number, forbidden)
+            return
         duplicate = self.facts.session_present and (before is not None or self._is_of_last_run(number))
-        if not message.qos and not self.confirm:
+        if not message.qos and not self._confirms:
             identifier, awaits = -number, PacketType.PINGRESP
             packet = write_message(version, message, 0, waited=waited)
         elif message.qos == 2:

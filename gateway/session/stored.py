@@ -243,6 +243,7 @@ class StoredSession:
             before.device.finish(EndReason.TAKEN_OVER, "the device reconnected", code=_TAKEN_OVER)
         self.resume()
         self.outgoing.forget_copies()
+        was_offline = not self._is_up
         # A predecessor that is still there is half open, and the broker does with its Will what it does with others.
         self._leave_upstream(with_disconnect=before is None and bool(self._farewell))
         if self._is_dialling:
@@ -261,6 +262,9 @@ class StoredSession:
         self.incoming = Incoming(receive_maximum, self._to_device, self._to_broker)
         state = self.state
         forget = treated.clean_start or not state.has_session
+        if before is not None and before.is_admitted and was_offline and (forget or not state.will_delay):
+            # No broker ends the predecessor's session and publishes its Will (MQTT 5.0 §3.1.4, §3.1.2.5).
+            self._publish_will()
         if forget:
             state.subscriptions.clear()
             state.has_session = False
@@ -596,6 +600,8 @@ class StoredSession:
         visit.keep_alive = integer_of(properties, PropertyId.SERVER_KEEP_ALIVE, visit.connect.keep_alive)
         visit.heard = self._world.seconds()
         # A Topic Alias would have no meaning in a message that is sent much later, on another connection.
+        visit.max_qos = integer_of(properties, PropertyId.MAXIMUM_QOS, 2)
+        visit.may_retain = integer_of(properties, PropertyId.RETAIN_AVAILABLE, 1) == 1
         shown = without_properties(section, PropertyId.TOPIC_ALIAS_MAXIMUM, PropertyId.SERVER_REFERENCE)
         if visit.version is ProtocolVersion.MQTT_5_0:
             largest = min(visit.largest, integer_of(properties, PropertyId.MAXIMUM_PACKET_SIZE, visit.largest))
@@ -626,6 +632,7 @@ class StoredSession:
         if packet_type is PacketType.PUBLISH:
             read_publish(visit.version, packet[0], body_of(packet))
             message, identifier = read_message(visit.version, packet)
+            visit.check_limits(message)
             self._note_status(message)
             self.outgoing.offer(message, identifier, visit)
         elif packet_type is PacketType.PUBREL:
@@ -661,12 +668,14 @@ class StoredSession:
 
     def _leave(self, packet: bytes, *, with_will: bool = False) -> None:
         """The device is gone; `packet` is its DISCONNECT, empty if there was none."""
-        treated = self.visit.treated if self.visit is not None else None
+        visit = self.visit
+        treated = visit.treated if visit is not None else None
         self._end_visit()
         self._farewell = packet or b""
         lost = not packet or with_will
         state = self.state
-        if not lost and state.will is not None:
+        if not lost or (visit is not None and not visit.is_admitted):
+            # Nobody accepted a CONNECT that was not answered, nor the Will in it (MQTT 5.0 §3.1.2.5).
             state.will = None
         if treated is not None and not is_persistent(treated):
             state.has_session = False
@@ -705,8 +714,12 @@ class StoredSession:
         self._will_at = float("inf")
         will, self.state.will = self.state.will, None
         if will is not None:
-            self.outgoing.offer(attrs.evolve(will, qos=max(1, will.qos)) if will.qos != 2 else will, 0, None)
+            self._offer_own(will)
             self._saving.save()
+
+    def _offer_own(self, message: Message) -> None:
+        """Send a message on behalf of the device, so that the gateway learns that it arrived."""
+        self.outgoing.offer(attrs.evolve(message, qos=max(message.qos, min(1, self.outgoing.facts.max_qos))), 0, None)
 
     # ---- inside: subscriptions
 
@@ -892,6 +905,8 @@ class StoredSession:
                 session_present,
                 is_same,
                 integer_of(properties, PropertyId.MAXIMUM_PACKET_SIZE, 0),
+                integer_of(properties, PropertyId.MAXIMUM_QOS, 2),
+                integer_of(properties, PropertyId.RETAIN_AVAILABLE, 1) == 1,
             )
         )
         self.incoming.connected(session_present=session_present)
@@ -905,7 +920,7 @@ class StoredSession:
             # The broker has published the Will of a device that lives: what it overwrote is said again.
             self._status_is_due = False
             self.outgoing.live = False
-            self.outgoing.offer(attrs.evolve(self._status, qos=max(1, self._status.qos)), 0, None)
+            self._offer_own(self._status)
         self._changed()
 
     def _refused_by_broker(self, treated: Connect, code: int, raw: bytes) -> None:

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import attrs
 
-from gateway.errors import EndReason
+from gateway.errors import EndReason, PacketError
 from gateway.mqtt.connect import Connect, parse_connect
-from gateway.mqtt.message import acknowledgement
-from gateway.mqtt.packets import PacketType, ProtocolVersion
+from gateway.mqtt.message import Message, acknowledgement
+from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode
 from gateway.mqtt.reader import Packet
 from gateway.mqtt.whole import WholePackets
 from gateway.session.pace import Pace
@@ -96,6 +96,9 @@ class Visit:
         self.keep_alive = connect.keep_alive
         self.told_session_present = False
         self.is_first_upstream = True
+        # What CONNACK told the device; MQTT 3.x cannot be told.
+        self.max_qos = 2
+        self.may_retain = True
         self.pace: Pace | None = treatment.pace(world.seconds)
         self.largest = treatment.max_packet_size or min(world.max_packet_size, LARGEST_HELD)
         checker = treatment.from_device(connect.version, self.largest, check_bodies=world.check_bodies)
@@ -107,6 +110,15 @@ class Visit:
         self.is_held = True
         self.is_saved = self.is_being_saved = False
         self.gone = False
+
+    def check_limits(self, message: Message) -> None:
+        """Raise PacketError for a message that CONNACK had excluded: it could never be delivered."""
+        if self.version is not ProtocolVersion.MQTT_5_0:
+            return
+        if message.qos > self.max_qos:
+            raise PacketError(EndReason.PROTOCOL_ERROR, ReasonCode.QOS_NOT_SUPPORTED, f"QoS {message.qos} in PUBLISH")
+        if message.retain and not self.may_retain:
+            raise PacketError(EndReason.PROTOCOL_ERROR, ReasonCode.RETAIN_NOT_SUPPORTED, "Retain in PUBLISH")
 
     def acknowledge(self, packet_type: PacketType, identifier: int, code: int = 0) -> None:
         """See `gateway.session.outgoing.Owner`."""
