@@ -1571,3 +1571,61 @@ def test_a_predecessors_will_is_published_as_a_broker_would(
     bench.settle()
     assert second.ended is None
     assert bench.online(version=5).payloads == [b"x", *([b"gone"] * published), b"y"]
+
+
+def waiting_behind(bench: Bench, version: int) -> tuple[Device, Upstream]:
+    """Let a device come with Clean Start while messages of the one before it are in flight."""
+    bench.offline(version=version)
+    for number in range(1, 31):
+        bench.up(b"%d" % number, identifier=number, version=version)
+    bench.settle()
+    bench.stored.device_received(b"\xe0\0")
+    upstream = bench.online(version=version)
+    assert len(upstream.payloads) == 20
+    device = bench.connect(version, clean=True)
+    bench.settle()
+    assert not upstream.closed
+    assert not device.connack
+    return device, upstream
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_clean_start_waits_for_what_its_predecessor_has_in_flight(bench: Bench, version: int) -> None:
+    """It ends the session that the broker knows those messages by (MQTT 5.0 §3.1.2.4)."""
+    device, upstream = waiting_behind(bench, version)
+    bench.stored.upstream_received(publish(version, b"c", b"for the old session", 1, 7))
+    in_flight = [read_publish(version, raw)[3] for raw in upstream.sent if raw[0] >> 4 == 3]
+    for identifier in in_flight[:-1]:
+        bench.ack(PUBACK, identifier)
+    bench.settle()
+    bench.sweep()
+    assert not upstream.closed
+    assert len(upstream.payloads) == 20
+    bench.ack(PUBACK, in_flight[-1])
+    assert upstream.closed
+    assert acknowledgements(upstream.sent, PUBACK) == []
+    again = bench.online(version=version)
+    assert parsed(again.sent[0])[1].clean_start
+    assert again.payloads == [b"%d" % number for number in range(21, 31)]
+    assert device.connack
+    assert device.got == []
+
+
+def test_clean_start_waits_no_longer_than_after(bench: Bench) -> None:
+    """A broker that acknowledges nothing keeps no device waiting."""
+    device, upstream = waiting_behind(bench, 5)
+    bench.available = False
+    for _ in range(5):
+        assert not device.connack
+        bench.sweep()
+    bench.settle()
+    assert upstream.closed
+    assert device.connack
+
+
+def test_a_device_that_leaves_while_it_waits_for_its_predecessor_stops_nothing(bench: Bench) -> None:
+    """The backlog goes on."""
+    device, upstream = waiting_behind(bench, 5)
+    device.finish(EndReason.DEVICE_LOST)
+    assert upstream.closed
+    assert len(bench.online(version=5).payloads) == 20

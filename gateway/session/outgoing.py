@@ -144,6 +144,8 @@ class Outgoing:
         self.connected = False
         self.facts = Facts()
         self._full = False
+        # Whether nothing more is to be sent on this connection, which will end once nothing is in flight.
+        self._finishing = False
         self._epoch = 0
         self._copies: deque[_Copy] = deque()
         self._copied_bytes = 0
@@ -280,6 +282,10 @@ class Outgoing:
         self._unmarked.clear()
         self.pump()
 
+    def finish_flights(self) -> None:
+        """Send nothing more on this connection, which ends when nothing is in flight; the answers are still taken."""
+        self._finishing = True
+
     def hung_up(self) -> None:
         """The broker closes the connection without a word; comes before `lost`.
 
@@ -319,7 +325,7 @@ class Outgoing:
         self._flights.clear()
         self._to_release.clear()
         self._loaded.clear()
-        self._reading = self._full = False
+        self._reading = self._full = self._finishing = False
         self._unmarking = 0
         self._marked_still.clear()
         self._pings = 0
@@ -421,7 +427,7 @@ class Outgoing:
     def pump(self) -> None:
         """Send what may be sent."""
         window = self._window
-        while self._loaded and self.connected and not (self._full or self._unmarking) and self.in_flight < window:
+        while self._loaded and self._may_send_rows and self.in_flight < window:
             if self._loaded[0].identifier in self._flights:
                 break  # an identifier comes again after 32,768 rows of all devices
             if self._would_overtake(self._loaded[0]):
@@ -438,6 +444,10 @@ class Outgoing:
         self._check_refused()
         if not self.live and self.is_idle:
             self.live = True
+
+    @property
+    def _may_send_rows(self) -> bool:
+        return self.connected and not (self._full or self._unmarking or self._finishing)
 
     def _would_overtake(self, row: Row) -> bool:
         """Whether PUBREL of a row must wait for earlier messages, whose PUBRECs the disk did not take."""
@@ -483,7 +493,7 @@ class Outgoing:
             self.spill()
 
     def _send_copies(self) -> None:
-        while self._copies and self.connected and self.in_flight < self._window:
+        while self._copies and self.connected and not self._finishing and self.in_flight < self._window:
             copy = self._copies.popleft()
             copy.identifier = self._low_identifier()
             self._sent_copies[copy.identifier] = copy
@@ -692,7 +702,7 @@ class Outgoing:
     def _ping_if_needed(self) -> None:
         """Ask for proof that QoS 0 messages from disk have arrived: brokers read in order."""
         waiting = [each for each in self._flights.values() if each.awaits is PacketType.PINGRESP and not each.is_pinged]
-        is_stuck = self.in_flight >= self._window or not (self._loaded or self._reading)
+        is_stuck = self._finishing or self.in_flight >= self._window or not (self._loaded or self._reading)
         if waiting and not self._pings and is_stuck:
             self._pings = 1
             for flight in waiting:

@@ -170,6 +170,7 @@ class StoredSession:
         # Whether each CONNECT before this one was answered, as far as that matters.
         self._was_answered = True
         self._has_asked = False
+        self._handover: _Handover | None = None
         self._up_since = 0.0
         self._treated: Connect | None = None
         # The device's last CONNECT, with its password: in memory only.
@@ -244,12 +245,11 @@ class StoredSession:
         self.resume()
         self.outgoing.forget_copies()
         was_offline = not self._is_up
-        # A predecessor that is still there is half open, and the broker does with its Will what it does with others.
-        self._leave_upstream(with_disconnect=before is None and bool(self._farewell))
+        treated_packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
+        self._leave_predecessor(may_wait=treated.clean_start, is_half_open=before is not None)
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
-        treated_packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
         visit = Visit(device, packet, treatment, treated, self._world)
         connect = visit.connect
         self.visit = visit
@@ -282,6 +282,30 @@ class StoredSession:
         self._save_visit(visit, forget_received=forget)
         self._retry_at = 0.0
         self._dial()
+
+    def _leave_predecessor(self, *, may_wait: bool, is_half_open: bool) -> None:
+        """End the predecessor's connection to the broker: at once, or when nothing is in flight, if that `may_wait`.
+
+        Clean Start ends the session by which the broker recognises what is sent again.
+        """
+        handover = self._handover
+        if handover is None and self._is_up:
+            # Of one that is half open, the broker publishes the Will, as it does for others.
+            with_disconnect = not is_half_open and bool(self._farewell)
+            handover = _Handover(self._world.seconds() + self.after, with_disconnect=with_disconnect)
+        if handover is not None and may_wait and self.outgoing.in_flight:
+            self._handover = handover
+            self._requests.clear()
+            self.outgoing.finish_flights()
+        else:
+            self._leave_upstream(with_disconnect=handover is not None and handover.with_disconnect)
+
+    def _hand_over(self) -> None:
+        """Connect for the device that has waited for its predecessor's messages."""
+        if self._handover is not None:
+            self._leave_upstream(with_disconnect=self._handover.with_disconnect)
+            self._retry_at = 0.0
+            self._dial()
 
     def device_received(self, data: bytes) -> None:
         """Take bytes of the device."""
@@ -505,6 +529,8 @@ class StoredSession:
     def sweep(self, now: float) -> None:
         """Do what is due; called every second or so."""
         visit = self.visit
+        if self._handover is not None and now + SWEEP > self._handover.until:
+            self._hand_over()
         if visit is not None:
             self._sweep_visit(visit, now)
         if self._is_up:
@@ -689,6 +715,8 @@ class StoredSession:
                 self._is_dialling = False
                 self._link.cancel(self)
             self._leave_upstream(with_disconnect=False)
+        elif self._handover is not None:
+            self._leave_upstream(with_disconnect=self._handover.with_disconnect)
         self._check_over()
 
     def _end_visit(self) -> None:
@@ -959,7 +987,7 @@ class StoredSession:
             self.outgoing.acknowledged(packet_type, identifier_of(packet), code_of(packet))
         elif packet_type in {PacketType.PUBLISH, PacketType.PUBREL}:
             # For a device that is away it stays the broker's: nothing is acknowledged.
-            if self.visit is not None:
+            if self.visit is not None and self._handover is None:
                 self.incoming.from_broker(packet)
         elif packet_type in {PacketType.SUBACK, PacketType.UNSUBACK}:
             self._answered(packet_type, packet)
@@ -1034,7 +1062,7 @@ class StoredSession:
         if self._upstream is not None and not self._has_asked and self._was_answered:
             # CONNECT has not left.
             self.state.connack_missing = False
-        self._upstream = None
+        self._upstream = self._handover = None
         self._reader = self._from_broker = None
         self._pinged_at = None
         self._pings.clear()
@@ -1058,6 +1086,8 @@ class StoredSession:
 
     def _changed(self) -> None:
         self._mind_device()
+        if not self.outgoing.in_flight:
+            self._hand_over()
         self._check_settled()
         self._check_over()
 
@@ -1099,6 +1129,14 @@ class StoredSession:
         if not self.state.connect:
             return 0
         return packet_of(self.state.connect, self._world.max_connect_size)[1].keep_alive
+
+
+@attrs.frozen
+class _Handover:
+    """A device with Clean Start waits `until` then, in seconds, for what its predecessor has in flight."""
+
+    until: float
+    with_disconnect: bool
 
 
 @attrs.define(slots=True)
