@@ -302,6 +302,35 @@ def test_devices_are_listed_and_shown(
     assert '"sensor-3"' in capfd.readouterr().err
 
 
+def test_the_list_shows_client_identifiers(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Not the patterns that match them; patterns for several devices are told apart."""
+    for name in ("*", "a[b]?", "[x]"):
+        assert site.do("add", name) == 0
+    (site.directory / "many.toml").write_text('match_client_id = ["pump-*", "[a-c]", "[*]s"]\n')
+    capfd.readouterr()
+    assert site.do("list") == 0
+    shown = {line.partition("  ")[0] for line in capfd.readouterr().out.splitlines()}
+    assert shown == {"*", "a[b]?", "[x]", "every pump-*, every [a-c], *s"}
+
+
+def test_only_a_certificate_can_be_revoked(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """One of this device's: not one that other rules still use, and none where there is none."""
+    assert site.do("add", "own", *site.issuing) == 0
+    assert site.do("add", "none", "--set", "password_file=p") == 0
+    (site.directory / "kept.pem").write_text("")
+    assert site.do("add", "kept", "--set", "max_qos=1") == 0
+    for name in ("shares-1", "shares-2"):
+        assert site.do("add", name, "--set", "client_cert=fleet.pem", "--set", "client_key=fleet-key.pem") == 0
+    revoke = {}
+    for name in ("own", "none", "kept", "shares-1", "shares-2"):
+        capfd.readouterr()
+        assert site.do("remove", name) == 0
+        out = capfd.readouterr().out
+        assert "reload" in out
+        revoke[name] = "revoke" in out
+    assert revoke == {"own": True, "none": False, "kept": True, "shares-1": False, "shares-2": True}
+
+
 def test_a_device_is_removed(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """Its rule; its key only if asked for, since that is for good."""
     site.do("add", "sensor-1", *site.issuing)

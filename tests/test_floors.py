@@ -25,12 +25,21 @@ FLOORS = (
     {"gateway.session", "gateway.net", "gateway.store"},
     {"gateway.config"},
     {"gateway.mqtt"},
-    {"gateway", "gateway.errors", "gateway.text", "gateway.drain", "gateway.fair", "gateway.pieces"},
+    {
+        "gateway",
+        "gateway.disk",
+        "gateway.drain",
+        "gateway.errors",
+        "gateway.fair",
+        "gateway.pieces",
+        "gateway.text",
+    },
 )
 FLOOR_OF = {name: -level for level, names in enumerate(FLOORS) for name in names}
 # These never import Twisted: they are rules, and can be read and tested as such.
 WITHOUT_TWISTED = {
     "gateway.config",
+    "gateway.disk",
     "gateway.drain",
     "gateway.errors",
     "gateway.fair",

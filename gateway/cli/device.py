@@ -29,6 +29,7 @@ from gateway.cli.device_files import (
     certificate_pem,
     check_common_name,
     exact_pattern,
+    identifier_of,
     key_pem,
     make_key,
     now,
@@ -373,9 +374,17 @@ def _list(rules: _Rules, arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
         return 0
     for each in facts:
-        print(f"{printable(', '.join(each['client_id']) or 'every device')}  {each['identity']}")
+        print(f"{_who(each['client_id'])}  {each['identity']}")
     print(f"{len(facts)} devices in {rules.directory}", file=sys.stderr)
     return 0
+
+
+def _who(patterns: list[str]) -> str:
+    """Name the devices that a rule is for."""
+    if not patterns:
+        return "every device"
+    names = [(pattern, identifier_of(pattern)) for pattern in patterns]
+    return printable(", ".join(f"every {pattern}" if name is None else name for pattern, name in names))
 
 
 def _show(rules: _Rules, arguments: argparse.Namespace) -> int:
@@ -432,7 +441,7 @@ def _identity_words(device: DeviceRule) -> str:
 
 
 def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
-    path, _ = rules.find(arguments.client_id)
+    path, device = rules.find(arguments.client_id)
     files = Files.of(rules.directory, arguments.client_id)
     beside = [each for each in (files.key, files.request, files.certificate) if each.exists()]
     gone = [path, *beside] if arguments.keys else [path]
@@ -444,7 +453,12 @@ def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
         print(f"removed {each}")
     for each in beside if not arguments.keys else []:
         print(f"kept {each}; use --keys to delete it")
-    print("next: apply the change with systemctl reload mqtts-gateway, and revoke the device's certificate at its CA")
+    others = [other for file, other in rules.devices() if file != path] if device.client_cert is not None else []
+    has_certificate = files.certificate in beside or (
+        device.client_cert is not None and all(device.client_cert != other.client_cert for other in others)
+    )
+    revoke = ", and revoke the device's certificate at its CA" if has_certificate else ""
+    print(f"next: apply the change with systemctl reload mqtts-gateway{revoke}")
     return 0
 
 

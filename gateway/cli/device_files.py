@@ -31,6 +31,7 @@ from gateway.tls.trust import PrivateKey, read_certificates, read_private_key
 _FIT = re.compile(r"[A-Za-z0-9_@:-][A-Za-z0-9._@:-]{0,99}")
 _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 _WILDCARD = re.compile(r"([*?\[])")
+_EXACT = re.compile(r"\[([*?\[])\]")
 # X.520: upper bound of a common name, in characters.
 _LONGEST_COMMON_NAME = 64
 # The broker's clock may be behind the CA's.
@@ -70,6 +71,12 @@ def stem_of(client_identifier: str) -> str:
 def exact_pattern(client_identifier: str) -> str:
     """Return the pattern that matches only this Client Identifier."""
     return _WILDCARD.sub(r"[\1]", client_identifier)
+
+
+def identifier_of(pattern: str) -> str | None:
+    """Return the Client Identifier that a pattern of `exact_pattern` matches; `None` if it matches several."""
+    client_identifier = _EXACT.sub(r"\1", pattern)
+    return client_identifier if exact_pattern(client_identifier) == pattern else None
 
 
 def rule_text(client_identifier: str, table: Mapping[str, Any], remark: str = "") -> str:

@@ -19,6 +19,7 @@ from typing import TypeVar
 
 from attrs import frozen
 
+from gateway.disk import sync_directory
 from gateway.errors import GatewayError
 from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
 
@@ -348,7 +349,7 @@ class Database:
                     _rename(Path(f"{self.path}{suffix}"), Path(f"{failed}{suffix}"))
             self._adopt_copy()
             self._open_file()
-            _sync_directory(self.directory)
+            sync_directory(self.directory)
             # Each attempt leaves a file; the disk has room for one.
             for old in self.directory.glob(f"{self.path.name}.failed-*"):
                 if not old.name.startswith(failed.name):
@@ -412,7 +413,7 @@ class Database:
                         if statement.strip():
                             connection.execute(statement)
                     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-                _sync_directory(self.directory)
+                sync_directory(self.directory)
             connection.execute("SELECT max(number) FROM message").fetchone()
         except BaseException:
             connection.close()
@@ -586,11 +587,3 @@ def _copy(source: Path, target: Path) -> None:
             writing.write(block)
         writing.flush()
         os.fsync(writing.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

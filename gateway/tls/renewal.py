@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from gateway import MADE
 from gateway.config import TLS, DeviceRule
+from gateway.disk import sync_directory
 from gateway.errors import GatewayError
 from gateway.text import printable
 from gateway.tls.file_kinds import is_pkcs12
@@ -189,7 +190,7 @@ def replace(held: Held, chain: list[x509.Certificate], new_key: PrivateKey | Non
         _write(kept, held.content, like)
         kept.replace(held.file.with_name(f"{held.file.name}.old"))
         part.replace(held.file)
-        _sync(held.file.parent)
+        sync_directory(held.file.parent)
     except OSError as error:
         raise RenewalFailed(f"{held.file} cannot be replaced: {error.strerror}") from None
     finally:
@@ -212,14 +213,6 @@ def _write(path: Path, content: bytes, like: os.stat_result) -> None:
         file.write(content)
         file.flush()
         os.fsync(descriptor)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _alt_names(certificate: x509.Certificate) -> x509.Extension[x509.SubjectAlternativeName] | None:
