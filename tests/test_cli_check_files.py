@@ -20,7 +20,7 @@ from gateway.cli.report import Report, Status, Step
 from gateway.cli.service_view import ServiceView
 from tests.pki import CLIENT, Certified, certify, certify_ca
 
-CHECKED = "1 rule: 2 keys, certificates and passwords checked"
+CHECKED = "1 rule: 2 keys, certificates and passwords passed"
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,15 @@ def test_a_file_of_a_rule_that_is_not_right(
     command = ["check", "--files", "--quiet", "--config", str(site.config)]
     assert (console(command), console([*command, "--strict"])) == expected
     assert words in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["missing certificate", "world-readable key", "missing SAS key", "missing program"])
+def test_what_failed_is_not_among_what_passed(site: Site, root: Certified, name: str) -> None:
+    """The line that counts the rest counts no file that has a line of its own, and is left out if there is no rest."""
+    break_it(site, root, name)
+    counted = [step.message for step in site.steps() if step.message.startswith("1 rule:")]
+    rest = "1 rule: 1 of 2 keys, certificates and passwords passed"
+    assert counted == ([rest] if name == "world-readable key" else [])
 
 
 def test_a_prefix_with_filters_is_closed(site: Site) -> None:

@@ -1,7 +1,7 @@
 """Checks the files of a configuration.
 
 In: a configuration.  Out: a `Step` for each file of `[tls]`; of the rules' files, a `Step` for each that has a problem,
-and one for the rest, which may be thousands.
+and one that counts the rest, which may be thousands.
 
 A world-writable file is a FAIL: any local user could change whom the gateway trusts, or its identity.  A world-readable
 private key is a FAIL too: any local user could impersonate the gateway.  A group-readable key is a WARN unless root
@@ -152,18 +152,20 @@ def _has_key_identifier(certificate: x509.Certificate) -> bool:
 
 def _rule_steps(config: Config, view: ServiceView | None) -> Iterator[Step]:
     """Check the rules for devices and their files."""
-    checked = 0
+    checked = passed = 0
     if config.devices.directory is not None and view is not None:
         yield from _unseen_rules(config.devices.directory, view)
     for device in config.device:
         for step in (*_device_steps(device), *_renewal(device, view), *_credential_steps(device, view)):
             seen = _as_seen(step, view)
             checked += 1
-            if seen.status is not Status.PASS:
+            if seen.status is Status.PASS:
+                passed += 1
+            else:
                 yield evolve(seen, message=f"rule {printable(device.name)}: {seen.message}")
-    if checked:
-        rules = _count(config.device, "rule")
-        yield Step(_STEP, Status.PASS, f"{rules}: {checked} keys, certificates and passwords checked")
+    if passed:
+        rules, share = _count(config.device, "rule"), str(passed) if passed == checked else f"{passed} of {checked}"
+        yield Step(_STEP, Status.PASS, f"{rules}: {share} keys, certificates and passwords passed")
 
 
 def _unseen_rules(directory: Path, view: ServiceView) -> Iterator[Step]:
