@@ -408,7 +408,8 @@ class ConfigError(GatewayError):
 class SessionEnd(GatewayError):
     """A session cannot continue: the fixed word, and details for the record.
 
-    `detail` is for operators.  It never contains a secret, but may contain text from a device: escape it for output.
+    `detail` is for operators.  It never contains a secret.  Text of a peer in it is `printable`: show it with
+    `unprintable_escaped`.
     """
 
     def __init__(self, reason: EndReason, detail: str = "") -> None:

@@ -53,7 +53,7 @@ from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
 from gateway.store.opening import open_store, store_directory, stores_all
 from gateway.store.store import Store
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 
 _log = Logger(namespace="gateway")
 _T = TypeVar("_T")
@@ -474,7 +474,7 @@ class GatewayService(Service):
                 "rule {rule} cannot be used, so its devices are refused: {problem}",
                 event="rule-refused",
                 rule=printable(device.name),
-                problem=printable(problem, _MAX_PROBLEM),
+                problem=unprintable_escaped(problem, _MAX_PROBLEM),
             )
         if len(refused) > _CHANGES_SHOWN:
             _log.error("{count} more rules cannot be used", count=len(refused) - _CHANGES_SHOWN)

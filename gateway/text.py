@@ -26,15 +26,20 @@ def capitalized(words: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def unprintable_escaped(text: str) -> str:
-    """Return `text` with unprintable characters escaped, backslashes unchanged.
+def unprintable_escaped(text: str, limit: int | None = None) -> str:
+    """Return `text` with unprintable characters escaped, backslashes unchanged, cut after `limit` characters.
 
-    The last line of defence before output: most untrusted text has been through `printable` already.
+    For sentences of the gateway, in which untrusted text has been through `printable` already: details of an end
+    reason, problems of a configuration.  `printable` would escape that a second time.
     """
-    if text.isprintable():
-        return text
-    return "".join(character if character.isprintable() else _escape(character) for character in text)
+    shown = text[:limit]
+    if not shown.isprintable():
+        shown = "".join(character if character.isprintable() else _escape(character) for character in shown)
+    return shown + "…" if limit is not None and len(text) > limit else shown
 
 
 def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"  # a byte that is not UTF-8 (PEP 383)
     return character.encode("unicode_escape", "backslashreplace").decode("ascii")

@@ -16,7 +16,9 @@ from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher, js
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import FULL_RECORDS, FULL_RECORDS_OF_STANDING, WINDOW, Journal
+from gateway.ops.ledger import Ledger
 from gateway.session.record import SessionRecord
+from gateway.text import printable
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, accept_session
@@ -332,6 +334,23 @@ def test_a_hostile_client_identifier_cannot_forge_a_line(journal: Journal, event
         assert r"\u202egnp" in line
         assert r"{line}\\n" in line
     assert events[0]["client_identifier"] == HOSTILE
+
+
+def test_a_detail_is_not_escaped_twice() -> None:
+    """A peer's text in it is escaped already; whatever is not is escaped here. So in the log and for the page."""
+    events: list[dict[str, Any]] = []
+    clock = Clock()
+    ledger = Ledger(Journal(clock.seconds, Logger(observer=events.append)), clock.seconds)
+    once = printable("a\\b") + " \x1b"
+    failure = UpstreamFailure(EndReason.TLS_NAME_MISMATCH, once)
+    ledger.session_ended(unfinished(EndReason.TLS_NAME_MISMATCH, detail=once))
+    ledger.refused(EndReason.NO_PROXY_HEADER, "10.0.0.1:5", once)
+    ledger.passed_over("a:1", failure)
+    ledger.left_alone("a:1", failure, 2.0)
+    assert len(events) == 4
+    for line in lines(events):
+        assert r"(a\\b \x1b)" in line
+    assert {end.detail for end in ledger.ends()} == {r"a\\b \x1b"}
 
 
 def test_a_long_client_identifier_does_not_flood_the_log(journal: Journal, events: list[dict[str, Any]]) -> None:

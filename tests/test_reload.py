@@ -813,9 +813,13 @@ def test_a_request_is_answered_with_what_came_of_it(
         gateway.service.reread = lambda: from_mapping({"upstream": []})
         assert console(["reload", "--socket", str(path)]) == 1
         assert "upstream: missing" in capfd.readouterr().err
+        gateway.service.reread = lambda: from_mapping({"upstream": [{"host": 'a\\"b'}]})
+        assert console(["reload", "--socket", str(path)]) == 1
+        assert r'"a\\\"b" is not a DNS name' in capfd.readouterr().err, "what was quoted is not escaped again"
         logged_errors.clear()
         document = gateway.call(lambda: at_once(gateway.service.sight.document()))
-        assert document["reloads"]["refused"] == 1
+        assert document["reloads"]["refused"] == 2
+        assert any(r'"a\\\"b"' in words for words in document["reloads"]["wanting"])
         assert any("Reload refused" in reason for reason in verdict(document).reasons)
         gateway.service.reread = good
         assert console(["reload", "--socket", str(path)]) == 0

@@ -442,6 +442,17 @@ def test_a_refusal_is_relayed_and_ends_the_session(version: int, code: int) -> N
     assert not bench.journal.started
 
 
+def test_the_reason_string_of_a_refusal_is_escaped_in_the_detail() -> None:
+    """It is a stranger's text; those who show the detail do not escape it again."""
+    bench = Bench()
+    bench.session.device_received(mqtt.connect(version=5))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    words = b"no\\way\x1b"
+    bench.session.upstream_received(b"\x20\x0d\x00\x87\x0a\x1f" + len(words).to_bytes(2, "big") + words)
+    assert bench.reason is EndReason.UPSTREAM_REFUSED
+    assert bench.session.record.detail.endswith(r": no\\way\x1b")
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     "nonsense",

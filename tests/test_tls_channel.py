@@ -840,6 +840,13 @@ def with_alt_names(contents: bytes) -> x509.Certificate:
     return with_bytes_replaced(certify(names=[f"DNS:{room}"]), before, element(0x30, contents)).certificate
 
 
+def test_a_name_is_escaped_once() -> None:
+    """A backslash is doubled, so that it is no escape; a byte that is not UTF-8 is an escape."""
+    names = [rb"a\b", rb"\xff", b"\xff", "ü".encode(), b"\x1b"]
+    certificate = with_alt_names(b"".join(element(0x82, name) for name in names))
+    assert shown_names(certificate) == r"DNS:a\\b, DNS:\\xff, DNS:\xff, DNS:ü, DNS:\x1b"
+
+
 def test_a_hostile_certificate_cannot_write_into_the_log() -> None:
     """Names in a certificate are a stranger's text: control characters are escaped, long ones cut."""
     names = ["DNS:a\x1b[2Jb.test", "DNS:a\nb.test", "email:" + "x" * 500 + "@a.test"]

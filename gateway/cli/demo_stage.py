@@ -38,7 +38,7 @@ from gateway.config import from_mapping
 from gateway.errors import EndReason, GatewayError, UpstreamFailure
 from gateway.service import GatewayService
 from gateway.session.record import SessionRecord
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 
 _T = TypeVar("_T")
 
@@ -351,7 +351,7 @@ class Journal:
 
     def session_ended(self, record: SessionRecord) -> None:
         """See `gateway.session.session.Journal`."""
-        detail = f" ({printable(record.detail, 200)})" if record.detail else ""
+        detail = f" ({unprintable_escaped(record.detail, 200)})" if record.detail else ""
         counts = f"{record.bytes_up} bytes up, {record.bytes_down} bytes down"
         self._say(f"session {record.number} ended: {record.reason}{detail}; {counts}")
         if not self.ended.called:

@@ -40,7 +40,7 @@ from gateway.relay.upstream import UpstreamProtocol
 from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Session
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 from gateway.tls.algorithms import Offer, shown
 from gateway.tls.channel import TLSChannel
 from gateway.tls.survey import Answer, Reader, Survey
@@ -310,7 +310,7 @@ class Probe:
 
     def _connack(self, record: SessionRecord) -> Step:
         reason = record.reason or EndReason.INTERNAL_ERROR
-        detail = printable(record.detail)
+        detail = unprintable_escaped(record.detail, 256)
         if record.connack_seconds is not None:
             facts = {"code": 0, "seconds": record.connack_seconds}
             if reason is EndReason.DEVICE_DISCONNECT:

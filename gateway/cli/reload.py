@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gateway.cli.report import complain
 from gateway.ops.reload_port import DONE, NAME
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 
 _DEFAULT_DIRECTORY = "/run/mqtts-gateway"
 # systemd's own limit for a reload is 90 s (TimeoutStartSec=).
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     complain("reload refused, previous configuration still active" if result else "the gateway gave no answer")
     for problem in problems:
-        complain(f"  {printable(problem)}")
+        complain(f"  {unprintable_escaped(problem)}")
     return 1
 
 

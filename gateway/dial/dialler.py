@@ -33,7 +33,7 @@ from gateway.relay.websocket import WebSocketUpstream
 from gateway.rules.turns import ANYONE, Visitor
 from gateway.session.record import Dial, Peer
 from gateway.session.session import Session
-from gateway.text import printable
+from gateway.text import unprintable_escaped
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import TLSChannel
 from gateway.tls.tickets import Tickets
@@ -441,7 +441,7 @@ class Dialler:
                     "using full handshakes for the next hour",
                     event="resumption-suspended",
                     upstream=target.upstream.address,
-                    why=printable(str(failure), 400),
+                    why=unprintable_escaped(str(failure), 400),
                 )
             if failure.reason is EndReason.TLS_TIMEOUT:
                 raise

@@ -20,7 +20,7 @@ from gateway.dial.dialler import DialJournal
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Journal as SessionJournal
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 
 # Per window, this many records of each cause are written in full; the rest are counted.  Established sessions get more:
 # a broker that restarts ends all its sessions at once, and a hundred lines show which.
@@ -118,7 +118,7 @@ class Journal:
                 device_address=device_address,
                 reason=reason.value,
                 detail=_cut(detail),
-                shown=f" ({printable(detail, 400)})" if detail else "",
+                shown=f" ({unprintable_escaped(detail, 400)})" if detail else "",
                 remedy=reason.remedy,
             )
 
@@ -132,7 +132,7 @@ class Journal:
                 upstream=upstream,
                 reason=reason.value,
                 detail=_cut(failure.detail),
-                shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
+                shown=f" ({unprintable_escaped(failure.detail, 400)})" if failure.detail else "",
                 remedy=reason.remedy,
             )
 
@@ -149,7 +149,7 @@ class Journal:
                 shown_seconds=f"{seconds:.1f}",
                 reason=reason.value,
                 detail=_cut(failure.detail),
-                shown=f" ({printable(failure.detail, 400)})" if failure.detail else "",
+                shown=f" ({unprintable_escaped(failure.detail, 400)})" if failure.detail else "",
                 remedy=reason.remedy,
             )
 
@@ -264,7 +264,7 @@ def _start_line(record: SessionRecord) -> str:
 
 def _end_line(record: SessionRecord) -> str:
     reason = record.reason
-    detail = f" ({printable(record.detail, 400)})" if record.detail else ""
+    detail = f" ({unprintable_escaped(record.detail, 400)})" if record.detail else ""
     line = f"{_who(record)} ended: {reason}{detail}"
     if record.established:
         line += (

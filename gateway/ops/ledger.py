@@ -21,7 +21,7 @@ from gateway.ops.journal import IN_ORDER, GatewayJournal
 from gateway.pieces import Pieces, at_once, slices
 from gateway.session.record import Peer, SessionRecord, Traffic
 from gateway.session.session import Session, State
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 
 SAMPLE_INTERVAL = 10.0  # seconds
 SAMPLES = 90  # number of intervals kept: 15 minutes
@@ -184,7 +184,7 @@ class Ledger:
                 client_identifier=printable(record.client_identifier, _MAX_TEXT),
                 device_address=record.device_address,
                 reason=reason,
-                detail=printable(record.detail, _MAX_TEXT),
+                detail=unprintable_escaped(record.detail, _MAX_TEXT),
                 ended=self._seconds(),
                 since=self._seconds(),
                 number=record.number,
@@ -203,7 +203,15 @@ class Ledger:
         self.refusals[reason] += 1
         now = self._seconds()
         self._remember(
-            End(device_key("", device_address), "", device_address, reason, printable(detail, _MAX_TEXT), now, now)
+            End(
+                device_key("", device_address),
+                "",
+                device_address,
+                reason,
+                unprintable_escaped(detail, _MAX_TEXT),
+                now,
+                now,
+            )
         )
 
     def passed_over(self, upstream: str, failure: UpstreamFailure) -> None:

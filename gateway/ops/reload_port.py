@@ -14,7 +14,7 @@ from typing import Any
 from twisted.internet.defer import Deferred
 
 from gateway.ops.owner_port import OwnerPort, OwnerRequest
-from gateway.text import printable
+from gateway.text import unprintable_escaped
 
 NAME = "reload.sock"
 """Its name in the service's runtime directory."""
@@ -49,6 +49,6 @@ class _Request(OwnerRequest):
         self._of.reload().addCallback(self._answer)
 
     def _answer(self, problems: Sequence[str]) -> None:
-        shown = [printable(problem, _LONGEST_PROBLEM) for problem in problems[:_MOST_PROBLEMS]]
+        shown = [unprintable_escaped(problem, _LONGEST_PROBLEM) for problem in problems[:_MOST_PROBLEMS]]
         lines = [REFUSED if problems else DONE, *shown]
         self.answer("".join(f"{line}\n" for line in lines).encode())

@@ -25,7 +25,7 @@ from gateway.dial.dialler import Dialler
 from gateway.errors import SessionEnd
 from gateway.prepared import Prepared
 from gateway.rules.secrets import Programs
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 from gateway.tls.devices import DevicePolicies
 from gateway.tls.renewal import (
     Held,
@@ -268,7 +268,7 @@ class Renewals:
         longest = min(_LAST_RETRY, max(_FIRST_RETRY, rest * _SHARE_OF_REST))
         delay = min(longest, _FIRST_RETRY * 2 ** min(state.attempts - 1, 20)) * (0.75 + 0.5 * self._uniform())
         state.retry_at = self._seconds() + delay
-        words = printable(problem, _MAX_PROBLEM)
+        words = unprintable_escaped(problem, _MAX_PROBLEM)
         until = f"{'expires' if rest > 0 else 'expired'} on {end:%Y-%m-%d %H:%M} UTC"
         self.failing[name] = f"{words} ({until})"
         _log.error(

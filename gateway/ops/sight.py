@@ -30,7 +30,7 @@ from gateway.session.session import Session, State
 from gateway.session.stored import Phase
 from gateway.store.backlog import Backlog, client_identifier_of
 from gateway.stored_devices import StoredDevices
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 
 PER_PAGE = 50
 MOST_PER_PAGE = 1000
@@ -231,7 +231,7 @@ class Sight:
             "reloads": {
                 "done": ledger.reloads,
                 "refused": ledger.refused_reloads,
-                "wanting": [printable(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
+                "wanting": [unprintable_escaped(words, _MAX_WORDS) for words in self.sources.refused_reloads()],
             },
             "log": dict(zip(("lines_lost", "losing"), self.sources.log(), strict=True)),
             "lately": latest,
@@ -262,7 +262,7 @@ class Sight:
         return {
             "count": len(refused),
             "first": [
-                {"rule": printable(rule, _MAX_TEXT), "problem": printable(problem, _MAX_WORDS)}
+                {"rule": printable(rule, _MAX_TEXT), "problem": unprintable_escaped(problem, _MAX_WORDS)}
                 for rule, problem in refused[:MOST_DEVICES]
             ],
         }
@@ -296,7 +296,7 @@ class Sight:
             "failed_dials": {reason.value: count for reason, count in upstream.failed_dials.items()},
             "last_failure": None
             if failure is None or deciding.failed_at is None
-            else _reason(failure.reason, printable(failure.detail, _MAX_TEXT))
+            else _reason(failure.reason, unprintable_escaped(failure.detail, _MAX_TEXT))
             | {"time": at(deciding.failed_at), "seconds_ago": round(seconds - deciding.failed_at)},
         }
 
@@ -332,7 +332,7 @@ class Sight:
             "files_bytes": store.used,
             "oldest_seconds": None if store.oldest is None else max(0, round(moment - store.oldest)),
             "loading": store.loading,
-            "failure": None if store.failure is None else printable(str(store.failure), _MAX_TEXT),
+            "failure": None if store.failure is None else unprintable_escaped(str(store.failure), _MAX_TEXT),
             "stored": counts.stored,
             "delivered": counts.drained,
             "set_aside": sum(store.aside.values()),
@@ -349,7 +349,7 @@ class Sight:
                     "connected": stored is not None and stored.has_device,
                     "trouble": ""
                     if stored is None or stored.trouble is None
-                    else printable(str(stored.trouble), _MAX_TEXT),
+                    else unprintable_escaped(str(stored.trouble), _MAX_TEXT),
                 }
                 for backlog in waiting
                 for stored in (devices.sessions.get(backlog.name),)

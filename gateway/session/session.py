@@ -56,6 +56,7 @@ from gateway.mqtt.rewrite import announce_packet_size
 from gateway.session.pace import Pace
 from gateway.session.record import Dial, Peer, SessionRecord, Traffic
 from gateway.session.treatment import Treatment
+from gateway.text import printable
 
 
 class State(Enum):
@@ -816,7 +817,7 @@ class Session:
                 words = describe_connack(self._connect.version, connack.code)
                 detail = f"CONNACK 0x{connack.code:02X}, {words}"
                 if connack.reason_string:
-                    detail += f": {connack.reason_string}"
+                    detail += f": {printable(connack.reason_string)}"
                 self._end(EndReason.UPSTREAM_REFUSED, detail, answered=True)
                 return
             now = self._seconds()

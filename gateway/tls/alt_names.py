@@ -49,7 +49,7 @@ class AltName:
             return "other"
         if self.tag == _IP:
             return f"IP:{self.ip or self.contents.hex()}"
-        return f"{label}:{self.contents.decode('utf-8', 'backslashreplace')}"
+        return f"{label}:{self.contents.decode('utf-8', 'surrogateescape')}"
 
 
 def alt_names(certificate: x509.Certificate) -> list[AltName]:
@@ -66,7 +66,10 @@ def alt_names(certificate: x509.Certificate) -> list[AltName]:
 
 
 def subject_alt_names(certificate: x509.Certificate) -> list[str]:
-    """Return the entries as `DNS:…`, `IP:…`, `email:…`, `URI:…` or `other`; `unreadable` if they cannot be read."""
+    """Return the entries as `DNS:…`, `IP:…`, `email:…`, `URI:…` or `other`; `unreadable` if they cannot be read.
+
+    Bytes that are not UTF-8 are surrogates, as in file names: show entries with `printable` alone.
+    """
     try:
         return [str(name) for name in alt_names(certificate)]
     except ValueError:

@@ -169,7 +169,7 @@ class TLSChannel:
     def agreed(self) -> tuple[str, str, str]:
         """Return the TLS version, the cipher and the application protocol that the handshake agreed on."""
         connection = self._connection
-        alpn = connection.get_alpn_proto_negotiated().decode("ascii", "backslashreplace")
+        alpn = connection.get_alpn_proto_negotiated().decode("ascii", "surrogateescape")
         return connection.get_protocol_version_name(), connection.get_cipher_name() or "", alpn
 
     def start(self) -> None:
@@ -390,7 +390,9 @@ class TLSChannel:
         tls_version, cipher, alpn = self.agreed()
         if self._policy.alpn and alpn not in self._policy.alpn:
             offered = ", ".join(self._policy.alpn)
-            raise UpstreamFailure(EndReason.TLS_ALPN_MISMATCH, f"offered {offered}; the broker chose {alpn or 'none'}")
+            raise UpstreamFailure(
+                EndReason.TLS_ALPN_MISMATCH, f"offered {offered}; the broker chose {printable(alpn) or 'none'}"
+            )
         if self._policy.pins:
             self._check_pins(verified.pins)
         if self._policy.strict and resumed is None:
