@@ -105,6 +105,26 @@ def test_a_timeout_that_is_late_by_itself_gets_its_time_again() -> None:
     assert fired
 
 
+def test_a_timeout_that_was_put_off_does_not_hold_up_others() -> None:
+    """Those of the same length that began later are due before it now, and keep their order."""
+    clock, fired = Clock(), list[tuple[str, float]]()
+    patience = PatientClock(clock)
+
+    def begin(name: str) -> None:
+        patience.callLater(4.0, lambda: fired.append((name, clock.seconds())))
+
+    begin("put off")
+    begin("put off, too")
+    clock.advance(3.0)
+    begin("in time")
+    clock.advance(2.5)  # a pause of 1.5 s, which nobody has noticed yet
+    begin("later")
+    clock.pump([0.25] * 40)
+    assert fired == [("in time", 7.0), ("put off", 9.5), ("put off, too", 9.5), ("later", 9.5)]
+    assert not patience.getDelayedCalls()
+    assert not clock.getDelayedCalls()
+
+
 def test_a_call_can_be_cancelled_at_any_time() -> None:
     """Also when it is due already."""
     clock = Clock()

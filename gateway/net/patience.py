@@ -98,6 +98,7 @@ class _Queue:
         """Have those called that are due, and wait for the next one."""
         self._timer = None
         now, called = self.clock.seconds(), 0
+        late: list[_Wait] = []
         for wait in self.waits:
             if called == _CALLED_AT_A_TIME:
                 self._timer = self.clock.callLater(0, self._due)
@@ -108,14 +109,17 @@ class _Queue:
             if now - wait.ends > _LATE and not wait.was_late:
                 # The process was stopped, and nobody has given the time back yet.
                 wait.was_late = True
-                wait.ends = now + self.delay
-                if wait.soon is not None:
-                    wait.put_off(wait.ends)
+                wait.put_off(now + self.delay)
+                late.append(wait)
                 continue
             wait.call_soon()
             called += 1
-        if self._timer is None and (left := [wait.ends for wait in self.waits if wait.ends > now]):
-            self._timer = self.clock.callLater(min(left) - now, self._due)
+        # Nothing is due after these now, and what is due before them must not wait for them.
+        for wait in late:
+            del self.waits[wait]
+            self.waits[wait] = None
+        if late and self._timer is None:
+            self._timer = self.clock.callLater(self.delay, self._due)
 
     def _stop(self) -> None:
         if self._timer is not None:
