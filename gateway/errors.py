@@ -150,6 +150,11 @@ class EndReason(StrEnum):
         "The device's rule, or a key or certificate that it names, cannot be used.",
         "Correct what the detail names. If you change the rule itself, reload the gateway.",
     )
+    DEVICE_DISABLED = (
+        "device-disabled",
+        "The device's rule says enabled = false.",
+        "To let the device connect again, run `mqtts-gateway device enable ID` and reload the gateway.",
+    )
     DEVICE_PASSWORD_WRONG = (
         "device-password-wrong",
         "The user name or password in CONNECT does not match the device's rule.",

@@ -38,9 +38,9 @@ from gateway.prepared import Prepared, prepare
 from gateway.reception import Helpers, Reception, is_over, password_turns
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.proxied import Doorstep
-from gateway.rules.admission import Doorkeeper, host_of
+from gateway.rules.admission import Doorkeeper, host_of, host_shown
 from gateway.rules.presence import Presence
-from gateway.rules.rules import Caller
+from gateway.rules.rules import Caller, Rules
 from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
 from gateway.store.store import Store
@@ -59,6 +59,8 @@ _ENDED_AT_A_TIME = 20
 # A reload judges those anew; so many in a turn, since each may be ended.
 _WAITING = frozenset({State.DIALLING, State.WAIT_CONNACK})
 _JUDGED_AT_A_TIME = 20
+# So many rules are tried in a turn, a microsecond or two each.
+_TRIED_AT_A_TIME = 1000
 # The codes of the CONNACK, before 5.0 and in 5.0, for a device that a reload has shut out.
 _REFUSED_AFTER_RELOAD = {
     EndReason.NETWORK_NOT_ALLOWED: (5, ReasonCode.NOT_AUTHORIZED),
@@ -255,6 +257,8 @@ class Gateway:
             if session.state in _WAITING
         ]
         in_turns(self._clock.callLater, self._judge_all(waiting, is_superseded=before.dialler.superseded))
+        if prepared.rules.disables_any:
+            in_turns(self._clock.callLater, self._end_disabled(prepared.rules))
 
     def _judge_all(self, waiting: Sequence[tuple[Session, _Opening, bool]], *, is_superseded: bool) -> Pieces[None]:
         """End sessions that the new configuration does not permit, or that the broker had under the old one."""
@@ -262,6 +266,24 @@ class Gateway:
             for session, opening, was_sent in some:
                 self._guarded(session, partial(self._judge, opening, was_sent and is_superseded))
             yield
+
+    def _end_disabled(self, rules: Rules) -> Pieces[None]:
+        """End the established sessions of devices that the new configuration disables."""
+        established = [session for session in self.sessions if session.state is State.RELAYING]
+        at_a_time = max(1, min(_JUDGED_AT_A_TIME, _TRIED_AT_A_TIME // rules.tried))
+        for some in slices(established, at_a_time):
+            for session in some:
+                self._guarded(session, partial(self._end_if_disabled, rules))
+            yield
+        if self.stored is not None:
+            yield from self.stored.end_disabled(rules, at_a_time)
+
+    def _end_if_disabled(self, rules: Rules, session: Session) -> None:
+        record = session.record
+        caller = Caller(host_shown(record.device_address), record.listener)
+        refusal = rules.disabling(record.client_identifier, caller, record.rule)
+        if refusal is not None and session.state is State.RELAYING:
+            session.stop(refusal.reason, detail=refusal.detail)
 
     def _judge(self, opening: _Opening, is_of_before: bool, session: Session) -> None:
         if session.state is State.ENDED:

@@ -24,6 +24,7 @@ from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import Gauge
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.rules.presence import Holder, Holders
+from gateway.rules.rules import Caller, Rules
 from gateway.session.record import Dial, Peer, SessionRecord
 from gateway.session.session import Session
 from gateway.session.stored import Phase, StoredSession
@@ -255,6 +256,21 @@ class StoredDevices:
         self._config = config
         self.store.config = config.store
         self.routes.clear()
+
+    def end_disabled(self, rules: Rules, at_a_time: int) -> Pieces[None]:
+        """End the sessions of devices that the rules disable, also towards the broker; judge so many in a turn."""
+        for some in slices(list(self.sessions.values()), at_a_time):
+            for stored in some:
+                presented = stored.presented()
+                if presented is None or self.sessions.get(stored.name) is not stored:
+                    continue
+                caller = Caller(stored.state.address, stored.state.listener)
+                try:
+                    rules.match(presented[1], caller)
+                except Refusal as refusal:
+                    if refusal.reason is EndReason.DEVICE_DISABLED:
+                        stored.shut_out(refusal)
+            yield
 
     def has_backlog(self, name: str) -> bool:
         """Whether messages of this identity wait, or are under way, so that its device must go on as a stored one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import stat
 import subprocess
 import sys
@@ -19,10 +20,14 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.cli.device_change import change
 from gateway.cli.device_files import exact_pattern, rule_text, stem_of
+from gateway.cli.device_rules import Rules
 from gateway.cli.main import console
+from gateway.cli.service_view import ServiceView
 from gateway.config import DeviceRule, load_file
 from gateway.config.passwords import parse_hash
+from gateway.errors import ConfigError
 from gateway.tls.trust import read_private_key
 from tests.pki import CLIENT, Certified, certify, certify_ca
 from tests.tools import require_tool
@@ -341,6 +346,65 @@ def test_a_device_is_removed(site: Site, capfd: pytest.CaptureFixture[str]) -> N
     site.do("add", "sensor-2", *site.issuing)
     assert site.do("remove", "sensor-2", "--keys") == 0
     assert site.files() == ["sensor-1-key.pem", "sensor-1.pem"]
+
+
+RULE = """# the boiler in hall 7
+match_client_id = "d1"
+publish = [
+    "a/#",  # measurements
+]
+"""
+
+
+@pytest.mark.parametrize("before", ["", "enabled = true  # always\n"])
+def test_a_device_is_disabled_and_enabled_again(
+    site: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """Nothing else in its rule changes, and the file keeps its mode; each command names the next."""
+    file = site.directory / "d1.toml"
+    file.write_text(RULE + before)
+    file.chmod(0o640)
+    monkeypatch.setattr(ServiceView, "of", lambda config: ServiceView("mqtts-gateway.service"))
+    for _ in range(2):
+        assert site.do("disable", "d1") == 0
+        assert not site.rule("d1").enabled
+        assert "next: systemctl reload mqtts-gateway; this ends" in capfd.readouterr().out
+    assert file.read_text() == RULE + "enabled = false\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    for _ in range(2):
+        assert site.do("enable", "d1") == 0
+        assert "next: systemctl reload mqtts-gateway" in capfd.readouterr().out or site.rule("d1").enabled
+    assert file.read_text() == RULE
+    assert site.files() == ["d1.toml"]
+
+
+def test_a_device_without_a_rule_of_its_own_is_disabled_by_the_command_that_is_named(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It may be covered by a rule for many, which stays as it is."""
+    assert site.do("disable", "d 1") == 1
+    command = capfd.readouterr().err.partition("mqtts-gateway device ")[2]
+    assert site.do(*shlex.split(command)) == 0
+    assert not site.rule("d 1").enabled
+
+
+def test_a_rule_that_cannot_be_edited_is_left_as_it_is(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where the key is not on a line of its own, or the result would be refused."""
+    file = site.directory / "d1.toml"
+    file.write_text('"enabled" = true\n')
+    assert site.do("disable", "d1") == 1
+    assert "by hand" in capfd.readouterr().err
+    assert file.read_text() == '"enabled" = true\n'
+
+
+def test_a_change_that_the_gateway_would_refuse_is_undone(site: Site) -> None:
+    """The file is as it was, to the byte."""
+    file = site.directory / "d1.toml"
+    file.write_text("max_qos = 1")
+    rules = Rules.of(site.config)
+    with pytest.raises(ConfigError, match="nowhere"):
+        change(rules, file, {"upstream": "nowhere"})
+    assert file.read_text() == "max_qos = 1"
 
 
 def test_a_table_of_devices_is_imported(site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

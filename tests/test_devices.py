@@ -601,6 +601,49 @@ def test_unknown_devices_are_refused_where_that_is_set(
 
 
 @pytest.mark.parametrize("version", [3, 4, 5])
+def test_a_device_that_is_disabled_is_ended_and_refused(
+    start_gateway: StartGateway, start_broker: StartBroker, version: int
+) -> None:
+    """The reload ends its session and no other; it is told why, and served again as soon as it is enabled."""
+    rule = {"match_client_id": "d1", "match_network": "127.0.0.1"}
+    gateway = start_gateway(upstream=start_broker().port, device=[rule, {"match_client_id": "d*"}])
+    with (
+        established(gateway, version=version, client_identifier="d1") as device,
+        established(gateway, client_identifier="d2") as other,
+        established(gateway, client_identifier="d3", source="127.0.0.3") as elsewhere,
+    ):
+        gateway.change(device=[{**rule, "match_client_id": ["d1", "d3"], "enabled": False}, {"match_client_id": "d*"}])
+        told_last = device.read_to_end()
+        assert told_last[:1] + told_last[2:3] == (b"\xe0\x98" if version == 5 else b"")
+        assert gateway.wait_ended().reason is EndReason.DEVICE_DISABLED
+        assert refusal(version, 5, 0x8A, told(gateway, mqtt.connect("d1", version=version)))
+        assert gateway.wait_ended(2).reason is EndReason.DEVICE_DISABLED
+        for standing in (other, elsewhere):
+            standing.send(mqtt.disconnect())
+            assert standing.read_to_end() == b""
+        assert gateway.wait_ended(4).reason is EndReason.DEVICE_DISCONNECT
+    gateway.change(device=[rule])
+    established(gateway, version=version, client_identifier="d1").close()
+
+
+def test_a_rule_for_user_names_that_is_disabled_ends_the_sessions_under_it(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """User names are not kept; the rule that a session began under is."""
+    rules = [{"name": "plant", "match_username": "plant"}, {"name": "rest", "match_pattern": ".*"}]
+    gateway = start_gateway(upstream=start_broker().port, device=rules)
+    with (
+        established(gateway, client_identifier="d1", username="plant") as device,
+        established(gateway, client_identifier="d2") as other,
+    ):
+        gateway.change(device=[{**rules[0], "enabled": False}, rules[1]])
+        assert device.read_to_end() == b""
+        assert gateway.wait_ended().detail == "rule plant"
+        gateway.change(device=[{**rules[0], "enabled": False}, {**rules[1], "enabled": False}])
+        assert other.read_to_end() == b""
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
 def test_a_spoofer_is_refused_and_told_of(
     start_gateway: StartGateway, start_broker: StartBroker, version: int, logged: list[str]
 ) -> None:

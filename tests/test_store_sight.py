@@ -11,6 +11,7 @@ import pytest
 
 from gateway import stored_devices
 from gateway.cli.status import overview
+from gateway.errors import EndReason
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
 from gateway.pieces import at_once, in_turns
@@ -88,6 +89,22 @@ def test_without_a_broker_the_gateway_is_ready_if_it_stores_for_every_device(
     gateway.change(device=[stored_rule, {**stored_rule, "match_client_id": ["e*"], "store": False}])
     stored.store.failure = None
     assert not seen(gateway)["ready"]
+
+
+def test_a_stored_device_that_is_disabled_is_ended_and_its_messages_wait(
+    gateway: RunningGateway, device: Device
+) -> None:
+    """Also without a session: its messages do not leave before it is enabled."""
+    rule = {"match_client_id": ["d*"], "bound_to": ["127.0.0.0/8"], "store": True}
+    gateway.change(device=[{**rule, "enabled": False}])
+    assert device.read_to_end() == b""
+    assert gateway.wait_ended().reason is EndReason.DEVICE_DISABLED
+    (backlog,) = seen(gateway)["store"]["backlogs"]
+    assert (backlog["messages"], backlog["connected"]) == (1, False)
+    assert "device-disabled" in backlog["trouble"]
+    with Device(gateway.port) as again:
+        again.send(mqtt.connect("d<1>"))
+        assert again.read(4)[3] == 5
 
 
 def test_other_devices_that_are_refused_are_not_passed_over(gateway: RunningGateway, device: Device) -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from attrs import frozen
 
-from gateway.cli import renew
+from gateway.cli import device_change, renew
 from gateway.cli.certificates import expiry
 from gateway.cli.device_files import (
     KEY_TYPES,
@@ -36,15 +35,12 @@ from gateway.cli.device_files import (
     request_pem,
     rule_text,
 )
+from gateway.cli.device_rules import Rules
 from gateway.cli.device_table import SALT_SIZE, NewDevice, Problems, read_table, value_of
 from gateway.cli.report import complain
-from gateway.cli.service_view import ServiceView
-from gateway.config import Config, DeviceRule, load_file
-from gateway.config.anchor import Anchor
+from gateway.config import DeviceRule
 from gateway.config.devices import cross_problems
-from gateway.config.directory import RuleFiles, read_directory
 from gateway.config.passwords import hash_password
-from gateway.config.profiles import with_profile
 from gateway.config.secret_files import SecretUnavailable
 from gateway.config.structure import structure_device
 from gateway.errors import ConfigError, Refusal
@@ -62,12 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the options of `device`."""
     commands = parser.add_subparsers(metavar="ACTION", required=True)
 
-    def command(
-        name: str, action: Callable[[_Rules, argparse.Namespace], int], summary: str
-    ) -> argparse.ArgumentParser:
+    def command(name: str, action: Callable[[Rules, argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
         each = commands.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
         each.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
-        each.set_defaults(run_device=lambda arguments: action(_Rules.of(Path(arguments.config)), arguments))
+        each.set_defaults(run_device=lambda arguments: action(Rules.of(Path(arguments.config)), arguments))
         return each
 
     add = command("add", _add, "write a device's rule, optionally with a key and a certificate")
@@ -87,6 +81,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--json", action="store_true", help="output JSON")
     show = command("show", _show, "show one device's rule and certificate")
     _identifier(show)
+    disabling = command("disable", device_change.disable, "refuse a device and end its session, and keep its rule")
+    _identifier(disabling)
+    enabling = command("enable", device_change.enable, "let a disabled device connect again")
+    _identifier(enabling)
     remove = command("remove", _remove, "remove a device's rule")
     _identifier(remove)
     remove.add_argument("--keys", action="store_true", help="also delete its key, request and certificate permanently")
@@ -129,61 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-@frozen
-class _Rules:
-    """The directory of rules, and the configuration that names it."""
-
-    config: Config
-    file: Path
-    directory: Path
-
-    @classmethod
-    def of(cls, path: Path) -> _Rules:
-        config = load_file(path)
-        directory = config.devices.directory
-        if directory is None:
-            raise DeviceProblem(
-                f'{path} does not set a directory for rules. Set directory = "devices" under [devices] and create it'
-            )
-        return cls(config, path, directory)
-
-    @property
-    def profile(self) -> tuple[str, str]:
-        """The name of the profile, and the first broker's host."""
-        return self.config.devices.profile, self.config.upstream[0].host
-
-    def filled(self, table: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a rule's table with the profile's values."""
-        return with_profile(*self.profile, table)
-
-    def devices(self) -> list[tuple[Path, DeviceRule]]:
-        """Return the rules in the directory, each with its file."""
-        rules, problems = read_directory(
-            self.directory, Anchor.of(self.file.absolute().parent), self.profile, RuleFiles()
-        )
-        if problems:
-            raise Problems(problems)
-        return rules
-
-    def check_all(self) -> None:
-        """Load the configuration anew, with what was written.  Raises `ConfigError` if the gateway would refuse it."""
-        load_file(self.file)
-
-    def find(self, client_identifier: str) -> tuple[Path, DeviceRule]:
-        """Return a device's rule and its file.  Raises `DeviceProblem`."""
-        pattern = exact_pattern(client_identifier)
-        for path, device in self.devices():
-            if device.match_client_id == (pattern,):
-                return path, device
-        # A rule for everyone in the device's file: somebody edited it.
-        own = Files.of(self.directory, client_identifier).rule
-        for path, device in self.devices():
-            if path == own and not device.match_client_id:
-                return path, device
-        raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" only')
-
-
-def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
+def _add(rules: Rules, arguments: argparse.Namespace) -> int:
     issuer = _issuer(arguments)
     table = _set_keys(arguments.set)
     if arguments.lan_password:
@@ -200,7 +144,7 @@ def _add(rules: _Rules, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _import(rules: _Rules, arguments: argparse.Namespace) -> int:
+def _import(rules: Rules, arguments: argparse.Namespace) -> int:
     """Add all devices in a file, or none if there is a problem with any of them."""
     devices, remarks = read_table(Path(arguments.file))
     for remark in remarks:
@@ -232,7 +176,7 @@ def _each(
 
 
 def _show_import(
-    rules: _Rules, devices: list[tuple[int, NewDevice]], issuer: Authority | None, arguments: argparse.Namespace
+    rules: Rules, devices: list[tuple[int, NewDevice]], issuer: Authority | None, arguments: argparse.Namespace
 ) -> int:
     """Check everything that can be checked without writing, and show what would be added."""
     checked: list[tuple[str, DeviceRule]] = []
@@ -258,7 +202,7 @@ def _show_import(
 
 
 def _with_identity(
-    rules: _Rules, new: NewDevice, issuer: Authority | None, arguments: argparse.Namespace, writer: Writer
+    rules: Rules, new: NewDevice, issuer: Authority | None, arguments: argparse.Namespace, writer: Writer
 ) -> None:
     """Write a device's files: with a request, with a certificate from `issuer`, or only the rule."""
     files = Files.of(rules.directory, new.client_identifier)
@@ -267,7 +211,7 @@ def _with_identity(
         _write_rule(rules, new, files, {}, writer)
         return
     key = make_key(arguments.key_type)
-    group = _key_group(rules)
+    group = rules.key_group
     writer.write(files.key, key_pem(key), _SECRET if group is None else _SECRET_OF_GROUP, group)
     if issuer is None:
         writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
@@ -279,13 +223,7 @@ def _with_identity(
     _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
 
 
-def _key_group(rules: _Rules) -> int | None:
-    """Return the group that gives the installed service read access to a key of root's; `None` if there is none."""
-    view = ServiceView.of(rules.file.absolute()) if os.geteuid() == 0 else None
-    return None if view is None else view.key_group
-
-
-def _with_certificate(rules: _Rules, new: NewDevice, source: Path, writer: Writer) -> None:
+def _with_certificate(rules: Rules, new: NewDevice, source: Path, writer: Writer) -> None:
     """Write the rule of a device whose certificate has been issued."""
     files = Files.of(rules.directory, new.client_identifier)
     _refuse_a_second(rules, new.client_identifier, files)
@@ -303,12 +241,12 @@ def _with_certificate(rules: _Rules, new: NewDevice, source: Path, writer: Write
     _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
 
 
-def _write_rule(rules: _Rules, new: NewDevice, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
+def _write_rule(rules: Rules, new: NewDevice, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
     table = {**identity, **new.table}
     writer.write(files.rule, _check_rule(rules, new, table).encode(), _PUBLIC)
 
 
-def _check_rule(rules: _Rules, new: NewDevice, table: Mapping[str, Any]) -> str:
+def _check_rule(rules: Rules, new: NewDevice, table: Mapping[str, Any]) -> str:
     """Return the text of a device's rule, which can be read and matches the device.  Raises what is wrong with it."""
     text = rule_text(new.client_identifier, table)
     rule = Rule.of(structure_device(rules.filled(tomllib.loads(text))), 0)
@@ -321,7 +259,7 @@ def _check_rule(rules: _Rules, new: NewDevice, table: Mapping[str, Any]) -> str:
     return text
 
 
-def _refuse_a_second(rules: _Rules, client_identifier: str, files: Files) -> None:
+def _refuse_a_second(rules: Rules, client_identifier: str, files: Files) -> None:
     if not client_identifier:
         raise DeviceProblem("the Client Identifier is empty")
     if files.rule.exists():
@@ -368,7 +306,7 @@ def _ask_password() -> bytes:
     return password.encode("utf-8", "surrogateescape")
 
 
-def _list(rules: _Rules, arguments: argparse.Namespace) -> int:
+def _list(rules: Rules, arguments: argparse.Namespace) -> int:
     facts = [_facts(path, device) for path, device in rules.devices()]
     if arguments.json:
         print(json.dumps(facts, indent=2))
@@ -387,7 +325,7 @@ def _who(patterns: list[str]) -> str:
     return printable(", ".join(f"every {pattern}" if name is None else name for pattern, name in names))
 
 
-def _show(rules: _Rules, arguments: argparse.Namespace) -> int:
+def _show(rules: Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
     print(f"rule         {path}")
     print(f"identity     {_identity_words(device)}")
@@ -440,7 +378,7 @@ def _identity_words(device: DeviceRule) -> str:
     return " and ".join(parts) or "the device's own credentials"
 
 
-def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
+def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
     files = Files.of(rules.directory, arguments.client_id)
     beside = [each for each in (files.key, files.request, files.certificate) if each.exists()]
@@ -457,16 +395,16 @@ def _remove(rules: _Rules, arguments: argparse.Namespace) -> int:
     has_certificate = files.certificate in beside or (
         device.client_cert is not None and all(device.client_cert != other.client_cert for other in others)
     )
-    revoke = ", and revoke the device's certificate at its CA" if has_certificate else ""
-    print(f"next: apply the change with systemctl reload mqtts-gateway{revoke}")
+    revoke = "; then revoke the device's certificate at its CA" if has_certificate else ""
+    print(f"next: {rules.next_step}{revoke}")
     return 0
 
 
-def _tell_next(rules: _Rules, arguments: argparse.Namespace) -> None:
+def _tell_next(rules: Rules, arguments: argparse.Namespace) -> None:
     if arguments.csr:
         print(
             f"next: have each *.csr.pem in {rules.directory} signed, then run for each: "
             f"mqtts-gateway device add ID --config {rules.file} --cert FILE"
         )
         return
-    print(f"next: mqtts-gateway check --files --config {rules.file}, then systemctl reload mqtts-gateway")
+    print(f"next: mqtts-gateway check --files --config {rules.file}, then {rules.next_step}")

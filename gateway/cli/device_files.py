@@ -12,6 +12,8 @@ import contextlib
 import json
 import os
 import re
+import stat
+import tomllib
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
@@ -109,21 +111,34 @@ def toml(value: Any) -> str:
 
 @define
 class Writer:
-    """Creates new files, and removes all of them if one cannot be written."""
+    """Creates new files and replaces files; undoes all of it if one cannot be written."""
 
     _written: list[Path]
+    _replaced: list[tuple[Path, bytes]]
 
     @classmethod
     @contextlib.contextmanager
     def all_or_nothing(cls) -> Iterator[Writer]:
-        """Yield a writer; an exception removes the files that it wrote."""
-        writer = cls([])
+        """Yield a writer; an exception undoes what it wrote."""
+        writer = cls([], [])
         try:
             yield writer
         except BaseException:  # Ctrl-C, too, must not leave half a device behind
             for path in writer._written:
                 path.unlink(missing_ok=True)
+            for path, data in reversed(writer._replaced):
+                _replace(path, data)
             raise
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Replace a file atomically; it keeps its mode, owner and group.  Raises `DeviceProblem`."""
+        path = path.resolve()
+        try:
+            before = path.read_bytes()
+            _replace(path, data)
+        except OSError as error:
+            raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
+        self._replaced.append((path, before))
 
     def write(self, path: Path, data: bytes, mode: int, group: int | None = None) -> None:
         """Create a file atomically, with its final mode from the start.  Raises `DeviceProblem`."""
@@ -148,6 +163,45 @@ class Writer:
             raise DeviceProblem(f"{path} already exists. Use `device remove` to remove the device first") from None
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _replace(path: Path, data: bytes) -> None:
+    part = path.with_name(f".{path.name}.part")
+    status = path.stat()
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(file.fileno(), status.st_uid, status.st_gid)
+            os.fchmod(file.fileno(), stat.S_IMODE(status.st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def edited(text: str, changes: Mapping[str, Any]) -> str:
+    """Return a rule's text with keys set, or removed where the value is `None`; comments stay as they are.
+
+    Raises `DeviceProblem` if a key is written in a way that only a person can edit.
+    """
+    wanted = {**tomllib.loads(text), **changes}
+    lines = text.splitlines()
+    for key, value in changes.items():
+        own = re.compile(rf"\s*{re.escape(key)}\s*=")
+        at = next((index for index, line in enumerate(lines) if own.match(line)), len(lines))
+        lines[at : at + 1] = [] if value is None else [f"{key} = {toml(value)}"]
+    result = "\n".join(lines) + "\n"
+    try:
+        is_right = tomllib.loads(result) == {key: value for key, value in wanted.items() if value is not None}
+    except tomllib.TOMLDecodeError:
+        is_right = False
+    if not is_right:
+        raise DeviceProblem(f"the rule cannot be edited automatically: set {', '.join(changes)} in it by hand")
+    return result
 
 
 def make_key(kind: str) -> PrivateKey:

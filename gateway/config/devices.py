@@ -98,6 +98,7 @@ class DeviceRule:
     """
 
     name: str = attrs.field(default="", validator=checked(check_label))
+    enabled: bool = True
     match_client_id: tuple[str, ...] = ()
     match_pattern: str = attrs.field(default="", validator=checked(_check_pattern))
     match_network: tuple[Network, ...] = ()

@@ -68,6 +68,7 @@ _OF_DEVICES = frozenset(
         EndReason.PROXY_NOT_TRUSTED,
         EndReason.NO_PROXY_HEADER,
         EndReason.DEVICE_UNKNOWN,
+        EndReason.DEVICE_DISABLED,
         EndReason.DEVICE_PASSWORD_WRONG,
         EndReason.DEVICE_NAME_UNUSABLE,
         EndReason.SPOOFED,

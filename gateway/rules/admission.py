@@ -160,6 +160,12 @@ def host_of(address: IAddress | None) -> str | None:
     return None if host is None else _counted_host(host)
 
 
+def host_shown(address: str) -> str:
+    """Return the host in an address as `shown_address` writes it, as `host_of` would; "" for a UNIX socket."""
+    host, colon, port = address.rpartition(":")
+    return _counted_host(host.strip("[]")) if colon and port.isdecimal() else ""
+
+
 @lru_cache(maxsize=1024)
 def _counted_host(host: str) -> str:
     try:

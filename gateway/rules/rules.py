@@ -20,7 +20,7 @@ from gateway.config.templates import UnusableValueError, expand
 from gateway.errors import EndReason, Refusal
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.inspector import TopicRules, at_broker, judge_publish
-from gateway.mqtt.packets import ProtocolVersion
+from gateway.mqtt.packets import ProtocolVersion, ReasonCode
 from gateway.mqtt.properties import PropertyId
 from gateway.mqtt.reader import Packet
 from gateway.mqtt.relayed import Publish
@@ -77,19 +77,32 @@ class Rule:
         Raises Refusal for a Client Identifier that is too long for the rule's patterns.
         """
         device, name = self.device, connect.client_identifier
-        if device.match_listener and caller.listener not in device.match_listener:
-            return None
         if device.match_username and connect.username not in device.match_username:
             return None
-        if device.match_network and not is_in(caller.address, device.match_network):
-            return None
-        if not self._matches_client_id(name):
+        if not self._is_at(caller) or not self._matches_client_id(name):
             return None
         if self.pattern is None:
             return {}
         self._check_length(name)
         found = self.pattern.fullmatch(name)
         return None if found is None else found.groupdict()
+
+    def _is_at(self, caller: Caller) -> bool:
+        device = self.device
+        if device.match_listener and caller.listener not in device.match_listener:
+            return False
+        return not device.match_network or is_in(caller.address, device.match_network)
+
+    def covers(self, name: str, caller: Caller, under: str) -> bool:
+        """Whether the rule matches a device whose session began under the rule with the name `under`.
+
+        Its user name is not known any more: a rule for user names covers the sessions that began under it.
+        """
+        if (self.device.match_username and self.device.name != under) or not self._is_at(caller):
+            return False
+        if len(name) > LONGEST_MATCHED and not (self.is_exact and self.pattern is None):
+            return not self.device.match_client_id and self.pattern is None
+        return self.matches_name(name)
 
     def matches_name(self, name: str) -> bool:
         """Whether a Client Identifier, of at most `LONGEST_MATCHED` characters, is one that the rule is for."""
@@ -138,6 +151,7 @@ class Rules:
         """Those of the `known` rules that are configured are used again; `pause` is called between two rules."""
         self._exact: dict[str, list[Rule]] = {}
         self._others: list[Rule] = []
+        self.disables_any = False
         self._unknown_pass = config.devices.unknown == "pass"
         compiled = {id(rule.device): rule for rule in known}
         for order, device in enumerate(config.device):
@@ -147,6 +161,7 @@ class Rules:
                 rule = Rule.of(device, order)
             elif rule.order != order:
                 rule = attrs.evolve(rule, order=order)
+            self.disables_any = self.disables_any or not device.enabled
             if rule.is_exact:
                 for text in set(device.match_client_id):
                     self._exact.setdefault(text, []).append(rule)
@@ -166,7 +181,8 @@ class Rules:
     def match(self, connect: Connect, caller: Caller) -> Matched | None:
         """Return the first rule that matches a device; None for an unknown device that may pass.
 
-        Raises Refusal for an unknown device that may not, and for a device outside the networks of `bound_to`.
+        Raises Refusal for an unknown device that may not, for one that is disabled, and for one outside the networks of
+        `bound_to`.
         """
         matched = self._first(connect, caller)
         if matched is None:
@@ -174,10 +190,23 @@ class Rules:
                 return None
             raise Refusal(EndReason.DEVICE_UNKNOWN, "", _CODE_3_NOT_AUTHORIZED, 0x87)
         device = matched.rule.device
+        if not device.enabled:
+            raise disabled(device)
         if device.bound_to and not is_in(caller.address, device.bound_to):
             bound = ", ".join(str(network) for network in device.bound_to)
             raise Refusal(EndReason.SPOOFED, f"rule {device.name}: bound to {bound}", _CODE_3_NOT_AUTHORIZED, 0x87)
         return matched
+
+    @property
+    def tried(self) -> int:
+        """How many rules are tried for each device."""
+        return len(self._others) + 1
+
+    def disabling(self, name: str, caller: Caller, under: str) -> Refusal | None:
+        """Return the refusal for an established session whose device is disabled; see `Rule.covers`."""
+        candidates = sorted((*self._exact.get(name, ()), *self._others), key=lambda rule: rule.order)
+        rule = next((rule for rule in candidates if rule.covers(name, caller, under)), None)
+        return None if rule is None or rule.device.enabled else disabled(rule.device)
 
     def _first(self, connect: Connect, caller: Caller) -> Matched | None:
         best = self._first_of(self._exact.get(connect.client_identifier, ()), connect, caller)
@@ -196,6 +225,11 @@ class Rules:
                 }
                 return Matched(rule, {**groups, **known})
         return None
+
+
+def disabled(device: DeviceRule) -> Refusal:
+    """Make the refusal for a device that is disabled."""
+    return Refusal(EndReason.DEVICE_DISABLED, f"rule {device.name}", _CODE_3_NOT_AUTHORIZED, ReasonCode.BANNED)
 
 
 def wrong_password(rule: Rule) -> Refusal:

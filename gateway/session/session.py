@@ -103,6 +103,7 @@ _DISCONNECT_CODES = {
     EndReason.GATEWAY_STOPPING: ReasonCode.SERVER_SHUTTING_DOWN,
     EndReason.TAKEN_OVER: ReasonCode.SESSION_TAKEN_OVER,
     EndReason.TOKEN_EXPIRING: ReasonCode.MAXIMUM_CONNECT_TIME,
+    EndReason.DEVICE_DISABLED: ReasonCode.ADMINISTRATIVE_ACTION,
 }
 # What is read at a time where packets are inspected, in bytes, so that a turn of the event loop stays short. A broker's
 # bytes come in TLS records of up to 16 KiB, so smaller reads would not help there.
@@ -654,7 +655,12 @@ class Session:
         return of_state.get(self._state, float("inf"))
 
     def stop(
-        self, reason: EndReason, *, discard_will: bool = False, connack_codes: tuple[int, int] = _NO_SERVER
+        self,
+        reason: EndReason,
+        detail: str = "",
+        *,
+        discard_will: bool = False,
+        connack_codes: tuple[int, int] = _NO_SERVER,
     ) -> None:
         """End the session for a reason of the gateway; `connack_codes` as in a `Refusal`, if no CONNACK has been sent.
 
@@ -672,7 +678,7 @@ class Session:
             self._lives_until = self._seconds() + self._timeouts.close
             self._stored.settle(lambda: self._end(reason))
             return
-        self._end(reason, connack_codes=connack_codes)
+        self._end(reason, detail, connack_codes=connack_codes)
 
     def fail(self, detail: str) -> None:
         """End the session after an internal error, without sending another packet to either side."""

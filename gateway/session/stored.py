@@ -21,7 +21,7 @@ from typing import Protocol
 
 import attrs
 
-from gateway.errors import EndReason, PacketError, SessionEnd, UpstreamFailure
+from gateway.errors import EndReason, PacketError, Refusal, SessionEnd, UpstreamFailure
 from gateway.mqtt.connack import (
     connack_acceptance,
     connack_properties,
@@ -373,6 +373,13 @@ class StoredSession:
             self._is_dialling = False
             self._link.cancel(self)
         self._drop_upstream(SessionEnd(EndReason.CLIENT_ID_IN_USE, "another device connected with its name"))
+
+    def shut_out(self, refusal: Refusal) -> None:
+        """The device is disabled: end its session, and leave the broker; the backlog waits."""
+        if self._is_dialling:
+            self._link.cancel(self)
+        self.upstream_refused(refusal.reason, refusal.detail, (refusal.code_3, refusal.code_5))
+        self._drop_upstream(SessionEnd(refusal.reason, refusal.detail))
 
     def dropped(self) -> None:
         """A person has dropped the messages; for a device that is away nothing more is published, not even its Will."""
