@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,57 @@ def test_a_proxy_that_hangs_ends_in_time(start: StartGateway, broker: Broker) ->
         record = refused(start(upstream, timeouts={"tcp": 0.2}), broker)
     assert record.reason is EndReason.TCP_TIMEOUT
     assert proxy in record.detail
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "remedy"),
+    [
+        ("http", b"\x05\xff", "use socks5://"),
+        ("http", b"\x15\x03", "use https://"),
+        ("socks5", b"H", "use http://"),
+        ("https", b"H", "use http://"),
+        ("https", b"\x05", "use socks5://"),
+        ("https", b"S", "TLS with the proxy"),
+    ],
+)
+def test_a_wrong_scheme_is_named_at_once(
+    start: StartGateway, broker: Broker, scheme: str, answer: bytes, remedy: str
+) -> None:
+    """By the first bytes, after which the proxy waits: no timeout is near. Nothing is tried with another scheme."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        seen: list[bytes] = []
+
+        def serve() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                seen.append(connection.recv(1))
+                connection.sendall(answer)
+                while connection.recv(65536):
+                    pass
+
+        threading.Thread(target=serve, daemon=True).start()
+        proxy = f"{scheme}://localhost:{listening.getsockname()[1]}"
+        upstream = [{"host": "localhost", "port": broker.port, "proxy": proxy}]
+        record = refused(start(upstream, timeouts={"tcp": 600, "tls": 600}), broker)
+    assert record.reason is EndReason.PROXY_UNREACHABLE
+    assert remedy in record.detail
+    assert seen == [{"http": b"C", "socks5": b"\x05", "https": b"\x16"}[scheme]]
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "https"])
+def test_a_proxy_that_does_not_even_greet_waits_for_no_broker(start: StartGateway, broker: Broker, scheme: str) -> None:
+    """As an HTTP proxy that is spoken to in another protocol: it is the proxy's failure, and may be the scheme."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        upstream = [
+            {
+                "host": "localhost",
+                "port": broker.port,
+                "proxy": f"{scheme}://localhost:{silent.getsockname()[1]}",
+            }
+        ]
+        record = refused(start(upstream, timeouts={"tcp": 0.2}), broker)
+    assert record.reason is EndReason.PROXY_UNREACHABLE
+    assert "check the scheme" in record.detail
 
 
 def test_a_proxy_that_intercepts_tls_is_named(

@@ -121,7 +121,11 @@ def test_a_proxy_that_closes_is_named() -> None:
     reason, detail = bench.failed()
     assert reason is EndReason.PROXY_UNREACHABLE
     assert detail.startswith("http://proxy.example:3128: ")
-    assert detail.endswith("by the proxy before the tunnel was open")
+    assert detail.endswith("by the proxy before the tunnel was open; it may not speak HTTP: check the scheme")
+    answered = Bench()
+    answered.connection.dataReceived(OPEN[:9])
+    answered.connection.connectionLost(Failure(ConnectionDone()))
+    assert answered.failed()[1].endswith("by the proxy before the tunnel was open")
 
 
 @pytest.mark.parametrize("connected", [True, False])

@@ -1250,11 +1250,11 @@ def test_a_proxy_that_demands_tls_answers_and_does_not_read_them_is_cut_off(
     monkeypatch.setattr(TLSChannel, "receive", lambda *_: b"")
     monkeypatch.setattr(TLSChannel, "outgoing", lambda *_: b"answer")
     for _ in range(3000):
-        layer.dataReceived(b"key update")
+        layer.dataReceived(b"\x16key update")
     assert not transport.aborted
     device.pauseProducing()
     for _ in range(1000):
-        layer.dataReceived(b"key update")
+        layer.dataReceived(b"\x16key update")
     assert not transport.aborted
-    layer.dataReceived(b"key update")
+    layer.dataReceived(b"\x16key update")
     assert transport.aborted

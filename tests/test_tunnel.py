@@ -14,6 +14,7 @@ from gateway.errors import ConfigError, EndReason, UpstreamFailure
 
 HTTP = ProxyServer("http", "proxy.example", 3128)
 HTTP_WITH_PASSWORD = ProxyServer("http", "proxy.example", 3128, "user", "pass:wörd")
+HTTPS = ProxyServer("https", "proxy.example", 443)
 SOCKS = ProxyServer("socks5", "proxy.example", 1080)
 SOCKS_WITH_PASSWORD = ProxyServer("socks5", "proxy.example", 1080, "user", "word")
 
@@ -221,6 +222,35 @@ def test_a_socks5_reply_has_words(reply: int, words: str) -> None:
 def test_what_socks5_answers_mean(proxy: ProxyServer, answer: bytes, reason: EndReason, at_a_time: int) -> None:
     """What the proxy decides is the proxy's; what it could not reach is the broker's."""
     assert failure(proxy, answer, at_a_time).reason is reason
+
+
+SOCKS5, TLS_ALERT, TLS_HANDSHAKE = b"\x05", b"\x15", b"\x16"
+
+
+@pytest.mark.parametrize(
+    ("proxy", "first", "scheme"),
+    [
+        (HTTP, SOCKS5, "socks5://"),
+        (HTTP, TLS_ALERT, "https://"),
+        (HTTP, TLS_HANDSHAKE, "https://"),
+        (HTTP, b"S", None),
+        (HTTP, b"\x00", None),
+        (HTTP, b"HTTP:", None),
+        (HTTPS, SOCKS5, None),
+        (SOCKS, b"H", "http://"),
+        (SOCKS, TLS_ALERT, "https://"),
+        (SOCKS, b"\x04", None),
+        (SOCKS, SOCKS5 + b"\x00H", "http://"),
+    ],
+)
+def test_the_first_byte_of_another_protocol_is_enough(proxy: ProxyServer, first: bytes, scheme: str | None) -> None:
+    """Who speaks it may wait for more. The scheme that the proxy does speak is named, and never used by itself."""
+    found = failure(proxy, first, 1)
+    assert found.reason is EndReason.PROXY_UNREACHABLE
+    assert found.detail.startswith(proxy.address)
+    assert ("; use " in found.detail) == (scheme is not None)
+    if scheme is not None:
+        assert f"; use {scheme} in the upstream's proxy" in found.detail
 
 
 def test_the_methods_that_were_offered_are_named() -> None:

@@ -132,6 +132,13 @@ def test_other_answers_are_refused(data: bytes, named: str) -> None:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("first", [b"\x20", b"S", b"\x15", b"HTTP:"])
+def test_another_protocol_is_told_by_its_first_bytes(first: bytes) -> None:
+    """The server may wait for more, as one that speaks MQTT would after a CONNACK of four bytes."""
+    with pytest.raises(WebSocketRefused, match="another protocol"):
+        answered(first)
+
+
 def test_wsprotos_refusal_is_one() -> None:
     """With the status."""
     handshake = OpeningHandshake(REQUEST)

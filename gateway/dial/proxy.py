@@ -24,7 +24,7 @@ from zope.interface import implementer
 from gateway.config import TLS, Config, Failover, Upstream
 from gateway.config.proxies import ENVIRONMENT, ProxyServer, check_credential, from_environment, is_direct
 from gateway.dial.health import UpstreamHealth
-from gateway.dial.tunnel import Tunnel, tunnel_to
+from gateway.dial.tunnel import Tunnel, other_protocol, tunnel_to
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.net.network import Address
 from gateway.relay.side import RelayTransport, how_lost, tune
@@ -37,6 +37,10 @@ _log = Logger(namespace="gateway")
 
 # Bytes read at a time from a proxy with TLS, all of whose records are decrypted in one turn.
 _READ_AT_ONCE = 0x4000
+
+# The first byte from a server that speaks TLS: an alert or a handshake message (RFC 8446 §5.1).
+_TLS_BEGINS = {0x15, 0x16}
+_SPOKEN = {"http": "HTTP", "https": "HTTP over TLS", "socks5": "SOCKS5"}
 
 # What a dial can fail of that says something of the proxy, and nothing of the broker behind it.
 PROXY_FAILURES = frozenset({EndReason.PROXY_UNREACHABLE, EndReason.PROXY_REFUSED, EndReason.PROXY_AUTHENTICATION})
@@ -154,11 +158,13 @@ class ProxyConnection(Protocol):
     def __init__(
         self, server: ProxyServer, tunnel: Tunnel, build: Callable[[], UpstreamProtocol], user_timeout: float
     ) -> None:
-        self._server = server
+        self.server = server
         self._tunnel = tunnel
         self._build = build
         self._user_timeout = user_timeout
         self._over = False
+        # Whether the proxy has said anything in its protocol.
+        self.has_answered = False
         self.opened: Deferred[UpstreamProtocol] = Deferred(lambda _: self.abort())
 
     def connectionMade(self) -> None:
@@ -170,6 +176,7 @@ class ProxyConnection(Protocol):
         """Go on with the exchange; when the tunnel is open, hand the connection over."""
         if self._over:
             return
+        self.has_answered = True
         try:
             answer = self._tunnel.receive(data)
         except UpstreamFailure as failure:
@@ -211,7 +218,9 @@ class ProxyConnection(Protocol):
         """The proxy is gone; the broker's protocol has its own ears if there is one."""
         if not self._over:
             self._over = True
-            detail = f"{self._server.address}: {how_lost(reason)} by the proxy before the tunnel was open"
+            detail = f"{self.server.address}: {how_lost(reason)} by the proxy before the tunnel was open"
+            if not self.has_answered:
+                detail += f"; it may not speak {_SPOKEN[self.server.scheme]}: check the scheme"
             self.opened.errback(UpstreamFailure(EndReason.PROXY_UNREACHABLE, detail))
 
 
@@ -233,6 +242,7 @@ class TLSLayer(Protocol):
         self._user_timeout = user_timeout
         self._producer: IProducer | None = None
         self._unread_answers = 0
+        self.has_answered = False
 
     # ---- to the socket: a protocol
 
@@ -251,6 +261,11 @@ class TLSLayer(Protocol):
 
     def dataReceived(self, data: bytes) -> None:
         """Decrypt, and pass on."""
+        if not self.has_answered and data[0] not in _TLS_BEGINS:
+            detail = f"the answer is not TLS{other_protocol(data[0], self._connection.server)}"
+            self._fail(UpstreamFailure(EndReason.TLS_HANDSHAKE_FAILED, detail))
+            return
+        self.has_answered = True
         was_verified = self._channel.state is ChannelState.VERIFIED
         try:
             plaintext = self._channel.receive(data)

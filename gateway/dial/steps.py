@@ -69,12 +69,16 @@ async def open_tunnel(
 ) -> UpstreamProtocol:
     """Wait until the proxy has opened a tunnel to the broker.  Raises `UpstreamFailure`.
 
-    Most of the time a silent proxy waits for the broker, so this counts as the broker's timeout.
+    Most of the time a silent proxy waits for the broker, so this counts as the broker's timeout.  One that has not even
+    said that it speaks SOCKS5 or TLS waits for no broker.
     """
     try:
         return await within(timeouts.tcp, connection.opened, clock)
     except TimeoutError:
         detail = f"{proxy.address} did not open a tunnel within {timeouts.tcp:g} s"
+        if proxy.scheme != "http" and not connection.has_answered:
+            detail += "; it has sent nothing: check the scheme"
+            raise UpstreamFailure(EndReason.PROXY_UNREACHABLE, detail) from None
         raise UpstreamFailure(EndReason.TCP_TIMEOUT, detail) from None
 
 

@@ -17,8 +17,12 @@ import h11
 
 from gateway.config.proxies import ProxyServer
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.net import http
 from gateway.text import printable
 
+# What a proxy speaks, by the first byte of its answer: HTTP, SOCKS5, or a TLS alert or handshake (RFC 8446 §5.1).
+_SPOKEN = {ord("H"): "http", 5: "socks5", 0x15: "https", 0x16: "https"}
+_PROTOCOLS = {"http": "HTTP without TLS", "https": "TLS", "socks5": "SOCKS5"}
 # Bytes of an HTTP answer's head.  Proxies add a few hundred.
 _LARGEST_HEAD = 16_384
 _MOST_INTERIM_ANSWERS = 10
@@ -62,6 +66,14 @@ def tunnel_to(host: str, port: int, proxy: ProxyServer) -> Tunnel:
     return SocksTunnel(name, port, proxy) if proxy.scheme == "socks5" else HttpTunnel(name, port, proxy)
 
 
+def other_protocol(first: int, proxy: ProxyServer) -> str:
+    """Return what to do about a proxy whose answer is not of its scheme, and begins with this byte; "" if unknown."""
+    scheme = _SPOKEN.get(first, proxy.scheme)
+    if scheme == proxy.scheme:
+        return ""
+    return f": it speaks {_PROTOCOLS[scheme]}; use {scheme}:// in the upstream's proxy"
+
+
 class HttpTunnel:
     """HTTP CONNECT.  See `Tunnel`."""
 
@@ -72,6 +84,7 @@ class HttpTunnel:
         self._authority = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._proxy = proxy
         self._interim_answers = 0
+        self._first = b""
 
     def start(self) -> bytes:
         """See `Tunnel`."""
@@ -84,6 +97,12 @@ class HttpTunnel:
 
     def receive(self, data: bytes) -> bytes:
         """See `Tunnel`.  An answer of 2xx opens the tunnel, whatever length it claims (RFC 9110 §9.3.6)."""
+        self._first += data[: http.LONGEST - len(self._first)]
+        if not http.may_be_http(self._first):
+            # Behind TLS with the proxy, the byte says nothing about its scheme.
+            hint = other_protocol(self._first[0], self._proxy) if self._proxy.scheme == "http" else ""
+            detail = f"{self._proxy.address} sent no valid HTTP answer to CONNECT {self._authority}{hint}"
+            raise UpstreamFailure(EndReason.PROXY_UNREACHABLE, detail)
         try:
             self._connection.receive_data(data)
             while not self.is_open:
@@ -158,10 +177,10 @@ class SocksTunnel:
         return taken
 
     def _read_method(self) -> bytes | None:
+        self._check_version()
         answer = self._take(2)
         if answer is None:
             return None
-        self._check_version(answer[0], _VERSION)
         if answer[1] == _NO_AUTHENTICATION:
             return self._request()
         if answer[1] == _PASSWORD and self._proxy.username:
@@ -192,9 +211,9 @@ class SocksTunnel:
 
     def _read_reply(self) -> bytes | None:
         head = self._received[:5]
+        self._check_version()
         if len(head) < 2:
             return None
-        self._check_version(head[0], _VERSION)
         if head[1] != 0:
             reason, words = _SOCKS_REPLIES.get(head[1], (EndReason.PROXY_REFUSED, f"reply {head[1]}"))
             raise self._failure(reason, f"answered: {words}")
@@ -209,9 +228,11 @@ class SocksTunnel:
         self.is_open = True
         return b""
 
-    def _check_version(self, found: int, wanted: int) -> None:
-        if found != wanted:
-            raise self._failure(EndReason.PROXY_UNREACHABLE, "does not speak SOCKS5")
+    def _check_version(self) -> None:
+        """Refuse an answer by its first byte: a server that speaks something else may wait for more."""
+        if self._received and self._received[0] != _VERSION:
+            hint = other_protocol(self._received[0], self._proxy)
+            raise self._failure(EndReason.PROXY_UNREACHABLE, f"does not speak SOCKS5{hint}")
 
     def _failure(self, reason: EndReason, words: str) -> UpstreamFailure:
         return UpstreamFailure(reason, f"{self._proxy.address} {words}")

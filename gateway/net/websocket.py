@@ -17,6 +17,7 @@ import h11
 from attrs import field, frozen
 
 from gateway.errors import GatewayError
+from gateway.net import http
 from gateway.text import printable
 
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
@@ -71,6 +72,7 @@ class OpeningHandshake:
         self._key = base64.b64encode(random(16))
         self._connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_LARGEST_HEAD)
         self._interim_answers = 0
+        self._first = b""
 
     def start(self) -> bytes:
         """Return the request."""
@@ -91,6 +93,9 @@ class OpeningHandshake:
 
         Raises `WebSocketError`.
         """
+        self._first += data[: http.LONGEST - len(self._first)]
+        if not http.may_be_http(self._first):
+            raise WebSocketRefused("no valid HTTP answer: the broker speaks another protocol")
         try:
             self._connection.receive_data(data)
             while True:
