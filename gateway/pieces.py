@@ -23,6 +23,8 @@ _SORTED_AT_A_TIME = 500
 AT_A_TIME = 250
 # mallopt(3): chunks of up to so many bytes are not merged when they are freed; and the default.
 _M_MXFAST, _MXFAST = 1, 16 * ctypes.sizeof(ctypes.c_size_t)
+# Loaded once: each `CDLL` references itself.  None where the C library is not glibc.
+_mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
 
 _T = TypeVar("_T", bound=Any)
 
@@ -74,14 +76,13 @@ def merging_at_once() -> Iterator[None]:
     Otherwise it keeps them, and merges up to a million in one go.  That takes tens of milliseconds, in which no other
     thread runs Python.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MXFAST, 0)
+    if _mallopt is not None:
+        _mallopt(_M_MXFAST, 0)
     try:
         yield
     finally:
-        if mallopt is not None:
-            mallopt(_M_MXFAST, _MXFAST)
+        if _mallopt is not None:
+            _mallopt(_M_MXFAST, _MXFAST)
 
 
 def no_pause() -> None:

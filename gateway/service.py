@@ -340,17 +340,22 @@ class GatewayService(Service):
     async def _prepared(self, prepare: Callable[[], Prepared]) -> Prepared:
         """Return what `prepare` returns in a thread.
 
-        The collector would hold up the event loop to look at thousands of new objects, which are no garbage.
+        The collector would hold up the event loop to look at thousands of new objects, which are no garbage.  If there
+        are so many, it never looks at them, nor at anything else that is alive then, so garbage is freed before.
         """
+        gc.collect(0)
         is_collecting = gc.isenabled()
         gc.disable()
         try:
-            return await self._in_thread(prepare)
+            prepared = await self._in_thread(partial(_outcome, prepare))
         finally:
             if gc.get_count()[0] > _COLLECTOR_THRESHOLD:
                 gc.freeze()
             if is_collecting:
                 gc.enable()
+        if isinstance(prepared, Prepared):
+            return prepared
+        raise ConfigError(prepared)
 
     def adopt(self, prepared: Prepared) -> None:
         """Begin new sessions under another configuration; established sessions keep their own.
@@ -506,6 +511,18 @@ def _open_store(reactor: Any, config: Config) -> Store | None:
     for note in [] if store is None else store.notes:
         _log.error("store: {note}", event="store-recovered", note=note)
     return store
+
+
+def _outcome(prepare: Callable[[], Prepared]) -> Prepared | list[str]:
+    """Return what `prepare` returns, or the problems.
+
+    An exception that leaves a thread of Twisted's references its frames, and they reference it: only the collector
+    could free them, with all that was prepared.
+    """
+    try:
+        return prepare()
+    except ConfigError as error:
+        return error.problems
 
 
 def _fares(upstream: UpstreamHealth) -> str:

@@ -517,7 +517,8 @@ def begin(steps: Coroutine[Any, Any, None], session: Session) -> Deferred[None]:
 
     def failed(failure: Failure) -> None:
         if failure.check(Superseded):
-            failure.raiseException()
+            # Another one: the same would reference this frame, and this frame it.
+            raise Superseded
         if failure.check(CancelledError) is None:
             _log.failure("session {number}: internal error", failure, number=session.record.number)
             session.fail(failure.type.__name__ if failure.type is not None else "unknown")
