@@ -410,6 +410,18 @@ class ConfigError(GatewayError):
         self.problems = problems
 
 
+def let_frames_go(error: BaseException | None) -> None:
+    """Remove the tracebacks of an exception that a coroutine has dealt with, and of those it was raised after.
+
+    Since Python 3.12, a traceback keeps the frames that called the coroutine: those of Twisted, and those that failed
+    the Deferred it waited for.  They reference the exception, so only the garbage collector could free it, and with it
+    all that the frames reference: the session, its connections and its configuration.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
+
+
 class SessionEnd(GatewayError):
     """A session cannot continue: the fixed word, and details for the record.
 

@@ -23,7 +23,7 @@ from twisted.python.failure import Failure
 
 from gateway.config import Config, DeviceRule, Upstream
 from gateway.dial.dialler import Dialler, Route, Superseded, begin
-from gateway.errors import EndReason, Refusal, SessionEnd
+from gateway.errors import EndReason, Refusal, SessionEnd, let_frames_go
 from gateway.mqtt.connect import Connect
 from gateway.mqtt.reader import Packet
 from gateway.mqtt.rewrite import KEPT
@@ -142,6 +142,7 @@ class Reception:
                 limit = self._config.limits.max_connect_size
                 session.treat(treat(matched, packet, connect, password, lives, limit))
         except Refusal as refusal:
+            let_frames_go(refusal)
             session.refuse(refusal)
             return
         await self._dialler.lead(session, device, route, visitor)
@@ -189,6 +190,7 @@ class Reception:
             limit = self._config.limits.max_connect_size
             connection.treatment = treat(matched, packet, connect, password, lives, limit)
         except Refusal as refusal:
+            let_frames_go(refusal)
             if refusal.reason is EndReason.CREDENTIALS_UNAVAILABLE:
                 connection.postponed(refusal, _SOON)
             else:

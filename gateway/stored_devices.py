@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 
 from gateway.config import Config
 from gateway.dial.dialler import Route
-from gateway.errors import EndReason, Refusal, SessionEnd, UpstreamFailure
+from gateway.errors import EndReason, Refusal, SessionEnd, UpstreamFailure, let_frames_go
 from gateway.mqtt.reader import Packet
 from gateway.pieces import Pieces, in_turns, slices
 from gateway.relay.device import DeviceProtocol
@@ -367,6 +367,7 @@ class StoredDevices:
                 _log.failure("internal error in a dial for a stored device", failure)
                 kind = failure.type.__name__ if failure.type is not None else "unknown"
                 connection.postponed(SessionEnd(EndReason.INTERNAL_ERROR, kind), _LATER)
+            let_frames_go(failure.value)
 
         dialling.addErrback(failed)
 

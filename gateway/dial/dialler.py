@@ -24,7 +24,7 @@ from gateway.dial.proof import Proof
 from gateway.dial.proxy import PROXY_FAILURES, ProxyConnection, ProxyRoute, TLSLayer, intercepted, unreachable_proxy
 from gateway.dial.steps import connect, handshake, open_tunnel, open_websocket, resolve, within
 from gateway.dial.websocket import WebSocketRoute
-from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UnknownIssuer, UpstreamFailure
+from gateway.errors import EndReason, GatewayError, Refusal, SessionEnd, UnknownIssuer, UpstreamFailure, let_frames_go
 from gateway.net.network import Network, shown_address
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import Gauge
@@ -239,9 +239,11 @@ class Dialler:
             except UpstreamFailure as failure:
                 # A copy: the raised exception references this frame, which would keep it alive.
                 failures[health] = last = UpstreamFailure(failure.reason, failure.detail)
+                let_frames_go(failure)
                 self._check_current()
             except Refusal as refusal:
                 # It was not its turn at the program that opens WebSockets, which says nothing about the broker.
+                let_frames_go(refusal)
                 self._check_current()
                 if last is None:
                     self.pacer.give_back()
@@ -283,6 +285,7 @@ class Dialler:
                 return True
             await turn
         except SessionEnd as refusal:
+            let_frames_go(refusal)
             session.upstream_failed(refusal)
             return False
         if isinstance(device, DeviceProtocol) and not session.pending and device.has_left():
@@ -366,7 +369,8 @@ class Dialler:
         """Check whether a broker can be verified; not one MQTT byte is sent."""
         try:
             protocol, _ = await self._attempt(target, health, Dial(health.address), ANYONE)
-        except (UpstreamFailure, Refusal, CancelledError):
+        except (UpstreamFailure, Refusal, CancelledError) as ended:
+            let_frames_go(ended)
             return
         except Exception:  # noqa: BLE001  an error here must not stop the sweep or later trials
             _log.failure("internal error while trying {upstream}", upstream=health.address)
@@ -387,6 +391,7 @@ class Dialler:
             except UpstreamFailure as failure:
                 last = UpstreamFailure(failure.reason, failure.detail)
                 failures.append(f"{health.address}: {last}")
+                let_frames_go(failure)
             else:
                 return
         raise UpstreamFailure(last.reason, "; ".join(failures))
@@ -516,12 +521,13 @@ def begin(steps: Coroutine[Any, Any, None], session: Session) -> Deferred[None]:
     """Begin the steps to a session's broker.  An internal error ends the session; only `Superseded` is passed on."""
 
     def failed(failure: Failure) -> None:
+        if failure.check(Superseded, CancelledError) is None:
+            _log.failure("session {number}: internal error", failure, number=session.record.number)
+            session.fail(failure.type.__name__ if failure.type is not None else "unknown")
+        let_frames_go(failure.value)
         if failure.check(Superseded):
             # Another one: the same would reference this frame, and this frame it.
             raise Superseded
-        if failure.check(CancelledError) is None:
-            _log.failure("session {number}: internal error", failure, number=session.record.number)
-            session.fail(failure.type.__name__ if failure.type is not None else "unknown")
 
     return Deferred.fromCoroutine(steps).addErrback(failed)
 

@@ -22,7 +22,7 @@ from gateway.config.algorithms import Algorithms
 from gateway.config.devices import BrokenRule
 from gateway.config.secret_files import SecretUnavailable
 from gateway.dial.dialler import Dialler
-from gateway.errors import SessionEnd
+from gateway.errors import SessionEnd, let_frames_go
 from gateway.prepared import Prepared
 from gateway.rules.secrets import Programs
 from gateway.text import printable, unprintable_escaped
@@ -240,9 +240,11 @@ class Renewals:
     async def _attempt(self, name: str, table: Renewable, state: _State) -> None:
         try:
             renewed = await self._renewer.renew(table)
-        except CancelledError:
+        except CancelledError as cancelled:
+            let_frames_go(cancelled)
             return
         except RenewalFailed as problem:
+            let_frames_go(problem)
             self._tell_failed(name, state, str(problem))
         except Exception:  # noqa: BLE001  others must go on
             _log.failure("internal error while renewing the certificate of {name}", name=printable(name))
