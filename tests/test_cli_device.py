@@ -294,7 +294,8 @@ def test_devices_are_listed_and_shown(
     shown = capfd.readouterr()
     assert "sensor-1  certificate CN=sensor-1, 19 days left" in shown.out
     assert "sensor-2  a password from a file" in shown.out
-    assert shown.err == f"2 devices in {site.directory}\n"
+    assert shown.err.endswith(f"2 devices in {site.directory}\n")
+    assert 'endpoint = "127.0.0.1:9883" under [status]' in shown.err
     assert site.do("list", "--json") == 0
     assert [each["client_id"] for each in json.loads(capfd.readouterr().out)] == [["sensor-1"], ["sensor-2"]]
     assert site.do("show", "sensor-1") == 0

@@ -440,3 +440,43 @@ def test_watching_keeps_it_current(
     gateway.stop()
     terminal.wait_for("does not answer")
     assert terminal.end() == 130
+
+
+def test_the_devices_with_a_rule_are_listed_with_their_state(
+    start: StartGateway,
+    start_broker: StartBroker,
+    devices: list[Device],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Connected, silent since when and why, disabled, not seen; patterns for many have no state."""
+    rules = [{"match_client_id": name, "max_qos": 1} for name in ("here", "gone", "never", "many-*")]
+    gateway = start(upstream=start_broker().port, device=[*rules, {"match_client_id": "off", "enabled": False}])
+    devices.append(connected(gateway, "here"))
+    connected(gateway, "gone").close()
+    gateway.wait_ended()
+    silent(gateway, "off")
+    (tmp_path / "devices").mkdir()
+    for rule in rules:
+        (tmp_path / "devices" / f"{str(rule['match_client_id']).strip('-*')}.toml").write_text(
+            f'match_client_id = "{rule["match_client_id"]}"\n'
+        )
+    (tmp_path / "devices/off.toml").write_text("enabled = false\n")
+    config = tmp_path / "gateway.toml"
+    config.write_text(
+        f'[[upstream]]\nhost = "b.example"\n[devices]\ndirectory = "devices"\n'
+        f'[status]\nendpoint = "127.0.0.1:{status_port(gateway)}"\n'
+    )
+    gateway.wait_ended(2)
+    assert console(["device", "list", "--config", str(config)]) == 0
+    lines = {line.partition("  ")[0]: line for line in capfd.readouterr().out.splitlines()}
+    assert "connected for" in lines["here"]
+    assert "silent since" in lines["gone"]
+    assert "device-lost" in lines["gone"]
+    assert "not seen lately" in lines["never"]
+    assert "disabled, silent since" in lines["off"]
+    assert lines["every many-*"].endswith("credentials")
+    assert console(["device", "list", "--json", "--config", str(config)]) == 0
+    facts = {each["client_id"][0]: each for each in json.loads(capfd.readouterr().out)}
+    assert [facts[name]["connected"] for name in ("here", "gone", "never", "many-*")] == [True, False, False, None]
+    assert [facts[name]["enabled"] for name in ("here", "off")] == [True, False]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import json
 import os
 import sys
 import tomllib
@@ -18,7 +17,6 @@ from typing import Any
 import attrs
 
 from gateway.cli import device_change, renew
-from gateway.cli.certificates import expiry
 from gateway.cli.device_files import (
     KEY_TYPES,
     Authority,
@@ -28,25 +26,24 @@ from gateway.cli.device_files import (
     certificate_pem,
     check_common_name,
     exact_pattern,
-    identifier_of,
     key_pem,
     make_key,
     now,
     request_pem,
     rule_text,
 )
+from gateway.cli.device_list import identity_words, list_devices
 from gateway.cli.device_rules import Rules
 from gateway.cli.device_table import SALT_SIZE, NewDevice, Problems, read_table, value_of
 from gateway.cli.report import complain
 from gateway.config import DeviceRule
 from gateway.config.devices import cross_problems
 from gateway.config.passwords import hash_password
-from gateway.config.secret_files import SecretUnavailable
 from gateway.config.structure import structure_device
 from gateway.errors import ConfigError, Refusal
 from gateway.rules.rules import Rule
 from gateway.text import capitalized, printable
-from gateway.tls.trust import read_certificates, read_chain, read_private_key
+from gateway.tls.trust import read_certificates, read_private_key
 
 _CONFIG = "/etc/mqtts-gateway/gateway.toml"
 _SECRET = 0o600
@@ -77,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set a key of the rule, with its value as in TOML; repeatable",
     )
-    listing = command("list", _list, "list devices with a rule")
+    listing = command("list", list_devices, "list devices with a rule, and whether each is connected")
     listing.add_argument("--json", action="store_true", help="output JSON")
     show = command("show", _show, "show one device's rule and certificate")
     _identifier(show)
@@ -306,29 +303,10 @@ def _ask_password() -> bytes:
     return password.encode("utf-8", "surrogateescape")
 
 
-def _list(rules: Rules, arguments: argparse.Namespace) -> int:
-    facts = [_facts(path, device) for path, device in rules.devices()]
-    if arguments.json:
-        print(json.dumps(facts, indent=2))
-        return 0
-    for each in facts:
-        print(f"{_who(each['client_id'])}  {each['identity']}")
-    print(f"{len(facts)} devices in {rules.directory}", file=sys.stderr)
-    return 0
-
-
-def _who(patterns: list[str]) -> str:
-    """Name the devices that a rule is for."""
-    if not patterns:
-        return "every device"
-    names = [(pattern, identifier_of(pattern)) for pattern in patterns]
-    return printable(", ".join(f"every {pattern}" if name is None else name for pattern, name in names))
-
-
 def _show(rules: Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
     print(f"rule         {path}")
-    print(f"identity     {_identity_words(device)}")
+    print(f"identity     {identity_words(device)}")
     default = DeviceRule()
     for field in attrs.fields(DeviceRule):
         value = getattr(device, field.name)
@@ -345,37 +323,6 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, tuple | list):
         return ", ".join(printable(str(each)) for each in value)
     return printable(str(value))
-
-
-def _facts(path: Path, device: DeviceRule) -> dict[str, Any]:
-    return {
-        "client_id": list(device.match_client_id),
-        "file": str(path),
-        "identity": _identity_words(device),
-    }
-
-
-def _identity_words(device: DeviceRule) -> str:
-    """Describe how the device authenticates to the broker."""
-    parts = []
-    if device.client_cert is not None:
-        try:
-            certificate = read_chain(device.client_cert, device.passphrase.read())[0]
-        except (ValueError, SecretUnavailable) as error:
-            parts.append(f"certificate {device.client_cert} {error}")
-        else:
-            _, words = expiry(certificate)
-            parts.append(f"certificate {printable(certificate.subject.rfc4514_string())}, {words}")
-    for key, words in (
-        ("sas_key_file", "SAS tokens"),
-        ("jwt_key_file", "JSON Web Tokens"),
-        ("password_file", "a password from a file"),
-        ("password_credential", "a password from a credential"),
-        ("password_command", "a password from a program"),
-    ):
-        if getattr(device, key):
-            parts.append(words)
-    return " and ".join(parts) or "the device's own credentials"
 
 
 def _remove(rules: Rules, arguments: argparse.Namespace) -> int:

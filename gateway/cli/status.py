@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _once(endpoint: Endpoint, arguments: argparse.Namespace) -> int:
     try:
-        document = _fetch(endpoint, arguments)
+        document = fetch(endpoint, _query(arguments))
         status, lines = _answer(document, arguments.device)
     except CannotAsk as error:
         sys.stdout.flush()
@@ -162,11 +162,14 @@ def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
     if arguments.config is None:
         return _parsed(arguments.url or _DEFAULT)
-    named = _named_in(Path(arguments.config))
+    return endpoint_at(_named_in(Path(arguments.config)), arguments.config)
+
+
+def endpoint_at(named: str, config: str) -> Endpoint:
+    """Return the endpoint that `status.endpoint` of a configuration names.  Raises `CannotAsk`."""
     if not named:
         raise CannotAsk(
-            f'{arguments.config} has no status endpoint: write endpoint = "127.0.0.1:9883" under [status], '
-            "and reload the gateway"
+            f'{config} has no status endpoint: write endpoint = "127.0.0.1:9883" under [status], and reload the gateway'
         )
     where = reachable_at(named)
     if where is None:
@@ -229,10 +232,14 @@ def _ask(endpoint: Endpoint, query: str) -> tuple[int, bytes]:
         return response.status, response.read(_LARGEST)
 
 
-def _fetch(endpoint: Endpoint, arguments: argparse.Namespace) -> dict[str, Any]:
-    query = f"?limit={arguments.devices}"
+def _query(arguments: argparse.Namespace) -> str:
     if arguments.device is not None:
-        query = f"?limit={max(_MATCHES, arguments.devices)}&q={quote(arguments.device)}"
+        return f"?limit={max(_MATCHES, arguments.devices)}&q={quote(arguments.device)}"
+    return f"?limit={arguments.devices}"
+
+
+def fetch(endpoint: Endpoint, query: str) -> dict[str, Any]:
+    """Return the status document with the devices that `query` selects.  Raises `CannotAsk`."""
     try:
         status, body = _ask(endpoint, query)
         for _ in range(_MOST_RETRIES):
