@@ -270,7 +270,7 @@ def test_a_file_name_and_a_rule_can_be_made_of_any_client_identifier(name: str) 
 def test_two_client_identifiers_never_share_files(names: set[str]) -> None:
     """Also where one is made to look like the other's file."""
     first, second = names
-    ends = (".toml", "-key.pem", ".csr.pem", ".pem")
+    ends = (".toml", "-key.pem", ".csr.pem", ".pem", ".password")
     assert {stem_of(first) + end for end in ends}.isdisjoint({stem_of(second) + end for end in ends})
 
 
@@ -377,6 +377,40 @@ def test_a_device_is_disabled_and_enabled_again(
         assert "next: systemctl reload mqtts-gateway" in capfd.readouterr().out or site.rule("d1").enabled
     assert file.read_text() == RULE
     assert site.files() == ["d1.toml"]
+
+
+def test_passwords_are_set_and_never_shown(
+    site: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's as a hash in its rule; the broker's in a file that the service's group can read."""
+
+    def given(password: str, *options: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"{password}\n"))
+        status = site.do("set-password", "d1", *options)
+        shown = "".join(capfd.readouterr())
+        assert "s3cret" not in shown
+        return status, shown
+
+    site.do("add", "d1")
+    capfd.readouterr()
+    for password in ("s3cret-1", "s3cret-2"):
+        assert "next: " in given(password)[1]
+        assert parse_hash(site.rule("d1").lan_password).verify(password.encode())
+    assert given("") == (1, "mqtts-gateway: the password is empty\n")
+    group = ServiceView("mqtts-gateway.service", groups=frozenset({os.getgid()}))
+    monkeypatch.setattr(ServiceView, "of", lambda config: group)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert "next: systemctl reload" in given("s3cret-3", "--broker")[1]
+    assert site.rule("d1").password_file == site.directory / "d1.password"
+    assert "no reload is needed" in given("s3cret-4", "--broker")[1]
+    assert (site.directory / "d1.password").read_text() == "s3cret-4\n"
+    assert stat.S_IMODE((site.directory / "d1.password").stat().st_mode) == 0o640
+    assert site.do("remove", "d1", "--keys") == 0
+    assert site.files() == []
+    site.do("add", "d1", "--set", "sas_key_file=d1.key", "--set", "sas_resource=r")
+    capfd.readouterr()
+    status, shown = given("s3cret-5", "--broker")
+    assert (status, "sas_key_file" in shown, site.files()) == (1, True, ["d1.toml"])
 
 
 def test_a_device_without_a_rule_of_its_own_is_disabled_by_the_command_that_is_named(

@@ -6,7 +6,6 @@ In: a command line; a CSV file of devices.  Out: files in the directory, the nex
 from __future__ import annotations
 
 import argparse
-import getpass
 import os
 import sys
 import tomllib
@@ -19,6 +18,8 @@ import attrs
 from gateway.cli import device_change, renew
 from gateway.cli.device_files import (
     KEY_TYPES,
+    SECRET,
+    SECRET_OF_GROUP,
     Authority,
     DeviceProblem,
     Files,
@@ -46,8 +47,6 @@ from gateway.text import capitalized, printable
 from gateway.tls.trust import read_certificates, read_private_key
 
 _CONFIG = "/etc/mqtts-gateway/gateway.toml"
-_SECRET = 0o600
-_SECRET_OF_GROUP = 0o640
 _PUBLIC = 0o644
 
 
@@ -82,9 +81,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _identifier(disabling)
     enabling = command("enable", device_change.enable, "let a disabled device connect again")
     _identifier(enabling)
+    password = command("set-password", device_change.set_password, "set the password that the device must send")
+    _identifier(password)
+    password.add_argument(
+        "--broker", action="store_true", help="set the password for the broker instead, in a file of its own"
+    )
     remove = command("remove", _remove, "remove a device's rule")
     _identifier(remove)
-    remove.add_argument("--keys", action="store_true", help="also delete its key, request and certificate permanently")
+    remove.add_argument(
+        "--keys", action="store_true", help="also delete its key, request, certificate and password permanently"
+    )
     importing = command("import", _import, "add devices from a CSV file, all or none")
     importing.add_argument(
         "file", metavar="CSV", help="columns: id (the Client Identifier), password, common_name, and keys of rules"
@@ -128,7 +134,7 @@ def _add(rules: Rules, arguments: argparse.Namespace) -> int:
     issuer = _issuer(arguments)
     table = _set_keys(arguments.set)
     if arguments.lan_password:
-        table["lan_password"] = hash_password(_ask_password(), os.urandom(SALT_SIZE))
+        table["lan_password"] = hash_password(device_change.ask_password("Device password"), os.urandom(SALT_SIZE))
     identifier = arguments.client_id
     new = NewDevice(identifier, arguments.common_name or identifier, table)
     with Writer.all_or_nothing() as writer:
@@ -209,7 +215,7 @@ def _with_identity(
         return
     key = make_key(arguments.key_type)
     group = rules.key_group
-    writer.write(files.key, key_pem(key), _SECRET if group is None else _SECRET_OF_GROUP, group)
+    writer.write(files.key, key_pem(key), SECRET if group is None else SECRET_OF_GROUP, group)
     if issuer is None:
         writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
         # No rule yet: without its certificate, the device would use the gateway's.
@@ -290,19 +296,6 @@ def _set_keys(pairs: list[str]) -> dict[str, Any]:
     return table
 
 
-def _ask_password() -> bytes:
-    """Prompt on a terminal, otherwise read a line from stdin; an argument would be visible to every user."""
-    if sys.stdin.isatty():
-        password = getpass.getpass("Device password: ")
-        if getpass.getpass("Repeat password: ") != password:
-            raise DeviceProblem("the passwords do not match")
-    else:
-        password = sys.stdin.readline().removesuffix("\n").removesuffix("\r")
-    if not password:
-        raise DeviceProblem("the password is empty")
-    return password.encode("utf-8", "surrogateescape")
-
-
 def _show(rules: Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
     print(f"rule         {path}")
@@ -328,7 +321,7 @@ def _shown(key: str, value: Any) -> str:
 def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
     files = Files.of(rules.directory, arguments.client_id)
-    beside = [each for each in (files.key, files.request, files.certificate) if each.exists()]
+    beside = [each for each in (files.key, files.request, files.certificate, files.password) if each.exists()]
     gone = [path, *beside] if arguments.keys else [path]
     for each in gone:
         try:

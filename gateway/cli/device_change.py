@@ -1,4 +1,4 @@
-"""`mqtts-gateway device enable`, `disable`: change a device's rule.
+"""`mqtts-gateway device enable`, `disable`, `set-password`: change a device's rule.
 
 In: a Client Identifier.  Out: an edited rule file that the gateway can load, and the next step.
 """
@@ -6,13 +6,19 @@ In: a Client Identifier.  Out: an edited rule file that the gateway can load, an
 from __future__ import annotations
 
 import argparse
+import getpass
+import os
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway.cli.device_files import DeviceProblem, Files, Writer, edited
+from gateway.cli.device_files import SECRET, SECRET_OF_GROUP, DeviceProblem, Files, Writer, edited
 from gateway.cli.device_rules import Rules
+from gateway.cli.device_table import SALT_SIZE
+from gateway.config import DeviceRule
+from gateway.config.passwords import hash_password
 from gateway.text import printable
 
 
@@ -66,3 +72,54 @@ def rewrite(path: Path, changes: Mapping[str, Any], writer: Writer) -> None:
         writer.replace(path, edited(text, changes).encode())
     except DeviceProblem as problem:
         raise DeviceProblem(f"{path}: {problem}") from None
+
+
+def set_password(rules: Rules, arguments: argparse.Namespace) -> int:
+    """Set the password that the device must send, or the one that the gateway sends to the broker for it."""
+    path, device = rules.find(arguments.client_id)
+    if arguments.broker:
+        return _set_broker_password(rules, path, device, Files.of(rules.directory, arguments.client_id).password)
+    password = hash_password(ask_password("Device password"), os.urandom(SALT_SIZE))
+    change(rules, path, {"lan_password": password})
+    print(f"next: {rules.next_step}; then set the same password in the device. An established session goes on")
+    return 0
+
+
+def _set_broker_password(rules: Rules, path: Path, device: DeviceRule, file: Path) -> int:
+    others = [key for key in device.sources if key != "password_file"]
+    if others:
+        raise DeviceProblem(f"{path} has {others[0]}, so the password has another source: remove that key first")
+    password = ask_password("Password for the broker")
+    if b"\r" in password or b"\n" in password:
+        raise DeviceProblem("the password contains a line end")
+    named, group = device.password_file, rules.key_group
+    with Writer.all_or_nothing() as writer:
+        if named is not None and named.exists():
+            writer.replace(named, password + b"\n")
+        else:
+            file = named or file
+            writer.write(file, password + b"\n", SECRET if group is None else SECRET_OF_GROUP, group)
+        if named is None:
+            rewrite(path, {"password_file": file.name}, writer)
+        rules.check_all()
+    print(f"wrote {named or file}")
+    name = "" if device.username else "; the device must send a user name, or set username in the rule"
+    if named is None:
+        print(f"changed {path}")
+        print(f"next: {rules.next_step}{name}")
+    else:
+        print(f"no reload is needed: the file is read at each CONNECT{name}")
+    return 0
+
+
+def ask_password(prompt: str) -> bytes:
+    """Prompt on a terminal, otherwise read a line from stdin; an argument would be visible to every user."""
+    if sys.stdin.isatty():
+        password = getpass.getpass(f"{prompt}: ")
+        if getpass.getpass("Repeat password: ") != password:
+            raise DeviceProblem("the passwords do not match")
+    else:
+        password = sys.stdin.readline().removesuffix("\n").removesuffix("\r")
+    if not password:
+        raise DeviceProblem("the password is empty")
+    return password.encode("utf-8", "surrogateescape")

@@ -38,6 +38,8 @@ _EXACT = re.compile(r"\[([*?\[])\]")
 _LONGEST_COMMON_NAME = 64
 # The broker's clock may be behind the CA's.
 _BACKDATED = timedelta(hours=1)
+# The modes of keys and passwords: for their owner alone; for the service's group, too.
+SECRET, SECRET_OF_GROUP = 0o600, 0o640
 KEY_TYPES = ("p256", "rsa2048")
 
 
@@ -53,12 +55,13 @@ class Files:
     key: Path
     request: Path
     certificate: Path
+    password: Path
 
     @classmethod
     def of(cls, directory: Path, client_identifier: str) -> Files:
         """Return the paths for a Client Identifier."""
         stem = stem_of(client_identifier)
-        return cls(*(directory / f"{stem}{end}" for end in (".toml", "-key.pem", ".csr.pem", ".pem")))
+        return cls(*(directory / f"{stem}{end}" for end in (".toml", "-key.pem", ".csr.pem", ".pem", ".password")))
 
 
 def stem_of(client_identifier: str) -> str:
