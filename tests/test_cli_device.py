@@ -413,6 +413,25 @@ def test_passwords_are_set_and_never_shown(
     assert (status, "sas_key_file" in shown, site.files()) == (1, True, ["d1.toml"])
 
 
+def test_a_device_is_moved(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """To another broker and address, and back; not to a broker that does not exist."""
+    text = site.config.read_text()
+    site.config.write_text(text.replace("[devices]", '[[upstream]]\nhost = "c.example"\nname = "c"\n[devices]'))
+    site.do("add", "d1", "--set", "bound_to=10.0.0.1")
+    capfd.readouterr()
+    assert site.do("move", "d1", "--upstream", "c", "--bound-to", "10.0.0.2", "10.0.0.3") == 0
+    assert "next: mqtts-gateway check --device d1" in capfd.readouterr().out
+    rule = site.rule("d1")
+    assert (rule.upstream, [str(each) for each in rule.bound_to]) == (("c",), ["10.0.0.2/32", "10.0.0.3/32"])
+    before = (site.directory / "d1.toml").read_text()
+    assert site.do("move", "d1", "--upstream", "d") == 1
+    assert "no upstream has the name" in capfd.readouterr().err
+    assert site.do("move", "d1") == 1
+    assert (site.directory / "d1.toml").read_text() == before
+    assert site.do("move", "d1", "--upstream", "--bound-to") == 0
+    assert (site.rule("d1").upstream, site.rule("d1").bound_to) == ((), ())
+
+
 def test_a_device_without_a_rule_of_its_own_is_disabled_by_the_command_that_is_named(
     site: Site, capfd: pytest.CaptureFixture[str]
 ) -> None:

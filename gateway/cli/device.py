@@ -86,6 +86,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     password.add_argument(
         "--broker", action="store_true", help="set the password for the broker instead, in a file of its own"
     )
+    moving = command("move", device_change.move, "let a device use other brokers, or connect from another address")
+    _identifier(moving)
+    moving.add_argument(
+        "--upstream", metavar="NAME", nargs="*", help="names of the upstreams to use; without a name, the default ones"
+    )
+    moving.add_argument(
+        "--bound-to",
+        metavar="NETWORK",
+        nargs="*",
+        help="the only networks or addresses that it may connect from; without one, all",
+    )
     remove = command("remove", _remove, "remove a device's rule")
     _identifier(remove)
     remove.add_argument(

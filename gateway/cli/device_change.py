@@ -1,4 +1,4 @@
-"""`mqtts-gateway device enable`, `disable`, `set-password`: change a device's rule.
+"""`mqtts-gateway device enable`, `disable`, `set-password`, `move`: change a device's rule.
 
 In: a Client Identifier.  Out: an edited rule file that the gateway can load, and the next step.
 """
@@ -72,6 +72,22 @@ def rewrite(path: Path, changes: Mapping[str, Any], writer: Writer) -> None:
         writer.replace(path, edited(text, changes).encode())
     except DeviceProblem as problem:
         raise DeviceProblem(f"{path}: {problem}") from None
+
+
+def move(rules: Rules, arguments: argparse.Namespace) -> int:
+    """Let a device use other brokers, or connect from another address."""
+    given = {"upstream": arguments.upstream, "bound_to": arguments.bound_to}
+    changes = {key: values or None for key, values in given.items() if values is not None}
+    if not changes:
+        raise DeviceProblem("name where to: --upstream NAME, --bound-to NETWORK, or both")
+    path, _ = rules.find(arguments.client_id)
+    change(rules, path, changes)
+    name = shlex.quote(printable(arguments.client_id))
+    print(
+        f"next: mqtts-gateway check --device {name} --config {shlex.quote(str(rules.file))}, then {rules.next_step}. "
+        "An established session goes on as it is until the device reconnects"
+    )
+    return 0
 
 
 def set_password(rules: Rules, arguments: argparse.Namespace) -> int:
