@@ -413,6 +413,43 @@ def test_passwords_are_set_and_never_shown(
     assert (status, "sas_key_file" in shown, site.files()) == (1, True, ["d1.toml"])
 
 
+def test_a_certificate_is_renewed_without_a_renew_command(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By the CA, or with one issued elsewhere for the same key and subject; the key and the modes stay."""
+    site.do("add", "d1", *site.issuing, "--common-name", "boiler 1")
+    file = site.directory / "d1.pem"
+    file.chmod(0o640)
+    key = (site.directory / "d1-key.pem").read_bytes()
+    assert site.do("renew", "d1") == 1
+    assert "--ca-cert" in capfd.readouterr().err
+    assert site.do("renew", "d1", *site.issuing[:5], "30") == 0
+    assert "next: mqtts-gateway check --device d1" in capfd.readouterr().out
+    certificate = x509.load_pem_x509_certificate(file.read_bytes())
+    certificate.verify_directly_issued_by(site.ca.certificate)
+    assert common_name(certificate) == "boiler 1"
+    assert (certificate.not_valid_after_utc - datetime.now(UTC)).days == 29
+    private = read_private_key(site.directory / "d1-key.pem")
+    issued = tmp_path / "issued.pem"
+    for subject, own, words in (
+        ("boiler 2", private, "boiler 2"),
+        ("boiler 1", None, "not for the key"),
+        ("boiler 1", private, ""),
+        ("boiler 1", private, "no later"),
+    ):
+        if words != "no later":
+            made = certify(site.ca, subject=subject, names=(), purposes=(CLIENT,), **({"key": own} if own else {}))
+            issued.write_bytes(made.pem)
+        before = file.read_bytes()
+        assert site.do("renew", "d1", "--cert", str(issued)) == (1 if words else 0)
+        assert words in capfd.readouterr().err
+        assert (file.read_bytes() == before) == bool(words)
+    assert (site.directory / "d1-key.pem").read_bytes() == key
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    for options in (["--cert", "x", "--due"], ["--ca-cert", "x"], [*site.issuing, "--cert", "x"]):
+        assert site.do("renew", "d1", *options) == 1
+
+
 def test_a_device_is_moved(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """To another broker and address, and back; not to a broker that does not exist."""
     text = site.config.read_text()

@@ -108,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     importing.add_argument("--dry-run", action="store_true", help="show what would be added, and write nothing")
     _identity(importing)
-    summary = "renew a certificate with the rule's renew_command"
+    summary = "renew a certificate: with the rule's renew_command, a CA, or an issued certificate"
     renewing = commands.add_parser("renew", help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
     renewing.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
     renew.add_arguments(renewing)

@@ -15,8 +15,10 @@ from typing import Any
 from attrs import evolve
 from twisted.internet.threads import deferToThreadPool
 
+from gateway.cli import device_reissue
 from gateway.cli.check import run_in_reactor
 from gateway.cli.device_files import DeviceProblem, exact_pattern
+from gateway.cli.device_rules import Rules
 from gateway.cli.report import complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import Config, load_file
@@ -40,11 +42,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "client_id", metavar="ID", nargs="?", help="the Client Identifier, or the name of a rule (default: [tls])"
     )
+    parser.add_argument("--ca-cert", metavar="FILE", help="issue the device's certificate from this CA, for its key")
+    parser.add_argument("--ca-key", metavar="FILE", help="the private key of --ca-cert")
+    parser.add_argument("--days", type=int, default=730, help="its validity in days (default: %(default)s)")
+    parser.add_argument("--cert", metavar="FILE", help="install this certificate, issued for the device's key")
     parser.add_argument("--due", action="store_true", help="renew all certificates that are due, [tls] included")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Renew; return 0, or 1 if a certificate was not renewed."""
+    if device_reissue.is_asked_for(arguments):
+        return device_reissue.reissue(Rules.of(Path(arguments.config)), arguments)
     config = _as_service(load_file(Path(arguments.config)), Path(arguments.config).absolute())
     status = 0
     chosen = _due(config) if arguments.due else [_chosen(config, arguments.client_id)]
@@ -109,7 +117,10 @@ def _chosen(config: Config, client_identifier: str | None) -> tuple[str, Renewab
             device.match_client_id == (pattern,) or device.name == client_identifier
         ):
             if not device.renew_command:
-                raise DeviceProblem(f'the rule for "{printable(client_identifier)}" has no renew_command')
+                raise DeviceProblem(
+                    f'the rule for "{printable(client_identifier)}" has no renew_command. Set one, or give the '
+                    "new certificate with --cert, or the CA with --ca-cert and --ca-key"
+                )
             return device.name, device
     raise DeviceProblem(f'no rule is for "{printable(client_identifier)}" only, and none has this name')
 
