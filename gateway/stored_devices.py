@@ -25,6 +25,7 @@ from gateway.relay.side import Gauge
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.rules.presence import Holder, Holders
 from gateway.rules.rules import Caller, Rules
+from gateway.session.drain_pace import TICK, DrainPace
 from gateway.session.record import Dial, Peer, SessionRecord
 from gateway.session.session import Session
 from gateway.session.stored import Phase, StoredSession
@@ -238,6 +239,8 @@ class StoredDevices:
         self._are_stopped = False
         self._check_at = 0.0
         self.forecast = Forecast()
+        self._drain_pace = DrainPace(config.store.drain_messages_per_second, clock.seconds, self._drain_later)
+        self._draining: IDelayedCall | None = None
         # Since when devices are served without a broker, None if none is.
         self.outage_since: float | None = None
         self._delivered_before = 0
@@ -255,6 +258,7 @@ class StoredDevices:
         """From now on another configuration holds."""
         self._config = config
         self.store.config = config.store
+        self._drain_pace.rate = config.store.drain_messages_per_second
         self.routes.clear()
 
     def end_disabled(self, rules: Rules, at_a_time: int) -> Pieces[None]:
@@ -505,7 +509,7 @@ class StoredDevices:
         if self._stopping:
             return
         self._stopping = True
-        for under_way in (self._sweeping, self._checking):
+        for under_way in (self._sweeping, self._checking, self._draining):
             if under_way is not None and under_way.active():
                 under_way.cancel()
         in_turns(self._clock.callLater, self._stop_all(discard_wills=discard_wills))
@@ -573,12 +577,17 @@ class StoredDevices:
             max_connect_size=config.limits.max_connect_size,
             check_bodies=config.limits.check_bodies,
             connack=config.timeouts.connack,
+            drain_pace=self._drain_pace,
         )
         backlog = self.store.backlog(name)
         stored = StoredSession(name, self.store, backlog, self, world, after=config.store.after)
         stored.given_back = self._lost
         self.sessions[name] = stored
         return stored
+
+    def _drain_later(self) -> None:
+        if not self._stopping and (self._draining is None or not self._draining.active()):
+            self._draining = self._clock.callLater(TICK, self._drain_pace.go_on)
 
     def _device_full(self, stored: StoredSession, session: Session, is_full: bool) -> None:
         if stored.visit is not None and stored.visit.device is session:

@@ -14,6 +14,7 @@ from gateway.config import StoreConfig
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.mqtt.connect import Connect
 from gateway.pieces import at_once
+from gateway.session.drain_pace import DrainPace
 from gateway.session.stored import Phase, StoredSession
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
@@ -160,6 +161,11 @@ class Bench:
             check_bodies=True,
             connack=10.0,
         )
+        self.open()
+
+    def pace_drains(self, pace: DrainPace) -> None:
+        """Share a pace with others."""
+        self.world = attrs.evolve(self.world, drain_pace=pace)
         self.open()
 
     def open(self) -> None:
@@ -1629,3 +1635,51 @@ def test_a_device_that_leaves_while_it_waits_for_its_predecessor_stops_nothing(b
     device.finish(EndReason.DEVICE_LOST)
     assert upstream.closed
     assert len(bench.online(version=5).payloads) == 20
+
+
+def test_what_waited_for_the_broker_leaves_at_a_pace(bench: Bench) -> None:
+    """All backlogs share it; what the device sends after that is not slowed down by it."""
+    turns: list[bool] = []
+    pace = DrainPace(100.0, lambda: bench.now, lambda: turns.append(True))
+    bench.pace_drains(pace)
+    bench.offline()
+    for number in range(1, 11):
+        bench.up(b"%d" % number, identifier=number)
+    bench.settle()
+    upstream = bench.online()
+    assert len(upstream.payloads) == 2
+    assert turns
+    bench.now += 0.03
+    pace.go_on()
+    assert len(upstream.payloads) == 4
+    bench.now += 0.02
+    pace.go_on()
+    assert len(upstream.payloads) == 6
+    for identifier in range(11, 15):
+        bench.up(b"%d" % identifier, qos=2, identifier=identifier)
+    bench.settle()
+    for _ in range(2):
+        bench.now += 0.02
+        pace.go_on()
+    assert len(upstream.payloads) == 14  # nothing of the last four waited for its turn
+    assert not pace._waiting
+
+
+def test_a_backlog_leaves_no_faster_than_its_rule_lets_the_device_send(bench: Bench) -> None:
+    """A broker may have limits for each client, and close the connection of one that exceeds them."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, packets_per_second=2.0)
+    bench.offline()
+    for number in range(1, 16):
+        bench.up(b"%d" % number, identifier=number)
+        bench.sweep()
+    bench.settle()
+    upstream = bench.online()
+    burst = len(upstream.payloads)
+    assert burst == 5
+    bench.sweep()
+    bench.settle()
+    assert len(upstream.payloads) <= burst + 2
+    for _ in range(6):
+        bench.sweep()
+        bench.settle()
+    assert len(upstream.payloads) == 15

@@ -383,6 +383,7 @@ class StoreConfig:
     max_age: float = attrs.field(default=0.0, validator=between(0, 315_360_000), metadata={"unit": "seconds"})
     full: Literal["drop-oldest", "refuse"] = "drop-oldest"
     after: float = attrs.field(default=5.0, validator=between(2, 60), metadata={"unit": "seconds"})
+    drain_messages_per_second: float = attrs.field(default=2500.0, validator=between(0, 1_000_000))
 
 
 @attrs.frozen

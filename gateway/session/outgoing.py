@@ -20,6 +20,8 @@ from attrs import define
 
 from gateway.mqtt.message import Message, acknowledgement, with_qos, write_message
 from gateway.mqtt.packets import PacketType, ProtocolVersion, describe_disconnect
+from gateway.session.drain_pace import DrainPace
+from gateway.session.pace import Pace
 from gateway.store.backlog import Backlog
 from gateway.store.database import StoreError
 from gateway.store.row import Row, size_of
@@ -127,6 +129,7 @@ class Outgoing:
         is_plausible: Callable[[], bool],
         changed: Callable[[], None],
         *,
+        drain_pace: DrainPace,
         confirm: bool = False,
         after: float = 5.0,
     ) -> None:
@@ -138,6 +141,12 @@ class Outgoing:
         self._now = now
         self._is_plausible = is_plausible
         self._changed = changed
+        self._drain_pace = drain_pace
+        # The rates of the device's rule hold for its backlog, too: its broker may have limits for each client.
+        self.pace: Pace | None = None
+        self._sent = 0
+        # Rows up to this number waited for the connection; what comes later is traffic as usual.
+        self._waited_until = 0
         self.confirm = confirm
         self.after = after
         self.live = False
@@ -272,6 +281,7 @@ class Outgoing:
         """There is a connection, and the broker has accepted it."""
         self.facts = facts
         self.connected = True
+        self._waited_until = self._store.next_number - 1
         self.last_progress = self._seconds()
         if not facts.session_present:
             self._sent_before.clear()
@@ -281,6 +291,10 @@ class Outgoing:
             self._sent_before.update(dict.fromkeys(self._unmarked, 0))
         self._unmarked.clear()
         self.pump()
+
+    def pace_by(self, pace: Pace | None) -> None:
+        """The next connection sends rows at the rates of a rule; None for no limit."""
+        self.pace, self._sent = pace, 0
 
     def finish_flights(self) -> None:
         """Send nothing more on this connection, which ends when nothing is in flight; the answers are still taken."""
@@ -430,7 +444,7 @@ class Outgoing:
         while self._loaded and self._may_send_rows and self.in_flight < window:
             if self._loaded[0].identifier in self._flights:
                 break  # an identifier comes again after 32,768 rows of all devices
-            if self._would_overtake(self._loaded[0]):
+            if self._would_overtake(self._loaded[0]) or not self._is_in_pace(self._loaded[0]):
                 break
             self._send_row(self._loaded.popleft())
         if not self.connected or self._full:
@@ -444,6 +458,12 @@ class Outgoing:
         self._check_refused()
         if not self.live and self.is_idle:
             self.live = True
+
+    def _is_in_pace(self, row: Row) -> bool:
+        """Whether the row may be sent now; if not, `pump` is called later."""
+        if self.pace is not None and self.pace.paused and not self.pace.recovered(self._seconds()):
+            return False  # until a sweep
+        return row.number > self._waited_until or self._drain_pace.may_send(self.pump)
 
     @property
     def _may_send_rows(self) -> bool:
@@ -633,6 +653,9 @@ class Outgoing:
             self._store.set_aside(self._backlog, number, f"{len(packet)} bytes are more than the broker takes")
             return
         self._flights[identifier] = _Flight(row, identifier, awaits, is_marking=is_released)
+        if self.pace is not None:
+            self._sent += 1
+            self.pace.overdrawn(self._sent, len(packet))
         self._send(packet)
 
     def _is_of_last_run(self, number: int) -> bool:

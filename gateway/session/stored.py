@@ -156,6 +156,7 @@ class StoredSession:
             world.now,
             world.is_plausible,
             self._changed,
+            drain_pace=world.drain_pace,
             after=after,
         )
         self.incoming = Incoming(_RECEIVE_MAXIMUM, self._to_device, self._to_broker)
@@ -422,6 +423,7 @@ class StoredSession:
         now = self._world.seconds()
         packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
         self._treated = treated
+        self.outgoing.pace_by(treatment.pace(self._world.seconds))
         self._upstream = upstream
         self._connack_due = now + self._world.connack
         self._lives_until = float("inf") if treatment.lives is None else now + treatment.lives

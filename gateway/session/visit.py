@@ -17,6 +17,7 @@ from gateway.mqtt.message import Message, acknowledgement
 from gateway.mqtt.packets import PacketType, ProtocolVersion, ReasonCode
 from gateway.mqtt.reader import Packet
 from gateway.mqtt.whole import WholePackets
+from gateway.session.drain_pace import DrainPace
 from gateway.session.pace import Pace
 from gateway.session.record import Dial, Peer
 from gateway.session.treatment import Treatment
@@ -77,6 +78,7 @@ class World:
     max_connect_size: int
     check_bodies: bool
     connack: float
+    drain_pace: DrainPace = attrs.field(factory=DrainPace)
 
 
 class Visit:

@@ -1,0 +1,86 @@
+"""How fast backlogs leave: all of them together, and each as its rule says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gateway.session.drain_pace import TICK, DrainPace
+
+
+class Paced:
+    """A pace of 1,000 messages a second, and a clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.asked = 0
+        self.sent: list[str] = []
+        self.pace = DrainPace(1000, lambda: self.now, self._later)
+
+    def _later(self) -> None:
+        self.asked += 1
+
+    def backlog(self, name: str, size: int) -> Callable[[], None]:
+        """Return what sends as many of `size` messages as it may."""
+        left = [size]
+
+        def pump() -> None:
+            while left[0] and self.pace.may_send(pump):
+                left[0] -= 1
+                self.sent.append(name)
+
+        return pump
+
+    def tick(self, seconds: float = TICK) -> int:
+        """Let time pass; return how many were sent."""
+        self.now += seconds
+        before = len(self.sent)
+        self.pace.go_on()
+        return len(self.sent) - before
+
+
+def test_the_rate_holds_for_all_together() -> None:
+    """However many there are."""
+    paced = Paced()
+    for number in range(50):
+        paced.backlog(f"d{number}", 1000)()
+    assert paced.asked
+    for _ in range(100):
+        paced.tick()
+    assert 1000 <= len(paced.sent) <= 1030
+
+
+def test_backlogs_take_turns() -> None:
+    """One that is large does not keep others waiting."""
+    paced = Paced()
+    large, small = paced.backlog("large", 1000), paced.backlog("small", 3)
+    large()
+    small()
+    paced.tick()
+    paced.tick()
+    assert paced.sent.count("small") == 3
+
+
+def test_nobody_overtakes_those_that_wait() -> None:
+    """An acknowledgement makes room in a window, but not in the queue."""
+    paced = Paced()
+    paced.backlog("first", 100)()
+    sent = len(paced.sent)
+    paced.now += TICK
+    paced.backlog("second", 100)()
+    assert len(paced.sent) == sent
+
+
+def test_a_machine_that_is_late_drains_more_slowly() -> None:
+    """What it has missed is not sent in one piece, which would hold up everybody else."""
+    paced = Paced()
+    paced.backlog("d", 10_000)()
+    assert paced.tick(10.0) <= 1000 * TICK * 2
+
+
+def test_without_a_limit_nobody_waits() -> None:
+    """Also those that waited before it was lifted."""
+    paced = Paced()
+    paced.backlog("d", 10_000)()
+    paced.pace.rate = 0
+    paced.tick()
+    assert len(paced.sent) == 10_000
