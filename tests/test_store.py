@@ -7,6 +7,7 @@ import queue
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ from gateway.store.opening import open_store, store_directory
 from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
 from gateway.store.store import Store
 from gateway.store.writer import Writer
-from tests.harness import eventually
+from tests.harness import PATIENCE, eventually
 from tests.stored_world import Memory, open_memory_store
 from tests.tools import require_tool
 
@@ -406,6 +407,23 @@ def test_what_waited_for_a_commit_is_one_commit(tmp_path: Path) -> None:
     assert threaded.wait(1000) == [None] * 1000
     assert threaded.store.counts.commits < 50
     threaded.store.close()
+
+
+def test_acknowledgements_do_not_wait_for_what_is_read_for_drains(tmp_path: Path) -> None:
+    """A commit is told at once, whatever else was asked for before it was begun."""
+    threaded = Threaded(tmp_path)
+    begun, asked, told = threading.Event(), threading.Event(), threading.Event()
+    threaded.writer.work(lambda _: (begun.set(), asked.wait(PATIENCE)), lambda *_: None)
+    assert begun.wait(PATIENCE)
+    # These two are taken together, and the commit comes first.
+    threaded.writer.work(lambda _: told.wait(PATIENCE), lambda *_: None)
+    threaded.append(1)
+    asked.set()
+    try:
+        assert threaded.wait(1) == [None]
+    finally:
+        told.set()
+        threaded.store.close()
 
 
 def test_a_backlog_from_before_is_found_while_new_messages_are_stored(tmp_path: Path) -> None:

@@ -136,13 +136,13 @@ class Writer:
 
     def _do(self, taken: Sequence[_Write | _Work]) -> None:
         writes = [item for item in taken if isinstance(item, _Write)]
-        calls: list[Callable[[], None]] = []
         if writes:
-            calls += self._write(writes)
-        for item in taken:
-            if isinstance(item, _Work):
-                calls.append(self._called(item))
-        self._post(lambda: _call_all(calls))
+            told = self._write(writes)
+            # Devices wait for this, and must not wait for what is read for drains.
+            self._post(lambda: _call_all(told))
+        works = [self._called(item) for item in taken if isinstance(item, _Work)]
+        if works:
+            self._post(lambda: _call_all(works))
 
     def _called(self, item: _Work) -> Callable[[], None]:
         try:
