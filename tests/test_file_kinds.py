@@ -54,6 +54,17 @@ CASES: dict[str, tuple[Callable[[Path], Any], bytes, str]] = {
     "damaged": (read_certificates, LEAF.pem.replace(LEAF.pem[60:90], b"A" * 30), "damaged certificate"),
     "text": (read_certificates, b"hello", "contains no PEM certificate"),
     "key: a certificate": (read_private_key, LEAF.pem, "a certificate: perhaps the two files are swapped"),
+    "key: PKCS #11 URI": (read_private_key, b"pkcs11:object=x;pin-value=1\n", "names a key in a token or TPM"),
+    "key: PKCS #11 URI in PEM": (
+        read_private_key,
+        LEAF.pem + b"-----BEGIN PKCS#11 PROVIDER URI-----\nAAAA\n-----END PKCS#11 PROVIDER URI-----\n",
+        "names a key in a token or TPM",
+    ),
+    "key: TPM": (
+        read_private_key,
+        b"-----BEGIN TSS2 PRIVATE KEY-----\nAAAA\n-----END TSS2 PRIVATE KEY-----\n",
+        "names a key in a token or TPM",
+    ),
     "key: DER": (read_private_key, DER_KEY, "openssl pkey -inform der"),
     "key: public": (
         read_private_key,

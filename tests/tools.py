@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -12,6 +14,8 @@ import pytest
 _PACKAGES = {
     "danted": "dante-server",
     "squid": "squid-openssl",
+    "pkcs11-tool": "opensc",
+    "softhsm2-util": "softhsm2",
     "promtool": "prometheus",
     "mosquitto_pub": "mosquitto-clients",
     "mosquitto_sub": "mosquitto-clients",
@@ -23,9 +27,21 @@ def require_tool(name: str) -> str:
     """Return the path of a program; where it is missing, fail in CI (`CI=true`) and skip on a user's machine."""
     # Debian keeps brokers and other daemons in directories that a user's PATH often leaves out.
     path = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"]))
-    if path is not None:
-        return path
-    advice = f"{name} is not installed: apt install {_PACKAGES.get(name, name)}"
+    if path is None:
+        _missing(name, _PACKAGES.get(name, name))
+    return path
+
+
+def require_file(pattern: str, package: str) -> Path:
+    """Return the file that matches an absolute pattern, as `require_tool`."""
+    found = sorted(Path("/").glob(pattern.removeprefix("/")))
+    if not found:
+        _missing(pattern, package)
+    return found[0]
+
+
+def _missing(name: str, package: str) -> NoReturn:
+    advice = f"{name} is not installed: apt install {package}"
     if os.environ.get("CI") == "true":
         pytest.fail(f"{advice} (in CI everything is there, so that nothing is skipped)")
     pytest.skip(advice)

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.serialization import load_der_private_key
 CERTIFICATE, KEY, CRL = "certificate", "private key", "CRL"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _LABEL = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----")
+_IN_HARDWARE = re.compile(rb"-----BEGIN (PKCS#11 PROVIDER URI|TSS2 (KEY BLOB|PRIVATE KEY))-----")
 _CONTENT_TYPE_PKCS7 = bytes.fromhex("06092a864886f70d0107")  # 1.2.840.113549.1.7
 
 _REQUEST = "a certificate signing request: send it to a CA, and use the certificate that it issues"
@@ -47,6 +48,11 @@ def described(data: bytes, wanted: str) -> str:
     if data[:1] == b"\x30":
         return f"contains no PEM {wanted} but {_binary(data)}"
     return f"contains no PEM {wanted}"
+
+
+def names_a_token(data: bytes) -> bool:
+    """Say whether it names a key in a token or TPM (for a provider or an engine of OpenSSL) instead of having one."""
+    return data.lstrip().startswith(b"pkcs11:") or _IN_HARDWARE.search(data) is not None
 
 
 def is_pkcs12(data: bytes) -> bool:

@@ -32,7 +32,7 @@ from gateway.config.algorithms import is_of_tls_1_3
 from gateway.config.secret_files import SecretUnavailable
 from gateway.errors import ConfigError
 from gateway.tls.algorithms import Offer, client_hello
-from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_pkcs12, is_truncated
+from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_pkcs12, is_truncated, names_a_token
 from gateway.tls.strict import crl_problem
 
 PrivateKey = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | ed448.Ed448PrivateKey
@@ -139,6 +139,11 @@ def read_private_key(path: Path) -> PrivateKey:
 
 def _pem_key(data: bytes, passphrase: bytes | None, when_encrypted: str) -> PrivateKey:
     """Return a private key; `when_encrypted` is the remedy if it needs a passphrase that is not there."""
+    if names_a_token(data):
+        raise ValueError(
+            "names a key in a token or TPM, which the gateway cannot use itself: let a local nginx sign, "
+            "see docs/hardware-keys.md"
+        )
     if b"PRIVATE KEY-----" not in data:
         raise ValueError(described(data, KEY))
     try:
