@@ -471,8 +471,7 @@ PYTHON
     fi
     if [ -z "$2" ]; then
         echo "{NAME} is installed and not started. Next:"
-        echo "  edit /{CONFIG}: set at least host under [[upstream]]"
-        echo "  mqtts-gateway check --config /{CONFIG}"
+        echo "  mqtts-gateway setup"
         echo "  systemctl enable --now mqtts-gateway"
     elif [ -d /run/systemd/system ]; then
         # An upgrade. The stop ends the sessions, spread over drain.seconds; only what runs is started again.

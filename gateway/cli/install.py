@@ -42,7 +42,7 @@ _REMEDY_PYTHON = (
     "/usr/bin/python3 -m venv --clear /opt/mqtts-gateway, and pip install there"
 )
 
-_START = "edit /etc/mqtts-gateway/gateway.toml, then run: systemctl enable --now mqtts-gateway"
+_START = "run mqtts-gateway setup, then: systemctl enable --now mqtts-gateway"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`mqtts-gateway`: run, check, init, install, uninstall, reload, status, device, demo.
+"""`mqtts-gateway`: run, check, setup, init, install, uninstall, reload, status, device, demo.
 
 In: the command line.  Out: an exit status: 0; 1 for a failure, including a wrong command line; 130 if interrupted.
 `check --strict` adds 2 for warnings; `status` adds 2 and 3 for problems of the gateway.
@@ -24,6 +24,7 @@ from gateway.text import capitalized
 COMMANDS = {
     "run": "run the gateway in the foreground",
     "check": "test the configuration: open a session step by step",
+    "setup": "ask for the broker and its certificates, test each answer, write the configuration",
     "init": "write a commented configuration",
     "install": "install this environment's gateway as a systemd service",
     "uninstall": "remove the service, keep its configuration",

@@ -1,0 +1,346 @@
+"""`mqtts-gateway setup`: from nothing to a configuration that works, with each answer tested at once.
+
+In: answers on a terminal or standard input, or flags.  Out: a configuration with its certificates and keys beside it,
+and the next steps; if anything fails, nothing has changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attrs import define, evolve, field, frozen
+
+from gateway.cli import install
+from gateway.cli.device_files import SECRET, DeviceProblem, Writer, toml
+from gateway.cli.init import filled_in
+from gateway.cli.places import Places, is_debian_package, systemd_runs
+from gateway.cli.report import Status, Step, TextView, complain
+from gateway.cli.service_view import ServiceView
+from gateway.config import from_flags, load_file, template_text
+from gateway.errors import ConfigError, EndReason
+
+_CONFIG = Places(Path("/")).config
+_PUBLIC = 0o644
+# The steps of `check` that each answer decides.
+_REACHED = ("configuration", "dns", "tcp")
+_VERIFIED = (*_REACHED, "file", "client-hello", "certificate", "chain", "identity")
+_SERVED = (*_VERIFIED, "clock", "tls", "connect", "connack")
+# The broker is the right one and has answered; what it says is about the test session, which is no device.
+_ANSWER = EndReason.UPSTREAM_REFUSED
+
+
+class SetupFailed(Exception):
+    """Setup cannot go on; the message says why, and is empty if that was printed."""
+
+
+@frozen
+class _Answers:
+    """What is known of the broker so far."""
+
+    upstream: str = ""
+    server_name: str = ""
+    ca_file: str = ""
+    client_cert: str = ""
+    client_key: str = ""
+
+    def flags(self) -> list[str]:
+        """Return them as flags of `check`."""
+        given = {
+            "--upstream": self.upstream,
+            "--server-name": self.server_name,
+            "--ca-file": self.ca_file,
+            "--client-cert": self.client_cert,
+            "--client-key": self.client_key,
+        }
+        return [word for flag, value in given.items() if value for word in (flag, value)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the options of `setup`."""
+    parser.add_argument(
+        "--config", type=Path, default=_CONFIG, metavar="FILE", help="the configuration to write (default: %(default)s)"
+    )
+    parser.add_argument("--upstream", default="", metavar="HOST[:PORT]", help="the broker; setup then asks nothing")
+    parser.add_argument("--server-name", default="", metavar="NAME", help="the name in the broker's certificate")
+    parser.add_argument("--ca-file", default="", metavar="FILE", help="the CA of the broker (default: the platform's)")
+    parser.add_argument("--client-cert", default="", metavar="FILE", help="the gateway's own certificate")
+    parser.add_argument("--client-key", default="", metavar="FILE", help="its private key")
+    parser.add_argument("--install", action="store_true", help="also install the systemd service")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask, test and write; return 0, or 1 on failure."""
+    try:
+        _check_place(arguments.config)
+        answers = _Answers(
+            **{
+                key: getattr(arguments, key)
+                for key in ("upstream", "server_name", "ca_file", "client_cert", "client_key")
+            }
+        )
+        wants_service: bool = arguments.install
+        if answers.upstream:
+            _Tests().test(answers, _SERVED)
+        else:
+            answers = _asked(answers)
+            wants_service = wants_service or _wants_service(arguments.config)
+        _write(arguments.config, answers, wants_service=wants_service)
+    except (SetupFailed, DeviceProblem, OSError) as problem:
+        if str(problem):
+            complain(str(problem))
+        complain("setup failed; nothing was changed")
+        return 1
+    except ConfigError as error:
+        for each in error.problems:
+            complain(each)
+        complain("setup failed; nothing was changed")
+        return 1
+    return 0
+
+
+# ---- the answers
+
+
+def _asked(answers: _Answers) -> _Answers:
+    """Ask for each answer and test it; on a terminal, ask again after a wrong one.  Raises `SetupFailed`."""
+    tests = _Tests()
+    answers = _until_right(answers, _ask_upstream, _REACHED, tests)
+    answers = _until_right(answers, _ask_ca, _VERIFIED, tests)
+    return _until_right(answers, _ask_client, _SERVED, tests)
+
+
+def _until_right(
+    answers: _Answers, ask: Callable[[_Answers], _Answers], steps: Collection[str], tests: _Tests
+) -> _Answers:
+    while True:
+        answered = ask(answers)
+        try:
+            return tests.test(answered, steps)
+        except SetupFailed:
+            if not sys.stdin.isatty():
+                raise
+
+
+def _ask_upstream(answers: _Answers) -> _Answers:
+    return evolve(answers, upstream=_ask("The broker's host name, or HOST:PORT", "--upstream"))
+
+
+def _ask_ca(answers: _Answers) -> _Answers:
+    words = "The file with the CA that issued the broker's certificate (empty: a public CA)"
+    return evolve(answers, ca_file=_ask(words, "--ca-file", may_be_empty=True))
+
+
+def _ask_client(answers: _Answers) -> _Answers:
+    words = "The file with a client certificate for the gateway, if the broker asks for one (empty: none)"
+    certificate = _ask(words, "--client-cert", may_be_empty=True)
+    key = ""
+    if certificate:
+        key = _ask("The file with its private key (empty: in the same file)", "--client-key", may_be_empty=True)
+    return evolve(answers, client_cert=certificate, client_key=key)
+
+
+def _ask(words: str, flag: str, *, may_be_empty: bool = False) -> str:
+    while True:
+        print(f"{words}: ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            print()
+            raise SetupFailed(f"standard input ended before this answer; {flag} gives it on the command line")
+        if not sys.stdin.isatty():
+            print()
+        answer = line.strip()
+        if answer or may_be_empty:
+            return answer
+
+
+def _wants_service(config: Path) -> bool:
+    if config != _CONFIG or is_debian_package() or os.geteuid() != 0 or not systemd_runs():
+        return False
+    return _ask("Install the systemd service (y/n)", "--install").lower() in {"y", "yes"}
+
+
+# ---- the tests
+
+
+@define
+class _Tests:
+    """Tests answers; an answer that changes nothing needs no new test."""
+
+    _flags: list[str] = field(factory=list)
+    _steps: list[Step] = field(factory=list)
+    _shown: set[str] = field(factory=set)
+
+    def test(self, answers: _Answers, wanted: Collection[str]) -> _Answers:
+        """Run `check` with these answers, and show the steps in `wanted`.  Raises `SetupFailed` if one of them failed.
+
+        If only the broker's name is wrong, ask for the right one.
+        """
+        if answers.flags() != self._flags:
+            self._flags, self._steps = answers.flags(), list(_checked(answers.flags()))
+        steps = [step for step in self._steps if step.name in wanted and step.status is not Status.SKIP]
+        view = TextView(sys.stdout, quiet=False)
+        for step in steps:
+            # A message of a step that passed may have a time in it.
+            words = step.name if step.status is Status.PASS and step.name != "file" else f"{step.name} {step.message}"
+            if words not in self._shown or step.status is Status.FAIL:
+                view.show(step)
+            self._shown.add(words)
+        failed = [step for step in steps if step.status is Status.FAIL]
+        if not failed:
+            return answers
+        self._flags = []
+        reason = failed[0].facts.get("reason")
+        if reason == _ANSWER:
+            print("The broker answers. Whether it accepts a device depends on the device's own name and password.")
+            return answers
+        if reason == EndReason.TLS_NAME_MISMATCH and len(failed) == 1 and sys.stdin.isatty():
+            words = "The name of your broker in that certificate (empty: none of them)"
+            if name := _ask(words, "--server-name", may_be_empty=True):
+                return self.test(evolve(answers, server_name=name), wanted)
+        raise SetupFailed
+
+
+def _checked(flags: list[str]) -> Iterator[Step]:
+    """Yield the steps of a `check`, in a process of its own: a reactor runs once."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-P", "-m", "gateway.cli.main", "check", "--json", *flags]
+    done = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False)  # noqa: S603  ours
+    try:
+        steps = json.loads(done.stdout)["steps"]
+    except (ValueError, KeyError):
+        raise SetupFailed("`check` gave no result") from None
+    for each in steps:
+        yield Step(
+            each["step"],
+            Status(each["status"]),
+            each["message"],
+            each["remedy"] or "",
+            each["upstream"] or "",
+            each.get("facts", {}),
+        )
+
+
+# ---- the files
+
+
+def _check_place(config: Path) -> None:
+    """Raise `SetupFailed` if the configuration cannot be written, or somebody has written one."""
+    if config.exists() and not _is_as_shipped(config):
+        raise SetupFailed(f"{config} already exists: edit it, or name another file with --config")
+    above = next(each for each in config.absolute().parents if each.exists())
+    if not os.access(above, os.W_OK):
+        raise SetupFailed(f"{above} cannot be written: run this with sudo, or name another file with --config")
+
+
+def _is_as_shipped(config: Path) -> bool:
+    """Whether a configuration is as `init`, `install` or the Debian package wrote it."""
+    text, template = config.read_text(encoding="utf-8"), template_text()
+    if text == template:
+        return True
+    try:
+        return text == filled_in(template, load_file(config).upstream[0])
+    except ConfigError:
+        return False
+
+
+def _write(config: Path, answers: _Answers, *, wants_service: bool) -> None:
+    """Write the configuration and what it names.  Raises what goes wrong, and has changed nothing then."""
+    directory = config.absolute().parent
+    with _new_directories() as make, Writer.all_or_nothing() as writer:
+        make(directory, 0o755)
+        make(directory / "devices", 0o755)
+        tls: dict[str, Path] = {}
+        if answers.ca_file:
+            tls["ca_file"] = _placed(Path(answers.ca_file), directory, "ca.pem", _PUBLIC, writer)
+        if answers.client_cert:
+            keys = directory / "credentials"
+            make(keys, 0o700)
+            if answers.client_key:
+                tls["client_cert"] = _placed(Path(answers.client_cert), directory, "client.pem", _PUBLIC, writer)
+                tls["client_key"] = _placed(Path(answers.client_key), keys, "client.key", SECRET, writer)
+            else:
+                name = "client" + Path(answers.client_cert).suffix
+                tls["client_cert"] = _placed(Path(answers.client_cert), keys, name, SECRET, writer)
+        text = _text(answers, {key: _relative(path, directory) for key, path in tls.items()}).encode()
+        if config.exists():
+            writer.replace(config, text)
+        else:
+            writer.write(config, text, _PUBLIC)
+        failed = [step for step in _checked(["--files", "--config", str(config)]) if step.status is Status.FAIL]
+        for step in failed:
+            TextView(sys.stdout, quiet=False).show(step)
+        if failed:
+            raise SetupFailed
+        print(f"wrote {config}" + "".join(f"\nuses {path}" for path in tls.values()))
+        if wants_service and install.run(argparse.Namespace(root="/", dry_run=False, upstream=None)) != 0:
+            raise SetupFailed
+    if not wants_service:
+        print(_next_steps(config))
+
+
+def _text(answers: _Answers, tls: dict[str, str]) -> str:
+    (upstream,) = from_flags(upstream=[answers.upstream]).upstream
+    text = filled_in(template_text(), upstream).replace('#directory = "devices"\n', 'directory = "devices"\n', 1)
+    if answers.server_name:
+        text = text.replace('#server_name = ""\n', f"server_name = {toml(answers.server_name)}\n", 1)
+    keys = "".join(f"{key} = {toml(value)}\n" for key, value in tls.items())
+    return text.replace("\n[tls]\n", f"\n[tls]\n{keys}", 1)
+
+
+def _placed(source: Path, directory: Path, name: str, mode: int, writer: Writer) -> Path:
+    """Return the path of a file in the directory: the file itself if it is there, or a copy."""
+    if source.absolute().is_relative_to(directory):
+        return source.absolute()
+    data, target = source.read_bytes(), directory / name
+    if target.exists():
+        if target.read_bytes() != data:
+            raise SetupFailed(f"{target} already exists and is not {source}: move it away, or use it")
+    else:
+        writer.write(target, data, mode)
+    return target
+
+
+def _relative(path: Path, directory: Path) -> str:
+    return str(path.relative_to(directory))
+
+
+@contextmanager
+def _new_directories() -> Iterator[Callable[[Path, int], None]]:
+    """Yield a function that makes a directory; an exception removes those that are new."""
+    made: list[Path] = []
+
+    def make(directory: Path, mode: int) -> None:
+        missing = [each for each in (directory, *directory.parents) if not each.exists()]
+        for each in reversed(missing):
+            each.mkdir()
+            made.append(each)
+            each.chmod(mode if each == directory else 0o755)
+
+    try:
+        yield make
+    except BaseException:
+        for each in reversed(made):
+            each.rmdir()
+        raise
+
+
+def _next_steps(config: Path) -> str:
+    file = shlex.quote(str(config))
+    is_service = ServiceView.of(config.absolute()) is not None
+    start = "systemctl enable --now mqtts-gateway" if is_service else f"mqtts-gateway run --config {file}"
+    return "\n".join(
+        [
+            "next:",
+            f"  {start}",
+            "then point a device to port 1883 of this machine, and see what it does:",
+            f"  mqtts-gateway status --config {file}",
+        ]
+    )

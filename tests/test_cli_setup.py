@@ -1,0 +1,161 @@
+"""`mqtts-gateway setup`: a configuration that works, from answers or flags; on failure nothing has changed."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gateway.cli import setup
+from gateway.cli.main import console
+from gateway.cli.report import Status, Step
+from gateway.config import load_file, template_text
+from tests.harness import Broker, accept_session
+from tests.pki import CLIENT, certify, certify_ca
+
+StartBroker = Callable[..., Broker]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """The directory of the configuration, which is not there yet."""
+    return tmp_path / "etc" / "mqtts-gateway"
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let standard input have these lines."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def written(place: Path) -> list[str]:
+    """Return what there is, with modes."""
+    paths = sorted(place.rglob("*")) if place.exists() else []
+    return [f"{path.relative_to(place)} {stat.S_IMODE(path.stat().st_mode):o}" for path in paths]
+
+
+@pytest.mark.slow
+def test_answers_on_standard_input_make_a_gateway_that_can_take_devices(
+    place: Path,
+    start_broker: StartBroker,
+    ca_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Each answer is tested at once, against a real broker; the next commands work."""
+    broker = start_broker(serve=accept_session)
+    config = str(place / "gateway.toml")
+    answer(monkeypatch, f"localhost:{broker.port}", str(ca_file), "")
+    assert console(["setup", "--config", config]) == 0
+    out = capfd.readouterr().out
+    for step in ("tcp", "chain", "identity", "connack"):
+        assert out.count(f"PASS  {step}") == 1
+    assert f"mqtts-gateway run --config {config}" in out
+    assert written(place) == ["ca.pem 644", "devices 755", "gateway.toml 644"]
+    made = load_file(place / "gateway.toml")
+    assert (made.upstream[0].host, made.upstream[0].port, made.tls.ca_file) == (
+        "localhost",
+        broker.port,
+        (place / "ca.pem",),
+    )
+    assert console(["device", "add", "d1", "--config", config]) == 0
+    assert console(["setup", "--config", config]) == 1
+    assert "already exists" in capfd.readouterr().err
+
+
+def test_a_broker_that_is_not_verified_changes_nothing(
+    place: Path, start_broker: StartBroker, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The step that failed is shown; no MQTT has left."""
+    broker = start_broker()
+    other = certify_ca().write(tmp_path / "other.pem")
+    flags = ["--upstream", f"localhost:{broker.port}", "--ca-file", str(other)]
+    assert console(["setup", "--config", str(place / "gateway.toml"), *flags]) == 1
+    shown = capfd.readouterr()
+    assert "FAIL  chain" in shown.out
+    assert "nothing was changed" in shown.err
+    assert not place.parent.exists()
+    assert broker.received == b""
+
+
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
+    """The failures that a test of an answer finds; none unless the test adds one."""
+    steps: list[Step] = []
+    monkeypatch.setattr(setup, "_checked", lambda flags: iter(steps))
+    return steps
+
+
+def test_the_key_is_put_where_the_service_is_handed_it(place: Path, tmp_path: Path, untested: list[Step]) -> None:
+    """Also where the package's own configuration lies there untouched."""
+    del untested
+    place.mkdir(parents=True)
+    (place / "gateway.toml").write_text(template_text())
+    client = certify(certify_ca(), subject="gateway", names=(), purposes=(CLIENT,))
+    (tmp_path / "me.pem").write_bytes(client.pem)
+    (tmp_path / "me.key").write_bytes(client.key_pem)
+    files = ["--client-cert", str(tmp_path / "me.pem"), "--client-key", str(tmp_path / "me.key")]
+    assert (
+        console(["setup", "--config", str(place / "gateway.toml"), "--upstream", "b", "--server-name", "c", *files])
+        == 0
+    )
+    assert written(place) == [
+        "client.pem 644",
+        "credentials 700",
+        "credentials/client.key 600",
+        "devices 755",
+        "gateway.toml 644",
+    ]
+    made = load_file(place / "gateway.toml")
+    assert (made.upstream[0].server_name, made.tls.client_key) == ("c", place / "credentials/client.key")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_failure_at_the_end_takes_everything_back(
+    place: Path, ca_file: Path, monkeypatch: pytest.MonkeyPatch, untested: list[Step], *, there: bool
+) -> None:
+    """A file that the gateway cannot use, or a disk that is full: what was there is there again, and nothing else."""
+    if there:
+        place.mkdir(parents=True)
+        (place / "gateway.toml").write_text(template_text())
+    before = written(place)
+    command = ["setup", "--config", str(place / "gateway.toml"), "--upstream", "b", "--ca-file", str(ca_file)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert console(command) == 1
+    assert written(place) == before
+    untested.append(Step("file", Status.FAIL, "unreadable"))
+    monkeypatch.setattr(setup, "_SERVED", ())
+    assert console(command) == 1
+    assert written(place) == before
+    assert not there or (place / "gateway.toml").read_text() == template_text()
+    assert place.parent.exists() == there
+
+
+def test_answers_that_are_missing_are_named(
+    place: Path, monkeypatch: pytest.MonkeyPatch, untested: list[Step], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Standard input ends: the message says which flag gives the answer."""
+    del untested
+    answer(monkeypatch, "broker.example.com")
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 1
+    assert "--ca-file" in capfd.readouterr().err
+    assert not place.exists()
+
+
+def test_an_answer_is_tested_before_the_next_is_asked_for(
+    place: Path, monkeypatch: pytest.MonkeyPatch, untested: list[Step], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of all steps, the first answer decides those up to the broker's port."""
+    untested += [Step("tcp", Status.FAIL, "refused", "Check the port."), Step("chain", Status.FAIL, "unknown CA")]
+    answer(monkeypatch, "broker.example.com", "", "")
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 1
+    shown = capfd.readouterr().out
+    assert "Check the port." in shown
+    assert "unknown CA" not in shown
+    assert "CA that issued" not in shown
+    assert not place.exists()
