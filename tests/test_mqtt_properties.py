@@ -121,6 +121,7 @@ def test_a_value_of_one_type_is_not_given_as_another() -> None:
         (section(b"\x26\x00\x01\x00\x00\x00"), 0x81),  # U+0000 in the name of a User Property
         (section(b"\x26\x00\x00\x00\x01\xff"), 0x81),  # not UTF-8
         (section(b"\x04\x00"), 0x81),  # no property
+        (b"\x0a" + CONTENT_TYPE, 0x81),  # more than there is, cut between two
         (b"", 0x81),
         (b"\x80", 0x81),
         (b"\x80\x00", 0x81),

@@ -193,7 +193,8 @@ V3 = ProtocolVersion.MQTT_3_1
         *((V3, 1 << bit | 1, True, True) for bit in range(2, 8)),
         (V5, 0b00101110, True, True),
         (V5, 0b00011101, True, True),
-        (V5, 0b00110001, False, False),  # Retain Handling 3
+        (V5, 0b00110000, False, False),  # Retain Handling 3
+        (V5, 0b00110001, False, False),
         (V5, 0b01000000, False, True),
         (V5, 0b10000000, False, True),
     ],
