@@ -419,6 +419,19 @@ def test_a_device_added_as_documented_is_served_after_a_reload(plant: Plant, box
             return device.read(len(ACCEPTED)) == ACCEPTED and plant.shown_name() == "d1"
 
     eventually(served_as_itself, "the device is served under its own certificate")
+    with plant.device() as device:
+        device.send(connect("d1"))
+        assert device.read(len(ACCEPTED)) == ACCEPTED
+        assert f"next: systemctl reload {UNIT.removesuffix('.service')}" in box.do(PROGRAM, "device", "disable", "d1")
+        box.do("systemctl", "reload", UNIT)
+        assert device.read_to_end() == b""
+    with plant.device() as refused:
+        refused.send(connect("d1"))
+        assert refused.read(4) == b"\x20\2\0\5"
+    box.do(PROGRAM, "device", "renew", "d1", "--ca-cert", "/root/ca.pem", "--ca-key", "/root/ca-key.pem")
+    box.do(PROGRAM, "device", "enable", "d1")
+    box.do("systemctl", "reload", UNIT)
+    eventually(served_as_itself, "the device is served again, with its new certificate")
     for path in ("devices/d1-key.pem", "ca.pem"):
         box.do("chmod", "600", SETTINGS / path)
         checked = box.run(PROGRAM, "check", "--files", "--config", CONFIG)

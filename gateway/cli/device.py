@@ -154,6 +154,8 @@ def _add(rules: Rules, arguments: argparse.Namespace) -> int:
         else:
             _with_identity(rules, new, issuer, arguments, writer)
         rules.check_all()
+    for path in writer.written:
+        print(f"wrote {path}")
     _tell_next(rules, arguments)
     return 0
 
@@ -169,7 +171,7 @@ def _import(rules: Rules, arguments: argparse.Namespace) -> int:
     with Writer.all_or_nothing() as writer:
         _each(devices, arguments, lambda new: _with_identity(rules, new, issuer, arguments, writer))
         rules.check_all()
-    print(f"{len(devices)} devices added")
+    print(f"{len(devices)} devices added; wrote {len(writer.written)} files in {rules.directory}")
     _tell_next(rules, arguments)
     return 0
 
@@ -348,6 +350,8 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     )
     revoke = "; then revoke the device's certificate at its CA" if has_certificate else ""
     print(f"next: {rules.next_step}{revoke}")
+    if rules.config.devices.unknown == "pass":
+        print("the device can still connect, as one without a rule; to refuse it, use `device disable` instead")
     return 0
 
 

@@ -114,9 +114,9 @@ def toml(value: Any) -> str:
 
 @define
 class Writer:
-    """Creates new files and replaces files; undoes all of it if one cannot be written."""
+    """Creates new files, `written`, and replaces files; undoes all of it if one cannot be written."""
 
-    _written: list[Path]
+    written: list[Path]
     _replaced: list[tuple[Path, bytes]]
 
     @classmethod
@@ -127,7 +127,7 @@ class Writer:
         try:
             yield writer
         except BaseException:  # Ctrl-C, too, must not leave half a device behind
-            for path in writer._written:
+            for path in writer.written:
                 path.unlink(missing_ok=True)
             for path, data in reversed(writer._replaced):
                 _replace(path, data)
@@ -159,7 +159,7 @@ class Writer:
                     os.fsync(file.fileno())
                 # Unlike a rename, a link does not overwrite.
                 path.hardlink_to(part)
-                self._written.append(path)
+                self.written.append(path)
             finally:
                 part.unlink(missing_ok=True)
         except FileExistsError:
