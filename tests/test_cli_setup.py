@@ -49,8 +49,8 @@ def test_answers_on_standard_input_make_a_gateway_that_can_take_devices(
     """Each answer is tested at once, against a real broker; the next commands work."""
     broker = start_broker(serve=accept_session)
     config = str(place / "gateway.toml")
-    answer(monkeypatch, f"localhost:{broker.port}", str(ca_file), "")
-    assert console(["setup", "--config", config]) == 0
+    answer(monkeypatch, f"localhost:{broker.port}", "", "")
+    assert console(["setup", "--config", config, "--ca-file", str(ca_file)]) == 0
     out = capfd.readouterr().out
     for step in ("tcp", "chain", "identity", "connack"):
         assert out.count(f"PASS  {step}") == 1

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, default=_CONFIG, metavar="FILE", help="the configuration to write (default: %(default)s)"
     )
-    parser.add_argument("--upstream", default="", metavar="HOST[:PORT]", help="the broker; setup then asks nothing")
+    parser.add_argument("--upstream", default="", metavar="HOST[:PORT]", help="the broker; then nothing is asked")
     parser.add_argument("--server-name", default="", metavar="NAME", help="the name in the broker's certificate")
     parser.add_argument("--ca-file", default="", metavar="FILE", help="the CA of the broker (default: the platform's)")
     parser.add_argument("--client-cert", default="", metavar="FILE", help="the gateway's own certificate")
@@ -134,17 +134,22 @@ def _ask_upstream(answers: _Answers) -> _Answers:
 
 
 def _ask_ca(answers: _Answers) -> _Answers:
-    words = "The file with the CA that issued the broker's certificate (empty: a public CA)"
-    return evolve(answers, ca_file=_ask(words, "--ca-file", may_be_empty=True))
+    words = "The file with the CA that issued the broker's certificate"
+    return evolve(answers, ca_file=_ask_file(words, "--ca-file", answers.ca_file, "a public CA"))
 
 
 def _ask_client(answers: _Answers) -> _Answers:
-    words = "The file with a client certificate for the gateway, if the broker asks for one (empty: none)"
-    certificate = _ask(words, "--client-cert", may_be_empty=True)
+    words = "The file with a client certificate for the gateway, if the broker asks for one"
+    certificate = _ask_file(words, "--client-cert", answers.client_cert, "none")
     key = ""
     if certificate:
-        key = _ask("The file with its private key (empty: in the same file)", "--client-key", may_be_empty=True)
+        key = _ask_file("The file with its private key", "--client-key", answers.client_key, "in the same file")
     return evolve(answers, client_cert=certificate, client_key=key)
+
+
+def _ask_file(words: str, flag: str, given: str, none: str) -> str:
+    """Ask for a file; an empty answer means the one `given` by the flag, or else `none`."""
+    return _ask(f"{words} (empty: {given or none})", flag, may_be_empty=True) or given
 
 
 def _ask(words: str, flag: str, *, may_be_empty: bool = False) -> str:
