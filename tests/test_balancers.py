@@ -345,6 +345,7 @@ def test_the_documented_gateway_configuration_is_valid(tmp_path: Path) -> None:
     assert [str(network) for network in load_file(path).listen[0].proxies] == ["10.0.0.5/32"]
 
 
+@pytest.mark.slow
 def test_draining_one_gateway_disturbs_no_session_of_the_other(
     site: Site, start_sensors: Callable[[str, int], list[Sensor]]
 ) -> None:
@@ -390,6 +391,7 @@ def test_draining_one_gateway_disturbs_no_session_of_the_other(
         assert "no Client Identifier" not in gateway.log
 
 
+@pytest.mark.slow
 def test_a_gateway_that_haproxy_drains_keeps_its_sessions(
     site: Site, start_sensors: Callable[[str, int], list[Sensor]]
 ) -> None:
@@ -408,6 +410,7 @@ def test_a_gateway_that_haproxy_drains_keeps_its_sessions(
         assert (sensor.connected, sensor.lost) == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_gateway_that_dies_takes_only_its_own_sessions(
     site: Site, start_sensors: Callable[[str, int], list[Sensor]]
 ) -> None:

@@ -83,6 +83,7 @@ def test_a_command_loads_only_what_it_needs() -> None:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_an_output_that_cannot_be_written_ends_in_words() -> None:
     """A full disk and a closed stream are told, a reader that went away is not; never a traceback."""
     with open("/dev/full", "w") as full:  # noqa: PTH123  a device, opened as a shell would

@@ -126,6 +126,7 @@ def test_a_listener_in_use_is_known_as_such(reactor: Any, taken_port: int, tmp_p
     assert raised.value.in_use
 
 
+@pytest.mark.slow
 def test_twistd_ends_in_words_when_options_are_wrong(tmp_path: Path) -> None:
     """An unknown option, a missing file, an unknown key: each is named, with status 1."""
     config = tmp_path / "mqtts-gateway.toml"
@@ -141,6 +142,7 @@ def test_twistd_ends_in_words_when_options_are_wrong(tmp_path: Path) -> None:
         assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_twistd_ends_in_words_when_a_certificate_cannot_be_used(tmp_path: Path) -> None:
     """A file that is no certificate and a client certificate that OpenSSL refuses are both found before the start."""
     garbage = tmp_path / "ca.pem"

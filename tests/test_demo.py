@@ -204,6 +204,7 @@ def test_it_serves_until_it_is_told_to_stop(start_demo: Callable[..., RunningDem
     assert gone(broker)
 
 
+@pytest.mark.slow
 def test_even_when_killed_no_key_and_no_process_is_left(start_demo: Callable[..., RunningDemo]) -> None:
     """The broker ends with the demo, and the keys were off the disk before."""
     running = start_demo()

@@ -29,7 +29,7 @@ def plainly_matches(text: str, name: str) -> bool:
     return not (name.startswith("$") and text[0] in "+#") and go(text.split("/"), name.split("/"))
 
 
-@settings(max_examples=500)
+@settings(max_examples=300)
 @given(text=topic_filters(), name=NAMES)
 @example(text="sport/#", name="sport")
 @example(text="+", name="/finance")
@@ -48,7 +48,7 @@ def test_what_a_covered_filter_matches_is_matched_by_what_covers_it(allowed, wan
         assert plainly_matches(allowed, name)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=400)
 @given(allowed=st.lists(topic_filters() | NAMES, max_size=5), wanted=topic_filters() | NAMES)
 def test_a_list_covers_what_one_of_its_filters_covers(allowed, wanted):
     """The tree answers as the filters would one by one."""
