@@ -90,15 +90,18 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     return steps
 
 
-def test_the_key_is_put_where_the_service_is_handed_it(place: Path, tmp_path: Path, untested: list[Step]) -> None:
-    """Also where the package's own configuration lies there untouched."""
+def test_the_key_is_put_where_the_service_is_handed_it(
+    place: Path, tmp_path: Path, untested: list[Step], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the package's own configuration lies there untouched; the package has installed the service."""
     del untested
+    monkeypatch.setattr(setup, "is_debian_package", lambda: True)
     place.mkdir(parents=True)
     (place / "gateway.toml").write_text(template_text())
     client = certify(certify_ca(), subject="gateway", names=(), purposes=(CLIENT,))
     (tmp_path / "me.pem").write_bytes(client.pem)
     (tmp_path / "me.key").write_bytes(client.key_pem)
-    files = ["--client-cert", str(tmp_path / "me.pem"), "--client-key", str(tmp_path / "me.key")]
+    files = ["--client-cert", str(tmp_path / "me.pem"), "--client-key", str(tmp_path / "me.key"), "--install"]
     assert (
         console(["setup", "--config", str(place / "gateway.toml"), "--upstream", "b", "--server-name", "c", *files])
         == 0

@@ -16,7 +16,7 @@ import pytest
 from tests.box import ROOT, Box, require_box
 from tests.harness import eventually
 from tests.mqtt_packets import connect, publish
-from tests.test_service import ACCEPTED, CONFIG, SETTINGS, UNIT, Plant
+from tests.test_service import ACCEPTED, BROKER, CONFIG, UNIT, Plant
 from tests.tools import require_tool
 
 pytestmark = pytest.mark.slow
@@ -193,10 +193,12 @@ def test_its_whole_life(package: Path, tmp_path: Path, plant: Plant) -> None:
     assert "apt remove" in box.run("mqtts-gateway", "uninstall").stderr
     assert "systemctl enable --now" in box.run("mqtts-gateway", "install").stderr
 
-    plant.configure(more='[status]\nendpoint = "127.0.0.1:9883"\n[drain]\nseconds = 0.5\n')
-    box.write(SETTINGS / "ca.pem", plant.ca.cert_pem.bytes().decode())
-    plant.issue("gateway-1")
-    assert "FAIL" not in box.do("mqtts-gateway", "check", "--config", CONFIG)
+    chain, key = plant.issued("gateway-1")
+    for name, content in (("ca.pem", plant.ca.cert_pem.bytes().decode()), ("me.pem", chain), ("me.key", key)):
+        box.write(f"/root/{name}", content, 0o600)
+    answers = [f"{BROKER}:{plant.broker.port}", "/root/ca.pem", "/root/me.pem", "/root/me.key", ""]
+    assert "PASS  connack" in box.do("mqtts-gateway", "setup", stdin="\n".join(answers))
+    box.do("sed", "-i", "s/^\\[drain\\]$/[drain]\\nseconds = 0.5/", CONFIG)
     box.do("systemctl", "enable", "--now", UNIT)
     received = len(plant.broker.received)
     sent = connect("pump") + publish(payload=b"21.5")

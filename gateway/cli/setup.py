@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
                 for key in ("upstream", "server_name", "ca_file", "client_cert", "client_key")
             }
         )
-        wants_service: bool = arguments.install
+        wants_service = arguments.install and not is_debian_package()
         if answers.upstream:
             _Tests().test(answers, _SERVED)
         else:
