@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -348,6 +349,7 @@ def test_a_device_is_removed(site: Site, capfd: pytest.CaptureFixture[str]) -> N
     told = capfd.readouterr().out
     assert "kept" in told
     assert "can still connect" in told
+    assert "an established session goes on" in told
     assert site.files() == ["sensor-1-key.pem", "sensor-1.pem"]
     assert site.do("remove", "sensor-1") == 1
     site.do("add", "sensor-2", *site.issuing)
@@ -410,6 +412,8 @@ def test_passwords_are_set_and_never_shown(
     assert site.rule("d1").password_file == site.directory / "d1.password"
     assert "no reload is needed" in given("s3cret-4", "--broker")[1]
     assert (site.directory / "d1.password").read_text() == "s3cret-4\n"
+    monkeypatch.setattr(ServiceView, "of", lambda config: evolve(group, credentials=(site.directory,)))
+    assert "next: systemctl restart mqtts-gateway" in given("s3cret-4", "--broker")[1]
     assert stat.S_IMODE((site.directory / "d1.password").stat().st_mode) == 0o640
     assert site.do("remove", "d1", "--keys") == 0
     assert site.files() == []

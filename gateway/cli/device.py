@@ -350,6 +350,8 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     )
     revoke = "; then revoke the device's certificate at its CA" if has_certificate else ""
     print(f"next: {rules.next_step}{revoke}")
+    if device.enabled:
+        print("an established session goes on; to end it, disable the device and reload before you remove it")
     if rules.config.devices.unknown == "pass":
         print("the device can still connect, as one without a rule; to refuse it, use `device disable` instead")
     return 0

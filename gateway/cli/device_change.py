@@ -124,7 +124,7 @@ def _set_broker_password(rules: Rules, path: Path, device: DeviceRule, file: Pat
         print(f"changed {path}")
         print(f"next: {rules.next_step}{name}")
     else:
-        print(f"no reload is needed: the file is read at each CONNECT{name}")
+        print(f"{rules.after_replacing(named)}{name}")
     return 0
 
 

@@ -52,7 +52,7 @@ def reissue(rules: Rules, arguments: argparse.Namespace) -> int:
     print(f"wrote {held.file}, valid until {chain[0].not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     print(f"kept the previous one as {held.file}.old")
     name = shlex.quote(printable(arguments.client_id))
-    print("A running gateway uses the new certificate for new sessions; no reload is needed.")
+    print(rules.after_replacing(held.file))
     print(f"next: mqtts-gateway check --device {name} --config {shlex.quote(str(rules.file))}")
     return 0
 

@@ -67,6 +67,16 @@ class Rules:
             return f"systemctl reload {view.unit.removesuffix('.service')}"
         return "mqtts-gateway reload, or send SIGHUP to the gateway"
 
+    def after_replacing(self, file: Path) -> str:
+        """Return what makes a running gateway use the new content of a file that its configuration names."""
+        view = ServiceView.of(self.file.absolute())
+        if view is not None and any(file.is_relative_to(directory) for directory in view.credentials):
+            return (
+                f"next: systemctl restart {view.unit.removesuffix('.service')}; systemd hands files in {file.parent} "
+                "to the service only when it starts"
+            )
+        return "no reload is needed: new sessions use the new content"
+
     @property
     def key_group(self) -> int | None:
         """The group that gives the installed service read access to a secret of root's; `None` if there is none."""

@@ -247,7 +247,7 @@ def _check_place(config: Path) -> None:
 
 def _is_as_shipped(config: Path) -> bool:
     """Whether a configuration is as `init`, `install` or the Debian package wrote it."""
-    text, template = config.read_text(encoding="utf-8"), template_text()
+    text, template = config.read_text(encoding="utf-8", errors="replace"), template_text()
     if text == template:
         return True
     try:
