@@ -4,9 +4,10 @@ In: the device's messages, the broker's acknowledgements, connections that come 
 broker; acknowledgements for the device, each only when the broker or the disk has the message.
 
 LIVE: QoS 0 and 1 leave at once; a copy stays here until the broker's PUBACK, which the device then gets.  Not LIVE:
-everything goes to disk first and is sent from there, oldest first.  It becomes LIVE when nothing is left on disk or in
-flight.  It stops being LIVE when the connection breaks, a PUBACK takes too long, or a QoS 2 message arrives.  Then the
-copies are written to disk in order, and late acknowledgements on the same connection delete rows.
+everything goes to disk first and is sent from there, oldest first.  It becomes LIVE when everything on disk is sent and
+the broker acknowledges promptly.  It stops being LIVE when the connection breaks, a PUBACK takes too long, or a QoS 2
+message arrives.  Then the copies are written to disk in order, and late acknowledgements on the same connection delete
+rows.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _FIRST_REFUSAL = 0x80
 # Reason codes that may pass: the message is sent again as a new one (MQTT 5.0 §3.4.2.1).
 _MAY_PASS = frozenset({0x80, 0x83, 0x97})
 _MOST_TRIES = 3
+_PROMPT = 1.0  # seconds in which a broker that keeps up acknowledges
 _MOST_HANG_UPS = 3
 _HANG_UPS_APART = 60.0  # seconds
 MOST_ASIDE_IN_ROW = 2
@@ -82,6 +84,7 @@ class _Flight:
     row: Row
     identifier: int
     awaits: PacketType
+    since: float
     is_pinged: bool = False
     is_marking: bool = False
     is_marked: bool = False
@@ -434,7 +437,7 @@ class Outgoing:
             number = self._append(_Pending(copy.message, copy.owner, copy.of_device))
             if copy.identifier and self.connected:
                 row = Row(number, self._backlog.number, int(self._now()), copy.message)
-                self._flights[copy.identifier] = _Flight(row, copy.identifier, PacketType.PUBACK)
+                self._flights[copy.identifier] = _Flight(row, copy.identifier, PacketType.PUBACK, copy.since)
             elif copy.identifier:
                 self._sent_before[number] = copy.identifier
 
@@ -456,7 +459,7 @@ class Outgoing:
                 self._store.read(numbers, partial(self._read, self._epoch, len(numbers)))
         self._ping_if_needed()
         self._check_refused()
-        if not self.live and self.is_idle:
+        if not self.live and self._is_all_sent:
             self.live = True
 
     def _is_in_pace(self, row: Row) -> bool:
@@ -464,6 +467,20 @@ class Outgoing:
         if self.pace is not None and self.pace.paused and not self.pace.recovered(self._seconds()):
             return False  # until a sweep
         return row.number > self._waited_until or self._drain_pace.may_send(self.pump)
+
+    @property
+    def _is_all_sent(self) -> bool:
+        """Whether nothing waits to be sent, so that what the device sends next may leave at once.
+
+        Rows may be in flight if the broker answers promptly: otherwise a device that always has one on its way would
+        never be LIVE again.
+        """
+        unsent = self._copies or self._pending or self._refused or self._loaded or self._reading
+        in_backlog = len(self._backlog) > self._backlog.taken or self._backlog.loading
+        if unsent or in_backlog or self._finishing or self.in_flight >= self._window:
+            return False
+        prompt = self._seconds() - _PROMPT
+        return all(flight.since > prompt for flight in self._flights.values())
 
     @property
     def _may_send_rows(self) -> bool:
@@ -652,7 +669,7 @@ class Outgoing:
         if self.facts.max_packet_size and len(packet) > self.facts.max_packet_size:
             self._store.set_aside(self._backlog, number, f"{len(packet)} bytes are more than the broker takes")
             return
-        self._flights[identifier] = _Flight(row, identifier, awaits, is_marking=is_released)
+        self._flights[identifier] = _Flight(row, identifier, awaits, self._seconds(), is_marking=is_released)
         if self.pace is not None:
             self._sent += 1
             self.pace.overdrawn(self._sent, len(packet))

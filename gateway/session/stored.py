@@ -6,7 +6,7 @@ acknowledged before the broker or the disk has it.  No I/O and no reactor.
 There is one object per backlog, for as long as the device is connected or messages wait.  The device's connection and
 the broker's are independent of each other::
 
-             verified + CONNACK 0                 nothing on disk, nothing in flight
+             verified + CONNACK 0              all on disk is sent, broker is prompt
  OFFLINE ───────────────────────▶ DRAINING ◀──────────────────────────────────▶ LIVE
     ▲                                 │          no PUBACK within `after`, QoS 2     │
     └──────── upstream lost ──────────┴──────────────── upstream lost ─────────────┘
