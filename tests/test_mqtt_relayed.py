@@ -149,7 +149,7 @@ def test_a_prefix_is_taken_away_only_from_topics_below_it() -> None:
     assert without(b"in/a", b"in/", 0x30, 300) == b"\x30\xb6\x02\0\1apayload"
     for topic, prefix in ((b"in/", b"in/"), (b"in", b"in/"), (b"out/a", b"in/"), (b"in/a", b"")):
         assert without(topic, prefix) is None
-    assert without_prefixes(V4, 0x30, b"\0\4in/", 0, b"in/", b"in/") is None
+    assert without_prefixes(V4, 0x30, b"\0\x09in/a", 0, b"in/", b"in/") is None, "the topic is not whole"
 
 
 def test_an_answer_stays_where_no_prefix_is_for_it() -> None:

@@ -9,7 +9,7 @@ from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.python.failure import Failure
 
 from gateway.config.proxies import ProxyServer
-from gateway.dial.proxy import ProxyConnection
+from gateway.dial.proxy import ProxyConnection, intercepted, unreachable_proxy
 from gateway.dial.tunnel import tunnel_to
 from gateway.errors import EndReason, UpstreamFailure
 
@@ -41,12 +41,14 @@ class Upstream:
     def __init__(self) -> None:
         self.transport: Any = None
         self.got = b""
+        self.deliveries = 0
 
     def makeConnection(self, transport: Any) -> None:
         self.transport = transport
 
     def dataReceived(self, data: bytes) -> None:
         self.got += data
+        self.deliveries += 1
 
 
 class Bench:
@@ -93,6 +95,26 @@ def test_nothing_is_built_before_the_tunnel_is_open() -> None:
     assert not bench.transport.aborted
 
 
+def test_the_connection_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one to a broker is: it becomes one."""
+    tuned: list[tuple[Any, float]] = []
+    monkeypatch.setattr("gateway.dial.proxy.tune", lambda *arguments: tuned.append(arguments))
+    bench = Bench()
+    assert tuned == [(bench.transport, 1.0)]
+
+
+def test_a_failure_behind_a_proxy_names_the_proxy() -> None:
+    """Whether it could not be reached itself, or what came through it is not trusted."""
+    failure = UpstreamFailure(EndReason.TLS_UNTRUSTED_CHAIN, "no root")
+    for made, reason in (
+        (unreachable_proxy(SERVER, failure), EndReason.PROXY_UNREACHABLE),
+        (intercepted(SERVER, failure), EndReason.PROXY_INTERCEPTS_TLS),
+    ):
+        assert made.reason is reason
+        assert "http://proxy.example:3128" in made.detail
+        assert "no root" in made.detail
+
+
 def test_who_has_handed_over_hears_nothing_more() -> None:
     """What is late concerns the broker's protocol alone."""
     bench = Bench()
@@ -100,7 +122,7 @@ def test_who_has_handed_over_hears_nothing_more() -> None:
     bench.connection.dataReceived(b"late")
     bench.connection.fail(UpstreamFailure(EndReason.PROXY_REFUSED, "late"))
     bench.connection.connectionLost(Failure(ConnectionDone()))
-    assert bench.built[0].got == b""
+    assert bench.built[0].deliveries == 0
     assert bench.results == bench.built
     assert not bench.transport.aborted
 
