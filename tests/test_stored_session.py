@@ -1718,3 +1718,17 @@ def test_rows_in_flight_come_before_copies_if_the_connection_breaks(bench: Bench
     again = bench.online(session_present=True)
     assert again.payloads == [b"1", b"2"]
     assert all(raw[0] & 8 for raw in again.sent if raw[0] >> 4 == 3)
+
+
+def test_what_could_not_be_stored_of_a_session_that_ended_overtakes_nothing(bench: Bench) -> None:
+    """The device sends all of it again, in its order; the broker must not get the last messages first."""
+    device = bench.offline()
+    bench.up(b"1", identifier=1)
+    bench.up(b"2", identifier=2)
+    bench.disk.failing = True
+    bench.disk.commit(1)
+    assert device.ended is not None
+    upstream = bench.online()
+    bench.settle()
+    assert upstream.payloads == []
+    assert device.got == []

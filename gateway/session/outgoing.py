@@ -49,6 +49,10 @@ MOST_ASIDE_IN_ROW = 2
 class Owner(Protocol):
     """The device session that a message came from."""
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended."""
+
     def acknowledge(self, packet_type: PacketType, identifier: int, code: int = 0) -> None:
         """Tell the device; nothing happens if it has gone."""
 
@@ -605,6 +609,9 @@ class Outgoing:
         self._changed()
 
     def _not_stored(self, pending: _Pending, why: str) -> None:
+        if pending.of_device and pending.owner is not None and pending.owner.gone:
+            # The device sends it again, behind earlier ones that could not be stored either.
+            return
         if self.connected and pending.message.qos < 2 and not self._is_forbidden(pending.message):
             # The broker is there: it waits for its turn and goes past the disk.
             # Earlier messages may fail later, once the disk says so.
