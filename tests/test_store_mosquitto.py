@@ -21,12 +21,14 @@ from gateway.errors import EndReason
 from gateway.session.stored import Phase
 from gateway.store import store as store_module
 from tests import mqtt_packets as mqtt
+from tests.balancers import GatewayProcess, HAProxy, Program
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.mosquitto import Mosquitto, free_port
 from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
 from tests.stored_world import packets_of, publish
 from tests.tools import require_tool
 
+HAPROXY_CFG = Path(__file__).resolve().parent.parent / "docs" / "examples" / "haproxy.cfg"
 _TWISTD = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
 _MOST_WAITING = 60  # messages of a client; what waits longer for its turn shows nothing new
 _QUICK = {"retry_first": 0.1, "retry_max": 0.3}
@@ -92,6 +94,7 @@ class Plant:
 
     def stop(self) -> None:
         """Stop everything."""
+        self.subscriber.disconnect()
         self.subscriber.loop_stop()
         self.down()
 
@@ -111,7 +114,7 @@ class Sensor:
     `is_ready` is false until they are sent, so that a device whose messages are published only then keeps their order.
     """
 
-    def __init__(self, name: str, port: int) -> None:
+    def __init__(self, name: str, port: int, source: str = "") -> None:
         self.name = name
         self.numbers: Counter[int] = Counter()
         self._acknowledged: set[int] = set()
@@ -126,7 +129,7 @@ class Sensor:
         self.client.on_connect = self._connected
         self.client.on_publish = self._published
         self.client.on_disconnect = self._disconnected
-        self.client.connect_async("127.0.0.1", port)
+        self.client.connect_async("127.0.0.1", port, bind_address=source)
         self.client.loop_start()
         eventually(self.client.is_connected, f"{name} is connected")
 
@@ -406,6 +409,73 @@ def test_a_gateway_that_is_killed_many_times_loses_nothing(plant: Plant, tmp_pat
     kills = int(os.environ.get("STORE_KILLS", "20"))
     sent, twice = run_killed(plant, tmp_path, kills, 50)
     print(f"{sent} messages, {twice} of them twice")  # noqa: T201  what it is run for
+
+
+@pytest.mark.slow
+def test_two_gateways_behind_haproxy_keep_a_store_each(plant: Plant, tmp_path: Path) -> None:
+    """With `balance source` each device stays with its gateway through an outage, and nothing is lost or twice."""
+    ports = {name: free_port() for name in ("a", "b")}
+    own_port = free_port()
+    programs: list[Program] = []
+    sensors: list[Sensor] = []
+    try:
+        gateways = {}
+        for name, port in ports.items():
+            configuration = (
+                f'[[listen]]\nendpoint = "127.0.0.1:{port}"\nproxies = "127.0.0.1"\n[[upstream]]\nhost = "localhost"\n'
+                f'port = {plant.tls}\n[tls]\nca_file = "{plant.ca_file}"\n[store]\ndirectory = "{tmp_path / name}"\n'
+                "after = 2\n[failover]\nretry_first = 0.1\nretry_max = 0.3\n[[device]]\n"
+                'match_client_id = "*"\nbound_to = "127.0.0.0/8"\nstore = true\n'
+            )
+            gateways[name] = GatewayProcess(tmp_path, name, configuration)
+            programs.append(gateways[name])
+        text = HAPROXY_CFG.read_text()
+        for old, new in {
+            "balance leastconn": "balance source",
+            "bind 10.0.0.5:1883": f"bind 127.0.0.1:{own_port}",
+            "server a 10.0.0.11:1883": f"server a 127.0.0.1:{ports['a']}",
+            "server b 10.0.0.12:1883": f"server b 127.0.0.1:{ports['b']}",
+            "/run/haproxy/admin.sock": str(tmp_path / "admin.sock"),
+            "log /dev/log local0": "log stdout format raw local0",
+            "maxconn 20000": "maxconn 500",
+            "    user haproxy\n    group haproxy\n": "",
+        }.items():
+            assert old in text
+            text = text.replace(old, new)
+        programs.append(HAProxy(tmp_path, text, tmp_path / "admin.sock"))
+        sensors += [Sensor(f"d{number}", own_port, f"127.0.3.{number + 1}") for number in range(6)]
+
+        def publish_all() -> None:
+            for sensor in sensors:
+                sensor.publish(1)
+                sensor.publish(2)
+            eventually(lambda: all(sensor.is_acknowledged for sensor in sensors), "everything is acknowledged")
+
+        publish_all()
+        eventually(lambda: len(plant.got) == 12, "everything has arrived")
+        # What a restart of mosquitto does to its own subscriber's QoS 2 is not the gateways'.
+        at_rest(plant.got)
+        plant.down()
+        for _ in range(5):
+            publish_all()
+        # One that is thrown out in the outage, by another with its name, finds its gateway again.
+        with Device(own_port, source="127.0.3.1") as device:
+            device.send(mqtt.connect("d0", clean_start=False))
+            eventually(lambda: sensors[0].disconnects, "it is thrown out")
+            eventually(sensors[0].client.is_connected, "it has connected again")
+        plant.up()
+        eventually(lambda: len(set(plant.got)) == 72, f"all arrive; so far {len(set(plant.got))}")
+        check_arrivals(plant.got, sensors)
+        assert [sensor.disconnects for sensor in sensors] == [1, 0, 0, 0, 0, 0]
+        served = [{number for number in range(6) if f'"d{number}"' in gateway.log} for gateway in gateways.values()]
+        assert served[0] | served[1] == set(range(6))
+        assert not served[0] & served[1]
+        assert all(served), "both have some"
+    finally:
+        for sensor in sensors:
+            sensor.stop()
+        for program in reversed(programs):
+            program.stop()
 
 
 def acknowledges(connection: BrokerConnection) -> None:
