@@ -283,8 +283,8 @@ def confirms_what_was_only_written(patch: pytest.MonkeyPatch) -> None:
     replace(patch, Outgoing, "_forward", forward)
 
 
-# These need many worlds: `drops_copies_with_the_connection` and `spills_in_the_wrong_order` 117, the two that forget
-# what was received 12, the others up to 4.
+# These need many worlds: `drops_copies_with_the_connection` and `spills_in_the_wrong_order` 27, those that acknowledge
+# before the commit 15, those that forget what was received 12, the others up to 4.
 HARD_TO_FIND = frozenset(
     {
         "is_live_at_once",
