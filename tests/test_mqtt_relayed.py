@@ -114,9 +114,10 @@ def test_a_topic_name_is_empty_only_with_an_alias() -> None:
         b"\x80",  # half a Property Length
         b"\x80\x80\x80\x80\x01",
         b"\x05\x23\x00",  # the packet ends within them
+        b"\x0a" + mqtt.text(0x03, "c"),  # as well, cut between two
         b"\x02\x04\x00",  # an unknown one
         b"\x02\x23\x00",  # half a one
-        b"\xff\xff\x7f" + bytes(3 * 2**19),  # more than is read
+        mqtt.with_length(mqtt.user_property("x" * 50_000, "x" * 50_000) * 2),  # more than is read
     ],
 )
 def test_a_delivery_whose_properties_cannot_be_read_is_told_apart(properties: bytes) -> None:
@@ -145,6 +146,8 @@ def test_a_prefix_is_taken_away_only_from_topics_below_it() -> None:
         return without_prefixes(V4, first, body, missing, prefix, b"in/")
 
     assert without(b"in/\xff+", b"in/") == write_packet(0x30, b"\0\2\xff+payload")
+    empty = b"\0\4in/a"
+    assert without_prefixes(V4, 0x30, empty, 0, b"in/", b"in/") == write_packet(0x30, b"\0\1a")
     assert without(b"in/a", b"in/", 0x34) == write_packet(0x34, b"\0\1a\0\7payload")
     assert without(b"in/a", b"in/", 0x30, 300) == b"\x30\xb6\x02\0\1apayload"
     for topic, prefix in ((b"in/", b"in/"), (b"in", b"in/"), (b"out/a", b"in/"), (b"in/a", b"")):

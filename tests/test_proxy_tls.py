@@ -186,10 +186,10 @@ def test_a_policy_that_cannot_start_fails_the_dial(policy: TLSPolicy, monkeypatc
 def test_a_forged_record_ends_the_connection_behind_what_was_whole(policy: TLSPolicy) -> None:
     """The broker's side hears of it as of any loss."""
     bench = Bench(policy).opened()
-    forged = bytearray(bench.proxy.send(b"forged"))
+    whole, forged = bench.proxy.send(b"whole"), bytearray(bench.proxy.send(b"forged"))
     forged[-1] ^= 1
-    bench.layer.dataReceived(bench.proxy.send(b"") + bytes(forged))
-    assert bench.broker.got == b""
+    bench.layer.dataReceived(whole + bytes(forged))
+    assert bench.broker.got == b"whole"
     assert bench.socket.done[-1] == "abortConnection"
     bench.layer.connectionLost(Failure(ConnectionDone()))
     assert bench.broker.lost == 1
