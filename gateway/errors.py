@@ -153,7 +153,7 @@ class EndReason(StrEnum):
     DEVICE_DISABLED = (
         "device-disabled",
         "The device's rule says enabled = false.",
-        "To let the device connect again, run `mqtts-gateway device enable ID` and reload the gateway.",
+        "To let the device connect again, run `mqtts-gateway device enable ID` or set enabled in its rule, and reload.",
     )
     DEVICE_PASSWORD_WRONG = (
         "device-password-wrong",

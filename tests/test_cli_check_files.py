@@ -406,3 +406,30 @@ def test_pkcs12_and_its_passphrase_are_seen_as_the_service_sees_them(
     (site.directory / "d1.pass").chmod(0o600)
     (step,) = site.problems()
     assert "d1.pass: mqtts-gateway.service cannot read it" in step.message
+
+
+@pytest.mark.parametrize("name", ["ca.pem", "d1.pem"])
+def test_a_private_key_among_public_certificates_is_found(site: Site, name: str) -> None:
+    """Where everyone can read the file; the key is as good as published."""
+    path = site.directory / name
+    path.write_bytes(path.read_bytes() + (site.directory / "d1.key").read_bytes())
+    path.chmod(0o644)
+    (problem,) = site.problems()
+    assert problem.status is Status.FAIL
+    assert (str(path) in problem.message, "private key" in problem.message) == (True, True)
+    path.chmod(0o640)
+    assert not [step for step in site.problems() if "private key" in step.message]
+
+
+def test_without_flags_the_services_configuration_is_checked(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """If there is one."""
+    monkeypatch.setattr(check, "_DEFAULT", site.config)
+    assert console(["check", "--files"]) == 0
+    assert f"{site.config}: 1 listener" in capfd.readouterr().out
+    assert console(["check", "--files", "--upstream", "other.example"]) == 0
+    assert str(site.config) not in capfd.readouterr().out
+    monkeypatch.setattr(check, "_DEFAULT", site.config.with_name("none"))
+    assert console(["check", "--files"]) == 1
+    assert "no broker is configured" in capfd.readouterr().out

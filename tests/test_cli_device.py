@@ -414,6 +414,8 @@ def test_passwords_are_set_and_never_shown(
     assert (site.directory / "d1.password").read_text() == "s3cret-4\n"
     monkeypatch.setattr(ServiceView, "of", lambda config: evolve(group, credentials=(site.directory,)))
     assert "next: systemctl restart mqtts-gateway" in given("s3cret-4", "--broker")[1]
+    named = site.directory / ".." / site.directory.name / "d1.password"
+    assert "next: systemctl restart mqtts-gateway" in Rules.of(site.config).after_replacing(named)
     assert stat.S_IMODE((site.directory / "d1.password").stat().st_mode) == 0o640
     assert site.do("remove", "d1", "--keys") == 0
     assert site.files() == []
@@ -487,6 +489,54 @@ def test_a_device_without_a_rule_of_its_own_is_disabled_by_the_command_that_is_n
     command = capfd.readouterr().err.partition("mqtts-gateway device ")[2]
     assert site.do(*shlex.split(command)) == 0
     assert not site.rule("d 1").enabled
+
+
+@pytest.mark.parametrize(
+    ("pattern", "only"), [('"pump-*"', True), ('["pump-1", "pump-2"]', False), ('"pump-1"', False)]
+)
+def test_a_rule_that_would_win_is_named_in_place_of_a_command(
+    site: Site, capfd: pytest.CaptureFixture[str], pattern: str, only: bool
+) -> None:
+    """A rule beside it could come too late, or be refused."""
+    with site.config.open("a") as file:
+        file.write(f'[[device]]\nname = "pumps"\nmatch_client_id = {pattern}\n')
+    assert site.do("disable", "pump-1") == 1
+    said = capfd.readouterr().err
+    assert "The rule pumps matches it: set enabled = false there" in said
+    assert ("before that one" in said) == only
+    assert "device add" not in said
+
+
+@pytest.mark.parametrize("name", ["a\\b", "x" * 300, "it's"])
+def test_a_name_in_a_command_is_the_devices(site: Site, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """Neither escaped nor cut."""
+    assert site.do("disable", name) == 1
+    words = shlex.split(capfd.readouterr().err.partition("mqtts-gateway device ")[2])
+    assert words[1] == name
+    assert words[-1] == str(site.config)
+
+
+def test_a_new_password_is_written_where_no_other_is(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file that an earlier device has left is named with a remedy that works."""
+    assert site.do("add", "d1") == 0
+    left = site.directory / "d1.password"
+    left.write_text("old\n")
+    capfd.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdin", io.StringIO("new\n"))
+        assert site.do("set-password", "d1", "--broker") == 1
+    assert f"{left} already exists. If no device uses it any more, delete it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_other_lines_of_a_rule_stay_as_they_are(site: Site, end: str) -> None:
+    """With their ends, and with characters that end a line elsewhere, but not in TOML."""
+    file = site.directory / "d1.toml"
+    lines = ['match_client_id = "a\u2028b\x85"', "# a comment\u2029of two lines", "max_qos = 1", ""]
+    file.write_bytes(end.join(lines).encode())
+    change(Rules.of(site.config), file, {"enabled": False, "max_qos": None})
+    lines[2] = "enabled = false"
+    assert file.read_bytes() == end.join(lines).encode()
 
 
 def test_a_rule_that_cannot_be_edited_is_left_as_it_is(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

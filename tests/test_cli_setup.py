@@ -15,6 +15,7 @@ from gateway.cli import setup
 from gateway.cli.main import console
 from gateway.cli.report import Status, Step
 from gateway.config import load_file, template_text
+from gateway.tls.trust import read_certificates
 from tests.harness import Broker, accept_session
 from tests.pki import CLIENT, certify, certify_ca
 
@@ -162,3 +163,72 @@ def test_an_answer_is_tested_before_the_next_is_asked_for(
     assert "unknown CA" not in shown
     assert "CA that issued" not in shown
     assert not place.exists()
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_no_private_key_gets_where_everyone_can_read_it(
+    place: Path, tmp_path: Path, untested: list[Step], together: bool
+) -> None:
+    """Neither from a file with certificate and key, nor from a CA's file that has the CA's key in it."""
+    del untested
+    ca = certify_ca()
+    client = certify(ca, subject="gateway", names=(), purposes=(CLIENT,))
+    both, key, roots = tmp_path / "both.pem", tmp_path / "key.pem", tmp_path / "ca.pem"
+    both.write_bytes(client.key_pem + client.pem)
+    key.write_bytes(client.key_pem)
+    roots.write_bytes(ca.pem + ca.key_pem)
+    files = ["--client-cert", str(both), "--client-key", str(both if together else key), "--ca-file", str(roots)]
+    assert console(["setup", "--config", str(place / "gateway.toml"), "--upstream", "b", *files]) == 0
+    for path in place.rglob("*"):
+        is_public = path.is_file() and path.stat().st_mode & stat.S_IROTH
+        assert not is_public or b"PRIVATE" not in path.read_bytes(), path
+    made = load_file(place / "gateway.toml").tls
+    assert made.client_cert is not None
+    assert (made.client_cert.parent.name == "credentials") == together
+    assert [read_certificates(made.ca_file[0])[0], read_certificates(made.client_cert)[0]] == [
+        ca.certificate,
+        client.certificate,
+    ]
+
+
+def test_the_service_has_one_configuration(
+    place: Path, untested: list[Step], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """With another one, --install is refused: the service would not use it."""
+    del untested
+    assert console(["setup", "--config", str(place / "gateway.toml"), "--upstream", "b", "--install"]) == 1
+    assert "leave out --config" in capfd.readouterr().err
+    assert not place.exists()
+
+
+def test_what_is_written_stays_if_only_the_service_cannot_be_installed(
+    place: Path, untested: list[Step], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What `install` did is not taken back, so the configuration that it uses is not either."""
+    del untested
+    config = place / "gateway.toml"
+    monkeypatch.setattr(setup, "_CONFIG", config)
+    monkeypatch.setattr(setup.install, "run", lambda _: 1)
+    assert console(["setup", "--config", str(config), "--upstream", "b", "--install"]) == 1
+    assert config.exists()
+    said = capfd.readouterr().err
+    assert "mqtts-gateway install" in said
+    assert "nothing was changed" not in said
+
+
+def test_a_new_directory_that_was_put_to_use_stays(
+    place: Path, untested: list[Step], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The cause of the failure is still told."""
+    untested.append(Step("file", Status.FAIL, "unreadable", "Try chmod."))
+    monkeypatch.setattr(setup, "_SERVED", ())
+    show = setup.TextView.show
+
+    def put_to_use(view: setup.TextView, step: Step) -> None:
+        (place / "devices" / "somebody-elses").touch()
+        show(view, step)
+
+    monkeypatch.setattr(setup.TextView, "show", put_to_use)
+    assert console(["setup", "--config", str(place / "gateway.toml"), "--upstream", "b"]) == 1
+    assert "Try chmod." in capfd.readouterr().out
+    assert written(place) == ["devices 755", "devices/somebody-elses 644"]

@@ -28,6 +28,7 @@ from gateway.cli.device_identity import Guise, put_on
 from gateway.cli.files import file_steps
 from gateway.cli.login import Login, make_login
 from gateway.cli.openssl import s_client_command
+from gateway.cli.places import Places
 from gateway.cli.probe import Probe, upstream_steps
 from gateway.cli.report import Report, Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
@@ -49,6 +50,8 @@ from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import make_policies
 from gateway.tls.trust import TLSPolicy
 
+# Used without flags, if it exists.
+_DEFAULT = Places(Path("/")).config
 _Table = TypeVar("_Table", TLS, DeviceRule)
 _Policies: TypeAlias = Mapping[Algorithms, TLSPolicy]
 
@@ -85,6 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
         complain(str(error))
         return 1
     given = {flag.name: getattr(arguments, flag.name) or [] for flag in FLAGS}
+    if not any(given.values()) and _DEFAULT.exists():
+        given[CONFIG.name] = [str(_DEFAULT)]
     view = TextView(sys.stdout, quiet=arguments.quiet)
     report = Report((lambda _: None) if arguments.json else view.show)
     from twisted.internet import reactor  # imported late: the first import installs the reactor

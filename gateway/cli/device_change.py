@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gateway.cli.device_files import SECRET, SECRET_OF_GROUP, DeviceProblem, Files, Writer, edited
+from gateway.cli.device_files import SECRET, SECRET_OF_GROUP, DeviceProblem, Files, Writer, as_argument, edited
 from gateway.cli.device_rules import Rules
 from gateway.cli.device_table import SALT_SIZE
 from gateway.config import DeviceRule
+from gateway.config.devices import BrokenRule
 from gateway.config.passwords import hash_password
+from gateway.rules.rules import LONGEST_MATCHED, Rule
 from gateway.text import printable
 
 
@@ -41,14 +43,26 @@ def disable(rules: Rules, arguments: argparse.Namespace) -> int:
     except DeviceProblem as problem:
         if Files.of(rules.directory, name).rule.exists():
             raise
-        command = f"mqtts-gateway device add {shlex.quote(printable(name))} --set enabled=false"
-        raise DeviceProblem(f"{problem}. To refuse it, add a rule: {command}") from None
+        raise DeviceProblem(f"{problem}. {_how_to_refuse(rules, name)}") from None
     if not device.enabled:
         print(f"{path}: the device is disabled already")
     else:
         change(rules, path, {"enabled": False})
     print(f"next: {rules.next_step}; this ends the device's session, and the gateway then refuses it (device-disabled)")
     return 0
+
+
+def _how_to_refuse(rules: Rules, name: str) -> str:
+    """Say how a device without a rule of its own in the directory is refused."""
+    for order, device in enumerate(rules.config.device):
+        rule = Rule.of(device, order)
+        if not isinstance(device, BrokenRule) and len(name) <= LONGEST_MATCHED and rule.matches_name(name):
+            alone = "" if rule.is_exact else "; to refuse this device alone, write a rule for it before that one"
+            return f"The rule {printable(device.name)} matches it: set enabled = false there{alone}"
+    return (
+        f"To refuse it, add a rule: mqtts-gateway device add {as_argument(name)} --set enabled=false "
+        f"--config {shlex.quote(str(rules.file))}"
+    )
 
 
 def change(rules: Rules, path: Path, changes: Mapping[str, Any]) -> None:
@@ -82,9 +96,8 @@ def move(rules: Rules, arguments: argparse.Namespace) -> int:
         raise DeviceProblem("name where to: --upstream NAME, --bound-to NETWORK, or both")
     path, _ = rules.find(arguments.client_id)
     change(rules, path, changes)
-    name = shlex.quote(printable(arguments.client_id))
     print(
-        f"next: mqtts-gateway check --device {name} --config {shlex.quote(str(rules.file))}, then {rules.next_step}. "
+        f"next: {rules.check_command(arguments.client_id)}, then {rules.next_step}. "
         "An established session goes on as it is until the device reconnects"
     )
     return 0

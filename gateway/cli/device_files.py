@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import stat
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from gateway.errors import GatewayError
+from gateway.text import printable
 from gateway.tls.renewal import signing_hash
 from gateway.tls.trust import PrivateKey, read_certificates, read_private_key
 
@@ -71,6 +73,11 @@ def stem_of(client_identifier: str) -> str:
         return client_identifier
     digest = sha256(client_identifier.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return f"{_UNFIT.sub('_', client_identifier)[:40]}-{digest}"
+
+
+def as_argument(client_identifier: str) -> str:
+    """Return a Client Identifier as a shell's argument; one that cannot be printed is escaped, and not to be copied."""
+    return shlex.quote(client_identifier if client_identifier.isprintable() else printable(client_identifier))
 
 
 def exact_pattern(client_identifier: str) -> str:
@@ -163,7 +170,8 @@ class Writer:
             finally:
                 part.unlink(missing_ok=True)
         except FileExistsError:
-            raise DeviceProblem(f"{path} already exists. Use `device remove` to remove the device first") from None
+            remedy = "If no device uses it any more, delete it. To replace the device, use `device remove` first"
+            raise DeviceProblem(f"{path} already exists. {remedy}") from None
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
 
@@ -187,17 +195,19 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 def edited(text: str, changes: Mapping[str, Any]) -> str:
-    """Return a rule's text with keys set, or removed where the value is `None`; comments stay as they are.
+    """Return a rule's text with keys set, or removed where the value is `None`; other lines stay as they are.
 
     Raises `DeviceProblem` if a key is written in a way that only a person can edit.
     """
     wanted = {**tomllib.loads(text), **changes}
-    lines = text.splitlines()
+    # TOML knows no other line ends; `splitlines` does.
+    end = "\r\n" if "\r\n" in text else "\n"
+    lines = text.removesuffix("\n").removesuffix("\r").split(end)
     for key, value in changes.items():
         own = re.compile(rf"\s*{re.escape(key)}\s*=")
         at = next((index for index, line in enumerate(lines) if own.match(line)), len(lines))
         lines[at : at + 1] = [] if value is None else [f"{key} = {toml(value)}"]
-    result = "\n".join(lines) + "\n"
+    result = end.join([*lines, ""])
     try:
         is_right = tomllib.loads(result) == {key: value for key, value in wanted.items() if value is not None}
     except tomllib.TOMLDecodeError:
@@ -222,6 +232,14 @@ def key_pem(key: PrivateKey) -> bytes:
 def certificate_pem(certificate: x509.Certificate) -> bytes:
     """Encode a certificate (PEM)."""
     return certificate.public_bytes(Encoding.PEM)
+
+
+def public_pem(file: Path) -> bytes:
+    """Return the certificates in a file, and nothing else of it, such as a key.  Raises `DeviceProblem`."""
+    try:
+        return b"".join(certificate_pem(each) for each in read_certificates(file))
+    except ValueError as error:
+        raise DeviceProblem(f"{file} {error}") from None
 
 
 def request_pem(key: PrivateKey, common_name: str) -> bytes:

@@ -28,7 +28,7 @@ from gateway.rules.names import Names, brokers, name_at_broker
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.session.treatment import Treatment
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import ClientIdentity, TLSPolicy
 
@@ -62,7 +62,7 @@ async def put_on(
         add(Step(name, status, message, remedy))
 
     def refused(name: str, refusal: Refusal, remedy: str = "") -> None:
-        words = f"{refusal.reason}: {printable(refusal.detail or refusal.reason.meaning, 400)}"
+        words = f"{refusal.reason}: {unprintable_escaped(refusal.detail or refusal.reason.meaning, 400)}"
         told(name, Status.FAIL, words, remedy or refusal.reason.remedy)
         for each in left:
             add(Step(each, Status.SKIP, f"not reached: {name} failed"))

@@ -6,16 +6,14 @@ In: a Client Identifier; a CA, or an issued certificate.  Out: a replaced certif
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 from cryptography.x509.oid import NameOID
 
-from gateway.cli.device_files import Authority, DeviceProblem, certificate_pem, now
+from gateway.cli.device_files import Authority, DeviceProblem, certificate_pem, now, public_pem
 from gateway.cli.device_rules import Rules
 from gateway.text import printable
 from gateway.tls.renewal import Held, RenewalFailed, checked_chain, key_for, read_held, replace
-from gateway.tls.trust import read_certificates
 
 
 def is_asked_for(arguments: argparse.Namespace) -> bool:
@@ -41,7 +39,7 @@ def reissue(rules: Rules, arguments: argparse.Namespace) -> int:
         held = read_held(device)
         key = key_for(held.identity, rotate=False)
         if arguments.cert:
-            new = _content(Path(arguments.cert))
+            new = public_pem(Path(arguments.cert))
         else:
             authority = Authority.read(Path(arguments.ca_cert), Path(arguments.ca_key))
             new = certificate_pem(authority.issue(key, _common_name(held), arguments.days, now()))
@@ -51,18 +49,9 @@ def reissue(rules: Rules, arguments: argparse.Namespace) -> int:
         raise DeviceProblem(str(problem)) from None
     print(f"wrote {held.file}, valid until {chain[0].not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
     print(f"kept the previous one as {held.file}.old")
-    name = shlex.quote(printable(arguments.client_id))
     print(rules.after_replacing(held.file))
-    print(f"next: mqtts-gateway check --device {name} --config {shlex.quote(str(rules.file))}")
+    print(f"next: {rules.check_command(arguments.client_id)}")
     return 0
-
-
-def _content(file: Path) -> bytes:
-    """Return the certificates in a file, and nothing else of it."""
-    try:
-        return b"".join(certificate_pem(each) for each in read_certificates(file))
-    except ValueError as error:
-        raise DeviceProblem(f"{file} {error}") from None
 
 
 def _common_name(held: Held) -> str:

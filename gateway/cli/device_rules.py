@@ -6,13 +6,14 @@ In: the path of a configuration.  Out: `Rules`: the rules with their files, and 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from attrs import frozen
 
-from gateway.cli.device_files import DeviceProblem, Files, exact_pattern
+from gateway.cli.device_files import DeviceProblem, Files, as_argument, exact_pattern
 from gateway.cli.device_table import Problems
 from gateway.cli.service_view import ServiceView
 from gateway.config import Config, DeviceRule, load_file
@@ -67,8 +68,13 @@ class Rules:
             return f"systemctl reload {view.unit.removesuffix('.service')}"
         return "mqtts-gateway reload, or send SIGHUP to the gateway"
 
+    def check_command(self, client_identifier: str) -> str:
+        """The command that tries a device's rule."""
+        return f"mqtts-gateway check --device {as_argument(client_identifier)} --config {shlex.quote(str(self.file))}"
+
     def after_replacing(self, file: Path) -> str:
         """Return what makes a running gateway use the new content of a file that its configuration names."""
+        file = Path(os.path.normpath(file))  # a rule may say ../credentials
         view = ServiceView.of(self.file.absolute())
         if view is not None and any(file.is_relative_to(directory) for directory in view.credentials):
             return (

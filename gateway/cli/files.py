@@ -229,6 +229,14 @@ def _blank_step(path: Path, what: str) -> Step | None:
     return _step(Status.WARN, path, message, "Remove it, unless it belongs to the password.", secret=True)
 
 
+def _exposed_key(path: Path) -> Step | None:
+    """Return a failure if a file with certificates, which everyone may read, has a private key in it, too."""
+    if not path.stat().st_mode & stat.S_IROTH or b"PRIVATE KEY-----" not in path.read_bytes():
+        return None
+    remedy = "Move the key to a file of its own with mode 0600, and replace it, because anyone can have read it."
+    return _step(Status.FAIL, path, "contains a private key and is world-readable", remedy)
+
+
 def _mode_step(path: Path, mode: int, what: str) -> Step | None:
     """Return what is wrong with the mode of a file with a secret, if anything."""
     shown = f"mode {stat.S_IMODE(mode):04o}"
@@ -266,7 +274,7 @@ def _program(path: Path, key: str) -> Step:
 
 def _roots(path: Path) -> Step:
     certificates = _read(path, read_certificates)
-    return certificates if isinstance(certificates, Step) else _roots_step(path, certificates)
+    return certificates if isinstance(certificates, Step) else _exposed_key(path) or _roots_step(path, certificates)
 
 
 @_whatever_it_holds
@@ -330,7 +338,7 @@ def _client(certificate_path: Path, key_path: Path, source: Passphrase) -> Itera
     if isinstance(chain, Step):
         yield chain
         return
-    yield _chain(certificate_path, chain)
+    yield (_exposed_key(certificate_path) if certificate_path != key_path else None) or _chain(certificate_path, chain)
     key = _read(key_path, lambda path: [read_client_key(path, passphrase)])
     if isinstance(key, Step):
         yield key

@@ -31,7 +31,7 @@ from gateway.net.network import ReactorNetwork
 from gateway.net.transport import RelayReactor
 from gateway.ops.renewal import OWN, Renewer, whose
 from gateway.rules.secrets import Programs
-from gateway.text import printable
+from gateway.text import printable, unprintable_escaped
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import make_policies
 from gateway.tls.renewal import Renewable, RenewalFailed, due_at, read_held
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
                 try:
                     renewed = await renewer.renew(table)
                 except RenewalFailed as problem:
-                    complain(f"{whose(name)}: {printable(str(problem), 2000)}")
+                    complain(f"{whose(name)}: {unprintable_escaped(str(problem), 2000)}")
                     status = 1
                 else:
                     print(f"{whose(name)}: renewed, valid until {renewed.not_valid_after_utc:%Y-%m-%d %H:%M} UTC")
@@ -118,8 +118,9 @@ def _chosen(config: Config, client_identifier: str | None) -> tuple[str, Renewab
         ):
             if not device.renew_command:
                 raise DeviceProblem(
-                    f'the rule for "{printable(client_identifier)}" has no renew_command. Set one, or give the '
-                    "new certificate with --cert, or the CA with --ca-cert and --ca-key"
+                    f'the rule for "{printable(client_identifier)}" has no renew_command. Set one; or, if '
+                    "`device add` or `device import` wrote the rule, give the new certificate with --cert, or the CA "
+                    "with --ca-cert and --ca-key"
                 )
             return device.name, device
     raise DeviceProblem(f'no rule is for "{printable(client_identifier)}" only, and none has this name')

@@ -13,13 +13,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from attrs import define, evolve, field, frozen
 
 from gateway.cli import install
-from gateway.cli.device_files import SECRET, DeviceProblem, Writer, toml
+from gateway.cli.device_files import SECRET, DeviceProblem, Writer, public_pem, toml
 from gateway.cli.init import filled_in
 from gateway.cli.places import Places, is_debian_package, systemd_runs
 from gateway.cli.report import Status, Step, TextView, complain
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask, test and write; return 0, or 1 on failure."""
     try:
-        _check_place(arguments.config)
+        _check_place(arguments.config, for_service=arguments.install and not is_debian_package())
         answers = _Answers(
             **{
                 key: getattr(arguments, key)
@@ -92,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             answers = _asked(answers)
             wants_service = wants_service or _wants_service(arguments.config)
-        _write(arguments.config, answers, wants_service=wants_service)
+        _write(arguments.config, answers)
     except (SetupFailed, DeviceProblem, OSError) as problem:
         if str(problem):
             complain(str(problem))
@@ -102,6 +102,11 @@ def run(arguments: argparse.Namespace) -> int:
         for each in error.problems:
             complain(each)
         complain("setup failed; nothing was changed")
+        return 1
+    if not wants_service:
+        print(_next_steps(arguments.config))
+    elif install.run(argparse.Namespace(root="/", dry_run=False, upstream=None)) != 0:
+        complain("the configuration is written, but the service is not installed. Run: mqtts-gateway install")
         return 1
     return 0
 
@@ -236,8 +241,10 @@ def _checked(flags: list[str]) -> Iterator[Step]:
 # ---- the files
 
 
-def _check_place(config: Path) -> None:
+def _check_place(config: Path, *, for_service: bool) -> None:
     """Raise `SetupFailed` if the configuration cannot be written, or somebody has written one."""
+    if for_service and config != _CONFIG:
+        raise SetupFailed(f"--install: the service uses {_CONFIG}; leave out --config")
     if config.exists() and not _is_as_shipped(config):
         raise SetupFailed(f"{config} already exists: edit it, or name another file with --config")
     above = next(each for each in config.absolute().parents if each.exists())
@@ -256,7 +263,7 @@ def _is_as_shipped(config: Path) -> bool:
         return False
 
 
-def _write(config: Path, answers: _Answers, *, wants_service: bool) -> None:
+def _write(config: Path, answers: _Answers) -> None:
     """Write the configuration and what it names.  Raises what goes wrong, and has changed nothing then."""
     directory = config.absolute().parent
     with _new_directories() as make, Writer.all_or_nothing() as writer:
@@ -268,7 +275,7 @@ def _write(config: Path, answers: _Answers, *, wants_service: bool) -> None:
         if answers.client_cert:
             keys = directory / "credentials"
             make(keys, 0o700)
-            if answers.client_key:
+            if answers.client_key and not Path(answers.client_key).samefile(answers.client_cert):
                 tls["client_cert"] = _placed(Path(answers.client_cert), directory, "client.pem", _PUBLIC, writer)
                 tls["client_key"] = _placed(Path(answers.client_key), keys, "client.key", SECRET, writer)
             else:
@@ -284,11 +291,7 @@ def _write(config: Path, answers: _Answers, *, wants_service: bool) -> None:
             TextView(sys.stdout, quiet=False).show(step)
         if failed:
             raise SetupFailed
-        print(f"wrote {config}" + "".join(f"\nuses {path}" for path in tls.values()))
-        if wants_service and install.run(argparse.Namespace(root="/", dry_run=False, upstream=None)) != 0:
-            raise SetupFailed
-    if not wants_service:
-        print(_next_steps(config))
+    print(f"wrote {config}" + "".join(f"\nuses {path}" for path in tls.values()))
 
 
 def _text(answers: _Answers, tls: dict[str, str]) -> str:
@@ -301,13 +304,16 @@ def _text(answers: _Answers, tls: dict[str, str]) -> str:
 
 
 def _placed(source: Path, directory: Path, name: str, mode: int, writer: Writer) -> Path:
-    """Return the path of a file in the directory: the file itself if it is there, or a copy."""
+    """Return the path of a file in the directory: the file itself if it is there, or a copy.
+
+    A copy that everyone may read has the certificates alone: there may be a key in the same file.
+    """
     if source.absolute().is_relative_to(directory):
         return source.absolute()
-    data, target = source.read_bytes(), directory / name
+    data, target = public_pem(source) if mode == _PUBLIC else source.read_bytes(), directory / name
     if target.exists():
         if target.read_bytes() != data:
-            raise SetupFailed(f"{target} already exists and is not {source}: move it away, or use it")
+            raise SetupFailed(f"{target} already exists with other content than {source}: move it away, or name it")
     else:
         writer.write(target, data, mode)
     return target
@@ -333,7 +339,9 @@ def _new_directories() -> Iterator[Callable[[Path, int], None]]:
         yield make
     except BaseException:
         for each in reversed(made):
-            each.rmdir()
+            # It may have been put to use meanwhile.
+            with suppress(OSError):
+                each.rmdir()
         raise
 
 
