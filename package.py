@@ -17,6 +17,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -133,14 +134,18 @@ def fetch(architecture: Architecture, python: str, requirements: list[str], work
     into = work / python
     if into.exists():
         return sorted(into.glob("*.whl"))
+    # Renamed at the end, so that what was interrupted is not taken for complete.
+    part = into.with_name(f"{into.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
     abi = f"cp{python.replace('.', '')}"
     run(
         *pip("download"),
-        *("--dest", into, "--only-binary", ":all:", "--implementation", "cp", "--python-version", python),
+        *("--dest", part, "--only-binary", ":all:", "--implementation", "cp", "--python-version", python),
         *(word for each in (abi, "abi3", "none") for word in ("--abi", each)),
         *(word for each in PLATFORMS for word in ("--platform", f"{each}_{architecture.wheel}")),
         *requirements,
     )
+    part.rename(into)
     return sorted(into.glob("*.whl"))
 
 
@@ -480,8 +485,8 @@ PYTHON
                 echo "{NAME}: the service was not restarted: systemctl status mqtts-gateway" >&2
         elif systemctl is-active --quiet 'mqtts-gateway.service' 'mqtts-gateway@*.service'; then
             cat /run/{NAME}.check >&2
-            echo "{NAME}: this version cannot use the configuration, so the previous version is still running." \\
-                "Correct it, then run: systemctl restart mqtts-gateway" >&2
+            echo "{NAME}: check --files fails, so the service was not restarted and the previous version is still" \\
+                "running. Correct what fails, then run: systemctl restart mqtts-gateway" >&2
         fi
         rm -f /run/{NAME}.check
     fi
