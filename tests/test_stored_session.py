@@ -662,6 +662,44 @@ def test_a_qos_2_message_that_is_sent_again_is_stored_once(bench: Bench) -> None
     assert bench.store.messages == 2
 
 
+@pytest.mark.parametrize("meanwhile", ["PUBREL again", "Clean Start"])
+def test_a_failed_release_does_not_keep_an_identifier_that_was_released_since(bench: Bench, meanwhile: str) -> None:
+    """The device's next message with that identifier would be taken for one that is stored, and be lost."""
+    backlog = bench.stored.backlog
+    bench.offline()
+    bench.up(b"a", qos=2, identifier=5)
+    bench.settle()
+    outcomes: list[bool] = []
+    bench.store.release(backlog, 5, lambda error: outcomes.append(error is None))
+    if meanwhile == "Clean Start":
+        bench.store.save(backlog, "{}", forget_received=True)
+    else:
+        bench.store.release(backlog, 5, lambda error: outcomes.append(error is None))
+    bench.disk.failing = True
+    bench.disk.commit(1)
+    assert outcomes == [False]
+    bench.disk.failing = False
+    bench.settle()
+    assert outcomes[1:] == [True] * (meanwhile == "PUBREL again")
+    assert bench.store.received["dev"] == set()
+
+
+def test_a_message_with_an_identifier_that_is_released_twice_is_stored_once(bench: Bench) -> None:
+    """The second PUBREL becomes durable when the identifier is in use again."""
+    device = bench.offline()
+    bench.up(b"a", qos=2, identifier=5)
+    bench.settle()
+    for _ in range(2):
+        bench.stored.device_received(packet(PUBREL, b"\0\5"))
+    bench.disk.commit(1)
+    assert acknowledgements(device.take(), PUBCOMP) == [5]
+    bench.up(b"b", qos=2, identifier=5)
+    bench.settle()
+    bench.up(b"b", qos=2, identifier=5, dup=True)
+    bench.settle()
+    assert bench.store.messages == 2
+
+
 def test_qos_0_from_disk_is_deleted_once_a_pingresp_confirms_it(bench: Bench) -> None:
     """A dead connection would swallow a backlog."""
     bench.offline()

@@ -236,8 +236,9 @@ class Store:
         self._last_number += 1
         number, size, stamp = self._last_number, size_of(message), int(self._now())
         self._under_way += size
+        known = self.received[backlog.name]
         if received:
-            self.received[backlog.name].add(received)
+            known.add(received)
 
         def committed(error: StoreError | None) -> None:
             self._under_way -= size
@@ -245,8 +246,11 @@ class Store:
                 backlog.append(number, size, stamp)
                 self.bytes += size
                 self.counts.stored += 1
-            elif received:
-                self.received[backlog.name].discard(received)
+                if received:
+                    # An earlier `release`, which a device can ask for twice, may have become durable meanwhile.
+                    known.add(received)
+            else:
+                known.discard(received)
             done(number, error)
 
         self._writer.write(Append(Row(number, backlog.number, stamp, message, identifier), received), committed)
@@ -296,12 +300,11 @@ class Store:
 
     def release(self, backlog: Backlog, identifier: int, done: Done) -> None:
         """The device released its Packet Identifier; `done` when that is durable."""
-        received = self.received[backlog.name]
-        received.discard(identifier)
+        known = self.received[backlog.name]
 
         def released(error: StoreError | None) -> None:
-            if error is not None:
-                received.add(identifier)
+            if error is None:
+                known.discard(identifier)
             done(error)
 
         self._writer.write(Release(backlog.number, identifier), released)
@@ -310,7 +313,8 @@ class Store:
         """Keep what is known of a device; `done` when that is durable."""
         self._remember(backlog.name, state)
         if forget_received:
-            self.received[backlog.name].clear()
+            # What is under way belongs to the session before, and leaves these alone.
+            self.received[backlog.name] = set()
         self._writer.write(Save(backlog.number, backlog.name, state, forget_received), done)
 
     def drop(self, backlog: Backlog, done: Callable[[int], None]) -> None:
