@@ -700,6 +700,28 @@ def test_a_message_with_an_identifier_that_is_released_twice_is_stored_once(benc
     assert bench.store.messages == 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_device_that_returns_before_its_qos_2_message_is_stored_is_told(bench: Bench, fails: bool) -> None:
+    """It sends the message again, and would wait for PUBREC forever: the commit answered the session before."""
+    bench.connect()
+    bench.online()
+    bench.up(b"a", qos=2, identifier=5)
+    device = Device()
+    device.stored = bench.stored
+    found, connect = parsed(raw_connect(4, clean=False))
+    bench.stored.attach(device, found, bench.treatment(found.raw, connect), ("10.0.0.1", ""), confirm=False)
+    bench.stored.upstream_verified(Upstream(), _PEER, bench.treatment(found.raw, connect))
+    bench.stored.upstream_received(b"\x20\2\1\0")
+    assert device.connack
+    bench.up(b"a", qos=2, identifier=5, dup=True)
+    assert device.got == []
+    bench.disk.failing = fails
+    bench.settle()
+    assert acknowledgements(device.got, PUBREC) == [5] * (not fails)
+    assert (device.ended is not None) == fails
+    assert bench.store.messages == (not fails)
+
+
 def test_qos_0_from_disk_is_deleted_once_a_pingresp_confirms_it(bench: Bench) -> None:
     """A dead connection would swallow a backlog."""
     bench.offline()

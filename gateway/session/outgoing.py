@@ -259,9 +259,12 @@ class Outgoing:
         if message.qos == 2:
             known = self._store.received[self._backlog.name]
             if of_device in known:
-                # Sent once more; PUBREC follows the commit, which may be under way.
-                if not any(each.of_device == of_device and each.message.qos == 2 for each in self._pending.values()):
+                # Sent once more; PUBREC follows the commit, which may be under way for a session that has ended.
+                pending = self._pending_of(of_device)
+                if pending is None:
                     _tell(owner, PacketType.PUBREC, of_device)
+                else:
+                    pending.owner = owner
                 return
             self.spill()
         elif self.live and self._is_forbidden(message):
@@ -273,6 +276,11 @@ class Outgoing:
             self._forward(message, of_device, owner)
         else:
             self._keep(message, of_device, owner)
+
+    def _pending_of(self, identifier: int) -> _Pending | None:
+        """Return the device's last QoS 2 message with this Packet Identifier that is being written."""
+        every = reversed(self._pending.values())
+        return next((each for each in every if each.of_device == identifier and each.message.qos == 2), None)
 
     def forget_copies(self) -> None:
         """The device comes anew, and sends again what it has no acknowledgement for; what it does not is written."""
