@@ -116,12 +116,20 @@ def installers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return environment / "bin"
 
 
+@pytest.fixture(scope="module")
+def dependencies(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with all that the wheel needs, fetched by pip: uv would read other settings than pip does."""
+    directory = tmp_path_factory.mktemp("dependencies")
+    run(sys.executable, "-m", "pip", "download", "--quiet", "--dest", directory, wheel, "pip")
+    return directory
+
+
 @pytest.mark.parametrize(
     ("program", "command"),
     [("pipx", ("install", "--python", sys.executable)), ("uv", ("tool", "install", "--python", sys.executable))],
 )
 def test_installers_of_programs_install_it(
-    program: str, command: tuple[str, ...], wheel: Path, installers: Path, tmp_path: Path
+    program: str, command: tuple[str, ...], wheel: Path, installers: Path, dependencies: Path, tmp_path: Path
 ) -> None:
     """Each puts `mqtts-gateway` on the path, and the rest into an environment of its own."""
     variables = {
@@ -130,7 +138,11 @@ def test_installers_of_programs_install_it(
         "UV_TOOL_DIR": tmp_path / "uv",
         "UV_TOOL_BIN_DIR": tmp_path / "bin",
         "UV_CACHE_DIR": tmp_path / "cache",
+        "UV_CONFIG_FILE": tmp_path / "uv.toml",
+        "PIP_NO_INDEX": 1,
+        "PIP_FIND_LINKS": dependencies,
     }
+    (tmp_path / "uv.toml").write_text(f'no-index = true\nfind-links = ["{dependencies}"]\n')
     settings = [f"{name}={value}" for name, value in variables.items()]
     run("env", *settings, installers / program, *command, wheel)
     assert run(tmp_path / "bin/mqtts-gateway", "--version").startswith("mqtts-gateway ")
