@@ -265,16 +265,22 @@ class StoredDevices:
         """End the sessions of devices that the rules disable, also towards the broker; judge so many in a turn."""
         for some in slices(list(self.sessions.values()), at_a_time):
             for stored in some:
-                presented = stored.presented()
-                if presented is None or self.sessions.get(stored.name) is not stored:
-                    continue
-                caller = Caller(stored.state.address, stored.state.listener)
                 try:
-                    rules.match(presented[1], caller)
-                except Refusal as refusal:
-                    if refusal.reason is EndReason.DEVICE_DISABLED:
-                        stored.shut_out(refusal)
+                    self._end_if_disabled(stored, rules)
+                except Exception:  # noqa: BLE001  an error in one leaves the others alone
+                    _log.failure("internal error while a stored device was judged by new rules")
             yield
+
+    def _end_if_disabled(self, stored: StoredSession, rules: Rules) -> None:
+        presented = stored.presented()
+        if presented is None or self.sessions.get(stored.name) is not stored:
+            return
+        caller = Caller(stored.state.address, stored.state.listener)
+        try:
+            rules.match(presented[1], caller)
+        except Refusal as refusal:
+            if refusal.reason is EndReason.DEVICE_DISABLED:
+                stored.shut_out(refusal)
 
     def has_backlog(self, name: str) -> bool:
         """Whether messages of this identity wait, or are under way, so that its device must go on as a stored one."""
@@ -563,7 +569,10 @@ class StoredDevices:
             for backlog in some:
                 is_waiting = len(backlog) or _NO_WILL not in self.store.states.get(backlog.name, _NO_WILL)
                 if is_waiting and backlog.name not in self.sessions:
-                    self._begin(backlog.name)
+                    try:
+                        self._begin(backlog.name)
+                    except Exception:  # noqa: BLE001  the same
+                        _log.failure("internal error while the delivery of a backlog began")
             yield
 
     def _begin(self, name: str) -> StoredSession:

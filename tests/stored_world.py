@@ -159,11 +159,10 @@ class MemoryWriter:
         if taken:
             self._writer._do(taken)
             self.committed += any(isinstance(each, _Write) for each in taken) and not self.failing
-        calls = self._calls[:]
-        self._calls.clear()
-        if not silently:
-            for call in calls:
-                call()
+        if silently:
+            self._calls.clear()
+        while self._calls:
+            self._calls.pop(0)()
 
     def close(self) -> None:
         """See `StoreWriter`."""

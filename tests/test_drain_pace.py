@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from gateway.session.drain_pace import TICK, DrainPace
@@ -75,6 +76,23 @@ def test_a_machine_that_is_late_drains_more_slowly() -> None:
     paced = Paced()
     paced.backlog("d", 10_000)()
     assert paced.tick(10.0) <= 1000 * TICK * 2
+
+
+def test_an_error_in_one_backlog_does_not_stop_the_others() -> None:
+    """They are called again after the next tick."""
+    paced = Paced()
+    paced.backlog("first", 100)()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    paced.pace.may_send(fail)
+    paced.backlog("last", 1)()
+    while "last" not in paced.sent:
+        paced.asked = 0
+        with contextlib.suppress(ZeroDivisionError):
+            paced.tick()
+        assert paced.asked or not paced.pace._waiting
 
 
 def test_without_a_limit_nobody_waits() -> None:

@@ -343,6 +343,22 @@ def test_a_device_is_not_forgotten_before_its_rows_are_deleted(kept: Any) -> Non
     assert kinds.index("Delete") < kinds.index("Forget")
 
 
+def test_an_error_in_one_callback_does_not_keep_the_others_from_being_told(tmp_path: Path) -> None:
+    """They are other devices', and would wait for their acknowledgements forever; the error is still raised."""
+    store, disk = open_memory_store(tmp_path, ":memory:", StoreConfig(), lambda: 0.0, lambda: 0.0)
+    outcomes: list[object] = []
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    for done in (fail, lambda _, error: outcomes.append(error)):
+        store.append(store.backlog("one"), message(), done)
+        store.read([1], lambda rows, done=done: done(rows, None))
+    with pytest.raises(ZeroDivisionError):
+        disk.commit()
+    assert outcomes == [None, None]
+
+
 def test_what_is_remembered_of_devices_is_bounded(kept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever may connect under any number of names must not fill memory and disk."""
     monkeypatch.setattr(store_module, "MOST_REMEMBERED", 100_000)

@@ -11,7 +11,7 @@ import pytest
 
 from gateway import stored_devices
 from gateway.cli.status import overview
-from gateway.errors import EndReason
+from gateway.errors import EndReason, Refusal
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
 from gateway.pieces import at_once, in_turns
@@ -226,6 +226,41 @@ def test_a_few_stored_devices_begin_and_stop_in_each_turn(
     assert logged_errors.pop()["log_failure"].check(ZeroDivisionError)
     assert begun == stopped == list("abcde")
     assert changed == [True]
+
+
+def test_an_error_in_one_stored_device_leaves_the_others_alone(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch, logged_errors: list[Any]
+) -> None:
+    """They are begun after the scan, and ended when they are disabled."""
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    done: list[str] = []
+
+    def do(name: str) -> None:
+        done.append(name)
+        if name == "a":
+            raise ZeroDivisionError
+
+    def device(name: str) -> Mock:
+        made = Mock(shut_out=lambda _: do(name), presented=lambda: (None, None))
+        made.name = name
+        return made
+
+    def run() -> None:
+        backlogs = [MagicMock(__len__=lambda _: 1) for _ in "abc"]
+        for backlog, name in zip(backlogs, "abc", strict=True):
+            backlog.name = name
+        rules = Mock(match=Mock(side_effect=Refusal(EndReason.DEVICE_DISABLED, "", 5, 0x87)))
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "store", MagicMock(states={}, __iter__=lambda _: iter(backlogs)))
+            patch.setattr(stored, "_begin", do)
+            at_once(stored._begin_waiting())
+            patch.setattr(stored, "sessions", {name: device(name) for name in "abc"})
+            at_once(stored.end_disabled(rules, 10))
+
+    gateway.call(run)
+    assert done == list("abcabc")
+    assert [logged_errors.pop()["log_failure"].type for _ in range(2)] == [ZeroDivisionError] * 2
 
 
 def test_a_sweep_of_stored_devices_goes_on_in_the_next_turn_when_some_have_changed(

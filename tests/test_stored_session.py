@@ -1376,6 +1376,23 @@ def test_a_state_that_waits_for_an_earlier_one_is_written_at_the_stop(bench: Ben
     assert DeviceState.load(bench.store.states["dev"]).will is None
 
 
+def test_a_state_is_written_although_an_error_followed_the_one_before(bench: Bench) -> None:
+    """Later changes would wait for it forever."""
+    bench.offline()
+
+    def fail() -> None:
+        raise ZeroDivisionError
+
+    bench.stored._saving.save(fail)
+    bench.stored._saving.save()
+    with pytest.raises(ZeroDivisionError):
+        bench.settle()
+    bench.stored.state.will_delay = 7.0
+    bench.stored._saving.save()
+    bench.settle()
+    assert DeviceState.load(bench.store.states["dev"]).will_delay == 7.0
+
+
 def test_a_password_is_kept_in_memory_until_the_broker_refuses_it(bench: Bench) -> None:
     bench.offline(username="u", password=b"secret")
     bench.up(b"1")

@@ -50,17 +50,18 @@ class DrainPace:
     def go_on(self) -> None:
         """Give those that wait their turns."""
         self._refill()
-        for again in list(self._waiting):
-            if self._tokens < _ONE and self.rate:
-                break
-            del self._waiting[again]
-            self._is_turn = True
-            try:
+        try:
+            for again in list(self._waiting):
+                if self._tokens < _ONE and self.rate:
+                    break
+                del self._waiting[again]
+                self._is_turn = True
                 again()
-            finally:
-                self._is_turn = False
-        if self._waiting:
-            self._later()
+        finally:
+            # Also after an error in one of them.
+            self._is_turn = False
+            if self._waiting:
+                self._later()
 
     @property
     def _burst(self) -> float:

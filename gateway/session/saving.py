@@ -53,13 +53,15 @@ class Saving:
         self._writes += 1
 
         def saved(error: StoreError | None) -> None:
-            for done, failed in told:
-                if error is not None:
-                    failed(error)
-                elif done is not None:
-                    done()
-            self._writes -= 1
-            if not self._writes:
-                self.now()
+            try:
+                for done, failed in told:
+                    if error is not None:
+                        failed(error)
+                    elif done is not None:
+                        done()
+            finally:
+                self._writes -= 1
+                if not self._writes:
+                    self.now()
 
         self._store.save(self._backlog, self._state.dumped(), saved, forget_received=forget_received)

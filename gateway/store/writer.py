@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -139,10 +140,18 @@ class Writer:
         if writes:
             told = self._write(writes)
             # Devices wait for this, and must not wait for what is read for drains.
-            self._post(lambda: _call_all(told))
+            self._post(lambda: self._call_all(told))
         works = [self._called(item) for item in taken if isinstance(item, _Work)]
         if works:
-            self._post(lambda: _call_all(works))
+            self._post(lambda: self._call_all(works))
+
+    def _call_all(self, calls: Sequence[Callable[[], None]]) -> None:
+        """In the reactor's thread: call all; an error in one, for whoever runs what is posted, leaves the others."""
+        for call in calls:
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001  it is raised again, behind the others
+                self._post(partial(_raise, error))
 
     def _called(self, item: _Work) -> Callable[[], None]:
         try:
@@ -258,6 +267,5 @@ def _told(done: Done, failure: StoreError | None) -> Callable[[], None]:
     return lambda: done(failure)
 
 
-def _call_all(calls: Sequence[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
+def _raise(error: Exception) -> None:
+    raise error
