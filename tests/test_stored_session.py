@@ -1643,6 +1643,37 @@ def test_disconnect_with_will_reaches_the_broker_behind_the_backlog(bench: Bench
     assert bench.store.messages == 0
 
 
+@pytest.mark.parametrize("clean", [False, True])
+def test_disconnect_with_will_reaches_the_broker_if_the_device_returns_first(bench: Bench, clean: bool) -> None:
+    """A plain DISCONNECT would make the broker discard the Will that the device has asked for."""
+    bench.connect(5, will=WILL)
+    upstream = bench.online(version=5)
+    bench.up(b"x", version=5)
+    bench.stored.device_received(b"\xe0\1\4")
+    bench.settle()
+    bench.connect(5, clean=clean)
+    bench.ack(PUBACK, 1)
+    assert upstream.closed
+    assert upstream.sent[-1] == b"\xe0\1\4"
+
+
+@pytest.mark.parametrize("farewell", [b"\xe0\0", b"\xe0\1\4", b""])
+def test_a_token_that_expires_keeps_the_will_of_a_device_that_left(bench: Bench, farewell: bytes) -> None:
+    """The broker publishes it if there is no DISCONNECT."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    device = bench.connect(5, will=WILL)
+    upstream = bench.online(version=5)
+    bench.up(b"x", version=5)
+    if farewell:
+        bench.stored.device_received(farewell)
+    else:
+        device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    bench.sweep(21)
+    assert upstream.closed
+    assert (upstream.sent[-1] == b"\xe0\0") == (farewell == b"\xe0\0")
+
+
 @pytest.mark.parametrize(
     ("delay", "clean", "published"), [(0.0, False, True), (60.0, False, False), (60.0, True, True)]
 )

@@ -292,19 +292,19 @@ class StoredSession:
         handover = self._handover
         if handover is None and self._is_up:
             # Of one that is half open, the broker publishes the Will, as it does for others.
-            with_disconnect = not is_half_open and bool(self._farewell)
-            handover = _Handover(self._world.seconds() + self.after, with_disconnect=with_disconnect)
+            farewell = b"" if is_half_open else self._farewell or b""
+            handover = _Handover(self._world.seconds() + self.after, farewell)
         if handover is not None and may_wait and self.outgoing.in_flight:
             self._handover = handover
             self._requests.clear()
             self.outgoing.finish_flights()
         else:
-            self._leave_upstream(with_disconnect=handover is not None and handover.with_disconnect)
+            self._leave_upstream(b"" if handover is None else handover.farewell)
 
     def _hand_over(self) -> None:
         """Connect for the device that has waited for its predecessor's messages."""
         if self._handover is not None:
-            self._leave_upstream(with_disconnect=self._handover.with_disconnect)
+            self._leave_upstream(self._handover.farewell)
             self._retry_at = 0.0
             self._dial()
 
@@ -538,7 +538,7 @@ class StoredSession:
     def sweep(self, now: float) -> None:
         """Do what is due; called every second or so."""
         visit = self.visit
-        if self._handover is not None and now + SWEEP > self._handover.until:
+        if self._handover is not None and (now + SWEEP > self._handover.until or now >= self._lives_until):
             self._hand_over()
         if visit is not None:
             self._sweep_visit(visit, now)
@@ -575,8 +575,10 @@ class StoredSession:
                 self._drop_upstream(SessionEnd(EndReason.UPSTREAM_SILENT, f"no CONNACK in {self._world.connack:g} s"))
             return
         if now >= self._lives_until:
-            # The token expires; only the connection to the broker is renewed.
-            self._leave_upstream(with_disconnect=True)
+            # The token expires; only the connection to the broker is renewed.  Without DISCONNECT the broker publishes
+            # the Will of a device that has left.
+            has_left_will = self.visit is None and self.state.will is not None
+            self._leave_upstream(b"" if has_left_will else _DISCONNECT)
             self._retry_at = 0.0
             self._dial()
         elif (
@@ -723,9 +725,9 @@ class StoredSession:
             if self._is_dialling:
                 self._is_dialling = False
                 self._link.cancel(self)
-            self._leave_upstream(with_disconnect=False)
+            self._leave_upstream()
         elif self._handover is not None:
-            self._leave_upstream(with_disconnect=self._handover.with_disconnect)
+            self._leave_upstream(self._handover.farewell)
         self._check_over()
 
     def _end_visit(self) -> None:
@@ -927,7 +929,7 @@ class StoredSession:
         if visit is not None:
             if visit.is_admitted and visit.is_first_upstream and session_present and not visit.told_session_present:
                 self._is_up = False
-                self._leave_upstream(with_disconnect=False)
+                self._leave_upstream()
                 state.has_session = True
                 visit.device.finish(
                     EndReason.STORED_SESSION_DIFFERS,
@@ -1035,13 +1037,13 @@ class StoredSession:
             is_held = self._is_device_full or self.incoming.is_congested
             self._is_broker_held = _hold_or_release(self._upstream, is_held, was_held=self._is_broker_held)
 
-    def _leave_upstream(self, *, with_disconnect: bool) -> None:
-        """End the connection to the broker, because another one follows or nobody needs it."""
+    def _leave_upstream(self, farewell: bytes = b"") -> None:
+        """End the connection to the broker, with this DISCONNECT: another one follows, or nobody needs it."""
         upstream = self._upstream
         if upstream is None:
             return
-        if self._is_up and with_disconnect:
-            upstream.write_last(_DISCONNECT)
+        if self._is_up and farewell:
+            upstream.write_last(farewell)
         self._forget_upstream()
         upstream.close()
 
@@ -1113,7 +1115,7 @@ class StoredSession:
         upstream, farewell = self._upstream, self._farewell
         if upstream is not None:
             if not self._is_up:
-                self._leave_upstream(with_disconnect=False)
+                self._leave_upstream()
             else:
                 if farewell:
                     upstream.write_last(farewell)
@@ -1142,10 +1144,13 @@ class StoredSession:
 
 @attrs.frozen
 class _Handover:
-    """A device with Clean Start waits `until` then, in seconds, for what its predecessor has in flight."""
+    """A device with Clean Start waits `until` then, in seconds, for what its predecessor has in flight.
+
+    `farewell` is the predecessor's DISCONNECT, empty if there was none.
+    """
 
     until: float
-    with_disconnect: bool
+    farewell: bytes
 
 
 @attrs.define(slots=True)
