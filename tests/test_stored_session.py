@@ -1691,6 +1691,50 @@ def test_a_predecessors_will_is_published_as_a_broker_would(
     assert bench.online(version=5).payloads == [b"x", *([b"gone"] * published), b"y"]
 
 
+@pytest.mark.parametrize(
+    ("delay", "seconds", "clean", "published"),
+    [
+        (0.0, 0.5, False, True),
+        (60.0, 0.5, True, True),
+        (60.0, 0.5, False, False),
+        (60.0, 60.5, False, True),
+        (0.0, 0.5, True, True),
+    ],
+)
+@pytest.mark.parametrize("drains", [False, True])
+def test_the_will_of_a_device_that_returns_before_the_sweep_is_published(
+    bench: Bench, delay: float, seconds: float, clean: bool, published: bool, drains: bool
+) -> None:
+    """Its delay is over, or the session ends (MQTT 5.0 §3.1.2.5, §3.1.3.2.2); a broker that drains knows of none."""
+    first = bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = delay
+    bench.up(b"x", version=5)
+    bench.settle()
+    first.finish(EndReason.DEVICE_LOST)
+    if drains:
+        bench.online(version=5)
+    bench.now += seconds
+    if drains:
+        bench.connect(5, clean=clean)
+        bench.lose()
+        bench.settle()
+    else:
+        bench.offline(version=5, clean=clean)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"x", *([b"gone"] * published)]
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_a_device_that_returns_after_a_restart_has_not_vanished(bench: Bench, clean: bool) -> None:
+    """The gateway was away, and not the device."""
+    bench.offline(version=5, will=WILL)
+    bench.settle()
+    bench.start()
+    bench.offline(version=5, clean=clean)
+    bench.settle()
+    assert bench.online(version=5).payloads == []
+
+
 def waiting_behind(bench: Bench, version: int) -> tuple[Device, Upstream]:
     """Let a device come with Clean Start while messages of the one before it are in flight."""
     bench.offline(version=version)

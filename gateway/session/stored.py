@@ -196,12 +196,13 @@ class StoredSession:
         # The last words of a device that has left, for the broker; None while a device is there.
         self._farewell: bytes | None = b""
         self._will_at = float("inf")
+        self._is_after_restart = self.state.will is not None
         self._status: Message | None = None
         self._status_is_due = False
         self._settled: list[Callable[[], None]] = []
         self.is_over = False
         self.resubscribed = 0
-        if self.state.will is not None:
+        if self._is_after_restart:
             # The gateway was stopped, or stopped itself, while the device was there: it gets time to come back.
             keep_alive = self._remembered_keep_alive()
             self._will_at = world.seconds() + max(self.state.will_delay, keep_alive * 1.5)
@@ -245,7 +246,7 @@ class StoredSession:
             before.device.finish(EndReason.TAKEN_OVER, "the device reconnected", code=_TAKEN_OVER)
         self.resume()
         self.outgoing.forget_copies()
-        was_offline = not self._is_up
+        was_offline, will_at = not self._is_up, self._will_at
         treated_packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
         self._leave_predecessor(may_wait=treated.clean_start, is_half_open=before is not None)
         if self._is_dialling:
@@ -263,9 +264,13 @@ class StoredSession:
         self.incoming = Incoming(receive_maximum, self._to_device, self._to_broker)
         state = self.state
         forget = treated.clean_start or not state.has_session
-        if before is not None and before.is_admitted and was_offline and (forget or not state.will_delay):
+        if before is not None and before.is_admitted and was_offline:
+            will_at = self._world.seconds() + state.will_delay
+        may_end = forget and will_at < float("inf") and not self._is_after_restart
+        if may_end or will_at <= self._world.seconds():
             # No broker ends the predecessor's session and publishes its Will (MQTT 5.0 §3.1.4, §3.1.2.5).
             self._publish_will()
+        self._is_after_restart = False
         if forget:
             state.subscriptions.clear()
             state.has_session = False
