@@ -1544,6 +1544,36 @@ def test_what_a_stricter_connack_forbids_is_set_aside(bench: Bench, told: bytes,
     assert sorted(acknowledgements(device.got, PUBACK) + acknowledgements(device.got, PUBREC)) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_a_stricter_connack_forbids_is_not_sent_while_the_disk_fails(bench: Bench, waits: bool) -> None:
+    """Neither behind a copy that is in flight nor behind messages that wait to go past the disk."""
+    device = bench.offline(version=5)
+    if waits:
+        bench.up(b"in flight", version=5, identifier=9)
+        bench.settle()
+    upstream = bench.verified()
+    upstream.version = 5
+    bench.stored.upstream_received(packet(0x20, b"\0\0\5\x25\0\x21\0\1"))
+    bench.settle()
+    bench.disk.failing = True
+    if not waits:
+        # The store notices that it fails.
+        bench.stored._saving.save()
+        bench.settle()
+    bench.up(b"a", version=5, identifier=1)
+    bench.settle()
+    assert upstream.payloads == [b"in flight" if waits else b"a"]
+    bench.stored.device_received(packet(0x33, b"\0\1t\0\2\0no"))
+    bench.settle()
+    for _ in range(3):
+        for raw in [raw for raw in upstream.sent if raw[0] >> 4 == 3]:
+            bench.ack(PUBACK, read_publish(5, raw)[3])
+        bench.settle()
+    assert upstream.payloads == [*([b"in flight"] * waits), b"a"]
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORE_UNAVAILABLE
+
+
 @pytest.mark.parametrize(
     ("told", "raw", "code"),
     [(b"\x24\1", publish(5, b"t", b"no", 2, 2), 0x9B), (b"\x25\0", packet(0x33, b"\0\1t\0\2\0no"), 0x9A)],

@@ -272,7 +272,7 @@ class Outgoing:
             self.spill()
         if self._refused:
             self._refused.append(self._new_pending(message, of_device, owner))
-        elif self.live and message.qos < 2:
+        elif self.live and self._may_forward(message):
             self._forward(message, of_device, owner)
         else:
             self._keep(message, of_device, owner)
@@ -531,6 +531,10 @@ class Outgoing:
             return False
         return len(write_message(self.facts.version, message, 1)) > limit
 
+    def _may_forward(self, message: Message) -> bool:
+        """Whether a message may be sent past the disk."""
+        return message.qos < 2 and not self._is_forbidden(message)
+
     def _forward(self, message: Message, of_device: int, owner: Owner | None) -> None:
         if not message.qos and not self._confirms:
             self._send(write_message(self.facts.version, message, 0))
@@ -559,7 +563,7 @@ class Outgoing:
         for each in refused:
             if each.message.qos == 2:
                 self.spill()
-            if self.connected and self.live and each.message.qos < 2:
+            if self.connected and self.live and self._may_forward(each.message):
                 self._forward(each.message, each.of_device, each.owner)
             else:
                 self._keep(each.message, each.of_device, each.owner)
@@ -620,7 +624,7 @@ class Outgoing:
         if pending.of_device and pending.owner is not None and pending.owner.gone:
             # The device sends it again, behind earlier ones that could not be stored either.
             return
-        if self.connected and pending.message.qos < 2 and not self._is_forbidden(pending.message):
+        if self.connected and self._may_forward(pending.message):
             # The broker is there: it waits for its turn and goes past the disk.
             # Earlier messages may fail later, once the disk says so.
             at = len(self._refused)
