@@ -1815,12 +1815,68 @@ def test_clean_start_waits_no_longer_than_after(bench: Bench) -> None:
     assert device.connack
 
 
-def test_a_device_that_leaves_while_it_waits_for_its_predecessor_stops_nothing(bench: Bench) -> None:
-    """The backlog goes on."""
+def finish_in_flight(bench: Bench, upstream: Upstream, version: int) -> None:
+    """Let the broker acknowledge what `waiting_behind` has sent."""
+    for raw in [raw for raw in upstream.sent if raw[0] >> 4 == 3]:
+        bench.ack(PUBACK, read_publish(version, raw)[3])
+    bench.settle()
+
+
+@pytest.mark.parametrize("returns", ["", "clean", "persistent"])
+def test_a_device_that_leaves_while_it_waits_for_its_predecessor_repeats_nothing(bench: Bench, returns: str) -> None:
+    """Its predecessor's messages are still waited for, also if it returns; the backlog goes on."""
     device, upstream = waiting_behind(bench, 5)
     device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    if returns:
+        bench.connect(5, clean=returns == "clean")
+        bench.settle()
+    assert not upstream.closed
+    finish_in_flight(bench, upstream, 5)
     assert upstream.closed
-    assert len(bench.online(version=5).payloads) == 20
+    assert upstream.sent[-1] == b"\xe0\0"
+    again = bench.online(version=5)
+    assert parsed(again.sent[0])[1].clean_start
+    assert again.payloads == [b"%d" % number for number in range(21, 31)]
+
+
+def test_a_pause_of_the_process_is_no_reason_to_give_up_a_predecessors_messages(bench: Bench) -> None:
+    """What the broker has acknowledged meanwhile has not been read yet."""
+    _, upstream = waiting_behind(bench, 5)
+    bench.now += 60
+    bench.stored.give_back(60, bench.now)
+    bench.sweep(0)
+    assert not upstream.closed
+    finish_in_flight(bench, upstream, 5)
+    assert upstream.closed
+    assert bench.online(version=5).payloads == [b"%d" % number for number in range(21, 31)]
+
+
+@pytest.mark.parametrize("farewell", [b"\xe0\0", b"\xe0\1\4", b""])
+@pytest.mark.parametrize("discard", [False, True])
+def test_a_stop_while_a_device_waits_leaves_the_broker_as_its_predecessor_did(
+    bench: Bench, farewell: bytes, discard: bool
+) -> None:
+    """Its Will is published if it asked for that, or vanished, unless Wills are to be discarded."""
+    first = bench.connect(5, will=WILL)
+    upstream = bench.online(version=5)
+    bench.up(b"x", version=5)
+    bench.sweep(6)
+    bench.settle()
+    if farewell:
+        bench.stored.device_received(farewell)
+    else:
+        first.finish(EndReason.DEVICE_LOST)
+    device = bench.connect(5, clean=True)
+    bench.settle()
+    bench.stored.settle(lambda: None)
+    device.finish(EndReason.GATEWAY_STOPPING)
+    bench.settle()
+    assert not upstream.closed
+    bench.stored.stop(discard_will=discard)
+    assert upstream.closed
+    last = upstream.sent[-1] if upstream.sent[-1][0] == 0xE0 else b""
+    assert last == (b"\xe0\0" if discard else farewell)
 
 
 def test_what_waited_for_the_broker_leaves_at_a_pace(bench: Bench) -> None:

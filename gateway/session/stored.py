@@ -248,7 +248,8 @@ class StoredSession:
         self.outgoing.forget_copies()
         was_offline, will_at = not self._is_up, self._will_at
         treated_packet, treated = packet_of(treatment.connect, self._world.max_connect_size)
-        self._leave_predecessor(may_wait=treated.clean_start, is_half_open=before is not None)
+        may_wait = treated.clean_start or self.state.clean_pending
+        self._leave_predecessor(may_wait=may_wait, is_half_open=before is not None)
         if self._is_dialling:
             self._is_dialling = False
             self._link.cancel(self)
@@ -403,8 +404,12 @@ class StoredSession:
             self._is_dialling = False
             self._link.cancel(self)
         upstream = self._upstream
-        if upstream is not None and self._is_up and (discard_will or self._farewell):
-            upstream.write_last(_DISCONNECT)
+        # The Will of a device that has left is kept here; that of a predecessor is the broker's alone.
+        farewell = self._farewell and _DISCONNECT if self._handover is None else self._handover.farewell
+        if discard_will:
+            farewell = _DISCONNECT
+        if upstream is not None and self._is_up and farewell:
+            upstream.write_last(farewell)
             if discard_will and self.state.will is not None:
                 self.state.will = None
                 self._saving.save()
@@ -538,6 +543,9 @@ class StoredSession:
         self.outgoing.last_progress = min(self.outgoing.last_progress + seconds, now)
         # It may have been set since the pause.
         self._connack_due = min(self._connack_due + seconds, now + self._world.connack)
+        if self._handover is not None:
+            until = min(self._handover.until + seconds, now + self.after)
+            self._handover = attrs.evolve(self._handover, until=until)
         self._will_at += seconds
 
     def sweep(self, now: float) -> None:
@@ -731,8 +739,6 @@ class StoredSession:
                 self._is_dialling = False
                 self._link.cancel(self)
             self._leave_upstream()
-        elif self._handover is not None:
-            self._leave_upstream(self._handover.farewell)
         self._check_over()
 
     def _end_visit(self) -> None:
