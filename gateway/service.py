@@ -53,6 +53,7 @@ from gateway.relay.core import engine
 from gateway.rules.secrets import Programs
 from gateway.store.opening import open_store, store_directory, stores_all
 from gateway.store.store import Store
+from gateway.stored_devices import log_notes
 from gateway.text import printable, unprintable_escaped
 
 _log = Logger(namespace="gateway")
@@ -508,8 +509,8 @@ def _open_store(reactor: Any, config: Config) -> Store | None:
         lambda: reactor.seconds(),
         lambda: time.time() >= MADE.timestamp(),
     )
-    for note in [] if store is None else store.notes:
-        _log.error("store: {note}", event="store-recovered", note=note)
+    if store is not None:
+        log_notes(store)
     return store
 
 

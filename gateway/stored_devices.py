@@ -53,6 +53,13 @@ _CHECK_INTERVAL, _CHECKS_PER_TIMEOUT = 5.0, 10
 _NO_WILL = '"will": null'
 
 
+def log_notes(store: Store) -> None:
+    """Log what was moved or recovered of a damaged file, once."""
+    notes, store.notes = store.notes, []
+    for note in notes:
+        _log.error("store: {note}", event="store-recovered", note=note)
+
+
 class Lead(Protocol):
     """Who finds a broker for a stored device under the configuration of now; see `gateway.reception.Reception`."""
 
@@ -489,6 +496,7 @@ class StoredDevices:
 
     def _tell(self, now: float) -> None:
         """Log a disk that fails and recovers, and once a minute what was removed without delivery."""
+        log_notes(self.store)
         failure = "" if self.store.failure is None else str(self.store.failure)
         if failure and not self._told_failure:
             _log.error(

@@ -210,6 +210,93 @@ def test_rows_that_cannot_be_read_at_the_start_are_found_later(tmp_path: Path) -
     after.store.close()
 
 
+def damaged(directory: Path) -> None:
+    """Fill a store, and damage a page in the middle of the messages."""
+    before = Threaded(directory)
+    before.store.save(before.store.backlog("one"), "{}")
+    before.append(400)
+    before.wait(400)
+    before.store.close()
+    path = directory / "store.db"
+    content = bytearray(path.read_bytes())
+    at = content.index(b"%08d" % 200) // 4096 * 4096
+    content[at : at + 100] = b"\xff" * 100
+    path.write_bytes(bytes(content))
+
+
+def test_a_damaged_page_does_not_keep_the_other_messages_from_being_found(tmp_path: Path) -> None:
+    """They are read from both sides of it into a new file, which takes every delete; the log says so."""
+    damaged(tmp_path)
+    after = Threaded(tmp_path)
+    eventually(lambda: after.turn() and not after.store.loading, "the scan ends")
+    backlog = after.store.backlog("one")
+    numbers = backlog.take(400)
+    assert {1, 400} <= set(numbers)
+    assert len(numbers) > 250
+    (note,) = after.store.notes
+    assert "malformed" in note
+    assert ".damaged-" in note
+    after.append(1)
+    assert after.wait(1) == [None]
+    after.store.finish(backlog, numbers)
+    after.store.close()
+    assert after.store.failure is None
+    assert rows_of(tmp_path) == [message(0).payload]
+
+
+def test_damage_that_a_delete_meets_does_not_stop_all_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delete is owed, and would fail every later transaction."""
+    damaged(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "scan", lambda *_: [])
+        after = Threaded(tmp_path, Database(tmp_path))
+        eventually(lambda: after.turn() and not after.store.loading, "the scan ends")
+    store = after.store
+    store.finish(store.backlog("one"), list(range(1, 401)))
+    store.flush()
+    eventually(lambda: after.turn() and store.counts.commits > 0, "it is written")
+    recovered(after)
+    after.append(1)
+    assert after.wait(1) == [None]
+    store.close()
+    assert rows_of(tmp_path) == [message(0).payload]
+
+
+def test_rows_that_can_never_be_read_do_not_keep_devices_waiting(tmp_path: Path) -> None:
+    """Neither where they are nor in a new file; devices are served without them, and the log says so."""
+    before = Threaded(tmp_path)
+    before.store.save(before.store.backlog("one"), "{}")
+    before.append(5)
+    before.wait(5)
+    before.store.close()
+    fail("SELECT number, device, stamp", 1 << 30)
+    after = Threaded(tmp_path, Database(tmp_path, faulty))
+    eventually(lambda: after.turn() and not after.store.loading, "the scan ends")
+    assert "disk I/O error" in after.store.notes[-1]
+    after.append(1)
+    assert after.wait(1) == [None]
+    after.store.close()
+    assert len(rows_of(tmp_path)) == 6
+
+
+def test_a_file_of_which_nothing_can_be_read_is_left_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is away for a while must not cost the backlog."""
+    before = Threaded(tmp_path)
+    before.store.save(before.store.backlog("one"), "{}")
+    before.append(5)
+    before.wait(5)
+    before.store.close()
+    monkeypatch.setattr(database_module, "_salvage", lambda _: iter([("message", [])]))
+    fail("SELECT number, device, stamp", 1 << 30)
+    after = Threaded(tmp_path, Database(tmp_path, faulty))
+    eventually(lambda: after.turn() and not after.store.loading, "the scan ends")
+    after.store.close()
+    assert len(rows_of(tmp_path)) == 5
+    assert not [each for each in tmp_path.iterdir() if "damaged" in each.name or "copy" in each.name]
+
+
 def test_a_full_disk_is_full_until_the_reserve_can_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -307,6 +307,10 @@ class Database:
 
     # ---- a disk that is full or fails
 
+    def start_anew(self, why: str) -> str:
+        """Move a damaged file aside, and go on with what can be read of it; return words for the log."""
+        return self._guarded(lambda: self._start_anew(why, least=1))
+
     def give_up_reserve(self) -> bool:
         """Delete the reserve file; return whether there was one."""
         try:
@@ -399,10 +403,13 @@ class Database:
         self._lock = descriptor
 
     def _open_file(self) -> None:
-        connection = self._connect(self.path)
+        self._connection = self._opened(self.path)
+
+    def _opened(self, path: Path) -> sqlite3.Connection:
+        connection = self._connect(path)
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
-            _check_version(self.path, version)
+            _check_version(path, version)
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
@@ -418,7 +425,7 @@ class Database:
         except BaseException:
             connection.close()
             raise
-        self._connection = connection
+        return connection
 
     def _look(self, notes: Sequence[str]) -> Opened:
         received: dict[int, set[int]] = {}
@@ -465,23 +472,46 @@ class Database:
                 moved.append((row.number, stamp, size_of(row.message)))
         return moved
 
-    def _start_anew(self, why: str) -> str:
-        """Move a damaged file aside, and take what can be read of it into a new one; say so in words."""
+    def _start_anew(self, why: str, *, least: int = 0) -> str:
+        """Move a damaged file aside, and take what can be read of it into a new one; say so in words.
+
+        Everything is as before if that fails, or fewer than `least` rows can be read.
+        """
+        self._drop_copy()
+        try:
+            messages = self._salvage_to_copy(least)
+        except BaseException:
+            self._drop_copy()
+            raise
+        self._close_file()
         aside = Path(f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
         for suffix in ("", "-wal"):
-            source = Path(f"{self.path}{suffix}")
-            if source.exists():
-                source.rename(f"{aside}{suffix}")
-        Path(f"{self.path}-shm").unlink(missing_ok=True)
+            _rename(Path(f"{self.path}{suffix}"), Path(f"{aside}{suffix}"))
+        self._adopt_copy()
         self._open_file()
-        taken = 0
-        for table, rows in _salvage(aside):
-            with _Transaction(self._open):
-                for row in rows:
-                    marks = ",".join("?" * len(row))
-                    self._open.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)  # noqa: S608  our own
-                    taken += table == "message"
-        return f"{self.path} was damaged ({why}): it is now {aside.name}, and {taken} messages were recovered from it"
+        sync_directory(self.directory)
+        return (
+            f"{self.path} was damaged ({why}): it is now {aside.name}, and {messages} messages were recovered from it"
+        )
+
+    def _salvage_to_copy(self, least: int) -> int:
+        """Put what can be read into a new file; return how many messages.  Raises StoreError: fewer rows than that."""
+        taken = messages = 0
+        with contextlib.closing(self._opened(self._copy)) as copy:
+            for table, rows in _salvage(self.path):
+                with _Transaction(copy):
+                    for row in rows:
+                        marks = ",".join("?" * len(row))
+                        copy.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)  # noqa: S608  our own
+                        taken += 1
+                        messages += table == "message"
+        if taken < least:
+            raise StoreError("nothing in it can be read")
+        return messages
+
+    def _drop_copy(self) -> None:
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self._copy}{suffix}").unlink(missing_ok=True)
 
     def _guarded(self, work: Callable[[], _T]) -> _T:
         try:
@@ -559,6 +589,11 @@ def _is_full(error: Exception) -> bool:
 def needs_recovery(error: StoreError) -> bool:
     """Whether the disk itself failed, or an attempt to go on with a copy did not end well."""
     return "disk I/O error" in str(error) or str(error) == _NOT_OPEN
+
+
+def is_damaged(error: StoreError) -> bool:
+    """Whether the file has something else in it than SQLite has written."""
+    return "malformed" in str(error) or "not a database" in str(error)
 
 
 def _wal(path: Path) -> Path:

@@ -28,6 +28,7 @@ from gateway.store.database import (
     Release,
     Save,
     StoreError,
+    is_damaged,
     needs_recovery,
 )
 
@@ -35,6 +36,8 @@ _MOST = 200  # changes in a transaction; their callbacks are one turn of the rea
 _SCANNED = 2_000  # rows that are looked at in one piece, so that commits need not wait for the scan
 _RECOVER_EVERY = 10.0  # seconds between two attempts to go on with a copy
 _SCAN_AGAIN = 1.0  # seconds until rows that could not be read are scanned again
+_MOST_SCANS = 10  # scans in a row that fail; then the file is taken for damaged
+_MOST_STARTS = 3  # times that a damaged file is moved aside, each of which takes room on the disk
 
 # What waits for room, and `Forget`, which must not overtake a `Save` of its device.
 _NEEDS_ROOM = (Append, Probe, Save, Forget)
@@ -61,7 +64,7 @@ class Writer:
     """Runs a `Database` in a thread of its own.
 
     `post` calls a function in the reactor's thread; `committed` is called there with the seconds that each transaction
-    took and the bytes of the files after it.
+    took and the bytes of the files after it, `noted` with words for the log.
     """
 
     def __init__(
@@ -70,11 +73,13 @@ class Writer:
         post: Post,
         committed: Callable[[float, int, StoreError | None], None],
         scanned: Callable[[list[tuple[int, int, int, int]] | None], None],
+        noted: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._database = database
         self._post = post
         self._committed = committed
         self._scanned = scanned
+        self._noted = noted
         self._condition = threading.Condition()
         self._queue: deque[_Write | _Work] = deque()
         self._closing = False
@@ -88,6 +93,8 @@ class Writer:
         self._scan_at = 0.0
         self._scan_to = 0
         self._scanning = False
+        self._failed_scans = 0
+        self._starts_left = _MOST_STARTS
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
 
     def open(self) -> Opened:
@@ -204,6 +211,8 @@ class Writer:
                 freeing = list(tried)
             except StoreError:
                 pass  # the first error says why
+        elif is_damaged(error) and self._start_anew(error):
+            freeing = list(tried)
         try:
             if freeing or self._owed:
                 self._database.commit([*self._owed, *(tried[index].change for index in freeing)])
@@ -251,16 +260,46 @@ class Writer:
     def _scan(self) -> None:
         try:
             rows = self._database.scan(self._scan_from, self._scan_to, _SCANNED)
-        except StoreError:
-            # What was acknowledged before the start must not wait for the next one.
-            self._scan_at = monotonic() + _SCAN_AGAIN
+        except StoreError as error:
+            self._failed_scan(error)
             return
+        self._failed_scans = 0
         if rows:
             self._scan_from = rows[-1][0]
             self._post(lambda: self._scanned(rows))
         else:
-            self._scanning = False
-            self._post(lambda: self._scanned(None))
+            self._end_scan()
+
+    def _failed_scan(self, error: StoreError) -> None:
+        """Try again, or go on with a new file; serve devices without the rows if neither helps."""
+        # What was acknowledged before the start must not wait for the next one.
+        self._scan_at = monotonic() + _SCAN_AGAIN
+        self._failed_scans += 1
+        if self._failed_scans < _MOST_SCANS and not is_damaged(error):
+            return
+        self._failed_scans = 0
+        if not self._start_anew(error):
+            self._note(f"messages from before the start cannot be read, and wait for the next start: {error}")
+            self._end_scan()
+
+    def _end_scan(self) -> None:
+        self._scanning = False
+        self._post(lambda: self._scanned(None))
+
+    def _start_anew(self, error: StoreError) -> bool:
+        """Go on with what can be read of a damaged file; return whether that went well."""
+        if not self._starts_left:
+            return False
+        self._starts_left -= 1
+        try:
+            self._note(self._database.start_anew(str(error)))
+        except StoreError as failed:
+            self._note(f"the store is damaged ({error}), and cannot be copied: {failed}")
+            return False
+        return True
+
+    def _note(self, words: str) -> None:
+        self._post(lambda: self._noted(words))
 
 
 def _told(done: Done, failure: StoreError | None) -> Callable[[], None]:
