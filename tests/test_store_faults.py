@@ -262,6 +262,41 @@ def test_damage_that_a_delete_meets_does_not_stop_all_writes(tmp_path: Path, mon
     assert rows_of(tmp_path) == [message(0).payload]
 
 
+def test_damage_inside_a_large_message_costs_only_that_message(tmp_path: Path) -> None:
+    """The scan does not read it; whoever delivers it does, and the messages behind it would wait forever."""
+    before = Threaded(tmp_path)
+    store = before.store
+    store.save(store.backlog("one"), "{}")
+    for number in (1, 2, 3):
+        sent = message(number, size=20_000 if number == 2 else 20)
+        store.append(store.backlog("one"), sent, lambda _, error: before.outcomes.append(error))
+    before.wait(3)
+    store.close()
+    path = tmp_path / "store.db"
+    content = bytearray(path.read_bytes())
+    inside = next(at for at in range(0, len(content), 4096) if not any(content[at + 4 : at + 4096]))
+    content[inside : inside + 4] = b"\xff" * 4
+    path.write_bytes(bytes(content))
+    after = Threaded(tmp_path)
+    eventually(lambda: after.turn() and not after.store.loading, "the scan ends")
+    backlog = after.store.backlog("one")
+    got: list[Any] = []
+    after.store.read(backlog.take(3), got.append)
+    eventually(lambda: after.turn() and bool(got), "it is read")
+    assert [each if isinstance(each, int) else each.message.payload[:8] for each in got[0]] == [
+        b"00000001",
+        2,
+        b"00000003",
+    ]
+    after.store.finish(backlog, [2], "damaged")
+    after.store.flush()
+    after.append(1)
+    eventually(lambda: after.turn() and bool(after.outcomes), "it is written")
+    recovered(after)
+    after.store.close()
+    assert {b"00000001", b"00000003"} <= {payload[:8] for payload in rows_of(tmp_path)}
+
+
 def test_rows_that_can_never_be_read_do_not_keep_devices_waiting(tmp_path: Path) -> None:
     """Neither where they are nor in a new file; devices are served without them, and the log says so."""
     before = Threaded(tmp_path)

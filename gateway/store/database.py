@@ -448,7 +448,13 @@ class Database:
                 change.apply(self._open)
 
     def _row(self, number: int) -> Row | int:
-        found = self._open.execute("SELECT device, stamp, data FROM message WHERE number = ?", (number,)).fetchone()
+        query = "SELECT device, stamp, data FROM message WHERE number = ?"
+        try:
+            found = self._open.execute(query, (number,)).fetchone()
+        except sqlite3.DatabaseError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_CORRUPT:
+                raise
+            return number  # the file is damaged where this one is
         if found is None:
             return number
         device, stamp, data = found
@@ -569,14 +575,18 @@ def _salvage(path: Path) -> Iterator[tuple[str, list[tuple[object, ...]]]]:
                 connection = sqlite3.connect(path)
             except sqlite3.Error:
                 return
-            key = "device" if table == "received" else "number"
-            try:
-                for row in connection.execute(f"SELECT * FROM {table} ORDER BY {key} {direction}"):  # noqa: S608  our own
-                    rows[row[:2] if table == "received" else row[0]] = row
-            except sqlite3.Error:
-                pass  # that is the damage
-            finally:
-                connection.close()
+            keys = 2 if table == "received" else 1
+            query = f"SELECT * FROM {table} ORDER BY {'device' if keys == 2 else 'number'} {direction}"  # noqa: S608  our own
+            read = 0
+            with contextlib.closing(connection):
+                with contextlib.suppress(sqlite3.Error):  # that is the damage
+                    for row in connection.execute(query):
+                        rows[row[:keys]] = row
+                        read += 1
+                # Python reads one row ahead, and does not return the last one before the damage.
+                with contextlib.suppress(sqlite3.Error):
+                    for row in connection.execute(f"{query} LIMIT 1 OFFSET {read}"):
+                        rows[row[:keys]] = row
         yield table, list(rows.values())
 
 
