@@ -598,6 +598,27 @@ def test_qos_2_is_released_only_when_that_is_durable(bench: Bench) -> None:
     assert bench.store.messages == 0
 
 
+def test_no_pubrel_leaves_whose_mark_failed_after_its_connection_broke(bench: Bench) -> None:
+    """It is not durable: after a crash the message would be published a second time."""
+    bench.offline()
+    bench.up(b"a", qos=2, identifier=5)
+    bench.settle()
+    first = bench.online()
+    identifier = read_publish(4, first.sent[-1])[3]
+    bench.ack(PUBREC, identifier)
+    bench.lose()
+    bench.disk.failing = True
+    bench.settle()
+    bench.disk.failing = False
+    again = bench.online(session_present=True)
+    bench.recovered()
+    assert PUBREL not in [raw[0] for raw in again.sent]
+    assert again.payloads == [b"a"]
+    bench.ack(PUBREC, identifier)
+    bench.settle()
+    assert again.sent[-1] == packet(PUBREL, identifier.to_bytes(2, "big"))
+
+
 def test_qos_2_is_published_anew_in_a_new_session(bench: Bench) -> None:
     """What the broker had of it is gone."""
     bench.offline()

@@ -712,7 +712,6 @@ class Outgoing:
             # PUBREL must not leave: after a crash the message would be published a second time.  Nor may that of a
             # later message, since brokers may publish on PUBREL.
             flight.is_marking = False
-            self._store.released.discard(flight.row.number)
             return
         flight.is_marked = True
         while self._to_release and self._to_release[0].is_marked:

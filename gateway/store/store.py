@@ -291,7 +291,13 @@ class Store:
     def mark_released(self, number: int, done: Done) -> None:
         """The broker has a QoS 2 message; `done` when that is durable."""
         self.released.add(number)
-        self._writer.write(Released(number), done)
+
+        def marked(error: StoreError | None) -> None:
+            if error is not None:
+                self.released.discard(number)
+            done(error)
+
+        self._writer.write(Released(number), marked)
 
     def unmark_released(self, number: int, done: Done) -> None:
         """The broker's session is gone, and with it what it had of a QoS 2 message; `done` when that is durable."""
