@@ -297,7 +297,8 @@ def test_what_the_unit_forbids_is_refused(plant: Plant, box: Box) -> None:
     box.write("/usr/local/bin/probe.py", PROBE_SCRIPT)
     plant.drop_in(f"ExecStartPre={ENVIRONMENT}/bin/python /usr/local/bin/probe.py")
     plant.start()
-    outcomes = json.loads(re.findall(r"probes (\{.*\})", box.log(UNIT))[-1])
+    found = eventually(lambda: re.findall(r"probes (\{.*\})", box.log(UNIT)), "what the program tried")
+    outcomes = json.loads(found[-1])
     assert {name: outcomes[name] for name in ALLOWED} == dict.fromkeys(ALLOWED, "done")
     assert [name for name in PROBES if outcomes[name] == "done"] == []
     # Refused, not for a mistake in the probe.
@@ -332,7 +333,7 @@ def test_memory_cannot_be_kept_from_being_written_and_executed(plant: Plant, box
     """Why MemoryDenyWriteExecute= is not in the unit; once this fails, it belongs there."""
     plant.drop_in("MemoryDenyWriteExecute=yes")
     assert box.run("systemctl", "start", UNIT).returncode == 1
-    assert "Cannot allocate write+execute memory for ffi.callback()" in box.log(UNIT)
+    eventually(lambda: "Cannot allocate write+execute memory for ffi.callback()" in box.log(UNIT), "the reason")
 
 
 def test_the_status_is_asked_by_a_socket(plant: Plant, box: Box) -> None:
@@ -354,7 +355,7 @@ def test_a_configuration_that_cannot_be_used_is_refused_at_reload(plant: Plant, 
     process = box.property(UNIT, "MainPID")
     plant.configure(more="[limits]\nmax_packet_sise = 1000\n")
     assert box.run("systemctl", "reload", UNIT).returncode == 1
-    assert "limits.max_packet_sise: unknown key" in box.log(UNIT)
+    eventually(lambda: "limits.max_packet_sise: unknown key" in box.log(UNIT), "the reason in the log")
     with plant.session():
         plant.configure(more='[admission]\nallow = "192.0.2.0/24"\n')
         box.do("systemctl", "reload", UNIT)
@@ -495,9 +496,13 @@ def test_several_gateways_share_a_port(plant: Plant, box: Box) -> None:
     units = ["mqtts-gateway@1", "mqtts-gateway@2"]
     box.do("systemctl", "start", *(f"{unit}.socket" for unit in units), *(f"{unit}.service" for unit in units))
     devices = [plant.session() for _ in range(40)]
-    served = [box.log(f"{unit}.service").count("is connected to") for unit in units]
-    assert sum(served) == len(devices)
-    assert min(served) > 0, served
+
+    def served() -> list[int]:
+        return [box.log(f"{unit}.service").count("is connected to") for unit in units]
+
+    # What the gateway has written reaches the journal some milliseconds later.
+    eventually(lambda: sum(served()) == len(devices), "each session is in a journal")
+    assert min(served()) > 0
     # Each has its own runtime directory in the same place.
     assert box.do("ls", "-d", "/run/mqtts-gateway-1", "/run/mqtts-gateway-2")
     process = box.property("mqtts-gateway@1.service", "MainPID")
@@ -525,7 +530,7 @@ def test_a_gateway_that_got_stuck_is_started_anew(plant: Plant, box: Box) -> Non
     eventually(lambda: box.property(UNIT, "MainPID") not in {first, "0"}, "another process")
     box.wait_active(UNIT)
     plant.session().close()
-    assert "Watchdog timeout" in box.log(UNIT)
+    eventually(lambda: "Watchdog timeout" in box.log(UNIT), "systemd's words")
 
 
 @pytest.mark.parametrize("signal", ["TERM", "KILL"])
