@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -149,3 +151,30 @@ def test_who_gives_up_leaves_the_queue() -> None:
     assert work.turns.waiting == 1
     work.work()
     assert work.served == ["a0", "a1", "a2"]
+
+
+def test_those_who_need_no_time_are_served_one_in_a_turn_of_the_event_loop() -> None:
+    """Else a thousand who are refused at once would hold up all others."""
+    clock, later = Clock(), deque[Callable[[], None]]()
+    # A `Clock` calls in one `advance` what the reactor calls in a later turn.
+    clock.callLater = lambda _, call: later.append(call)  # type: ignore[assignment, misc]
+    turns = Turns(1, clock, "work")
+    served: list[int] = []
+
+    async def visit(number: int) -> None:
+        await turns.take(ANYONE)
+        served.append(number)
+        turns.give()
+
+    ensureDeferred(turns.take(ANYONE))
+    for number in range(50):
+        ensureDeferred(visit(number))
+    turns.give()
+    for turn in range(49):
+        assert len(served) == turn + 1
+        later.popleft()()
+    assert served == list(range(50))
+    # Nothing is left over, and the turn is free again.
+    assert not later
+    ensureDeferred(visit(50))
+    assert served[-1] == 50

@@ -58,6 +58,7 @@ class Turns:
         self._clock = clock
         self._what = what
         self._queue: FairQueue[_Waiter] = FairQueue()
+        self._is_giving = False
 
     @property
     def waiting(self) -> int:
@@ -90,13 +91,21 @@ class Turns:
         if not self._queue:
             self._free += 1
             return
+        if self._is_giving:
+            # The waiter that was just served needed no time.  One in each turn of the event loop: so may thousands.
+            self._clock.callLater(0, self.give)
+            return
         waiter = self._queue.pop()
         if waiter.visitor.has_left():
             waiter.turn.errback(Refusal(EndReason.DEVICE_LOST, f"while waiting for {self._what}", 3, 0x88))
-            # One in each turn of the event loop: thousands may have left.
+            # Here, too: thousands may have left.
             self._clock.callLater(0, self.give)
-        else:
+            return
+        self._is_giving = True
+        try:
             waiter.turn.callback(None)
+        finally:
+            self._is_giving = False
 
     def _too_many(self, why: str) -> Refusal:
         return Refusal(EndReason.TOO_MANY_NEW_SESSIONS, f"waiting for {self._what}: {why}", 3, 0x88)
