@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -16,6 +18,7 @@ import pytest
 import trustme
 import yaml
 
+from gateway import __version__
 from gateway.config import Config, load_file
 from gateway.ops.watch import differing, states
 from tests import mqtt_packets as mqtt
@@ -25,9 +28,10 @@ from tests.test_versions import free_port
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 MANIFEST = EXAMPLES / "kubernetes.yaml"
-CONTAINERFILE = EXAMPLES / "Containerfile"
+CONTAINERFILE = EXAMPLES.parent.parent / "Containerfile"
+COMPOSE = EXAMPLES / "compose.yaml"
 NAME = "mqtts-gateway"
-INSTALLED = "/opt/mqtts-gateway/bin/"
+INSTALLED = "/usr/bin/"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,25 @@ def manifest() -> dict[str, Any]:
     by_kind = {each["kind"]: each for each in objects if each is not None}
     assert len(by_kind) == len([each for each in objects if each is not None])
     return by_kind
+
+
+@pytest.fixture(scope="module")
+def schemas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with kubernetes-validate, which brings the schemas of all versions."""
+    directory = tmp_path_factory.mktemp("schemas")
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-compile",
+        "--target",
+        directory,
+    ]
+    subprocess.run([*pip, "kubernetes-validate==1.37.0"], check=True)
+    return directory
 
 
 @pytest.fixture
@@ -111,7 +134,7 @@ def test_every_file_of_the_configuration_is_mounted(
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     assert all(mount["readOnly"] for mount in container["volumeMounts"])
     assert {volume["name"] for volume in pod["volumes"]} == set(mounts.values())
-    files = [*config.tls.ca_file, config.tls.client_cert, config.tls.client_key, Path(container["args"][1])]
+    files = [*config.tls.ca_file, config.tls.client_cert, config.tls.client_key, Path(container["args"][2])]
     assert {str(path.parent) for path in files if path is not None} == set(mounts)
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     remark = MANIFEST.read_text().partition("---")[0]
@@ -130,9 +153,11 @@ def test_the_time_to_end_is_longer_than_the_drain(
     pod: dict[str, Any], container: dict[str, Any], config: Config
 ) -> None:
     """What has not ended by then is killed."""
-    waits, seconds = container["lifecycle"]["preStop"]["exec"]["command"]
-    assert waits == "sleep"
-    needed = int(seconds) + config.drain.seconds + config.timeouts.close
+    python, *_, program = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert python == f"{INSTALLED}python3"
+    seconds = re.fullmatch(r"import time; time\.sleep\((\d+)\)", program)
+    assert seconds is not None
+    needed = int(seconds[1]) + config.drain.seconds + config.timeouts.close
     assert needed + 10 <= pod["terminationGracePeriodSeconds"]
 
 
@@ -167,26 +192,59 @@ def test_it_may_do_nothing_that_it_need_not(pod: dict[str, Any], container: dict
     assert [int(user[1]), int(user[2])] == [pod["securityContext"]["runAsUser"], pod["securityContext"]["runAsGroup"]]
 
 
-def test_no_image_is_called_latest(container: dict[str, Any]) -> None:
-    """What runs is what was tried; nor is there an image without a version in the Containerfile."""
-    images = [container["image"], *re.findall(r"^FROM (\S+)", CONTAINERFILE.read_text(), re.MULTILINE)]
-    for image in images:
-        tag = re.search(r":([\w.-]+)$", image)
-        assert tag is not None, image
-        assert tag[1] != "latest"
-    assert set(images[1:]) == {images[1]}
+def test_the_image_is_of_this_version(container: dict[str, Any]) -> None:
+    """As image.py and the compose file call it, in a registry."""
+    assert container["image"] == f"registry.example.com/mqtts-gateway:{__version__}"
+    assert yaml.safe_load(COMPOSE.read_text())["services"]["gateway"]["image"].endswith(f"/mqtts-gateway:{__version__}")
 
 
 def test_the_image_starts_what_the_pod_starts(container: dict[str, Any]) -> None:
     """The Containerfile's own command is the manifest's."""
-    text = CONTAINERFILE.read_text()
     entry, arguments = (
-        json.loads(re.search(rf"^{word} (.*)$", text, re.MULTILINE)[1]) for word in ("ENTRYPOINT", "CMD")
+        json.loads(re.search(rf"^{word} (.*)$", CONTAINERFILE.read_text(), re.MULTILINE)[1])
+        for word in ("ENTRYPOINT", "CMD")
     )  # type: ignore[index]
     assert (entry, arguments) == (container["command"], container["args"])
-    # Both stages, and the list of plugins that a read-only file system could not be given later.
-    assert f"COPY --from=build {INSTALLED.removesuffix('/bin/')} {INSTALLED.removesuffix('/bin/')}" in text
-    assert f"{INSTALLED}twistd --help" in text
+
+
+def test_the_compose_file_gives_no_rights(config: Config) -> None:
+    """The same restrictions as in the pod, more time to stop than the drain takes, and the directories of the image."""
+    compose = yaml.safe_load(COMPOSE.read_text())
+    service = compose["services"]["gateway"]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert not {"privileged", "cap_add", "user", "network_mode"} & service.keys()
+    assert int(service["stop_grace_period"].removesuffix("s")) >= config.drain.seconds + config.timeouts.close + 10
+    places = [volume.split(":")[1] for volume in service["volumes"]]
+    assert places == ["/etc/mqtts-gateway", "/var/lib/mqtts-gateway"]
+    assert f"state/ {places[1]}/" in CONTAINERFILE.read_text()
+    assert [volume.split(":")[0] for volume in service["volumes"]][1] in compose["volumes"]
+
+
+def test_the_configuration_for_one_container_is_complete(tmp_path: Path) -> None:
+    """That of docs/containers.md loads; its messages go to the volume, its status to the port that is published."""
+    page = (EXAMPLES.parent / "containers.md").read_text()
+    text = re.search(r"<!-- file: gateway.toml -->\n```toml\n(.*?)```", page, re.DOTALL)
+    assert text is not None
+    (tmp_path / "gateway.toml").write_text(text[1])
+    config = load_file(tmp_path / "gateway.toml")
+    service = yaml.safe_load(COMPOSE.read_text())["services"]["gateway"]
+    ports = [config.listen[0].endpoint, config.status.endpoint]
+    assert [int(each.rpartition(":")[2]) for each in service["ports"]] == [port_of(each) for each in ports]
+    assert str(config.store.directory).startswith("/var/lib/mqtts-gateway/")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["1.27", "1.37"])
+def test_the_manifest_is_what_the_schema_of_kubernetes_says(version: str, schemas: Path) -> None:
+    """No key is unknown and none is missing, in the oldest version that is named and the newest known."""
+    environment = {**os.environ, "PYTHONPATH": str(schemas)}
+    program = [sys.executable, "-c", "from kubernetes_validate.__main__ import main; main()"]
+    command = [*program, "--strict", "--kubernetes-version", version, MANIFEST]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count(" passed ") == 5
 
 
 def test_a_secret_that_changes_is_noticed(tmp_path: Path) -> None:
@@ -239,8 +297,8 @@ def started(
     path.write_text(text)
     program, *arguments = container["command"]
     installed = Path(sys.executable).with_name(program.removeprefix(INSTALLED))
-    assert container["args"][0] == "--config"
-    gateway = Program([sys.executable, str(installed), *arguments, "--config", str(path)], tmp_path / "log")
+    assert container["args"][:2] == ["run", "--config"]
+    gateway = Program([sys.executable, str(installed), *arguments, "run", "--config", str(path)], tmp_path / "log")
     gateway.wait_for("listening for plain MQTT")
     yield gateway, ports, broker
     gateway.stop()
