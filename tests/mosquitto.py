@@ -26,7 +26,7 @@ class Mosquitto:
         eventually(self._listens, f"mosquitto listens: {path.read_text()}")
 
     def _listens(self) -> bool:
-        assert self.process.poll() is None, "mosquitto has ended"
+        assert self.process.poll() is None, f"mosquitto has ended: {self.log.read_text() if self.log.exists() else ''}"
         try:
             for port in self.ports:
                 socket.create_connection(("127.0.0.1", port)).close()
@@ -38,10 +38,3 @@ class Mosquitto:
         """End it, and wait for its end."""
         self.process.terminate()
         self.process.wait(20)
-
-
-def free_port() -> int:
-    """Return a port of loopback on which nobody listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tests.balancers import Program
-from tests.mosquitto import free_port
+from tests.ports import free_port
 from tests.tools import require_tool
 
 USERNAME, PASSWORD = "gateway", "s3cret:with a colon"

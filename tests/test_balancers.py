@@ -19,7 +19,8 @@ from gateway.errors import EndReason
 from tests import mqtt_packets as mqtt
 from tests.balancers import GatewayProcess, HAProxy, Nginx, Program, Sensor
 from tests.harness import Broker, Device, RunningGateway, eventually
-from tests.test_versions import Mosquitto, free_port
+from tests.ports import free_port
+from tests.test_versions import Mosquitto
 from tests.tools import require_tool
 
 ROOT = Path(__file__).parent.parent

@@ -30,6 +30,7 @@ from gateway.cli.report import Report, Status, Step, TextView
 from gateway.config import from_mapping
 from tests.harness import PATIENCE, Broker, BrokerConnection, ServerTLS
 from tests.pki import CLIENT, Certified, certify, certify_ca, revocation_list, rsa_key
+from tests.ports import free_port
 from tests.tools import as_from_a_terminal, require_tool
 
 TO_THE_BROKER = ["dns", "tcp", "client-hello", "certificate", "chain", "identity", "tls", "connect", "connack"]
@@ -791,9 +792,7 @@ def test_a_real_broker_that_wants_credentials(
     (tmp_path / "right").write_text("pass-1\n")
     (tmp_path / "wrong").write_text("pass-2\n")
     subprocess.run([password_tool, "-b", "-c", tmp_path / "users", "user-1", "pass-1"], check=True, capture_output=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (tmp_path / "mosquitto.conf").write_text(
         f"user root\nlistener {port} 127.0.0.1\ncertfile {tmp_path}/server.pem\nkeyfile {tmp_path}/server.key\n"
         f"allow_anonymous false\npassword_file {tmp_path}/users\n"

@@ -13,7 +13,7 @@ from gateway.cli.main import console
 from tests import mqtt_packets as packets
 from tests.balancers import Program
 from tests.harness import Broker, Device
-from tests.mosquitto import free_port
+from tests.ports import free_port
 
 
 def test_it_serves_devices_until_it_is_told_to_stop(

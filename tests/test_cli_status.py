@@ -28,6 +28,7 @@ from gateway.pieces import at_once
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.pki import certify
+from tests.ports import free_port
 from tests.test_status import HOSTILE, connected, devices, start, status_port
 from tests.tools import as_from_a_terminal
 
@@ -290,8 +291,7 @@ def test_without_an_endpoint_it_says_how_to_get_one(ask: Ask, tmp_path: Path) ->
 
 def test_nobody_there_is_one_line(ask: Ask, tmp_path: Path) -> None:
     """With where to look."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     for url in (f"http://127.0.0.1:{port}", f"unix:{tmp_path}/nothing"):
         status, out, err = ask("--url", url)
         assert (status, out, err.count("\n")) == (1, "", 1)

@@ -36,7 +36,7 @@ from tests import harness
 from tests import mqtt_packets as mqtt
 from tests.core.virtual import VirtualCore, build
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
-from tests.mosquitto import free_port
+from tests.ports import free_port
 from tests.tools import require_tool
 
 if choosing.engine().core is None and os.environ.get(choosing.SWITCH) != "1":

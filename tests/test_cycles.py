@@ -23,7 +23,7 @@ from gateway import service
 from gateway.errors import ConfigError
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
-from tests.mosquitto import free_port
+from tests.ports import free_port
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]

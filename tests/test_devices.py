@@ -23,6 +23,7 @@ from tests.cloud import SERVER_NAME, Cloud
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, connect_version, eventually
 from tests.leftovers import Leftovers
 from tests.pki import CLIENT, certify, certify_ca
+from tests.ports import free_port
 from tests.test_status import ask, value
 
 StartGateway = Callable[..., RunningGateway]
@@ -230,9 +231,7 @@ def test_the_gateways_own_trial_finds_a_broker_that_wants_a_certificate(
 ) -> None:
     """It shows none and is refused behind an approved chain and name: the broker is back, and `/readyz` says so."""
     context, rules = demanding
-    before = start_broker(tls=None)
-    port = before.port
-    before.stop()
+    port = free_port()
     gateway = start_gateway(
         upstream=port,
         device=rules,

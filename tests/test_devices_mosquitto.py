@@ -14,8 +14,9 @@ import pytest
 from gateway.errors import EndReason
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Device, RunningGateway, eventually
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
 from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
+from tests.ports import free_port
 from tests.tools import require_tool
 
 DEVICES = 500

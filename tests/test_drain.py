@@ -24,7 +24,8 @@ from gateway.gateway import Gateway
 from gateway.session.session import State
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, eventually
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
+from tests.ports import free_port
 from tests.processes import GatewayProcess
 from tests.test_versions import Client
 from tests.tools import require_tool

@@ -23,6 +23,7 @@ from tests import mqtt_packets as mqtt
 from tests.balancers import Program
 from tests.harness import Broker, Device, RunningGateway, eventually
 from tests.pki import CLIENT, Certified, certify, certify_ca
+from tests.ports import free_port
 from tests.tools import require_file, require_tool
 
 PAGE = Path(__file__).parent.parent / "docs" / "hardware-keys.md"
@@ -37,13 +38,6 @@ def documented(name: str) -> str:
     found = re.search(rf"<!-- file: {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE.read_text(), re.S)
     assert found is not None, name
     return found[1]
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 class Site:

@@ -20,7 +20,7 @@ from tests import mqtt_packets as mqtt
 from tests.balancers import Program
 from tests.box import ROOT, require_box
 from tests.harness import Broker, Device, eventually
-from tests.mosquitto import free_port
+from tests.ports import free_port
 from tests.tools import require_tool
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from gateway.ops.watch import differing, states
 from tests import mqtt_packets as mqtt
 from tests.balancers import Program
 from tests.harness import Broker, Device, eventually
-from tests.test_versions import free_port
+from tests.ports import free_port
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 MANIFEST = EXAMPLES / "kubernetes.yaml"

@@ -29,6 +29,7 @@ from gateway.session.session import Session, State
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
 from tests.leftovers import Leftovers
+from tests.ports import free_port
 from tests.turn_clock import TurnClock
 
 CONNACK = {3: mqtt.connack(), 4: mqtt.connack(), 5: mqtt.connack(version=5)}
@@ -54,16 +55,10 @@ def unavailable(version: int, told: bytes) -> bool:
 # ---- the truth
 
 
-def closed_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
-
-
 @pytest.mark.parametrize("version", [3, 4, 5])
 def test_a_broker_that_is_not_there(start_gateway: StartGateway, version: int) -> None:
     """Its port is closed: `tcp-refused`, and the device is told that there is no server."""
-    gateway = start_gateway(upstream=closed_port())
+    gateway = start_gateway(upstream=free_port())
     leftovers = Leftovers(gateway)
     with Device(gateway.port) as device:
         device.send(mqtt.connect(version=version))
@@ -92,7 +87,7 @@ def test_the_next_broker_serves_when_the_first_is_not_there(
 ) -> None:
     """In the order of the configuration; the device notices nothing."""
     broker = start_broker()
-    upstream = [{"host": "127.0.0.1", "port": port} for port in (closed_port(), broker.port)]
+    upstream = [{"host": "127.0.0.1", "port": port} for port in (free_port(), broker.port)]
     gateway = start_gateway(upstream=upstream)
     device = established(gateway)
     device.send(mqtt.disconnect())
@@ -159,7 +154,7 @@ def test_a_refusal_gets_through_although_the_device_has_sent_megabytes(
         connection.read_to_end()
 
     broker = start_broker(serve=serve)
-    gateway = start_gateway(upstream=broker.port if there else closed_port())
+    gateway = start_gateway(upstream=broker.port if there else free_port())
     leftovers = Leftovers(gateway)
     for index in range(3):
         with Device(gateway.port) as device:
@@ -575,7 +570,7 @@ def test_listeners_stand_in_the_order_of_the_configuration(start_gateway: StartG
 def test_a_port_that_is_taken_is_an_error_that_names_it(reactor: Any, start_gateway: StartGateway) -> None:
     """The service does not run deaf, and leaves none of its other listeners open."""
     gateway = start_gateway(upstream=1)
-    free = closed_port()
+    free = free_port()
     config = from_mapping(
         {
             "listen": [{"endpoint": f"127.0.0.1:{free}"}, {"endpoint": f"127.0.0.1:{gateway.port}"}],
@@ -664,7 +659,7 @@ def test_tls_below_the_minimum_never_carries_a_session(start_gateway: StartGatew
 def test_a_gateway_that_stops_tells_what_it_had_kept_for_later(start_gateway: Callable[..., RunningGateway]) -> None:
     """A restart in the middle of a storm must not erase its size."""
     events: list[dict[str, Any]] = []
-    gateway = start_gateway(upstream=closed_port())
+    gateway = start_gateway(upstream=free_port())
     gateway.journal._log = Logger(namespace="gateway", observer=events.append)
     for _ in range(FULL_RECORDS + 2):
         with Device(gateway.port) as device:

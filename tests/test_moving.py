@@ -17,7 +17,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from gateway.config import load_file
 from tests.box import ROOT
 from tests.harness import eventually
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
+from tests.ports import free_port
 
 FILES = dict(
     re.findall(r"<!-- file: (\S+) -->\n```\w*\n(.*?)```", (ROOT / "docs" / "moving.md").read_text(), re.DOTALL)

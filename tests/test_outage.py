@@ -26,6 +26,7 @@ from gateway.tls import failures
 from tests import mqtt_packets as mqtt
 from tests import pki
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
+from tests.ports import free_port
 
 StartGateway = Callable[..., RunningGateway]
 StartBroker = Callable[..., Broker]
@@ -87,7 +88,7 @@ def test_a_broker_that_is_killed_and_comes_back(
     start_gateway: StartGateway, start_broker: StartBroker, version: int
 ) -> None:
     """Those that stood are cut off, those that come are told, after one dial for all; then all are served again."""
-    broker = start_broker()
+    broker = start_broker(port=free_port())
     gateway = start_gateway(upstream=broker.port, failover=LATE)
     standing = established(gateway, version)
     broker.stop()
@@ -115,7 +116,7 @@ def test_a_broker_that_comes_back_is_found_without_any_device(
     start_gateway: StartGateway, start_broker: StartBroker
 ) -> None:
     """By a TLS connection that carries nothing and ends in order."""
-    gone = start_broker()
+    gone = start_broker(port=free_port())
     gone.stop()
     gateway = start_gateway(upstream=gone.port, failover=SOON)
     assert unavailable(connects(gateway), 4)
@@ -212,7 +213,7 @@ def test_a_reload_does_not_forget_that_a_broker_is_away(
     start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path
 ) -> None:
     """Unless it may have mended that: with other trust the broker is dialled by the next session."""
-    gone = start_broker()
+    gone = start_broker(port=free_port())
     gone.stop()
     gateway = start_gateway(upstream=gone.port, failover=LATE)
     assert unavailable(connects(gateway), 4)
@@ -227,7 +228,7 @@ def test_a_reload_does_not_forget_that_a_broker_is_away(
 
 def test_a_reload_ends_a_trial_that_is_under_way(start_gateway: StartGateway, start_broker: StartBroker) -> None:
     """It belongs to the configuration that was replaced; a new one begins under the other."""
-    gone = start_broker()
+    gone = start_broker(port=free_port())
     gone.stop()
     gateway = start_gateway(upstream=gone.port, failover=SOON)
     assert unavailable(connects(gateway), 4)
@@ -274,7 +275,7 @@ def test_a_box_with_a_wrong_clock_serves_by_itself_when_it_is_right(
 
 def test_failover_and_return(start_gateway: StartGateway, start_broker: StartBroker) -> None:
     """New sessions go to the next broker while the preferred one is away, and back; those that stand stay."""
-    first, second = start_broker(), start_broker()
+    first, second = start_broker(port=free_port()), start_broker()
     upstream = [{"host": "127.0.0.1", "port": broker.port} for broker in (first, second)]
     gateway = start_gateway(upstream=upstream, failover=SOON)
     before = established(gateway, 5)
@@ -312,7 +313,7 @@ def test_a_broker_with_a_bad_certificate_is_told_of_as_long_as_it_is_passed_over
     start_gateway: StartGateway, start_broker: StartBroker, ca: Any
 ) -> None:
     """Failover does not hide it: each session that goes elsewhere says why; with the right one it is back."""
-    wrong = start_broker(tls=ServerTLS.from_trustme(ca.issue_cert("elsewhere.example")))
+    wrong = start_broker(port=free_port(), tls=ServerTLS.from_trustme(ca.issue_cert("elsewhere.example")))
     second = start_broker()
     upstream = [{"host": "127.0.0.1", "port": broker.port} for broker in (wrong, second)]
     gateway = start_gateway(upstream=upstream, failover=LATE)

@@ -27,6 +27,7 @@ from gateway.pieces import at_once
 from gateway.tap import _Service
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, eventually
+from tests.ports import free_port
 
 PINGREQ, PINGRESP = b"\xc0\x00", b"\xd0\x00"
 
@@ -188,8 +189,7 @@ def gateway_writing_to(
 ) -> Iterator[Callable[..., Any]]:
     """Start a gateway whose standard output is a descriptor; return its process and its port."""
     processes: list[subprocess.Popen[bytes]] = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
 
     def start(output: int | None, *options: str, prelude: str = "") -> tuple[subprocess.Popen[bytes], int]:
         broker = start_broker(serve=serve)

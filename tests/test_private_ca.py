@@ -13,7 +13,8 @@ import pytest
 
 from tests.box import ROOT
 from tests.harness import eventually
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
+from tests.ports import free_port
 from tests.tools import require_tool
 
 DOCUMENT = ROOT / "docs" / "private-ca.md"

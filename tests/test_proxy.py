@@ -23,8 +23,8 @@ from gateway.cli.report import Report
 from gateway.errors import EndReason
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
-from tests.mosquitto import free_port
 from tests.pki import certify, certify_ca
+from tests.ports import free_port
 from tests.proxies import PASSWORD, USERNAME, Dante, MicroSocks, Squid, Tinyproxy
 
 StartGateway = Callable[..., RunningGateway]

@@ -50,8 +50,9 @@ from tests.harness import (
     eventually,
     open_descriptors,
 )
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
 from tests.pki import CLIENT, Certified, certify, certify_ca
+from tests.ports import free_port
 from tests.processes import GatewayProcess
 from tests.tools import require_tool
 from tests.turn_clock import TurnClock

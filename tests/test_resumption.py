@@ -32,6 +32,7 @@ from gateway.tls.trust import TLSPolicy, spki_pin
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
 from tests.pki import CLIENT, NOW, Certified, certify, certify_ca, revocation_list
+from tests.ports import free_port
 from tests.tools import require_tool
 
 ROOT = certify_ca()
@@ -778,8 +779,7 @@ def test_mosquitto_resumes_and_knows_the_gateway(start_gateway: Callable[..., Ru
     broker = BROKER.write(tmp_path / "broker.pem")
     ca_file, log = tmp_path / "root.pem", tmp_path / "log"
     ca_file.write_bytes(ROOT.pem)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
+    port = free_port()
     configuration = tmp_path / "mosquitto.conf"
     configuration.write_text(
         f"user root\nlog_dest file {log}\nlog_type all\nlistener {port} 127.0.0.1\ncafile {ca_file}\n"

@@ -23,8 +23,9 @@ from gateway.store import store as store_module
 from tests import mqtt_packets as mqtt
 from tests.balancers import GatewayProcess, HAProxy, Program
 from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, connect_version, eventually
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
 from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
+from tests.ports import free_port
 from tests.stored_world import packets_of, publish
 from tests.tools import require_tool
 

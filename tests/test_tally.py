@@ -43,8 +43,8 @@ def _analyse(repeats: Path, late: str) -> None:
     repeats.write_text(text)
 
 
-def _check(repeats: Path) -> int:
-    return main(["--check", "--repeats", str(repeats)])
+def _check(repeats: Path, new: int = 0) -> int:
+    return main(["--check", "--new", str(new), "--repeats", str(repeats)])
 
 
 def test_a_run_is_counted(junit: Path, repeats: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,10 +60,10 @@ def test_a_skipped_test_fails_the_run(junit: Path, repeats: Path, capsys: pytest
     assert "2 passed, 0 failed, 1 skipped" in capsys.readouterr().out
 
 
-def test_a_repeat_that_is_not_on_the_list_fails_the_run(
+def test_a_repeat_that_is_not_on_the_list_is_put_there(
     junit: Path, repeats: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It is put on the list, where its analysis is missing."""
+    """Its analysis is missing: a list that is committed like this fails the next run at its beginning."""
     assert _repeat(junit, repeats) == 0
     assert _LATE in capsys.readouterr().out
     assert _check(repeats) == 1
@@ -99,6 +99,25 @@ def test_a_repeat_of_a_test_on_the_list_needs_a_new_analysis(
     repeats.write_text(unanalysed)
     _analyse(repeats, "the name server")
     assert _check(repeats) == 0
+
+
+def test_a_few_first_failures_do_not_fail_the_run_that_sees_them(
+    junit: Path, repeats: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are named; a second failure of one of them is one too many."""
+    _repeat(junit, repeats)
+    assert _check(repeats, new=1) == 0
+    assert f"no analysis of {_LATE}" in capsys.readouterr().out
+    _repeat(junit, repeats)
+    assert _check(repeats, new=1) == 1
+
+
+def test_many_first_failures_fail_the_run(junit: Path, repeats: Path) -> None:
+    another = '<testcase classname="tests.test_one" name="test_no"><failure message="x"/></testcase>'
+    junit.write_text(_JUNIT % another)
+    _repeat(junit, repeats)
+    assert _check(repeats, new=1) == 1
+    assert _check(repeats, new=2) == 0
 
 
 def test_a_run_without_failures_adds_nothing(junit: Path, repeats: Path) -> None:

@@ -22,7 +22,8 @@ from gateway.errors import EndReason
 from gateway.mqtt.connack import disconnect
 from tests import mqtt_packets as mqtt
 from tests.harness import RunningGateway, eventually
-from tests.mosquitto import Mosquitto, free_port
+from tests.mosquitto import Mosquitto
+from tests.ports import free_port
 from tests.tools import require_tool
 
 VERSIONS = [

@@ -11,7 +11,7 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Even
 
 from tests.balancers import Program
 from tests.harness import BrokerConnection
-from tests.mosquitto import free_port
+from tests.ports import free_port
 from tests.proxies import wait_for_port
 from tests.tools import require_tool
 
