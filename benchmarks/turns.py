@@ -27,6 +27,7 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from benchmarks.relays import free_ports
 from tests import mqtt_packets as mqtt
 from tests.pki import CLIENT, certify
 
@@ -79,8 +80,7 @@ class Gateway:
         self.config = directory / "gateway.toml"
         self._results = directory / "turns.jsonl"
         self._results.unlink(missing_ok=True)
-        with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as other:
-            self.port, self.status_port = free.getsockname()[1], other.getsockname()[1]
+        self.port, self.status_port = free_ports(2)
         self.config.write_text(
             f'[[listen]]\nendpoint = "tcp:{self.port}:interface=127.0.0.1"\n'
             f'[status]\nendpoint = "127.0.0.1:{self.status_port}"\n{text}'

@@ -7,7 +7,7 @@ A relay's one failure in a thousand runs is the fault to look for, so a test tha
 passed over: it gets an entry here, for somebody to write down what was late and why that is no fault of the gateway, or
 what was repaired.  Each failure needs an analysis of its own.  Without it a committed entry fails the run at its
 beginning; at its end the run fails if a test that has an entry failed at first again, or if more than `--new` tests did
-so for the first time.  Those few are printed with the run's result, as the text that the list needs.
+so for the first time.  Those few are named, with what the entry needs.
 """
 
 # ruff: noqa: T201  a command line tool prints

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import ssl
 import subprocess
@@ -22,22 +21,16 @@ from gateway.errors import EndReason
 from tests import mqtt_packets as mqtt
 from tests.balancers import Program
 from tests.harness import Broker, Device, RunningGateway, eventually
+from tests.pages import files_of
 from tests.pki import CLIENT, Certified, certify, certify_ca
 from tests.ports import free_port
 from tests.tools import require_file, require_tool
 
-PAGE = Path(__file__).parent.parent / "docs" / "hardware-keys.md"
+FILES = files_of("hardware-keys.md")
 PIN = "654321"
 ROOT = certify_ca()
 
 pytestmark = pytest.mark.slow
-
-
-def documented(name: str) -> str:
-    """Return a file that the page shows."""
-    found = re.search(rf"<!-- file: {re.escape(name)} -->\n```\w+\n(.*?)```", PAGE.read_text(), re.S)
-    assert found is not None, name
-    return found[1]
 
 
 class Site:
@@ -62,7 +55,7 @@ class Site:
         self.leaf = self._key()
         (self.token / "client.pem").write_bytes(self.leaf.public_bytes(Encoding.PEM))
         (self.token / "broker-ca.pem").write_bytes(ROOT.pem)
-        subprocess.run(["sh", "-ec", self._here(documented("certificates"))], capture_output=True, check=True)
+        subprocess.run(["sh", "-ec", self._here(FILES["certificates"])], capture_output=True, check=True)
         self.write_openssl(PIN)
 
     def _key(self) -> x509.Certificate:
@@ -97,11 +90,11 @@ class Site:
 
     def write_openssl(self, pin: str) -> None:
         """Write OpenSSL's configuration for nginx."""
-        (self.token / "openssl.cnf").write_text(self._here(documented("openssl.cnf")).replace("1234", pin))
+        (self.token / "openssl.cnf").write_text(self._here(FILES["openssl.cnf"]).replace("1234", pin))
 
     def start(self, broker_port: int) -> Program:
         """Start nginx."""
-        text = self._here(documented("nginx.conf")).replace("8884", str(self.port))
+        text = self._here(FILES["nginx.conf"]).replace("8884", str(self.port))
         # IPv4, where the broker of the tests listens; the name that is verified stays.
         text = text.replace("broker.example.com:8883", f"127.0.0.1:{broker_port}")
         text = text.replace("broker.example.com", "localhost")
@@ -112,7 +105,7 @@ class Site:
 
     def settings(self) -> dict[str, object]:
         """Return the gateway's settings of the page."""
-        table = tomllib.loads(documented("gateway.toml").replace("8884", str(self.port)))
+        table = tomllib.loads(FILES["gateway.toml"].replace("8884", str(self.port)))
         paths = {key: str(self.gateway / name) for key, name in table["tls"].items()}
         return {"upstream": table["upstream"], "ca_file": Path(paths.pop("ca_file")), "tls": paths}
 

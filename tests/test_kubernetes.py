@@ -24,6 +24,7 @@ from gateway.ops.watch import differing, states
 from tests import mqtt_packets as mqtt
 from tests.balancers import Program
 from tests.harness import Broker, Device, eventually
+from tests.pages import files_of
 from tests.ports import free_port
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
@@ -47,18 +48,8 @@ def manifest() -> dict[str, Any]:
 def schemas(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with kubernetes-validate, which brings the schemas of all versions."""
     directory = tmp_path_factory.mktemp("schemas")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-compile",
-        "--target",
-        directory,
-    ]
-    subprocess.run([*pip, "kubernetes-validate==1.37.0"], check=True)
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
+    subprocess.run([*pip, "--target", directory, "kubernetes-validate==1.37.0"], check=True)
     return directory
 
 
@@ -224,10 +215,7 @@ def test_the_compose_file_gives_no_rights(config: Config) -> None:
 
 def test_the_configuration_for_one_container_is_complete(tmp_path: Path) -> None:
     """That of docs/containers.md loads; its messages go to the volume, its status to the port that is published."""
-    page = (EXAMPLES.parent / "containers.md").read_text()
-    text = re.search(r"<!-- file: gateway.toml -->\n```toml\n(.*?)```", page, re.DOTALL)
-    assert text is not None
-    (tmp_path / "gateway.toml").write_text(text[1])
+    (tmp_path / "gateway.toml").write_text(files_of("containers.md")["gateway.toml"])
     config = load_file(tmp_path / "gateway.toml")
     service = yaml.safe_load(COMPOSE.read_text())["services"]["gateway"]
     ports = [config.listen[0].endpoint, config.status.endpoint]

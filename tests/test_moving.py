@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,14 +14,12 @@ import trustme
 from paho.mqtt.enums import CallbackAPIVersion
 
 from gateway.config import load_file
-from tests.box import ROOT
 from tests.harness import eventually
 from tests.mosquitto import Mosquitto
+from tests.pages import files_of
 from tests.ports import free_port
 
-FILES = dict(
-    re.findall(r"<!-- file: (\S+) -->\n```\w*\n(.*?)```", (ROOT / "docs" / "moving.md").read_text(), re.DOTALL)
-)
+FILES = files_of("moving.md")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".toml")])

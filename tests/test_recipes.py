@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +11,10 @@ import pytest
 from paho.mqtt.enums import CallbackAPIVersion
 
 from gateway.config import load_file
-from tests.box import ROOT
 from tests.harness import Broker, RunningGateway, eventually
+from tests.pages import files_of
 
-PAGE = (ROOT / "docs" / "recipes.md").read_text()
-FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```toml\n(.*?)```", PAGE, re.DOTALL))
+FILES = files_of("recipes.md")
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import re
 import shlex
 import ssl
 import stat
@@ -42,6 +41,7 @@ from gateway.tls.renewal import (
 from gateway.tls.trust import ClientIdentity, read_client_identity
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
+from tests.pages import files_of
 from tests.pki import CLIENT, Certified, certify, certify_ca, rsa_key
 from tests.tools import require_tool
 
@@ -359,7 +359,7 @@ def test_where_the_gateway_cannot_write_it_leaves_time_to_a_timer(
 # ---- with openssl, a broker and a gateway
 
 
-PAGE = (Path(__file__).resolve().parent.parent / "docs" / "renewal.md").read_text()
+FILES = files_of("renewal.md")
 
 
 def signing_program(directory: Path, ca: Certified = CA) -> list[str]:
@@ -369,9 +369,7 @@ def signing_program(directory: Path, ca: Certified = CA) -> list[str]:
     (directory / "ca.pem").write_bytes(ca.pem)
     (directory / "ca-key.pem").write_bytes(ca.key_pem)
     for name in ("client.ext", "sign"):
-        found = re.search(rf"<!-- file: {name} -->\n```\w*\n(.*?)```", PAGE, re.DOTALL)
-        assert found is not None
-        (directory / name).write_text(found[1].replace("/etc/plant-ca", str(directory)))
+        (directory / name).write_text(FILES[name].replace("/etc/plant-ca", str(directory)))
     (directory / "sign").chmod(0o755)
     return ["/bin/sh", "-c", f"tee {shlex.quote(str(directory / 'read'))} | {shlex.quote(str(directory / 'sign'))}"]
 

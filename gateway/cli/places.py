@@ -122,8 +122,7 @@ def systemd_runs() -> bool:
 def systemctl(*arguments: str) -> None:
     """Run systemctl.  Raises `CannotInstallError` with its error output."""
     program = shutil.which("systemctl") or "/usr/bin/systemctl"
-    # The arguments are constants of these modules.
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)  # noqa: S603  constants
     if done.returncode != 0:
         raise CannotInstallError([f"`systemctl {' '.join(arguments)}` failed: {done.stderr.strip()}"])
 

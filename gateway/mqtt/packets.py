@@ -22,7 +22,7 @@ MAX_STRING_BYTES = 65_535
 MAX_ELEMENTS = 1_000
 """How many properties or Topic Filters one packet may have where the gateway reads them.
 
-Each costs about a microsecond, and no packet may take more than 5 ms of the event loop.
+Each costs some microseconds, so that a packet takes a few milliseconds of the event loop at most (docs/performance.md).
 """
 
 
