@@ -360,7 +360,17 @@ def test_the_document_is_described(start: StartGateway) -> None:
 
 
 # Fields that count by reason, state, step or the like.
-BY_WORD = {"failed_dials", "by_step", "ended", "refused", "dropped", "count", "counts"}
+BY_WORD = {
+    "absent_reasons",
+    "unserved_reasons",
+    "failed_dials",
+    "by_step",
+    "ended",
+    "refused",
+    "dropped",
+    "count",
+    "counts",
+}
 
 
 def fields_in(value: Any, above: str) -> Iterator[str]:
@@ -466,6 +476,37 @@ def test_a_device_that_came_back_is_here_and_its_last_end_is_told(
     devices.append(connected(gateway, "device-17"))
     (device,) = ask(gateway).json["devices"]["items"]
     assert (device["step"], device["end"]["reason"], device["end"]["times"]) == ("relaying", "device-lost", 3)
+
+
+def test_the_headline_names_the_reason_of_the_devices_that_it_counts(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """One device that failed often and is back does not give the reason why others are away."""
+
+    def serve(connection: BrokerConnection) -> None:
+        is_refused = b"refused" in connection.read_packet()
+        connection.send(mqtt.connack(code=5) if is_refused else mqtt.connack())
+        connection.read_to_end()
+
+    gateway = start(upstream=start_broker(serve=serve).port)
+    for _ in range(4):
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect("flapping") + b"\x00\x00")
+            device.read_to_end()
+    for name in ("gone", "lost"):
+        connected(gateway, name).close()
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect("refused"))
+        device.read_to_end()
+    gateway.wait_ended(7)
+    devices.append(connected(gateway, "flapping"))
+    document = ask(gateway).json
+    assert document["lately"][0]["reason"] == "malformed-packet"
+    assert document["absent_reasons"] == {"device-lost": 2, "upstream-refused": 1}
+    assert document["unserved_reasons"] == {"upstream-refused": 1}
+    failed, unserved = verdict(document).reasons
+    assert (failed[0], failed.endswith("device-lost.")) == ("3", True)
+    assert (unserved[0], unserved.endswith("upstream-refused.")) == ("1", True)
 
 
 def test_devices_come_in_pages(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:

@@ -246,8 +246,10 @@ class Sight:
                 }
                 for interval in ledger.intervals()
             ],
-            "absent": absent,
-            "unserved": unserved,
+            "absent": absent.total(),
+            "absent_reasons": _by_reason(absent),
+            "unserved": unserved.total(),
+            "unserved_reasons": _by_reason(unserved),
             "devices": devices,
         }
 
@@ -406,7 +408,8 @@ class _Census:
             (is_exact, name): [] for is_exact in (True, False) for name in ("failed", "connecting", "connected", "left")
         }
         self.counts = dict.fromkeys(SHOWN, 0)
-        self.absent = self.unserved = 0
+        self.absent: Counter[EndReason] = Counter()
+        self.unserved: Counter[EndReason] = Counter()
         self.latest: dict[EndReason, End] = {}
         self.devices: Counter[EndReason] = Counter()
 
@@ -429,8 +432,8 @@ class _Census:
                 self.devices[end.reason] += 1
             if end.key in self._here:
                 continue
-            self.absent += is_late and end.reason not in IN_ORDER
-            self.unserved += is_late and _is_unserved(end)
+            self.absent[end.reason] += is_late and end.reason not in IN_ORDER
+            self.unserved[end.reason] += is_late and _is_unserved(end)
             self._sort(end, "left" if end.reason in IN_ORDER else "failed")
 
     def _sort(self, each: _Seen | End, group: str) -> None:
@@ -579,6 +582,11 @@ def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]
         "duration": round(end.duration, 1),
         "in_order": end.reason in IN_ORDER,
     }
+
+
+def _by_reason(counts: Counter[EndReason]) -> dict[str, int]:
+    """Return the counts above zero, highest first."""
+    return {reason.value: count for reason, count in counts.most_common() if count}
 
 
 def _reason(reason: EndReason, detail: str) -> dict[str, Any]:

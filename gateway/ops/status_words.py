@@ -196,13 +196,23 @@ def renewal_lines(document: Part) -> list[str]:
 
 
 def _absent(document: Part) -> list[str]:
-    count = document["absent"]
+    """Say how many devices failed lately and are still away, and why; those that were not served apart."""
+    count, unserved = document["absent"], document["unserved"]
     if not count:
         return []
     words = f"{number(count)} devices were" if count > 1 else "1 device was"
     are = "are" if count > 1 else "is"
-    most = document["lately"][0]["reason"] if document["lately"] else "unknown"
-    return [f"{words} here in the last 15 minutes and {are} not connected now; the most frequent reason is {most}."]
+    reason = _most_frequent(document["absent_reasons"])
+    lines = [f"{words} here in the last 15 minutes and {are} not connected now; the most frequent reason is {reason}."]
+    if 0 < unserved < count:
+        reason = _most_frequent(document["unserved_reasons"])
+        words = f"{number(unserved)} of them were" if unserved > 1 else "1 of them was"
+        lines.append(f"{words} not served; the most frequent reason is {reason}.")
+    return lines
+
+
+def _most_frequent(reasons: Mapping[str, int]) -> str:
+    return max(reasons, key=reasons.__getitem__)
 
 
 def upstream_words(upstream: Part) -> str:
