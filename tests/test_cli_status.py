@@ -72,7 +72,7 @@ def test_it_says_what_the_page_says(
     status, out, err = ask(gateway=gateway)
     assert (status, err) == (0, "")
     for words in (
-        "The gateway is well\n  - 1 device was here in the last 15 minutes and is not connected now",
+        "The gateway is well\n  - 1 device has failed in the last 15 minutes and not come back",
         "1 connected, 0 connecting, 1 not connected",
         f"ok localhost:{broker.port}, certificate name localhost: serving",
         "ok Certificate (CA) ",

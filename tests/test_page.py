@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cli.status import overview
 from gateway.ops.status_words import duration, number, size
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Markup, element, together
+from tests import mqtt_packets as mqtt
 from tests.browser import Browser, Tab
 from tests.harness import Broker, Device, RunningGateway, eventually
 from tests.pki import certify
@@ -165,6 +167,24 @@ def test_pages_and_kinds_are_links(browser: Browser, plant: Plant, monkeypatch: 
         assert first == 10
         assert len(silent) == 4
         assert all(words.startswith("not connected: ") for words in silent)
+
+
+def test_not_connected_is_one_number(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """In the overview, the filter, on a terminal: devices that left in order or failed long ago are in all of them."""
+    gateway = start_gateway(upstream=start_broker().port, status={"endpoint": "127.0.0.1:0"})
+    for name in ("lost", "long gone"):
+        connected(gateway, name).close()
+    with connected(gateway, "left") as device:
+        device.send(mqtt.disconnect())
+        device.read_to_end()
+    gateway.wait_ended(3)
+    next(end for end in gateway.service.ledger.ends() if end.client_identifier == "long gone").ended -= 3600
+    searched = ask(gateway, "/status?q=left").json
+    assert (searched["not_connected"], searched["absent"], searched["devices"]["counts"]["silent"]) == (3, 1, 1)
+    page = ask(gateway, "/").text
+    assert "<dt>Not connected</dt><dd><b>3</b><small>1 failed in the last 15 min</small>" in page
+    assert ">Not connected 3</a>" in page
+    assert "0 connected, 0 connecting, 3 not connected" in "\n".join(overview(ask(gateway).json))
 
 
 def test_hostile_names_are_text(browser: Browser, plant: Plant) -> None:

@@ -289,8 +289,8 @@ def overview(document: Part) -> Iterator[str]:
     connecting = sessions["open"] - connected(document)
     yield _row(
         "Sessions",
-        f"{number(connected(document))} connected, {number(connecting)} connecting, {number(document['absent'])} not "
-        f"connected; {number(sessions['limit'])} at most",
+        f"{number(connected(document))} connected, {number(connecting)} connecting, "
+        f"{number(document['not_connected'])} not connected; {number(sessions['limit'])} at most",
         _drawn([each["sessions"] for each in history]),
     )
     rates = [each["packets"] / (each["seconds"] or 1) for each in history]

@@ -200,7 +200,7 @@ class Sight:
         steps = survey.steps
         unready = self.unready()
         latest, devices = self._lately(census, at), self._devices(query, census, items, seconds)
-        absent, unserved = census.absent, census.unserved
+        absent, unserved, not_connected = census.absent, census.unserved, census.not_connected
         yield from census.free()
         return {
             "schema": SCHEMA,
@@ -246,6 +246,7 @@ class Sight:
                 }
                 for interval in ledger.intervals()
             ],
+            "not_connected": not_connected,
             "absent": absent.total(),
             "absent_reasons": _by_reason(absent),
             "unserved": unserved.total(),
@@ -408,6 +409,8 @@ class _Census:
             (is_exact, name): [] for is_exact in (True, False) for name in ("failed", "connecting", "connected", "left")
         }
         self.counts = dict.fromkeys(SHOWN, 0)
+        # Whatever the query asks for: all that are remembered and not here; those of them that failed lately.
+        self.not_connected = 0
         self.absent: Counter[EndReason] = Counter()
         self.unserved: Counter[EndReason] = Counter()
         self.latest: dict[EndReason, End] = {}
@@ -432,6 +435,7 @@ class _Census:
                 self.devices[end.reason] += 1
             if end.key in self._here:
                 continue
+            self.not_connected += 1
             self.absent[end.reason] += is_late and end.reason not in IN_ORDER
             self.unserved[end.reason] += is_late and _is_unserved(end)
             self._sort(end, "left" if end.reason in IN_ORDER else "failed")

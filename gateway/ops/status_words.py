@@ -196,14 +196,15 @@ def renewal_lines(document: Part) -> list[str]:
 
 
 def _absent(document: Part) -> list[str]:
-    """Say how many devices failed lately and are still away, and why; those that were not served apart."""
+    """Say how many devices failed lately and are not connected, and why; those that were not served apart."""
     count, unserved = document["absent"], document["unserved"]
     if not count:
         return []
-    words = f"{number(count)} devices were" if count > 1 else "1 device was"
-    are = "are" if count > 1 else "is"
+    have = "devices have" if count > 1 else "device has"
     reason = _most_frequent(document["absent_reasons"])
-    lines = [f"{words} here in the last 15 minutes and {are} not connected now; the most frequent reason is {reason}."]
+    lines = [
+        f"{number(count)} {have} failed in the last 15 minutes and not come back; the most frequent reason is {reason}."
+    ]
     if 0 < unserved < count:
         reason = _most_frequent(document["unserved_reasons"])
         words = f"{number(unserved)} of them were" if unserved > 1 else "1 of them was"

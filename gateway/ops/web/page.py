@@ -159,7 +159,7 @@ def _now(document: Part) -> Markup:
     tiles = [
         ("Connected", number(connected(document)), f"of {number(sessions['limit'])} at most"),
         ("Connecting", number(sessions["open"] - connected(document)), "not accepted by the broker yet"),
-        ("Not connected", number(document["absent"]), "of those seen in the last 15 min"),
+        ("Not connected", number(document["not_connected"]), f"{number(document['absent'])} failed in the last 15 min"),
         ("Messages", f"{rate:.0f}/s" if rate >= 10 or not rate else f"{rate:.1f}/s", "MQTT packets, both ways"),
         ("Failures", number(failures), "sessions in the last 15 min"),
     ]
