@@ -174,26 +174,6 @@ def test_a_damaged_file_is_moved_aside_and_what_can_be_read_is_taken(tmp_path: P
     second.close()
 
 
-def test_a_damaged_page_costs_only_its_messages(tmp_path: Path) -> None:
-    """The rows on both sides of it are salvaged."""
-    first = Database(tmp_path)
-    first.open()
-    first.commit([Save(1, "one", "{}"), *(Append(row(number)) for number in range(1, 401))])
-    first.close()
-    path = tmp_path / "store.db"
-    content = bytearray(path.read_bytes())
-    at = content.index(b"%08d" % 200) // 4096 * 4096
-    content[at : at + 100] = b"\xff" * 100
-    path.write_bytes(bytes(content))
-    second = Database(tmp_path)
-    second.open()
-    second.close()
-    taken = dict(list(database_module._salvage(path)))["message"]
-    numbers = {found[0] for found in taken}
-    assert {1, 400} <= numbers
-    assert len(numbers) > 250
-
-
 def test_what_was_set_aside_is_kept_and_can_be_put_back(database: Database) -> None:
     """Behind the backlog, with new numbers."""
     database.commit([Append(row(1)), Append(row(2))])

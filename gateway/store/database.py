@@ -13,7 +13,8 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from attrs import frozen
 from gateway.disk import sync_directory
 from gateway.errors import GatewayError
 from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
+from gateway.store.salvage import salvage
 
 _T = TypeVar("_T")
 
@@ -38,13 +40,27 @@ CREATE TABLE aside (number INTEGER PRIMARY KEY, device INTEGER NOT NULL, stamp I
                     why TEXT NOT NULL);
 CREATE TABLE probe (number INTEGER PRIMARY KEY, at INTEGER);
 """
-_COPIED = ("device", "message", "released", "received", "aside")
+# Rows of which nothing can be made: a message is needed to send PUBREL for it, a device to recognise its message.
+_ORPHANS = """
+DELETE FROM released WHERE number NOT IN (SELECT number FROM message);
+DELETE FROM received WHERE device NOT IN (SELECT number FROM device);
+"""
+# Devices and messages are numbered in one sequence, so that each message has a higher number than its device: where a
+# damaged file has lost a device and kept a message of it, no other device gets its number.
+_NUMBERED = (
+    ("device", "number"),
+    ("message", "number"),
+    ("released", "number"),
+    ("aside", "number"),
+    ("received", "device"),
+)
 # SQLite checkpoints after so many pages; the WAL stays about as large.
 _WAL_PAGES = 1000
 _WAL_LIMIT = 4 * 1024 * 1024
 _VACUUM_ABOVE = 4 * 1024 * 1024
 # More than the reserve must be free before a disk counts as not full, or every message would fill it again.
 _ROOM = 4 * 1024 * 1024
+_COPIED_AT_A_TIME = 100
 _NOT_OPEN = "the store is not open"
 
 
@@ -206,6 +222,8 @@ class Device:
 class Opened:
     """What was found: the devices, the rows that the broker has confirmed with PUBREC, the highest number in use.
 
+    Devices and messages are numbered in one sequence.
+
     `notes` are for the log: what was moved or recovered.  `aside` has how many messages of a device were set aside.
     """
 
@@ -246,7 +264,7 @@ class Database:
                 if isinstance(error, sqlite3.OperationalError):
                     raise
                 notes.append(self._start_anew(str(error)))
-            opened = self._guarded(lambda: self._look(notes))
+            opened = self._guarded(lambda: self._looked(notes))
         except StoreError:
             self.close()
             raise
@@ -427,6 +445,16 @@ class Database:
             raise
         return connection
 
+    def _looked(self, notes: list[str]) -> Opened:
+        """Look at all but the messages; go on with a new file if something there is damaged."""
+        try:
+            return self._look(notes)
+        except sqlite3.DatabaseError as error:
+            if notes or isinstance(error, sqlite3.OperationalError):
+                raise
+            notes.append(self._start_anew(str(error)))
+        return self._look(notes)
+
     def _look(self, notes: Sequence[str]) -> Opened:
         received: dict[int, set[int]] = {}
         for device, identifier in self._open.execute("SELECT device, identifier FROM received"):
@@ -436,11 +464,12 @@ class Database:
             for number, name, state in self._open.execute("SELECT number, name, state FROM device ORDER BY number")
         )
         released = frozenset(number for (number,) in self._open.execute("SELECT number FROM released"))
-        query = (
-            "SELECT max(coalesce((SELECT max(number) FROM message), 0), coalesce((SELECT max(number) FROM aside), 0))"
-        )
+        highest = [
+            self._open.execute(f"SELECT max({column}) FROM {table}").fetchone()[0] or 0  # noqa: S608  our own
+            for table, column in _NUMBERED
+        ]
         aside = self._open.execute("SELECT device, count(*) FROM aside GROUP BY device").fetchall()
-        return Opened(devices, released, self._open.execute(query).fetchone()[0], tuple(notes), tuple(aside))
+        return Opened(devices, released, max(highest), tuple(notes), tuple(aside))
 
     def _commit(self, changes: Sequence[Change]) -> None:
         with _Transaction(self._open):
@@ -504,13 +533,17 @@ class Database:
         """Put what can be read into a new file; return how many messages.  Raises StoreError: fewer rows than that."""
         taken = messages = 0
         with contextlib.closing(self._opened(self._copy)) as copy:
-            for table, rows in _salvage(self.path):
+            rows = salvage(self.path)
+            while some := list(islice(rows, _COPIED_AT_A_TIME)):
                 with _Transaction(copy):
-                    for row in rows:
+                    for table, row in some:
                         marks = ",".join("?" * len(row))
                         copy.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)  # noqa: S608  our own
-                        taken += 1
                         messages += table == "message"
+                taken += len(some)
+            with _Transaction(copy):
+                for statement in _ORPHANS.strip().splitlines():
+                    copy.execute(statement)
         if taken < least:
             raise StoreError("nothing in it can be read")
         return messages
@@ -564,30 +597,6 @@ def _connect(path: Path) -> sqlite3.Connection:
     # Made with the right mode from the start; SQLite gives the WAL the mode of the database.
     os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
     return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=5.0)
-
-
-def _salvage(path: Path) -> Iterator[tuple[str, list[tuple[object, ...]]]]:
-    """Yield what can be read of each table, from the front and from the back up to the damage."""
-    for table in _COPIED:
-        rows: dict[object, tuple[object, ...]] = {}
-        for direction in ("ASC", "DESC"):
-            try:
-                connection = sqlite3.connect(path)
-            except sqlite3.Error:
-                return
-            keys = 2 if table == "received" else 1
-            query = f"SELECT * FROM {table} ORDER BY {'device' if keys == 2 else 'number'} {direction}"  # noqa: S608  our own
-            read = 0
-            with contextlib.closing(connection):
-                with contextlib.suppress(sqlite3.Error):  # that is the damage
-                    for row in connection.execute(query):
-                        rows[row[:keys]] = row
-                        read += 1
-                # Python reads one row ahead, and does not return the last one before the damage.
-                with contextlib.suppress(sqlite3.Error):
-                    for row in connection.execute(f"{query} LIMIT 1 OFFSET {read}"):
-                        rows[row[:keys]] = row
-        yield table, list(rows.values())
 
 
 def _is_full(error: Exception) -> bool:

@@ -102,7 +102,6 @@ class Store:
         self._now = now
         self._is_plausible = is_plausible
         self._last_number = self.last_of_last_run = opened.last_number
-        self._last_device = max((device.number for device in opened.devices), default=0)
         self._by_name: dict[str, Backlog] = {}
         self._by_number: dict[int, Backlog] = {}
         # The device that was saved last comes last.
@@ -131,8 +130,7 @@ class Store:
             self._remember(device.name, device.state)
             self.received[device.name] = set(device.received)
         for number, count in opened.aside:
-            if number in self._by_number:
-                self.aside[self._by_number[number].name] = count
+            self.aside[self._of_device(number).name] = count
 
     # ---- backlogs
 
@@ -140,8 +138,8 @@ class Store:
         """Return the backlog with this name, a new one if there is none."""
         found = self._by_name.get(name)
         if found is None:
-            self._last_device += 1
-            found = Backlog(self._last_device, name, loading=False)
+            self._last_number += 1
+            found = Backlog(self._last_number, name, loading=False)
             self._add(found)
             self.received[name] = set()
         return found
@@ -421,17 +419,26 @@ class Store:
         for number, device, stamp, size in rows:
             found.setdefault(device, []).append((number, size + OVERHEAD // 2, stamp))
         for device, of_device in found.items():
-            known = self._by_number.get(device)
-            backlog = Backlog(device, f"device {device}", loading=True) if known is None else known
-            if known is None:
-                # A damaged file can lose a device and keep its messages.  They are shown, and wait for a person.
-                self._add(backlog)
-                self._last_device = max(self._last_device, device)
+            backlog = self._of_device(device)
             before = backlog.bytes
             backlog.put_first(of_device)
             self.bytes += backlog.bytes - before
 
     # ---- inside
+
+    def _of_device(self, number: int) -> Backlog:
+        """Return the backlog of a device that the disk has messages of.
+
+        A damaged file can lose the device and keep the messages.  They get a name that no device has, and wait for a
+        person.
+        """
+        found = self._by_number.get(number)
+        if found is None:
+            found = Backlog(number, f"device {number}", loading=True)
+            self._add(found)
+            self.received[found.name] = set()
+            self.save(found, "{}")
+        return found
 
     def _remember(self, name: str, state: str | None) -> None:
         before = self.states.pop(name, None)
