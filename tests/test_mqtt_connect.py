@@ -131,11 +131,16 @@ def test_what_only_the_broker_needs_is_dropped_and_the_rest_is_kept(version):
 
 
 def test_a_connect_has_a_thousand_properties_at_most():
-    """In the packet and in the Will; anyone can send one, and each takes time to read."""
-    few, many = (user_property("", "") * count for count in (1000, 1001))
-    parse(connect(version=5, properties=few, will_topic="t", will_properties=few))
-    for properties in ({"properties": many}, {"will_topic": "t", "will_properties": many}):
-        with pytest.raises(PacketError) as caught:
+    """Those of the Will included; anyone can send one, and each takes time to read."""
+    half, more, whole, many = (user_property("", "") * count for count in (500, 501, 1000, 1001))
+    for few in ({"properties": whole}, {"properties": half, "will_topic": "t", "will_properties": half}):
+        parse(connect(version=5, **few))
+    for properties in (
+        {"properties": many},
+        {"will_topic": "t", "will_properties": many},
+        {"properties": half, "will_topic": "t", "will_properties": more},
+    ):
+        with pytest.raises(PacketError, match="more than 1000 properties") as caught:
             parse(connect(version=5, **properties))
         assert (caught.value.reason, caught.value.reason_code) == (EndReason.PACKET_TOO_LARGE, 0x95)
 

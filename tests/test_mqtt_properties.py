@@ -7,7 +7,9 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties as PahoProperties
 
 from gateway.errors import PacketError
-from gateway.mqtt.packets import MAX_ELEMENTS
+from gateway.mqtt import packets
+from gateway.mqtt import properties as properties_module
+from gateway.mqtt.packets import MAX_ELEMENTS, decode_text, encode_remaining_length
 from gateway.mqtt.properties import (
     PropertyId,
     end_of_properties,
@@ -166,6 +168,50 @@ def test_properties_are_counted() -> None:
         with pytest.raises(PacketError) as caught:
             find_property(whole, PropertyId.CONTENT_TYPE)
         assert caught.value.reason_code == 0x95
+
+
+def test_the_texts_of_user_properties_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packet may have a thousand of them; none is decoded by itself while all are in order."""
+    decoded: list[str] = []
+
+    def decode(encoded: bytes, what: str) -> str:
+        decoded.append(what)
+        return decode_text(encoded, what)
+
+    monkeypatch.setattr(packets, "decode_text", decode)
+    monkeypatch.setattr(properties_module, "decode_text", decode)
+    pair = b"\x26\0\2\xc3\xbc\0\3\xe2\x82\xac"
+    data = pair * MAX_ELEMENTS
+    assert read(encode_remaining_length(len(data)) + data) == {}
+    assert not decoded
+    assert read(section(pair, CONTENT_TYPE)) == {PropertyId.CONTENT_TYPE: "c"}
+    assert decoded == ["Content Type of TEST"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "detail"),
+    [
+        (b"\0\1\xff", b"\0\0", "not UTF-8"),
+        (b"\0\0", b"\0\1\xff", "not UTF-8"),
+        # Together they would be a character.
+        (b"\0\1\xc3", b"\0\1\xbc", "not UTF-8"),
+        (b"\0\1\0", b"\0\1\xff", "U\\+0000"),
+        (b"\0\1a", b"\0\1\0", "U\\+0000"),
+        (b"\0\1\xff", b"\0\2a", "not UTF-8"),
+        (b"\0\1a", b"\0\2a", "ends within the User Property"),
+        (b"\0\1a", b"\0", "ends within the User Property"),
+        (b"\0", b"", "ends within the User Property"),
+    ],
+)
+@pytest.mark.parametrize("rest", [b"", b"\x00", USER_PROPERTY * MAX_ELEMENTS], ids=["alone", "unknown", "too many"])
+def test_the_first_fault_is_the_one_that_is_named(name: bytes, value: bytes, detail: str, rest: bytes) -> None:
+    """That of a text before anything that is wrong behind it."""
+    if "ends" in detail or value == b"\0\2a":
+        rest = b""
+    data = USER_PROPERTY + b"\x26" + name + value + rest
+    with pytest.raises(PacketError, match=detail) as caught:
+        parse_properties(encode_remaining_length(len(data)) + data, 0, ALL, "TEST")
+    assert caught.value.reason_code == 0x81
 
 
 def test_the_end_of_properties_is_found_without_reading_them() -> None:

@@ -160,7 +160,7 @@ def parse_connect(packet: Packet) -> Connect:
     client_identifier, offset = decode_string(body, offset, "Client Identifier of CONNECT")
     will = None
     if flags & WILL_FLAG:
-        will, offset = _parse_will(version, flags, body, offset)
+        will, offset = _parse_will(version, flags, body, offset, 0 if properties is None else properties.count)
     username = password = None
     # MQTT 3.1 §3.1: the Remaining Length takes precedence over these two flags, so either may be set without its field.
     may_be_absent = version is ProtocolVersion.MQTT_3_1
@@ -202,10 +202,11 @@ def _check_flags(version: ProtocolVersion, flags: int) -> None:
         raise malformed(f"CONNECT with a password but no user name ({spec} {'§3.1' if lenient else '§3.1.2.9'})")
 
 
-def _parse_will(version: ProtocolVersion, flags: int, body: bytes, offset: int) -> tuple[Will, int]:
+def _parse_will(version: ProtocolVersion, flags: int, body: bytes, offset: int, before: int) -> tuple[Will, int]:
+    """Read the Will; `before` is how many properties CONNECT has before it."""
     properties = None
     if version is ProtocolVersion.MQTT_5_0:
-        properties, offset = parse_properties(body, offset, WILL_PROPERTIES, "the Will of CONNECT")
+        properties, offset = parse_properties(body, offset, WILL_PROPERTIES, "the Will of CONNECT", before=before)
     topic, offset = decode_string(body, offset, "Will Topic of CONNECT")
     payload, offset = decode_binary(body, offset, "Will Payload of CONNECT")
     qos = (flags & WILL_QOS_FLAGS) >> 3

@@ -235,13 +235,18 @@ def decode_string(data: bytes, offset: int, what: str) -> tuple[str, int]:
     included), or contains U+0000.
     """
     encoded, end = decode_binary(data, offset, what)
+    return decode_text(encoded, what), end
+
+
+def decode_text(encoded: bytes, what: str) -> str:
+    """Decode the bytes of a UTF-8 string.  Raises PacketError (malformed) as `decode_string`."""
     try:
         text = encoded.decode("utf-8")
     except UnicodeDecodeError:
         raise malformed(f"the {what} is not UTF-8 (MQTT 5.0 §1.5.4)") from None
     if "\0" in text:
         raise malformed(f"the {what} contains the character U+0000 (MQTT 5.0 §1.5.4)")
-    return text, end
+    return text
 
 
 def encode_string(text: str) -> bytes:

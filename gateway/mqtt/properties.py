@@ -7,7 +7,9 @@ for what the standard calls malformed or a protocol error.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from enum import Enum, IntEnum
+from functools import lru_cache
 
 from attrs import field, frozen
 
@@ -18,6 +20,7 @@ from gateway.mqtt.packets import (
     decode_integer,
     decode_remaining_length,
     decode_string,
+    decode_text,
     encode_remaining_length,
     encode_string,
     is_minimal,
@@ -70,7 +73,7 @@ class _Kind(Enum):
     VARIABLE = "a Variable Byte Integer"
 
 
-_KINDS = {
+_KINDS: dict[int, _Kind] = {
     PropertyId.PAYLOAD_FORMAT_INDICATOR: _Kind.BIT,
     PropertyId.MESSAGE_EXPIRY_INTERVAL: _Kind.FOUR_BYTES,
     PropertyId.CONTENT_TYPE: _Kind.STRING,
@@ -100,7 +103,7 @@ _KINDS = {
 }
 
 # Values that must not be zero (MQTT 5.0 §3.1.2.11.3, §3.1.2.11.4, §3.3.2.3.4).
-_NEVER_ZERO = frozenset(
+_NEVER_ZERO: frozenset[int] = frozenset(
     {
         PropertyId.RECEIVE_MAXIMUM,
         PropertyId.MAXIMUM_PACKET_SIZE,
@@ -140,10 +143,12 @@ def _names(values: Mapping[int, int | str | bytes]) -> str:
 class Properties:
     """The properties of one packet or Will: values by identifier. User Properties are checked, but not kept.
 
+    `count` is how many properties the packet has up to here, User Properties and those of other sections included.
     Authentication Data may be secret, so `repr()` shows identifiers only.
     """
 
     values: Mapping[int, int | str | bytes] = field(repr=_names)
+    count: int = field(default=0, eq=False, repr=False)
 
     def integer(self, identifier: PropertyId) -> int | None:
         """Return the value of a numeric property, or None if absent."""
@@ -156,12 +161,15 @@ class Properties:
         return value if isinstance(value, str) else None
 
 
-def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where: str) -> tuple[Properties, int]:
+def parse_properties(
+    data: bytes, offset: int, permitted: frozenset[int], where: str, *, before: int = 0
+) -> tuple[Properties, int]:
     """Read a Property Length and its properties: return them and the offset after them (MQTT 5.0 §2.2.2).
 
     `permitted` holds the identifiers that the packet may carry; `where` names the packet in errors ("CONNECT").
-    Raises PacketError: malformed (0x81) for properties that cannot be read or are not permitted, protocol error (0x82)
-    for properties that contradict each other or have a forbidden value, packet too large (0x95) above `MAX_ELEMENTS`.
+    `before` is how many properties the packet has before these, in another section. Raises PacketError: malformed
+    (0x81) for properties that cannot be read or are not permitted, protocol error (0x82) for properties that contradict
+    each other or have a forbidden value, packet too large (0x95) if the packet has more than `MAX_ELEMENTS`.
     """
     try:
         decoded = decode_remaining_length(data, offset)
@@ -177,7 +185,7 @@ def parse_properties(data: bytes, offset: int, permitted: frozenset[int], where:
     if end > len(data):
         raise malformed(f"the packet ends within the properties of {where}")
     # Slice, so that no value can extend beyond the Property Length.
-    return _parse_section(data[start:end], permitted, where), end
+    return _parse_section(data[start:end], permitted, where, before), end
 
 
 def end_of_properties(data: bytes, offset: int) -> int:
@@ -257,48 +265,81 @@ def _spans(properties: bytes) -> Iterator[tuple[int, int, int]]:
         yield identifier, start, offset
 
 
-def _too_many(where: str) -> PacketError:
-    return too_large(f"{where} has more than {MAX_ELEMENTS} properties")
+def _too_many(what: str) -> PacketError:
+    return too_large(f"{what} has more than {MAX_ELEMENTS} properties")
 
 
-def _parse_section(section: bytes, permitted: frozenset[int], where: str) -> Properties:
+def _parse_section(section: bytes, permitted: frozenset[int], where: str, before: int) -> Properties:
+    texts: list[bytes] = []
+    try:
+        properties = _read_section(section, permitted, where, before, texts)
+    except PacketError:
+        # A text before the fault may have a fault of its own, and the first one counts.
+        _check_texts(texts, where)
+        raise
+    _check_texts(texts, where)
+    return properties
+
+
+def _read_section(section: bytes, permitted: frozenset[int], where: str, before: int, texts: list[bytes]) -> Properties:
+    """Read properties; what User Properties consist of goes into `texts`, unchecked."""
     values: dict[int, int | str | bytes] = {}
-    offset = count = 0
+    offset, count = 0, before
     while offset < len(section):
         count += 1
         if count > MAX_ELEMENTS:
-            raise _too_many(where)
+            raise _too_many("the packet" if before else where)
         identifier = section[offset]
         offset += 1
         # Identifiers are Variable Byte Integers, but all defined ones take one byte.
         if identifier not in permitted:
             raise malformed(f"property 0x{identifier:02X} is not allowed in {where} (MQTT 5.0 §2.2.2.2)")
         if identifier == _USER_PROPERTY:
-            offset = _check_user_property(section, offset, where)
+            offset = _take_user_property(section, offset, where, texts)
             continue
         # A message that matches several subscriptions carries all their identifiers (MQTT 5.0 §3.3.2.3.8).
         if identifier in values and identifier != PropertyId.SUBSCRIPTION_IDENTIFIER:
             raise protocol_error(f"{where} contains {_name(identifier)} more than once (MQTT 5.0 §2.2.2)")
-        what = f"{_name(identifier)} of {where}"
-        values[identifier], offset = _parse_value(section, offset, PropertyId(identifier), what)
+        values[identifier], offset = _parse_value(section, offset, identifier, _what(identifier, where))
     if PropertyId.AUTHENTICATION_DATA in values and PropertyId.AUTHENTICATION_METHOD not in values:
         raise protocol_error(f"{where} contains Authentication Data without a method (MQTT 5.0 §3.1.2.11.10)")
-    return Properties(values)
+    return Properties(values, count)
 
 
-def _check_user_property(section: bytes, offset: int, where: str) -> int:
-    """Return the offset after a User Property.  Raises PacketError as `decode_string`, which takes twice as long."""
+def _take_user_property(section: bytes, offset: int, where: str, texts: list[bytes]) -> int:
+    """Take the name and the value of a User Property; return the offset after them.  Raises PacketError."""
+    size = len(section)
     for _ in ("name", "value"):
         start = offset + 2
-        end = start + int.from_bytes(section[offset:start], "big")
-        text = section[start:end]
-        if start > len(section) or end > len(section) or not text.isascii() or b"\0" in text:
-            decode_string(section, offset, f"User Property of {where}")
-        offset = end
+        offset = start + (section[offset] << 8 | section[offset + 1]) if start <= size else start
+        if offset > size:
+            raise malformed(f"the packet ends within the User Property of {where}")
+        texts.append(section[start:offset])
     return offset
 
 
-def _parse_value(section: bytes, offset: int, identifier: PropertyId, what: str) -> tuple[int | str | bytes, int]:
+def _check_texts(texts: list[bytes], where: str) -> None:
+    """Check all texts at once.  Raises PacketError as `decode_text` does for the first one with a fault.
+
+    In UTF-8 no character continues behind an ASCII character, so texts between such characters are as valid together as
+    they are alone.
+    """
+    together = b"\n".join(texts)
+    if b"\0" not in together:
+        with suppress(UnicodeDecodeError):
+            together.decode("utf-8")
+            return
+    for text in texts:
+        decode_text(text, f"User Property of {where}")
+
+
+@lru_cache(maxsize=128)
+def _what(identifier: int, where: str) -> str:
+    """Name a property in errors; `where` names the packet, and there are few of those."""
+    return f"{_name(identifier)} of {where}"
+
+
+def _parse_value(section: bytes, offset: int, identifier: int, what: str) -> tuple[int | str | bytes, int]:
     kind = _KINDS[identifier]
     if kind is _Kind.STRING:
         return decode_string(section, offset, what)
