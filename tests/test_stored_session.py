@@ -1775,6 +1775,65 @@ def test_the_will_of_a_device_that_returns_before_the_sweep_is_published(
     assert bench.online(version=5).payloads == [b"x", *([b"gone"] * published)]
 
 
+def test_a_will_that_is_delayed_outlives_the_backlog(bench: Bench) -> None:
+    """The broker to which the backlog was delivered knows of no Will (MQTT 5.0 §3.1.3.2.2)."""
+    device = bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = 60.0
+    bench.up(b"x", version=5)
+    bench.settle()
+    device.finish(EndReason.DEVICE_LOST)
+    upstream = bench.online(version=5)
+    bench.ack(PUBACK, read_publish(5, upstream.sent[-1])[3])
+    bench.settle()
+    assert upstream.closed
+    bench.sweep(59)
+    bench.settle()
+    assert bench.store.messages == 0
+    bench.sweep(2)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"gone"]
+
+
+@pytest.mark.parametrize("ends", ["is lost", "expires"])
+def test_a_will_is_delayed_also_if_the_brokers_connection_ends_meanwhile(bench: Bench, ends: str) -> None:
+    """The next connection of the session makes the broker forget the Will (MQTT 5.0 §3.1.3.2.2)."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    device = bench.connect(5, will=WILL)
+    bench.stored.state.will_delay = 60.0
+    bench.online(version=5)
+    bench.up(b"x", version=5)
+    device.finish(EndReason.DEVICE_LOST)
+    if ends == "expires":
+        bench.sweep(21)
+    else:
+        bench.lose()
+        bench.now += 21
+    upstream = bench.online(version=5)
+    assert upstream.payloads == [b"x"]
+    bench.ack(PUBACK, read_publish(5, upstream.sent[-1])[3])
+    bench.settle()
+    bench.sweep(35)
+    bench.settle()
+    assert bench.store.messages == 0
+    bench.sweep(30)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"gone"]
+
+
+def test_a_will_that_the_broker_publishes_at_an_expired_token_is_not_sent_again(bench: Bench) -> None:
+    """Without a delay, the end of the connection is enough for the broker."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    device = bench.connect(5, will=WILL)
+    bench.online(version=5)
+    bench.up(b"x", version=5)
+    device.finish(EndReason.DEVICE_LOST)
+    bench.sweep(21)
+    bench.online(version=5)
+    bench.lose()
+    bench.sweep(60)
+    assert bench.online(version=5).payloads == [b"x"]
+
+
 @pytest.mark.parametrize("clean", [False, True])
 def test_a_device_that_returns_after_a_restart_has_not_vanished(bench: Bench, clean: bool) -> None:
     """The gateway was away, and not the device."""

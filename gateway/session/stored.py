@@ -588,10 +588,8 @@ class StoredSession:
                 self._drop_upstream(SessionEnd(EndReason.UPSTREAM_SILENT, f"no CONNACK in {self._world.connack:g} s"))
             return
         if now >= self._lives_until:
-            # The token expires; only the connection to the broker is renewed.  Without DISCONNECT the broker publishes
-            # the Will of a device that has left.
-            has_left_will = self.visit is None and self.state.will is not None
-            self._leave_upstream(b"" if has_left_will else _DISCONNECT)
+            # The token expires; only the connection to the broker is renewed.
+            self._leave_upstream(b"" if self._leaves_will() else _DISCONNECT)
             self._retry_at = 0.0
             self._dial()
         elif (
@@ -609,6 +607,18 @@ class StoredSession:
             now - self._sent_at >= self._ping_interval or (self.outgoing.in_flight and not self.outgoing.live)
         ):
             self._ping(is_barrier=False)
+
+    def _leaves_will(self) -> bool:
+        """Whether a device that has left has a Will, which the broker publishes if there is no DISCONNECT."""
+        if self.visit is not None or self.state.will is None or self._will_at < float("inf"):
+            return False
+        if self.state.will_delay:
+            # The next connection of the session makes the broker forget it (MQTT 5.0 §3.1.3.2.2).
+            self._will_at = self._world.seconds() + self.state.will_delay
+        else:
+            self.state.will = None
+            self._saving.save()
+        return True
 
     # ---- inside: the device
 
@@ -1069,8 +1079,9 @@ class StoredSession:
             if self.visit is not None:
                 self._status_is_due = self._status is not None
             elif self._will_at == float("inf"):
-                # It was to end as the device had left, which the broker may not have noticed.
-                self._will_at = self._world.seconds()
+                # It was to end as the device had left, which the broker may not have noticed; and the next connection
+                # makes it forget a Will that is delayed (MQTT 5.0 §3.1.3.2.2).
+                self._will_at = self._world.seconds() + self.state.will_delay
         self._forget_upstream()
         self._back_off()
         upstream.abort()
@@ -1130,7 +1141,7 @@ class StoredSession:
             else:
                 if farewell:
                     upstream.write_last(farewell)
-                if self.state.will is not None:
+                if self.state.will is not None and self._will_at == float("inf"):
                     # The broker publishes it, since there is no DISCONNECT.
                     self.state.will = None
                     self._saving.save()
