@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 from gateway.cli.main import console
+from gateway.cli.status import overview
 from gateway.config.listen import reachable_at
 from gateway.errors import EndReason
 from gateway.ops.status_words import SCHEMA, unknown_words
+from gateway.ops.web.page import page
 from gateway.pieces import at_once
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
@@ -84,6 +86,29 @@ def test_it_says_what_the_page_says(
     ):
         assert words in out
     assert "\x1b" not in out
+
+
+def test_what_was_not_tried_is_neither_well_nor_bad(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], ask: Ask
+) -> None:
+    """Neither on the terminal nor on the page: not the gateway at first, not a second broker that nobody needed."""
+    gateway = start(upstream=[{"host": "localhost", "port": start_broker().port} for _ in range(2)])
+
+    def shown() -> tuple[str, str]:
+        document = gateway.call(lambda: at_once(gateway.service.sight.document()))
+        return "\n".join(overview(document)), at_once(page(document)).decode()
+
+    assert ask(gateway=gateway)[0] == 0
+    terminal, html = shown()
+    assert (terminal.count("-- localhost:"), terminal.count(": not tried yet")) == (2, 2)
+    assert 'class="verdict untried"' in html
+    assert html.count('<span class="badge idle">not tried yet</span>') == 2
+    devices.append(connected(gateway, "device-16"))
+    terminal, html = shown()
+    assert (terminal.count("-- localhost:"), terminal.count("ok localhost:")) == (1, 1)
+    assert 'class="verdict well"' in html
+    assert '<span class="badge serving">serving</span>' in html
+    assert html.count('<span class="badge idle">not tried yet</span>') == 1
 
 
 def test_what_wants_attention_is_status_2(

@@ -44,6 +44,7 @@ from gateway.ops.status_words import (
     device_state,
     device_words,
     duration,
+    is_untried,
     number,
     store_lines,
     unknown_words,
@@ -59,12 +60,12 @@ _RETRY_AFTER = 2.0  # seconds
 _MOST_RETRIES = 3
 _LARGEST = 64 * 1024 * 1024  # bytes; a thousand devices are one
 _CANNOT_ASK = 1
-_EXIT = {Level.WELL: 0, Level.ATTENTION: 2, Level.DOWN: 3}
+_EXIT = {Level.UNTRIED: 0, Level.WELL: 0, Level.ATTENTION: 2, Level.DOWN: 3}
 _NOT_CONNECTED = 3
 _SHOWN = 20  # devices, unless told otherwise
 _MATCHES = 5  # devices of which everything is said
 _COLOURS = {"good": "32", "wait": "33", "bad": "31", "strong": "1", "faint": "2"}  # SGR codes (ECMA-48 §8.3.117)
-_LEVELS = {Level.WELL: "good", Level.ATTENTION: "wait", Level.DOWN: "bad"}
+_LEVELS = {Level.UNTRIED: "strong", Level.WELL: "good", Level.ATTENTION: "wait", Level.DOWN: "bad"}
 _BARS = "▁▂▃▄▅▆▇█"
 _CLEAR = "\033[H\033[2J\033[3J"
 
@@ -299,7 +300,7 @@ def overview(document: Part) -> Iterator[str]:
     yield _row("Failures", f"{number(failures)} in the last 15 min", _drawn([each["failures"] for each in history]))
     yield from _heading("Upstreams")
     for upstream in document["upstreams"]:
-        kind = "good" if upstream["open"] else "bad"
+        kind = "faint" if is_untried(upstream) else "good" if upstream["open"] else "bad"
         words = f"{upstream['address']}, certificate name {upstream['verify_name']}: {upstream_words(upstream)}"
         yield from _item(words, kind)
         failure = upstream["last_failure"]
@@ -414,7 +415,7 @@ def _heading(text: str) -> Iterator[str]:
 
 
 def _item(words: str, kind: str) -> Iterator[str]:
-    mark = {"good": "ok", "wait": "!!"}.get(kind, "XX")
+    mark = {"good": "ok", "wait": "!!", "faint": "--"}.get(kind, "XX")
     first, *others = _wrapped(words, "     ") or [""]
     yield f"  {_coloured(mark, kind)} {first.strip()}"
     yield from others

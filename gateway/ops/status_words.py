@@ -38,8 +38,9 @@ _SILENT_FOR_LONG = 300  # seconds without data after which this is shown for a c
 
 
 class Level(IntEnum):
-    """Severity."""
+    """Severity; UNTRIED if nothing has happened yet that could be judged."""
 
+    UNTRIED = -1
     WELL = 0
     ATTENTION = 1
     DOWN = 2
@@ -99,7 +100,7 @@ def verdict(document: Part) -> Verdict:
     if reasons:
         return Verdict(Level.ATTENTION, "Devices are served, but something needs attention", reasons + absent)
     if not document["sessions"]["started"] and all(each["verified"] is None for each in document["upstreams"]):
-        return Verdict(Level.WELL, "No device has connected yet, and no broker has been tried", absent)
+        return Verdict(Level.UNTRIED, "No device has connected yet, and no broker has been tried", absent)
     return Verdict(Level.WELL, "The gateway is well", reasons + absent)
 
 
@@ -216,13 +217,16 @@ def _most_frequent(reasons: Mapping[str, int]) -> str:
     return max(reasons, key=reasons.__getitem__)
 
 
+def is_untried(upstream: Part) -> bool:
+    """Whether nothing is known of a broker: it has neither been verified nor failed."""
+    return bool(upstream["open"]) and upstream["state"] == "untried"
+
+
 def upstream_words(upstream: Part) -> str:
     """Describe the state of a broker."""
     failure = upstream["last_failure"]
     if upstream["open"]:
-        if upstream["state"] == "untried":
-            return "not tried yet"
-        return "serving"
+        return "not tried yet" if is_untried(upstream) else "serving"
     words = shown_state(upstream["state"])
     if upstream["retry_in_seconds"]:
         words += f", next attempt in {duration(upstream['retry_in_seconds'])}"

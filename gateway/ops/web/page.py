@@ -26,6 +26,7 @@ from gateway.ops.status_words import (
     device_state,
     device_words,
     duration,
+    is_untried,
     number,
     size,
     store_lines,
@@ -62,7 +63,7 @@ _ROWS_AT_A_TIME = 10  # rows of devices that are made in one turn of the event l
 _ROWS = Markup("<!--rows-->")
 _NAME = 64  # characters of a Client Identifier shown in a row
 
-_CLASSES = {Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
+_CLASSES = {Level.UNTRIED: "untried", Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
 _SHOWN = {"all": "All", "silent": "Not connected", "connecting": "Connecting", "connected": "Connected"}
 
 
@@ -113,7 +114,7 @@ def page(document: Part) -> Pieces[bytes]:
 
 
 def _mark(level: Level) -> str:
-    return {Level.WELL: "", Level.ATTENTION: "! ", Level.DOWN: "DOWN "}[level]
+    return {Level.ATTENTION: "! ", Level.DOWN: "DOWN "}.get(level, "")
 
 
 def _verdict(judged: Any) -> Markup:
@@ -211,10 +212,11 @@ def _upstreams(document: Part) -> Markup:
                 element("p", failure["meaning"], " ", failure["remedy"], class_="remedy") if not each["open"] else None,
             )
         words = upstream_words(each) if each["open"] else upstream_words(each).partition(". ")[0]
+        kind = "idle" if is_untried(each) else "serving" if each["open"] else "failing"
         rows.append(
             [
                 together(element("b", each["address"]), element("small", f"certificate name {each['verify_name']}")),
-                _badge(words, "serving" if each["open"] else "failing"),
+                _badge(words, kind),
                 clock(each["verified"]) + " UTC" if each["verified"] else "never",
                 said or "none",
             ]
