@@ -457,7 +457,7 @@ def test_watching_keeps_it_current(
     terminal = Terminal("--watch", "0.2", "--url", f"http://127.0.0.1:{status_port(gateway)}")
     first = terminal.wait_for("0 connected")
     assert "\x1b[H\x1b[2J" in first
-    assert "\x1b[32mNo device has connected yet" in first
+    assert "\x1b[1mNo device has connected yet" in first
     devices.append(connected(gateway, "device-17"))
     assert "device-17" in terminal.wait_for("device-17") + terminal.wait_for("1 connected")
     devices[0].close()
