@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import socket
 import struct
 from collections.abc import Callable
@@ -260,6 +262,53 @@ def test_events_have_the_rest_of_the_turn(make: Callable[[], Descriptor], work: 
     relay.doRead()
     assert 0 < sum(each.read for each in descriptors) <= 2
     assert work.now - began <= 0.0025
+    relay.stop()
+
+
+def test_sessions_that_go_on_have_the_rest_of_the_turn(make: Callable[[], Descriptor], work: Work) -> None:
+    """Both happen between two waits of the reactor, events first."""
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    descriptors = [make() for _ in range(20)]
+    for each in descriptors:
+        each.on_read = work.some
+        relay.addReader(each)
+        each.peer.send(b"x")
+    done: list[int] = []
+    for number in range(20):
+        relay.later(lambda number=number: (work.some(), done.append(number)))
+    relay.doRead()
+    assert sum(each.read for each in descriptors) == 4
+    reactor.turn()
+    assert done == [0]
+    # Without events, all of it is theirs.
+    reactor.turn()
+    assert done == [0, 1, 2]
+    relay.stop()
+
+
+def test_what_the_core_did_counts(make: Callable[[], Descriptor], work: Work) -> None:
+    """It relays before it tells of other events; these get what it left of the turn."""
+
+    class Busy:
+        HELD = DESCRIPTORS = 0
+        Pair = None
+
+        def poll(self, epoll: int, milliseconds: int, most: int) -> tuple[int, list[Any], list[tuple[int, int]]]:
+            work.now += 0.0017
+            batch = select.epoll.fromfd(os.dup(epoll)).poll(0, most)  # closed with the object
+            return len(batch), [], batch
+
+    relay = RelayReactor(Clocked(), Busy())
+    relay.start()
+    descriptors = [make() for _ in range(20)]
+    for each in descriptors:
+        each.on_read = work.some
+        relay.addReader(each)
+        each.peer.send(b"x")
+    relay.doRead()
+    assert sum(each.read for each in descriptors) == 1
     relay.stop()
 
 

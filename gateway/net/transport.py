@@ -13,7 +13,7 @@ Differences to the reactor's own transports (measured in `docs/performance.md`):
   the reactor's work per event is most of the cost of a message, so the relay waits briefly for the next batch itself
   before it returns to the reactor.
 * A turn of the reactor is short, whatever peers send: events for which there is no time wait for the next turn, in
-  order, and so do calls of `later`.
+  order, and so do calls of `later`.  What both may take in a turn is one limit for them together.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _LINGER = 0.001
 _TURN = 0.004
 # Seconds of work in a turn after which what is left waits for the next one: of events, and of calls of `later`.
 _WORK, _LATER_WORK = 0.002, 0.001
-# And for how long events are handled where those calls have taken all of it.
+# And what is left of either where the other has taken all of it.
 _LEAST_WORK = 0.0005
 # Connections accepted in one event.
 _ACCEPTED_AT_ONCE = 5
@@ -317,8 +317,8 @@ class RelayReactor:
         # Calls for later turns, and the next turn for them.
         self._later: deque[Callable[[], object]] = deque()
         self._next: IDelayedCall | None = None
-        # How long they took in this turn, in seconds.
-        self._spent = 0.0
+        # How long the last of these calls took, and the last events, in seconds: what runs next has less time.
+        self._spent = self._worked = 0.0
 
     @property
     def running(self) -> bool:
@@ -410,6 +410,8 @@ class RelayReactor:
 
     def _go_on(self) -> None:
         self._next = None
+        work = min(_LATER_WORK, max(_WORK - self._worked, _LEAST_WORK))
+        self._worked = 0.0
         began = now = monotonic()
         # Those that are added meanwhile are for another turn.
         for _ in range(len(self._later)):
@@ -420,7 +422,7 @@ class RelayReactor:
             except Exception as error:  # noqa: BLE001  an error in one connection must not affect the others
                 _internal_error(error)
             now = monotonic()
-            if now >= began + _LATER_WORK:
+            if now >= began + work:
                 break
         self._spent = now - began
         if self._later and self._next is None:
@@ -508,7 +510,9 @@ class RelayReactor:
     def doRead(self) -> None:
         """Process the pending events, and those that follow soon, as far as there is time."""
         epoll, selectables, fresh, core = self._epoll, self._selectables, self._fresh, self.core
-        wait, until, work = 0.0, monotonic() + _TURN, max(_WORK - self._spent, _LEAST_WORK)
+        began = monotonic()
+        allowed = work = max(_WORK - self._spent, _LEAST_WORK)
+        wait, until = 0.0, began + _TURN
         self._spent = 0.0
         while True:
             left = self._still_due() if self._left else None
@@ -519,7 +523,8 @@ class RelayReactor:
                 stop = min(monotonic() + work, until)
             else:
                 count, handed_over, batch = core.poll(epoll.fileno(), int(wait * 1000), _BATCH)
-                stop = min(monotonic() + work, until)
+                # The core works in there; later it also waits, which is no work.
+                stop = min((monotonic() if wait else began) + work, until)
                 for lent in handed_over:
                     try:
                         lent.hand_over()
@@ -543,9 +548,11 @@ class RelayReactor:
                     self._report(selectable, event)
                 if monotonic() >= stop:
                     self._left = dict(events)
+                    self._worked = allowed
                     return
             now = monotonic()
             work = stop - now
+            self._worked = allowed - work
             if not 0 < count <= _SMALL_BATCH or epoll.closed or now >= until or work <= 0:
                 return
             wait = _LINGER
