@@ -120,9 +120,11 @@ class Browser:
 
 
 class Tab:
-    """A page in a browser, of a given width in CSS pixels, with or without JavaScript."""
+    """A page in a browser, of a given width in CSS pixels, with or without JavaScript, in a time zone."""
 
-    def __init__(self, browser: Browser, width: int, *, javascript: bool = True, dark: bool = False) -> None:
+    def __init__(
+        self, browser: Browser, width: int, *, javascript: bool = True, dark: bool = False, zone: str = "UTC"
+    ) -> None:
         self._browser = browser
         target = browser.tell("Target.createTarget", url="about:blank")["targetId"]
         self._target = target
@@ -133,6 +135,7 @@ class Tab:
             "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
         )
         self._tell("Emulation.setScriptExecutionDisabled", value=not javascript)
+        self._tell("Emulation.setTimezoneOverride", timezoneId=zone)
         scheme = "dark" if dark else "light"
         self._tell("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,29 @@ def test_why_is_device_17_silent(start: StartGateway, start_broker: StartBroker,
     assert "It has ended 2 times in the last " in words
     assert "device-170" not in words
     assert "1 more matches by name or address" in words
+
+
+@pytest.fixture
+def in_nairobi(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The time zone of this machine, three hours ahead of UTC."""
+    monkeypatch.setenv("TZ", "EAT-3")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_nairobi")
+def test_times_are_local_and_say_their_zone(start: StartGateway, start_broker: StartBroker, ask: Ask) -> None:
+    """That of the gateway and those of a device."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, "device-17").close()
+    gateway.wait_ended()
+    document = gateway.call(lambda: at_once(gateway.service.sight.document()))
+    as_of = datetime.fromisoformat(document["time"]).astimezone(timezone(timedelta(hours=3)))
+    assert f"as of {as_of:%H:%M:%S} EAT" in "\n".join(overview(document))
+    _, out, _ = ask("--device", "device-17", gateway=gateway)
+    assert re.search(r"\((\d{4}-\d\d-\d\d )?\d\d:\d\d:\d\d EAT\)", out)
 
 
 def test_a_device_that_is_connected_is_status_0(
@@ -496,7 +520,7 @@ def test_the_devices_with_a_rule_are_listed_with_their_state(
     assert console(["device", "list", "--config", str(config)]) == 0
     lines = {line.partition("  ")[0]: line for line in capfd.readouterr().out.splitlines()}
     assert "connected for" in lines["here"]
-    assert "silent since" in lines["gone"]
+    assert re.search(r"silent since .*\d\d:\d\d:\d\d [A-Z+-]", lines["gone"])
     assert "device-lost" in lines["gone"]
     assert "not seen lately" in lines["never"]
     assert "disabled, silent since" in lines["off"]

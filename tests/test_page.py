@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta, timezone
 from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from gateway.cli.status import overview
-from gateway.ops.status_words import duration, number, size
+from gateway.ops.status_words import clock, duration, number, size
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Markup, element, together
 from tests import mqtt_packets as mqtt
@@ -120,6 +121,9 @@ def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width
             "hall 3",
         ):
             assert essential in text
+        times = tab.evaluate("[...document.querySelectorAll('time')].map(each => each.textContent)")
+        assert times
+        assert all(time.endswith(" UTC") for time in times)
         lines = tab.evaluate("[...document.querySelectorAll('svg')].map(each => each.getAttribute('aria-label'))")
         assert [line.partition(",")[0] for line in lines] == ["Sessions", "Messages", "Failures"]
         assert "now 30, highest 30" in lines[0]
@@ -210,9 +214,11 @@ def test_nothing_is_loaded_from_anywhere(browser: Browser, plant: Plant) -> None
 
 
 def test_with_javascript_the_page_keeps_itself_current(browser: Browser, plant: Plant) -> None:
-    """A search that is being typed is left alone; when the gateway is gone, the page says since when."""
-    with Tab(browser, 1280) as tab:
+    """Times are local, a search that is being typed is left alone; when the gateway is gone, it says since when."""
+    with Tab(browser, 1280, zone="Asia/Kolkata") as tab:
         tab.open(f"{plant.url}?q=device-2")
+        assert len(tab.evaluate(_TIMES)) >= 5
+        assert all(_is_in_kolkata(*each) for each in tab.evaluate(_TIMES))
         tab.evaluate("document.getElementById('q').value = 'being typed'")
         plant.devices.pop("device-2").close()
 
@@ -222,14 +228,36 @@ def test_with_javascript_the_page_keeps_itself_current(browser: Browser, plant: 
 
         eventually(lambda: "not connected: device-lost" in devices(), "the device is shown as gone")
         assert tab.evaluate("document.getElementById('q').value") == "being typed"
+        assert all(_is_in_kolkata(*each) for each in tab.evaluate(_TIMES))
         assert not tab.evaluate("document.getElementById('stale').checkVisibility()")
         assert tab.complaints() == []
         plant.close()
         plant.gateway.stop()
         eventually(lambda: tab.evaluate("document.getElementById('stale').checkVisibility()"), "it says so")
         assert re.match(
-            r"No answer from the gateway since .*\d", tab.evaluate("document.getElementById('stale').innerText")
+            r"No answer from the gateway since \d\d:\d\d:\d\d GMT\+5:30\.$",
+            tab.evaluate("document.getElementById('stale').innerText"),
         )
+
+
+_TIMES = "[...document.querySelectorAll('time')].map(each => [each.dateTime, each.textContent, each.title])"
+
+
+def _is_in_kolkata(moment: str, shown: str, title: str) -> bool:
+    """Whether a moment is shown as a clock in India shows it, with the zone; and in UTC, to compare it with the log."""
+    at = datetime.fromisoformat(moment)
+    local = at.astimezone(timezone(timedelta(hours=5, minutes=30)))
+    # Only around midnight is there a date.
+    return shown.endswith(f"{local:%H:%M:%S} GMT+5:30") and title.endswith(f"{at.astimezone(UTC):%H:%M:%S} UTC")
+
+
+def test_times_say_their_zone_and_their_date_unless_it_is_today() -> None:
+    """In UTC, as without JavaScript, and in any other zone."""
+    east = timezone(timedelta(hours=3), "EAT")
+    assert clock("2026-01-01T22:00:00+00:00", "2026-01-01T23:00:00+00:00") == "22:00:00 UTC"
+    assert clock("2025-12-31T22:00:00+00:00", "2026-01-01T23:00:00+00:00") == "2025-12-31 22:00:00 UTC"
+    assert clock("2026-01-01T20:00:00+00:00", "2026-01-01T23:00:00+00:00", east) == "2026-01-01 23:00:00 EAT"
+    assert clock("2026-01-01T21:00:00+00:00", "2026-01-01T23:00:00+00:00", east) == "00:00:00 EAT"
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -19,7 +19,7 @@ from gateway.cli.report import complain
 from gateway.cli.status import CannotAsk, endpoint_at, fetch
 from gateway.config import DeviceRule
 from gateway.config.secret_files import SecretUnavailable
-from gateway.ops.status_words import CONNECTED, Part, ago, device_state, duration
+from gateway.ops.status_words import CONNECTED, Part, ago, clock, device_state, duration
 from gateway.text import printable
 from gateway.tls.trust import read_chain
 
@@ -96,7 +96,8 @@ def _state_words(device: DeviceRule, seen: Mapping[str, Part] | None, patterns: 
     words = [] if device.enabled else ["disabled"]
     item = _item(seen, patterns)
     if item is not None and item["step"] in {"ended", "refused"}:
-        words.append(f"silent since {item['since']} ({ago(item['seconds'])}), {device_state(item)}")
+        since = clock(item["since"], now().isoformat(), None)
+        words.append(f"silent since {since} ({ago(item['seconds'])}), {device_state(item)}")
     elif item is not None:
         heard = item["heard_seconds_ago"]
         last = "" if heard is None else f", last heard {ago(heard)}"

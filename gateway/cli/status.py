@@ -358,7 +358,7 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
         traffic = each["traffic"]
         facts = [
             f"at {each['device_address']}",
-            f"{since} ({clock(each['since'])} UTC)",
+            f"{since} ({clock(each['since'], document['time'], None)})",
             f"upstream {each['upstream']}" if each["upstream"] else "",
             f"{number(traffic['packets_up'])} packets to the broker and {number(traffic['packets_down'])} from it",
             f"last heard {ago(each['heard_seconds_ago'])}" if each["heard_seconds_ago"] is not None else "",
@@ -376,9 +376,9 @@ def _verdict(document: Part) -> Iterator[str]:
     yield _coloured(_safe(judged.line), _LEVELS[judged.level])
     for reason in judged.reasons:
         yield from _wrapped(reason, "  ", "- ")
-    up = duration(document["uptime_seconds"])
+    up, now = duration(document["uptime_seconds"]), document["time"]
     yield _coloured(
-        _safe(f"{document['host']}, version {document['version']}, up {up}, as of {clock(document['time'])} UTC"),
+        _safe(f"{document['host']}, version {document['version']}, up {up}, as of {clock(now, now, None)}"),
         "faint",
     )
     if "engine" in document:

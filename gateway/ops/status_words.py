@@ -6,7 +6,7 @@ In: the document of `gateway.ops.sight`, or parts of it.  Out: sentences, durati
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime, tzinfo
 from enum import IntEnum
 from typing import Any
 
@@ -346,9 +346,10 @@ def number(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def clock(moment: str) -> str:
-    """Return the time of day of an ISO 8601 moment, with its zone if that is not UTC."""
-    return datetime.fromisoformat(moment).strftime("%H:%M:%S")
+def clock(moment: str, now: str, zone: tzinfo | None = UTC) -> str:
+    """Return an ISO 8601 moment in a time zone (None: this machine's): the time and the zone, the date unless today."""
+    at, today = (datetime.fromisoformat(each).astimezone(zone) for each in (moment, now))
+    return at.strftime("%H:%M:%S %Z" if at.date() == today.date() else "%Y-%m-%d %H:%M:%S %Z")
 
 
 def _detail(end: Part) -> str:

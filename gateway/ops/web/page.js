@@ -1,9 +1,24 @@
 "use strict";
-// Refreshes the changing parts of the page in place, without touching the search field.
+// Refreshes the changing parts of the page in place, without touching the search field; shows times in the local zone.
 const every = 5000;
 const parts = ["verdict", "devices", "state", "footer"];
 const stale = document.getElementById("stale");
+// Swedish dates are those of ISO 8601, as in the log.
+const day = new Intl.DateTimeFormat("sv", { year: "numeric", month: "2-digit", day: "2-digit" });
+const clock = new Intl.DateTimeFormat("en-GB", {
+  hour: "2-digit", minute: "2-digit", second: "2-digit", timeZoneName: "short",
+});
 let answered = new Date();
+
+function localize(root) {
+  const today = day.format(new Date());
+  for (const each of root.querySelectorAll("time")) {
+    const moment = new Date(each.dateTime);
+    const date = day.format(moment);
+    each.title = each.textContent;
+    each.textContent = (date === today ? "" : `${date} `) + clock.format(moment);
+  }
+}
 
 async function refresh() {
   try {
@@ -11,6 +26,7 @@ async function refresh() {
       const answer = await fetch(location.href, { signal: AbortSignal.timeout(every) });
       if (answer.ok) {
         const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
+        localize(fresh);
         for (const id of parts) {
           document.getElementById(id).replaceChildren(...fresh.getElementById(id).childNodes);
         }
@@ -25,9 +41,10 @@ async function refresh() {
     // The gateway has stopped, or the network between.
   }
   if (new Date() - answered > 2 * every && !document.hidden && getSelection().isCollapsed) {
-    stale.querySelector("span").textContent = answered.toLocaleTimeString();
+    stale.querySelector("span").textContent = clock.format(answered);
     stale.hidden = false;
   }
   setTimeout(refresh, every);
 }
+localize(document);
 setTimeout(refresh, every);

@@ -88,7 +88,8 @@ def page(document: Part) -> Pieces[bytes]:
         yield
     rows: list[bytes] = []
     for some in slices(devices["items"], _ROWS_AT_A_TIME):
-        rows.append(together(*_rows(_OF_DEVICES, map(_device, some))).encode())
+        shown = (_device(each, document["time"]) for each in some)
+        rows.append(together(*_rows(_OF_DEVICES, shown)).encode())
         yield
     listed = element("div", _devices(document), id="devices")
     body = element(
@@ -217,7 +218,7 @@ def _upstreams(document: Part) -> Markup:
             [
                 together(element("b", each["address"]), element("small", f"certificate name {each['verify_name']}")),
                 _badge(words, kind),
-                clock(each["verified"]) + " UTC" if each["verified"] else "never",
+                _time(each["verified"], document["time"]) if each["verified"] else "never",
                 said or "none",
             ]
         )
@@ -311,7 +312,7 @@ def _devices(document: Part) -> Markup:
     )
 
 
-def _device(device: Part) -> Sequence[Child]:
+def _device(device: Part, now: str) -> Sequence[Child]:
     kind = {"relaying": "serving", "stored": "serving", "ended": "failing", "refused": "failing"}.get(
         device["step"], "waiting"
     )
@@ -339,7 +340,7 @@ def _device(device: Part) -> Sequence[Child]:
         ),
         together(
             element("b", ago(device["seconds"]) if kind in {"failing", "idle"} else duration(device["seconds"])),
-            element("small", f"{clock(device['since'])} UTC"),
+            element("small", _time(device["since"], now)),
             element("small", f"heard {ago(heard)}") if heard is not None else None,
         ),
         device["upstream"] or "none yet",
@@ -376,16 +377,17 @@ def _pages(devices: Part) -> Markup | None:
 
 def _footer(document: Part) -> Markup:
     where = ", ".join(listener["address"] for listener in document["listeners"]) or "nowhere"
-    began = document["started"][:16].replace("T", " ")
-    reloads = document["reloads"]
+    now, reloads = document["time"], document["reloads"]
     refused = f", {reloads['refused']} refused" if reloads["refused"] else ""
     lost = f"; {number(document['log']['lines_lost'])} log lines lost" if document["log"]["lines_lost"] else ""
     return together(
-        element("p", f"As of {clock(document['time'])} UTC. Listening on {where}."),
+        element("p", "As of ", _time(now, now), f". Listening on {where}."),
         element(
             "p",
-            f"Version {document['version']}, running since {began} UTC ({duration(document['uptime_seconds'])}), "
-            f"{reloads['done']} configuration reloads{refused}; {document['engine']['words']}{lost}.",
+            f"Version {document['version']}, running since ",
+            _time(document["started"], now),
+            f" ({duration(document['uptime_seconds'])}), {reloads['done']} configuration reloads{refused}; "
+            f"{document['engine']['words']}{lost}.",
         ),
         element(
             "p",
@@ -397,6 +399,11 @@ def _footer(document: Part) -> Markup:
 
 
 # ---- parts
+
+
+def _time(moment: str, now: str) -> Markup:
+    """Show a moment in UTC; the script shows it in the zone of the browser."""
+    return element("time", clock(moment, now), datetime=moment)
 
 
 def _badge(text: str, kind: str) -> Markup:
