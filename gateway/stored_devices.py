@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -32,6 +32,7 @@ from gateway.session.stored import Phase, StoredSession
 from gateway.session.treatment import Treatment
 from gateway.session.visit import World
 from gateway.store.backlog import Backlog, client_identifier_of
+from gateway.store.database import StoreError
 from gateway.store.forecast import Forecast
 from gateway.store.store import Store
 from gateway.text import printable
@@ -58,6 +59,11 @@ def log_notes(store: Store) -> None:
     notes, store.notes = store.notes, []
     for note in notes:
         _log.error("store: {note}", event="store-recovered", note=note)
+
+
+def _first_failure(failure: Failure) -> Failure:
+    """Return what failed in a `gatherResults`."""
+    return failure.value.subFailure if isinstance(failure.value, FirstError) else failure
 
 
 class Lead(Protocol):
@@ -242,6 +248,7 @@ class StoredDevices:
         self._told: Counter[str] = Counter()
         self._told_at = clock.seconds()
         self._told_failure = ""
+        self._told_unreadable = False
         self._stopping = False
         self._are_stopped = False
         self._check_at = 0.0
@@ -334,19 +341,27 @@ class StoredDevices:
     def change(self, action: str, device: str) -> Deferred[list[tuple[str, int]]]:
         """Do what a person asks for: `drop` or `retry`; fires with the backlogs of `device` and numbers of messages.
 
-        `device` is the name of a backlog, or the Client Identifier in it.
+        `device` is the name of a backlog, or the Client Identifier in it.  Fails with StoreError.
         """
-        return gatherResults(
-            self._changed_by_hand(action, backlog)
-            for backlog in list(self.store)
-            if device in {backlog.name, client_identifier_of(backlog.name)}
+        changing = gatherResults(
+            (
+                self._changed_by_hand(action, backlog)
+                for backlog in list(self.store)
+                if device in {backlog.name, client_identifier_of(backlog.name)}
+            ),
+            consumeErrors=True,
         )
+        return changing.addErrback(_first_failure)
 
     def _changed_by_hand(self, action: str, backlog: Backlog) -> Deferred[tuple[str, int]]:
         done: Deferred[tuple[str, int]] = Deferred()
         name = backlog.name
 
-        def changed(count: int) -> None:
+        def changed(count: int, error: StoreError | None) -> None:
+            if error is not None:
+                left = f"; {count} messages are deleted, those set aside are not" if action == "drop" else ""
+                done.errback(StoreError(f"{error}{left}"))
+                return
             _log.warn(
                 "store: `mqtts-gateway store {action}` changed {count} messages of {device}",
                 event="store-changed",
@@ -507,6 +522,7 @@ class StoredDevices:
         elif self._told_failure and not failure:
             _log.info("store: writing again", event="store-recovered")
         self._told_failure = failure
+        self._tell_unreadable()
         if now - self._told_at < _TELL_EVERY:
             return
         self._told_at = now
@@ -517,6 +533,21 @@ class StoredDevices:
                 "store: {count} messages not delivered: {reason}", event="store-dropped", count=count, reason=reason
             )
         self._told = counts
+
+    def _tell_unreadable(self) -> None:
+        """Log that stored messages cannot be read, and that they can be again."""
+        unreadable = self.store.unreadable
+        if unreadable and not self._told_unreadable:
+            name, failure = next(iter(unreadable.items()))
+            _log.error(
+                "store: cannot read stored messages of {device}: {failure}. They and those behind them wait",
+                event="store-unreadable",
+                device=printable(name, _SHOWN),
+                failure=str(failure),
+            )
+        elif self._told_unreadable and not unreadable:
+            _log.info("store: stored messages can be read again", event="store-readable")
+        self._told_unreadable = bool(unreadable)
 
     def stop(self, *, discard_wills: bool) -> None:
         """End everything; what is not on disk has been written before, or is the devices' still."""

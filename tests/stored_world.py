@@ -149,6 +149,11 @@ class MemoryWriter:
         self._writer.work(work, done)
         self._wake()
 
+    def read(self, numbers: Sequence[int], done: Any) -> None:
+        """See `StoreWriter`."""
+        self._writer.read(numbers, done)
+        self._wake()
+
     def _wake(self) -> None:
         if len(self.queue) == 1:
             self.wake()

@@ -11,6 +11,7 @@ import pytest
 
 from gateway.cli.main import console
 from gateway.store.backlog import Backlog
+from gateway.store.database import Database, StoreError
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.pki import SERVER, certify, certify_ca
@@ -142,6 +143,34 @@ def test_what_was_set_aside_is_delivered_again_on_request(plant: Plant, capsys: 
     assert status == 0
     assert "2 messages" in answer
     eventually(lambda: [raw[-3:] for raw in plant.got] == [b"one", b"two"], "both are delivered")
+
+
+def test_a_disk_that_fails_is_not_taken_for_nothing_to_change(
+    plant: Plant, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command fails, and says what is still there."""
+
+    def fail(*_: object) -> None:
+        raise StoreError("disk I/O error")
+
+    plant.start(1)
+    plant.publish(b"one")
+    monkeypatch.setattr(Database, "retry_aside", fail)
+    monkeypatch.setattr(Database, "drop_aside", fail)
+    failed = "the store cannot be changed: disk I/O error"
+    status, words = ask(capsys, plant, "retry", NAME)
+    assert (status, words.strip().endswith(failed)) == (1, True), words
+    status, words = ask(capsys, plant, "drop", NAME)
+    assert (status, words.strip().endswith(f"{failed}; 1 messages are deleted, those set aside are not")) == (1, True)
+
+
+def test_damaged_files_are_listed(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:
+    """Until a person removes them."""
+    plant.start(1)
+    assert "damaged" not in ask(capsys, plant, "list")[1]
+    for suffix in ("", "-wal"):
+        (plant.directory / f"store.db.damaged-20260101T000000{suffix}").touch()
+    assert ask(capsys, plant, "list")[1].count("store.db.damaged-") == 1
 
 
 def test_without_a_gateway_the_file_is_changed(plant: Plant, capsys: pytest.CaptureFixture[str]) -> None:

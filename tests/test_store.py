@@ -216,6 +216,19 @@ def test_a_backlog_keeps_its_order_whatever_is_finished_first() -> None:
     assert backlog.bytes == sum(each % 7 + 1 for each in model)
 
 
+def test_rows_that_were_not_read_are_put_back_where_they_were() -> None:
+    """Also if one that was sent before it was stored has been taken meanwhile."""
+    backlog = Backlog(1, "x", loading=False)
+    for number in range(1, 8):
+        backlog.append(number, number, 5)
+    asked = backlog.take(4)
+    backlog.adopt(7)
+    backlog.put_back(asked[2:])
+    assert backlog.taken == 3
+    assert backlog.take(9) == [3, 4, 5, 6]
+    assert backlog.finish(7) == 7
+
+
 def test_a_million_messages_take_less_than_40_bytes_each_in_memory() -> None:
     """They are three numbers."""
     backlog = Backlog(1, "x", loading=False)
@@ -333,7 +346,7 @@ def test_an_error_in_one_callback_does_not_keep_the_others_from_being_told(tmp_p
 
     for done in (fail, lambda _, error: outcomes.append(error)):
         store.append(store.backlog("one"), message(), done)
-        store.read([1], lambda rows, done=done: done(rows, None))
+        store.read(store.backlog("one"), [1], lambda rows, done=done: done(rows, None))
     with pytest.raises(ZeroDivisionError):
         disk.commit()
     assert outcomes == [None, None]

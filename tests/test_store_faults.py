@@ -15,7 +15,7 @@ import pytest
 from gateway.pieces import at_once
 from gateway.store import database as database_module
 from gateway.store import writer as writer_module
-from gateway.store.database import Database, StoreUnusable
+from gateway.store.database import Database, StoreError, StoreUnusable
 from gateway.store.row import Row
 from tests.harness import eventually
 from tests.test_store import ROOT, Threaded, message
@@ -281,7 +281,7 @@ def test_damage_inside_a_large_message_costs_only_that_message(tmp_path: Path) -
     eventually(lambda: after.turn() and not after.store.loading, "the scan ends")
     backlog = after.store.backlog("one")
     got: list[Any] = []
-    after.store.read(backlog.take(3), got.append)
+    after.store.read(backlog, backlog.take(3), got.append)
     eventually(lambda: after.turn() and bool(got), "it is read")
     assert [each if isinstance(each, int) else each.message.payload[:8] for each in got[0]] == [
         b"00000001",
@@ -332,6 +332,65 @@ def test_a_file_of_which_nothing_can_be_read_is_left_where_it_is(
     assert not [each for each in tmp_path.iterdir() if "damaged" in each.name or "copy" in each.name]
 
 
+class UnreadableRow(Database):
+    """Cannot give one row from its own file; the copy that can be made of it has the row."""
+
+    def __init__(self, directory: Path, number: int) -> None:
+        super().__init__(directory)
+        self.number, self.is_well = number, False
+
+    def _row(self, number: int) -> Row | int:
+        if number == self.number and not (self.is_well or self.damaged_files()):
+            raise sqlite3.OperationalError("disk I/O error")
+        return super()._row(number)
+
+
+def test_rows_before_one_that_cannot_be_read_are_read(tmp_path: Path) -> None:
+    """The others wait, and it is known why; once the disk gives the row, nothing is remembered of it."""
+    database = UnreadableRow(tmp_path, 4)
+    threaded = Threaded(tmp_path, database)
+    store = threaded.store
+    threaded.append(5)
+    threaded.wait(5)
+    backlog, got = store.backlog("one"), list[list[int]]()
+
+    def read() -> list[int]:
+        asked = backlog.take(5)
+        store.read(backlog, asked, lambda rows: got.append([row.number for row in rows if isinstance(row, Row)]))
+        eventually(lambda: threaded.turn() and bool(got), "it is read")
+        numbers = got.pop()
+        backlog.put_back(asked[len(numbers) :])
+        return numbers
+
+    assert read() == [2, 3]
+    assert not store.unreadable
+    assert read() == []
+    assert "disk I/O error" in str(store.unreadable["one"])
+    database.is_well = True
+    assert read() == [4, 5, 6]
+    assert not store.unreadable
+    store.close()
+
+
+def test_a_row_that_is_unreadable_for_long_does_not_keep_the_others_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read from a new file, and the log says so."""
+    monkeypatch.setattr(writer_module, "_UNREADABLE_FOR", 0.0)
+    threaded = Threaded(tmp_path, UnreadableRow(tmp_path, 2))
+    store = threaded.store
+    threaded.append(3)
+    threaded.wait(3)
+    got: list[list[Row | int]] = []
+    store.read(store.backlog("one"), [2, 3, 4], got.append)
+    eventually(lambda: threaded.turn() and bool(got), "it is read")
+    assert len(got[0]) == 3
+    assert any("damaged" in note for note in store.notes)
+    at_once(store.sweep())
+    eventually(lambda: threaded.turn() and bool(store.damaged_files), "the damaged file is listed")
+    store.close()
+
+
 def test_a_full_disk_is_full_until_the_reserve_can_be_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,12 +421,14 @@ def test_what_was_set_aside_is_still_counted_if_it_cannot_be_moved(tmp_path: Pat
     threaded.append(1)
     threaded.wait(1)
     store.set_aside(backlog, backlog.take(1)[0], "test")
-    done: list[int] = []
+    done: list[tuple[int, StoreError | None]] = []
     for ask, words in ((store.retry, "SELECT number, stamp, data FROM aside"), (store.drop, "DELETE FROM aside")):
         fail(words, 1)
-        ask(backlog, done.append)
+        ask(backlog, lambda count, error: done.append((count, error)))
         eventually(lambda: threaded.turn() and bool(done), "it is answered")
-        assert done.pop() == 0
+        count, error = done.pop()
+        assert count == 0
+        assert "disk I/O error" in str(error)
         assert store.aside["one"] == 1
     store.close()
 

@@ -12,6 +12,7 @@ import pytest
 from gateway import stored_devices
 from gateway.cli.status import overview
 from gateway.errors import EndReason, Refusal
+from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
 from gateway.pieces import at_once, in_turns
@@ -131,6 +132,34 @@ def test_a_disk_that_fails_in_an_outage_is_down(gateway: RunningGateway, device:
     assert "no space" in verdict(failing).reasons[0]
     document["store"]["full_in_seconds"] = 3600
     assert any("full in 1 h" in reason for reason in verdict(document).reasons)
+
+
+def test_messages_that_cannot_be_read_and_damaged_files_are_shown(
+    gateway: RunningGateway, device: Device, logged_errors: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By log, status, page and metrics; nobody would look for a backlog that waits in silence."""
+    del device
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    (name,) = stored.sessions
+    (Path(stored.store.config.directory or "") / "store.db.damaged-20260101T000000").touch()
+    stored.store._listed = -1000.0
+    stored.store.unreadable[name] = StoreError("disk I/O error")
+    eventually(lambda: seen(gateway)["store"]["damaged_files"] == 1, "the file is listed")
+    document = seen(gateway)
+    reasons = "\n".join(verdict(document).reasons)
+    assert "Stored messages of one device cannot be read, and wait: disk I/O error" in reasons
+    assert "store.db.damaged-20260101T000000" in reasons
+    metrics = gateway.call(lambda: at_once(Metrics(gateway.service.sight).exposition(""))[0]).decode()
+    assert "mqtts_gateway_store_unreadable 1.0" in metrics
+    assert "mqtts_gateway_store_damaged_files 1.0" in metrics
+    eventually(lambda: bool(logged_errors), "it is logged")
+    assert logged_errors.pop()["event"] == "store-unreadable"
+    info = Mock()
+    monkeypatch.setattr(stored_devices._log, "info", info)
+    stored.store.unreadable.clear()
+    eventually(lambda: info.called, "so is the end")
+    assert info.call_args.kwargs["event"] == "store-readable"
 
 
 def test_page_and_terminal_show_the_backlog(gateway: RunningGateway, device: Device) -> None:

@@ -31,6 +31,7 @@ _DEFAULT = Path("/var/lib/mqtts-gateway/store")
 _SHOWN = 200  # characters of a name or a topic
 _PATIENCE = 60.0  # seconds until the gateway has answered
 _DELETED = 1_000  # rows in one transaction
+_CHANGES = frozenset({"retry", "drop"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,17 +56,17 @@ def run(options: argparse.Namespace) -> int:
     """Do what was asked."""
     try:
         directory = _directory(options)
-        if options.action in {"retry", "drop"}:
+        if options.action in _CHANGES:
             return _change(directory, options.action, options.device)
         with _reading(directory) as connection:
             if options.action == "list":
-                return _list(connection)
+                return _list(directory, connection)
             return _show(connection, options.device, with_payload=options.action == "export")
     except ConfigError as error:
         for problem in error.problems:
             complain(problem)
     except (sqlite3.Error, StoreError, OSError) as error:
-        complain(f"the store cannot be read: {error}")
+        complain(f"the store cannot be {'changed' if options.action in _CHANGES else 'read'}: {error}")
     return 1
 
 
@@ -90,7 +91,7 @@ def _reading(directory: Path) -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
-def _list(connection: sqlite3.Connection) -> int:
+def _list(directory: Path, connection: sqlite3.Connection) -> int:
     names = dict(connection.execute("SELECT number, name FROM device"))
     waiting = connection.execute(
         "SELECT device, count(*), sum(length(data)), min(stamp) FROM message GROUP BY device ORDER BY 2 DESC"
@@ -101,6 +102,9 @@ def _list(connection: sqlite3.Connection) -> int:
     rows += [(device, 0, 0, "") for device in aside if device not in {row[0] for row in rows}]
     for device, count, size, oldest in rows:
         print(f"{count:>10} {size:>13} {aside.get(device, 0):>10}  {oldest:<20}  {_shown(names.get(device, '?'))}")
+    damaged = Database(directory).damaged_files()
+    if damaged:
+        print(f"\nThe store was damaged, and messages may be lost. Damaged files: {', '.join(damaged)}")
     return 0
 
 

@@ -166,6 +166,8 @@ class _Gateway(Collector):
             ("limit_bytes", "The limit of those bytes.", float(store.config.max_size)),
             ("oldest_seconds", "How long the oldest of them has waited.", oldest),
             ("failing", "1 while the disk does not take what is written.", float(store.failure is not None)),
+            ("unreadable", "Devices whose stored messages cannot be read.", float(len(store.unreadable))),
+            ("damaged_files", "Damaged files that were moved aside.", float(len(store.damaged_files))),
             ("set_aside", "Messages that the broker refused and that are kept.", float(sum(store.aside.values()))),
         ):
             yield GaugeMetricFamily(f"{_PREFIX}_store_{name}", words, value=value)

@@ -337,6 +337,12 @@ class Sight:
             "oldest_seconds": None if store.oldest is None else max(0, round(moment - store.oldest)),
             "loading": store.loading,
             "failure": None if store.failure is None else unprintable_escaped(str(store.failure), _MAX_TEXT),
+            "unreadable": {
+                "devices": len(store.unreadable),
+                "failure": unprintable_escaped(str(next(iter(store.unreadable.values()), "")), _MAX_TEXT),
+            },
+            "damaged_files": len(store.damaged_files),
+            "newest_damaged_file": store.damaged_files[-1] if store.damaged_files else None,
             "stored": counts.stored,
             "delivered": counts.drained,
             "set_aside": sum(store.aside.values()),

@@ -112,6 +112,10 @@ def store_problems(stored: Part) -> list[str]:
             f"The store cannot write: {stored['failure']}. Without a broker, devices get no acknowledgement. "
             "Free space on the disk, or repair it."
         )
+    unreadable = stored["unreadable"]
+    if unreadable["devices"]:
+        some = "one device" if unreadable["devices"] == 1 else f"{number(unreadable['devices'])} devices"
+        problems.append(f"Stored messages of {some} cannot be read, and wait: {unreadable['failure']}. Check the disk.")
     full = stored.get("full_in_seconds")
     if full is not None and full < _SOON_FULL:
         problems.append(
@@ -121,6 +125,11 @@ def store_problems(stored: Part) -> list[str]:
         problems.append(
             f"{number(stored['set_aside'])} stored messages are set aside, because the broker refused them. "
             "`mqtts-gateway store list` names the devices."
+        )
+    if stored["damaged_files"]:
+        problems.append(
+            f"The store was damaged, and messages may be lost: {stored['newest_damaged_file']} in its directory is the "
+            "damaged file. Check the disk, and remove the file when you no longer need it."
         )
     return problems
 

@@ -468,7 +468,7 @@ class Outgoing:
             numbers = self._backlog.take(2 * window - len(self._loaded))
             if numbers:
                 self._reading = True
-                self._store.read(numbers, partial(self._read, self._epoch, len(numbers)))
+                self._store.read(self._backlog, numbers, partial(self._read, self._epoch, numbers))
         self._ping_if_needed()
         self._check_refused()
         if not self.live and self._is_all_sent:
@@ -639,13 +639,13 @@ class Outgoing:
 
     # ---- inside: from disk
 
-    def _read(self, epoch: int, asked: int, rows: list[Row | int] | None) -> None:
+    def _read(self, epoch: int, asked: list[int], rows: list[Row | int]) -> None:
         if epoch != self._epoch:
             return
         self._reading = False
-        if rows is None:
+        self._backlog.put_back(asked[len(rows) :])
+        if not rows:
             # The disk cannot be read; the next sweep tries again.
-            self._backlog.taken -= asked
             return
         for row in rows:
             if isinstance(row, Row):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # So many finished entries may stand before the first one that counts; then they are removed in one piece.
 _COMPACTED_AT = 4096
@@ -73,6 +73,15 @@ class Backlog:
         numbers = self._numbers[start : start + most].tolist()
         self.taken += len(numbers)
         return numbers
+
+    def put_back(self, numbers: Sequence[int]) -> None:
+        """Put back rows that were taken and could not be read; others may have been taken since."""
+        for number in reversed(numbers):
+            last = self._head + self.taken - 1
+            at = self._numbers.index(number, self._head, last + 1)
+            for column in (self._numbers, self._sizes, self._stamps):
+                column.insert(last, column.pop(at))
+            self.taken -= 1
 
     def give_back(self) -> None:
         """Put back what was taken and is not finished."""

@@ -288,8 +288,12 @@ class Database:
         self._guarded(lambda: self._commit(changes))
 
     def read(self, numbers: Sequence[int]) -> list[Row | int]:
-        """Return rows in the order of their numbers; for a damaged or missing one its number."""
-        return self._guarded(lambda: [self._row(number) for number in numbers])
+        """Return rows in the order of their numbers; for a damaged or missing one its number.
+
+        There are fewer if the disk fails: those before the first that it does not give.  Raises StoreError if there
+        are none.
+        """
+        return self._guarded(lambda: self._rows(numbers))
 
     def scan(self, after: int, up_to: int, limit: int) -> list[tuple[int, int, int, int]]:
         """Return (number, device, stamp, size of data) of at most `limit` rows behind `after`."""
@@ -308,6 +312,10 @@ class Database:
                 return self._open.execute("DELETE FROM aside WHERE device = ?", (device,)).rowcount
 
         return self._guarded(drop)
+
+    def damaged_files(self) -> list[str]:
+        """Return the names of the files that were moved aside because they were damaged, the newest last."""
+        return sorted(path.name for path in self.directory.glob(f"{self.path.name}.damaged-*") if not _is_wal(path))
 
     def used(self) -> int:
         """Return the bytes of the files: database and WAL."""
@@ -476,6 +484,17 @@ class Database:
             for change in changes:
                 change.apply(self._open)
 
+    def _rows(self, numbers: Sequence[int]) -> list[Row | int]:
+        rows: list[Row | int] = []
+        for number in numbers:
+            try:
+                rows.append(self._row(number))
+            except sqlite3.Error:
+                if not rows:
+                    raise
+                break
+        return rows
+
     def _row(self, number: int) -> Row | int:
         query = "SELECT device, stamp, data FROM message WHERE number = ?"
         try:
@@ -617,6 +636,10 @@ def is_damaged(error: StoreError) -> bool:
 
 def _wal(path: Path) -> Path:
     return Path(f"{path}-wal")
+
+
+def _is_wal(path: Path) -> bool:
+    return path.name.endswith("-wal")
 
 
 def _rename(source: Path, target: Path) -> None:

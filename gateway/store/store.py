@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 from attrs import define, field
 
@@ -37,6 +37,7 @@ from gateway.store.row import OVERHEAD, Row, size_of
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)  # seconds
 _PROBE_EVERY = 5.0  # seconds, while the disk does not take what is written
+_LIST_EVERY = 60.0  # seconds until files that were moved aside are listed again
 # Messages of one device; and what is done in a turn: each message counts 1, so does each device that is looked at, and
 # deleting from it 10 more.
 _AGED_AT_A_TIME = 1_000
@@ -61,6 +62,9 @@ class StoreWriter(Protocol):
 
     def work(self, work: Callable[[Database], object], done: Callable[[object, StoreError | None], None]) -> None:
         """Call `work` where the disk may be waited for."""
+
+    def read(self, numbers: Sequence[int], done: Callable[[Any, StoreError | None], None]) -> None:
+        """Read rows, as `Database.read` does."""
 
     def close(self) -> None:
         """Write what waits and close."""
@@ -116,7 +120,12 @@ class Store:
         self.used = 0
         # Deletes that are put off, so that a drain does not wear out the flash with commits of its own.
         self._finished: list[int] = []
+        # Why nothing is written, and why nothing is read for some devices, by name.
         self.failure: StoreError | None = None
+        self.unreadable: dict[str, StoreError] = {}
+        # Names of files that were moved aside because they were damaged, the newest last.
+        self.damaged_files: list[str] = []
+        self._listed = -_LIST_EVERY
         self._probed = 0.0
         self._pending_probe = False
         self._is_ageing = False
@@ -185,6 +194,7 @@ class Store:
             del self._by_number[backlog.number]
             self._remember(backlog.name, None)
             self.received.pop(backlog.name, None)
+            self.unreadable.pop(backlog.name, None)
             # Rows without their device would wait for a person.
             self.flush()
             self._writer.write(Forget(backlog.number))
@@ -254,10 +264,17 @@ class Store:
         self._writer.write(Append(Row(number, backlog.number, stamp, message, identifier), received), committed)
         return number
 
-    def read(self, numbers: Sequence[int], done: Callable[[list[Row | int] | None], None]) -> None:
-        """Read rows; `done` gets them, a number for each that is damaged, or None if the disk cannot be read."""
-        numbers = list(numbers)
-        self._writer.work(lambda database: database.read(numbers), lambda rows, error: done(None if error else rows))  # type: ignore[arg-type]
+    def read(self, backlog: Backlog, numbers: Sequence[int], done: Callable[[list[Row | int]], None]) -> None:
+        """Read rows; `done` gets them, a number for each that is damaged, and fewer if the disk does not give all."""
+
+        def was_read(rows: Any, error: StoreError | None) -> None:
+            if error is None:
+                self.unreadable.pop(backlog.name, None)
+            else:
+                self.unreadable[backlog.name] = error
+            done(rows if error is None else [])
+
+        self._writer.read(numbers, was_read)
 
     def finish(self, backlog: Backlog, numbers: Sequence[int], reason: str = "") -> None:
         """Delete rows that are taken: the broker has them, or, with a `reason`, nobody gets them."""
@@ -321,10 +338,10 @@ class Store:
             self.received[backlog.name] = set()
         self._writer.write(Save(backlog.number, backlog.name, state, forget_received), done)
 
-    def drop(self, backlog: Backlog, done: Callable[[int], None]) -> None:
+    def drop(self, backlog: Backlog, done: Callable[[int, StoreError | None], None]) -> None:
         """Delete all that waits of a device and is not in flight, and what was set aside.
 
-        `done` gets how many there were.
+        `done` gets how many there were, and the error if those that were set aside are still there.
         """
         waiting = self.aside.pop(backlog.name, 0)
         numbers, freed = backlog.evict(1 << 62)
@@ -335,12 +352,12 @@ class Store:
         def dropped(aside: object, error: StoreError | None) -> None:
             if error is not None:
                 self.aside[backlog.name] += waiting
-            done(len(numbers) + (aside if error is None and isinstance(aside, int) else 0))
+            done(len(numbers) + (aside if isinstance(aside, int) else 0), error)
 
         self._writer.work(lambda database: database.drop_aside(backlog.number), dropped)
 
-    def retry(self, backlog: Backlog, done: Callable[[int], None]) -> None:
-        """Put what was set aside behind the backlog; `done` gets how many there were."""
+    def retry(self, backlog: Backlog, done: Callable[[int, StoreError | None], None]) -> None:
+        """Put what was set aside behind the backlog; `done` gets how many there were, or the error."""
         waiting = self.aside.pop(backlog.name, 0)
         # Their numbers must not be given to others meanwhile.
         first = self._last_number + 1
@@ -349,11 +366,11 @@ class Store:
         def moved(rows: object, error: StoreError | None) -> None:
             if error is not None:
                 self.aside[backlog.name] += waiting
-            found = rows if error is None and isinstance(rows, list) else []
+            found = rows if isinstance(rows, list) else []
             for number, stamp, size in found:
                 backlog.append(number, size, stamp)
                 self.bytes += size
-            done(len(found))
+            done(len(found), error)
 
         self._writer.work(lambda database: database.retry_aside(backlog.number, first), moved)
 
@@ -367,6 +384,9 @@ class Store:
             self._probed = now
             self._pending_probe = True
             self._writer.work(lambda database: database.keep_reserve(), self._has_reserve)
+        if now - self._listed >= _LIST_EVERY and not self._is_closed:
+            self._listed = now
+            self._writer.work(lambda database: database.damaged_files(), self._are_listed)
         # One that takes longer than a second goes on.
         if self.config.max_age and self._is_plausible() and not self.loading and not self._is_ageing:
             self._is_ageing = True
@@ -447,6 +467,10 @@ class Store:
         if state is not None:
             self.states[name] = state
             self.remembered += len(state) + _DEVICE_OVERHEAD
+
+    def _are_listed(self, names: Any, error: StoreError | None) -> None:
+        if error is None:
+            self.damaged_files = names
 
     def _has_reserve(self, is_there: object, _error: StoreError | None) -> None:
         if self.failure is not None and self.failure.is_full and not is_there:

@@ -31,12 +31,14 @@ from gateway.store.database import (
     is_damaged,
     needs_recovery,
 )
+from gateway.store.row import Row
 
 _MOST = 200  # changes in a transaction; their callbacks are one turn of the reactor
 _SCANNED = 2_000  # rows that are looked at in one piece, so that commits need not wait for the scan
 _RECOVER_EVERY = 10.0  # seconds between two attempts to go on with a copy
 _SCAN_AGAIN = 1.0  # seconds until rows that could not be read are scanned again
 _MOST_SCANS = 10  # scans in a row that fail; then the file is taken for damaged
+_UNREADABLE_FOR = 10.0  # seconds in which a row cannot be read; then the same
 _MOST_STARTS = 3  # times that a damaged file is moved aside, each of which takes room on the disk
 
 # What waits for room, and `Forget`, which must not overtake a `Save` of its device.
@@ -94,6 +96,8 @@ class Writer:
         self._scan_to = 0
         self._scanning = False
         self._failed_scans = 0
+        # Rows that the disk did not give when they were asked for, and since when.
+        self._unreadable: dict[int, float] = {}
         self._starts_left = _MOST_STARTS
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
 
@@ -112,6 +116,13 @@ class Writer:
     def work(self, work: Callable[[Database], Any], done: Callable[[Any, StoreError | None], None]) -> None:
         """Call `work` in the thread; `done` gets what it returns, or the error."""
         self._put(_Work(work, done))
+
+    def read(self, numbers: Sequence[int], done: Callable[[Any, StoreError | None], None]) -> None:
+        """Read rows; `done` gets what `Database.read` returns, or the error.
+
+        If the first row cannot be read for some time, the others are taken into a new file.
+        """
+        self.work(lambda database: self._rows(database, numbers), done)
 
     def close(self) -> None:
         """Write what waits, close the file, end the thread.  Blocks until that is done."""
@@ -167,6 +178,17 @@ class Writer:
             failure = error
             return lambda: item.done(None, failure)
         return lambda: item.done(value, None)
+
+    def _rows(self, database: Database, numbers: Sequence[int]) -> list[Row | int]:
+        try:
+            rows = database.read(numbers)
+        except StoreError as error:
+            since = self._unreadable.setdefault(numbers[0], monotonic())
+            if monotonic() - since < _UNREADABLE_FOR or not self._start_anew(error):
+                raise
+            rows = database.read(numbers)
+        self._unreadable.pop(numbers[0], None)
+        return rows
 
     def _write(self, writes: Sequence[_Write]) -> list[Callable[[], None]]:
         began = monotonic()
