@@ -239,7 +239,7 @@ def test_a_device_that_was_never_here(start: StartGateway, ask: Ask) -> None:
     status, out, _ = ask("--device", "device-17", gateway=gateway)
     assert status == 3
     assert out.startswith("device-17 is unknown\n")
-    assert f"Devices must connect to 127.0.0.1:{gateway.port}." in out
+    assert f"Devices must connect to 127.0.0.1:{gateway.port} (from this machine only)." in out
     assert "The device does not reach this gateway" in out
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from gateway.cli.status import overview
-from gateway.ops.status_words import clock, duration, number, size
+from gateway.ops.status_words import Level, Verdict, clock, duration, number, size, verdict, where_devices_connect
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Markup, element, together
+from gateway.pieces import at_once
 from tests import mqtt_packets as mqtt
 from tests.browser import Browser, Tab
 from tests.harness import Broker, Device, RunningGateway, eventually
@@ -189,6 +190,45 @@ def test_not_connected_is_one_number(start_gateway: StartGateway, start_broker: 
     assert "<dt>Not connected</dt><dd><b>3</b><small>1 failed in the last 15 min</small>" in page
     assert ">Not connected 3</a>" in page
     assert "0 connected, 0 connecting, 3 not connected" in "\n".join(overview(ask(gateway).json))
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("192.0.2.7:1883", "192.0.2.7:1883"),
+        ("0.0.0.0:1883", "edge-box:1883 (any address of this machine)"),
+        ("[::]:1883", "edge-box:1883 (any address of this machine)"),
+        ("[::1]:1883", "[::1]:1883 (from this machine only)"),
+        ("[fe80::1%eth0]:1883", "[fe80::1%eth0]:1883"),
+        ("/run/mqtt.sock", "the UNIX socket /run/mqtt.sock"),
+        ("local", "the UNIX socket local"),
+    ],
+)
+def test_where_a_device_connects(address: str, words: str) -> None:
+    """By an address that it can use; a listener's own may be every one, or one that only this machine reaches."""
+    assert where_devices_connect({"host": "edge-box", "listeners": [{"name": "", "address": address}]}) == words
+
+
+def test_at_first_it_says_where_to_point_a_device(start_gateway: StartGateway, start_broker: StartBroker) -> None:
+    """Until the broker has accepted one; whether or not the broker was verified before."""
+    gateway = start_gateway(
+        upstream=start_broker().port,
+        listen=[{"endpoint": "127.0.0.1:0", "name": "hall 3"}, {"endpoint": "[::1]:0"}],
+        status={"endpoint": "127.0.0.1:0"},
+    )
+    listeners = gateway.service.ports
+    where = f"127.0.0.1:{gateway.port} (listener hall 3, from this machine only) or [::1]:{listeners[1].getHost().port}"
+
+    def shown() -> Verdict:
+        return verdict(gateway.call(lambda: at_once(gateway.service.sight.document())))
+
+    assert shown().reasons == [f"Point a device at {where} (from this machine only), with plain MQTT (no TLS)."]
+    (upstream,) = gateway.service.gateway.upstreams
+    upstream.verified_at = 0.0  # as after a probe
+    assert (shown().level, len(shown().reasons)) == (Level.WELL, 1)
+    connected(gateway, "device-17").close()
+    gateway.wait_ended()
+    assert not any("Point a device" in reason for reason in shown().reasons)
 
 
 def test_hostile_names_are_text(browser: Browser, plant: Plant) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import UTC, datetime, tzinfo
 from enum import IntEnum
+from ipaddress import ip_address
 from typing import Any
 
 from attrs import frozen
@@ -77,6 +78,9 @@ def verdict(document: Part) -> Verdict:
             "Check the disk or the journal, or what reads the gateway's standard output."
         )
     absent = _absent(document)
+    is_new = not document["sessions"]["started"] and not connected(document)
+    if is_new:
+        absent.append(f"Point a device at {where_devices_connect(document)}, with plain MQTT (no TLS).")
     if not document["alive"]:
         return Verdict(Level.DOWN, "The event loop is stuck; timeouts are not enforced", reasons)
     stored, steps = document.get("store"), document["sessions"]["by_step"]
@@ -99,9 +103,11 @@ def verdict(document: Part) -> Verdict:
         return Verdict(Level.ATTENTION, "Some devices are not served", absent + reasons)
     if reasons:
         return Verdict(Level.ATTENTION, "Devices are served, but something needs attention", reasons + absent)
-    if not document["sessions"]["started"] and all(each["verified"] is None for each in document["upstreams"]):
-        return Verdict(Level.UNTRIED, "No device has connected yet, and no broker has been tried", absent)
-    return Verdict(Level.WELL, "The gateway is well", reasons + absent)
+    if not is_new:
+        return Verdict(Level.WELL, "The gateway is well", absent)
+    if any(each["verified"] is not None for each in document["upstreams"]):
+        return Verdict(Level.WELL, "The gateway is well, but no device has connected yet", absent)
+    return Verdict(Level.UNTRIED, "No device has connected yet, and no broker has been tried", absent)
 
 
 def store_problems(stored: Part) -> list[str]:
@@ -304,15 +310,36 @@ def device_words(device: Part) -> list[str]:
     return lines
 
 
+def where_devices_connect(document: Part) -> str:
+    """Name the listeners as devices reach them."""
+    return " or ".join(_reached_at(each, document["host"]) for each in document["listeners"]) or "nowhere"
+
+
+def _reached_at(listener: Part, host: str) -> str:
+    address, name = listener["address"], listener["name"]
+    ip, _, port = address.rpartition(":")
+    notes = [f"listener {name}"] if name else []
+    try:
+        parsed = ip_address(ip.strip("[]").partition("%")[0])
+    except ValueError:
+        address = f"the UNIX socket {address}"
+    else:
+        if parsed.is_unspecified:
+            address = f"{host}:{port}"
+            notes.append("any address of this machine")
+        elif parsed.is_loopback:
+            notes.append("from this machine only")
+    return f"{address} ({', '.join(notes)})" if notes else address
+
+
 def unknown_words(document: Part) -> list[str]:
     """Describe what it means that a device is unknown."""
     remembered = duration(document["devices"]["remembered_seconds"])
-    where = ", ".join(listener["address"] for listener in document["listeners"]) or "nowhere"
     lines = [
         f"No matching session is open, and none has ended within the last {remembered}.",
         "The device does not reach this gateway, or uses another name.",
         "Check its power, its network, and that it is configured with this gateway's address.",
-        f"Devices must connect to {where}.",
+        f"Devices must connect to {where_devices_connect(document)}.",
     ]
     without_name = sum(1 for each in document["lately"] if each["reason"] in {"not-mqtt", "connect-timeout"})
     if without_name or document["sessions"]["refused"]:
