@@ -18,6 +18,7 @@ from gateway.mqtt.packets import (
     ReasonCode,
     decode_remaining_length,
     decode_string,
+    decode_texts,
     encode_remaining_length,
     encode_string,
     is_minimal,
@@ -145,6 +146,19 @@ def test_what_no_string_may_be_is_refused(data, words):
     with pytest.raises(PacketError, match=f".*{words[:20]}") as caught:
         decode_string(data, 0, "name")
     assert words in caught.value.detail
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""], ["a", "", "\u00e9\U0001f321"]])
+def test_many_strings_are_decoded_as_one_by_one(texts):
+    assert decode_texts([text.encode() for text in texts], "name") == texts
+
+
+@pytest.mark.parametrize("wrong", [b"\xff", b"\0", b"a\0", b"\xc3"])
+def test_a_fault_in_one_of_many_strings_is_found(wrong):
+    """Also where one string would go on in the next, or where NUL makes up for one that is missing."""
+    for texts in ([wrong], [b"a", wrong], [wrong, b"\xbc"], [wrong, b""]):
+        with pytest.raises(PacketError):
+            decode_texts(texts, "name")
 
 
 def test_a_string_that_is_too_long_is_not_written():

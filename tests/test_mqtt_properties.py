@@ -8,7 +8,6 @@ from paho.mqtt.properties import Properties as PahoProperties
 
 from gateway.errors import PacketError
 from gateway.mqtt import packets
-from gateway.mqtt import properties as properties_module
 from gateway.mqtt.packets import MAX_ELEMENTS, decode_text, encode_remaining_length
 from gateway.mqtt.properties import (
     PropertyId,
@@ -179,7 +178,6 @@ def test_the_texts_of_user_properties_are_decoded_together(monkeypatch: pytest.M
         return decode_text(encoded, what)
 
     monkeypatch.setattr(packets, "decode_text", decode)
-    monkeypatch.setattr(properties_module, "decode_text", decode)
     pair = b"\x26\0\2\xc3\xbc\0\3\xe2\x82\xac"
     data = pair * MAX_ELEMENTS
     assert read(encode_remaining_length(len(data)) + data) == {}

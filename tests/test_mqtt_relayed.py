@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gateway.errors import PacketError
+from gateway.mqtt import packets
 from gateway.mqtt.packets import MAX_ELEMENTS, ProtocolVersion
 from gateway.mqtt.relayed import (
     Delivery,
@@ -248,6 +249,40 @@ def test_the_number_of_filters_is_limited() -> None:
     with pytest.raises(PacketError) as caught:
         read_unsubscribe(V4, b"\0\7" + one * (MAX_ELEMENTS + 1))
     assert caught.value.reason_code == 0x95
+
+
+def test_topic_filters_are_decoded_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packet may have a thousand of them; none is decoded by itself while all are in order."""
+    monkeypatch.setattr(packets, "decode_text", lambda encoded, what: pytest.fail(f"{encoded!r}, {what}"))
+    filters = [f"ü/{number}" for number in range(MAX_ELEMENTS)]
+    body = b"".join(mqtt.string(text) for text in filters)
+    assert [text for text, _ in read_unsubscribe(V4, b"\0\7" + body).filters] == filters
+    body = b"".join(mqtt.string(text) + bytes((number % 3,)) for number, text in enumerate(filters))
+    assert read_subscribe(V4, b"\0\7" + body).filters == tuple(
+        (text, number % 3) for number, text in enumerate(filters)
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "detail"),
+    [
+        (b"\0\1\xff\0", "not UTF-8"),
+        (b"\0\1\0\0", r"U\+0000"),
+        (b"\0\1\xff", "not UTF-8"),
+        (b"\0\1\xff\3", "not UTF-8"),
+        (b"\0\1a\3", "options 0b00000011"),
+        # Together they would be a character.
+        (b"\0\1\xc3\0\0\1\xbc\0", "not UTF-8"),
+    ],
+)
+@pytest.mark.parametrize("rest", [b"", b"\0", b"\0\1a\3", (b"\0\1a\0") * MAX_ELEMENTS], ids=len)
+def test_the_first_fault_of_a_filter_is_the_one_that_is_named(wrong: bytes, detail: str, rest: bytes) -> None:
+    """Not one behind it."""
+    if wrong == b"\0\1\xff" and rest:
+        rest = b"\3"  # Its options, which are as wrong, but come later.
+    with pytest.raises(PacketError, match=detail) as caught:
+        read_subscribe(V4, b"\0\7" + mqtt.string("a") + b"\0" + wrong + rest)
+    assert caught.value.reason_code == 0x81
 
 
 def test_a_qos_is_lowered_and_the_other_options_stay() -> None:

@@ -5,6 +5,8 @@ In: bytes and an offset.  Out: numbers, text, and descriptions of codes; `Packet
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from enum import IntEnum
 
 from gateway.errors import EndReason, PacketError
@@ -247,6 +249,19 @@ def decode_text(encoded: bytes, what: str) -> str:
     if "\0" in text:
         raise malformed(f"the {what} contains the character U+0000 (MQTT 5.0 §1.5.4)")
     return text
+
+
+def decode_texts(encoded: Sequence[bytes], what: str) -> list[str]:
+    """Decode the bytes of many UTF-8 strings at once.  Raises PacketError as `decode_text` for the first with a fault.
+
+    In UTF-8 no character continues behind U+0000, so strings with that between them are as valid together as they are
+    alone.  If a string contains it, or is not UTF-8, they are decoded one by one.
+    """
+    with suppress(UnicodeDecodeError):
+        texts = b"\0".join(encoded).decode("utf-8").split("\0")
+        if len(texts) == len(encoded):
+            return texts
+    return [decode_text(each, what) for each in encoded]
 
 
 def encode_string(text: str) -> bytes:

@@ -7,7 +7,6 @@ for what the standard calls malformed or a protocol error.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from enum import Enum, IntEnum
 from functools import lru_cache
 
@@ -20,7 +19,7 @@ from gateway.mqtt.packets import (
     decode_integer,
     decode_remaining_length,
     decode_string,
-    decode_text,
+    decode_texts,
     encode_remaining_length,
     encode_string,
     is_minimal,
@@ -275,9 +274,9 @@ def _parse_section(section: bytes, permitted: frozenset[int], where: str, before
         properties = _read_section(section, permitted, where, before, texts)
     except PacketError:
         # A text before the fault may have a fault of its own, and the first one counts.
-        _check_texts(texts, where)
+        decode_texts(texts, f"User Property of {where}")
         raise
-    _check_texts(texts, where)
+    decode_texts(texts, f"User Property of {where}")
     return properties
 
 
@@ -316,21 +315,6 @@ def _take_user_property(section: bytes, offset: int, where: str, texts: list[byt
             raise malformed(f"the packet ends within the User Property of {where}")
         texts.append(section[start:offset])
     return offset
-
-
-def _check_texts(texts: list[bytes], where: str) -> None:
-    """Check all texts at once.  Raises PacketError as `decode_text` does for the first one with a fault.
-
-    In UTF-8 no character continues behind an ASCII character, so texts between such characters are as valid together as
-    they are alone.
-    """
-    together = b"\n".join(texts)
-    if b"\0" not in together:
-        with suppress(UnicodeDecodeError):
-            together.decode("utf-8")
-            return
-    for text in texts:
-        decode_text(text, f"User Property of {where}")
 
 
 @lru_cache(maxsize=128)

@@ -9,6 +9,8 @@ Of a PUBLISH only the head is read: everything before its payload.
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
+from itertools import repeat
 
 from attrs import frozen
 
@@ -20,6 +22,7 @@ from gateway.mqtt.packets import (
     decode_integer,
     decode_remaining_length,
     decode_string,
+    decode_texts,
     encode_remaining_length,
     encode_string,
     malformed,
@@ -283,21 +286,65 @@ def _read_filters(
     if is_5:
         _, offset = parse_properties(body, offset, permitted, name)
     head = body[:offset]
-    filters: list[tuple[str, int | None]] = []
+    texts: list[bytes] = []
+    options: list[int] = []
     what = f"Topic Filter of {name}"
-    while offset < len(body):
-        if len(filters) == MAX_ELEMENTS:
-            raise too_large(f"{name} has more than {MAX_ELEMENTS} Topic Filters")
-        text, offset = decode_string(body, offset, what)
-        options = None
-        if has_options:
-            options, offset = decode_integer(body, offset, 1, f"options of {name}")
-            reserved = _OPTIONS_RESERVED_5 if is_5 else ~_OPTIONS_QOS & 0xFF
-            wrong = options & _OPTIONS_QOS > _MAX_QOS or (is_5 and options & _RETAIN_HANDLING == _RETAIN_HANDLING)
-            # MQTT 3.1 §3.8 reserves the upper six bits but does not require 0.
-            if wrong or (options & reserved and not lenient and version is not ProtocolVersion.MQTT_3_1):
-                raise malformed(f"{name} with the options 0b{options:08b} (MQTT {version.label} §3.8.3)")
-        filters.append((text, options))
-    if not filters:
+    try:
+        _take_filters(version, body, offset, name, texts, options if has_options else None, lenient=lenient)
+    except PacketError:
+        # A filter before the fault may have a fault of its own, and the first one counts.
+        decode_texts(texts, what)
+        raise
+    if not texts:
         raise protocol_error(f"{name} without a Topic Filter (MQTT {version.label} §3.{8 if has_options else 10}.3)")
-    return Subscribe(head, tuple(filters))
+    filters = decode_texts(texts, what)
+    return Subscribe(head, tuple(zip(filters, options or repeat(None), strict=False)))
+
+
+def _take_filters(
+    version: ProtocolVersion,
+    body: bytes,
+    offset: int,
+    name: str,
+    texts: list[bytes],
+    options: list[int] | None,
+    *,
+    lenient: bool,
+) -> None:
+    """Put the Topic Filters from `offset` on into `texts`, unchecked, and their options into `options`, if not None."""
+    size = len(body)
+    valid = _valid_options(version, lenient)
+    while offset < size:
+        if len(texts) == MAX_ELEMENTS:
+            raise too_large(f"{name} has more than {MAX_ELEMENTS} Topic Filters")
+        start = offset + 2
+        offset = start + (body[offset] << 8 | body[offset + 1]) if start <= size else start
+        if offset > size:
+            raise malformed(f"the packet ends within the Topic Filter of {name}")
+        texts.append(body[start:offset])
+        if options is None:
+            continue
+        if offset == size:
+            raise malformed(f"the packet ends within the options of {name}")
+        option = body[offset]
+        if option not in valid:
+            raise malformed(f"{name} with the options 0b{option:08b} (MQTT {version.label} §3.8.3)")
+        options.append(option)
+        offset += 1
+
+
+@cache
+def _valid_options(version: ProtocolVersion, lenient: bool) -> frozenset[int]:
+    """Return the options that a Topic Filter may have (MQTT 3.1.1 §3.8.3, MQTT 5.0 §3.8.3.1)."""
+    is_5 = version is ProtocolVersion.MQTT_5_0
+    reserved = _OPTIONS_RESERVED_5 if is_5 else ~_OPTIONS_QOS & 0xFF
+    # MQTT 3.1 §3.8 reserves the upper six bits but does not require 0.
+    if lenient or version is ProtocolVersion.MQTT_3_1:
+        reserved = 0
+    return frozenset(
+        options
+        for options in range(256)
+        if options & _OPTIONS_QOS <= _MAX_QOS
+        and not (is_5 and options & _RETAIN_HANDLING == _RETAIN_HANDLING)
+        and not options & reserved
+    )
