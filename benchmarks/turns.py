@@ -285,6 +285,15 @@ def _crowd(_: Path, start: Start) -> dict[str, float]:
     return gateway.longest()
 
 
+@_input("SUBSCRIBEs with 1,000 Topic Filters each, without a rule")
+def _large_crowd(_: Path, start: Start) -> dict[str, float]:
+    gateway = start()
+    connection = _session(gateway)
+    gateway.longest()
+    _send(connection, mqtt.subscribe(*["a"] * 1_000) * 100)
+    return gateway.longest()
+
+
 @_input("40 devices that flood with PUBLISHes of 5 bytes under a rule")
 def _many(_: Path, start: Start) -> dict[str, float]:
     gateway = start(_RULE)
