@@ -427,6 +427,8 @@ async def _backlog(options: argparse.Namespace) -> None:
             before, cpu, since = bench.counts()["messages"], _cpu(gateway), time.monotonic()
             await asyncio.sleep(options.seconds)
             count, passed = bench.counts()["messages"] - before, time.monotonic() - since
+            if not count:
+                raise CannotMeasure(f"a backlog of {options.messages:,} is too small: it was delivered at once")
             _tell(
                 f"drain: {count / passed:,.0f} messages a second, {(_cpu(gateway) - cpu) / count * 1e6:.0f} us CPU each"
             )

@@ -166,6 +166,23 @@ def test_outages_and_storms_are_measured() -> None:
 
 
 @pytest.mark.slow
+def test_the_store_is_measured() -> None:
+    """How many messages a second are written, on the disk as it is and on a slow one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.store", "--only=write", "--seconds=1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    rates = re.findall(r"^write, [^:]+: ([0-9,]+) messages of 200 bytes a second, ", done.stdout, re.MULTILINE)
+    assert len(rates) == 2, done.stdout
+    assert all(int(rate.replace(",", "")) > 0 for rate in rates)
+
+
+@pytest.mark.slow
 def test_the_longest_turn_is_measured() -> None:
     """One hostile input, this tree alone: a row with a time."""
     done = subprocess.run(
