@@ -1835,6 +1835,32 @@ def test_a_will_that_the_broker_publishes_at_an_expired_token_is_not_sent_again(
 
 
 @pytest.mark.parametrize("clean", [False, True])
+def test_a_device_that_left_before_a_restart_has_vanished(bench: Bench, clean: bool) -> None:
+    """Clean Start ends its session within the Will Delay, and so publishes the Will (MQTT 5.0 §3.1.3.2.2)."""
+    device = bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = 60.0
+    device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    bench.start()
+    bench.sweep(50)
+    bench.offline(version=5, clean=clean)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"gone"] * clean
+
+
+def test_the_will_of_a_device_that_left_before_a_restart_waits_for_its_delay_only(bench: Bench) -> None:
+    """Not for its Keep Alive as well."""
+    device = bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = 10.0
+    device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    bench.start()
+    bench.sweep(11)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"gone"]
+
+
+@pytest.mark.parametrize("clean", [False, True])
 def test_a_device_that_returns_after_a_restart_has_not_vanished(bench: Bench, clean: bool) -> None:
     """The gateway was away, and not the device."""
     bench.offline(version=5, will=WILL)

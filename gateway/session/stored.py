@@ -196,16 +196,17 @@ class StoredSession:
         # The last words of a device that has left, for the broker; None while a device is there.
         self._farewell: bytes | None = b""
         self._will_at = float("inf")
-        self._is_after_restart = self.state.will is not None
+        self._is_after_restart = False
         self._status: Message | None = None
         self._status_is_due = False
         self._settled: list[Callable[[], None]] = []
         self.is_over = False
         self.resubscribed = 0
-        if self._is_after_restart:
+        if self.state.will is not None:
             # The gateway was stopped, or stopped itself, while the device was there: it gets time to come back.
-            keep_alive = self._remembered_keep_alive()
-            self._will_at = world.seconds() + max(self.state.will_delay, keep_alive * 1.5)
+            self._is_after_restart = not self.state.has_left
+            patience = self._remembered_keep_alive() * 1.5 if self._is_after_restart else 0.0
+            self._will_at = world.seconds() + max(self.state.will_delay, patience)
 
     # ---- how it stands
 
@@ -285,6 +286,7 @@ class StoredSession:
         state.had_password = connect.password is not None
         state.address, state.listener = caller
         state.will, state.will_delay = will_of(treated_packet, treated)
+        state.has_left = False
         # What its predecessor had under way is durable before this is, and so before any CONNACK.
         self._save_visit(visit, forget_received=forget)
         self._retry_at = 0.0
@@ -737,6 +739,7 @@ class StoredSession:
         if not lost or (visit is not None and not visit.is_admitted):
             # Nobody accepted a CONNECT that was not answered, nor the Will in it (MQTT 5.0 §3.1.2.5).
             state.will = None
+        state.has_left = not self.stopping
         if treated is not None and not is_persistent(treated):
             state.has_session = False
             state.subscriptions.clear()

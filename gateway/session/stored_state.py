@@ -22,7 +22,8 @@ class DeviceState:
     that the broker has not been told of its Clean Start yet. `connack_missing` says that a CONNECT has left without an
     answer while messages were between PUBREC and PUBCOMP: Session Present in the next CONNACK does not prove that the
     broker still has them. `limits` are the properties of the broker's last CONNACK.
-    `will` is published if the device does not come back; None when it has left in order.
+    `will` is published if the device does not come back; None when it has left in order.  `has_left` says that it is
+    away, and not that the gateway was stopped while it was there.
     """
 
     connect: bytes = b""
@@ -36,6 +37,7 @@ class DeviceState:
     subscriptions: Subscriptions = field(factory=Subscriptions)
     will: Message | None = None
     will_delay: float = 0.0
+    has_left: bool = False
 
     def dumped(self) -> str:
         """Return JSON."""
@@ -62,6 +64,7 @@ class DeviceState:
                     "expiry": will.expiry,
                 },
                 "will_delay": self.will_delay,
+                "has_left": self.has_left,
             }
         )
 
@@ -85,6 +88,7 @@ class DeviceState:
             connack_missing=bool(values.get("connack_missing", False)),
             limits=bytes.fromhex(str(values["limits"])),
             will_delay=float(str(values["will_delay"])),
+            has_left=bool(values.get("has_left", False)),
         )
         subscriptions = values["subscriptions"]
         if isinstance(subscriptions, dict):
