@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
+from xml.etree import ElementTree
 
 import pytest
 import trustme
@@ -119,6 +120,23 @@ def test_the_message_arrives_and_the_impostor_learns_nothing(start_demo: Callabl
     assert "Traceback" not in shown
     assert running.left_behind() == []
     assert gone(int(running.wait_for(r"\(process (\d+)\)")))
+
+
+def test_the_recording_in_the_readme_shows_what_the_demo_prints(start_demo: Callable[..., RunningDemo]) -> None:
+    """But for ports, numbers and the directory; `python docs/record_demo.py` records it again."""
+    running = start_demo("--once")
+    assert running.wait() == 0, running.output
+    texts = ElementTree.parse(ROOT / "docs" / "demo.svg").iterfind("{*}text")  # noqa: S314  our own
+    command, *recorded = [" ".join(span.text or "" for span in text) for text in texts]
+    assert command == "$ mqtts-gateway demo --once"
+    assert "docs/demo.svg" in (ROOT / "README.md").read_text()
+
+    def facts(lines: list[str]) -> list[str]:
+        """Without what differs in each run; gateway and clients speak at the same time."""
+        alike = (re.sub(r"\S*mqtts-gateway-demo-\w+", "DIR", line.strip()) for line in lines)
+        return sorted(re.sub(r"\d+(\.\d+)*", "N", line) for line in alike)
+
+    assert facts(recorded) == facts(running.output.splitlines())
 
 
 def test_each_sensor_has_an_identity_of_its_own_and_the_spoofer_has_none(
