@@ -170,6 +170,8 @@ def parse_properties(
     (0x81) for properties that cannot be read or are not permitted, protocol error (0x82) for properties that contradict
     each other or have a forbidden value, packet too large (0x95) if the packet has more than `MAX_ELEMENTS`.
     """
+    if data[offset : offset + 1] == b"\0":
+        return Properties({}, before), offset + 1  # As most packets have it.
     try:
         decoded = decode_remaining_length(data, offset)
     except ValueError:
@@ -229,6 +231,8 @@ def find_property(properties: bytes, identifier: PropertyId) -> tuple[int, int] 
 
     Raises PacketError if the properties cannot be read, or are more than `MAX_ELEMENTS`. Values are not checked.
     """
+    if len(properties) <= 1:
+        return None
     return next(((start, end) for found, start, end in _spans(properties) if found == identifier), None)
 
 
@@ -340,6 +344,8 @@ def _parse_value(section: bytes, offset: int, identifier: int, what: str) -> tup
 
 
 def _parse_variable(section: bytes, offset: int, what: str) -> tuple[int, int]:
+    if 0 < int.from_bytes(section[offset : offset + 1]) < 0x80:
+        return section[offset], offset + 1  # A message may have hundreds of these.
     try:
         decoded = decode_remaining_length(section, offset)
     except ValueError:

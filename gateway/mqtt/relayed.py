@@ -145,9 +145,13 @@ def _readable_properties(version: ProtocolVersion, body: bytes, offset: int) -> 
     if version is not ProtocolVersion.MQTT_5_0:
         return b""
     try:
-        end = end_of_properties(body, offset)
-    except (PacketError, ValueError):
+        decoded = decode_remaining_length(body, offset)
+    except ValueError:
+        decoded = None
+    if decoded is None:
         return b""
+    length, length_size = decoded
+    end = offset + length_size + length
     return body[offset:end] if end <= min(len(body), LARGEST_HEAD) else b""
 
 
@@ -184,8 +188,7 @@ def write_publish(
     `missing` is how many bytes of the payload follow later. A `response_topic` of None removes that property. Raises
     ValueError for a topic of more than 65,535 bytes, or a packet above the largest Remaining Length.
     """
-    _, offset = decode_string(body, 0, "Topic Name of PUBLISH")
-    start = offset
+    start = offset = 2 + int.from_bytes(body[:2], "big")
     if first & _QOS_BITS:
         offset += 2
     parts = [encode_string(topic), body[start:offset]]
