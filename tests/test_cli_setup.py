@@ -10,14 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
+from cryptography.hazmat.primitives.serialization.pkcs12 import serialize_key_and_certificates
 
 from gateway.cli import setup
 from gateway.cli.main import console
 from gateway.cli.report import Status, Step
 from gateway.config import load_file, template_text
-from gateway.tls.trust import read_certificates
+from gateway.tls.trust import read_certificates, read_chain, read_client_key
 from tests.harness import Broker, accept_session
-from tests.pki import CLIENT, certify, certify_ca
+from tests.pki import CLIENT, Certified, certify, certify_ca
 
 StartBroker = Callable[..., Broker]
 
@@ -189,6 +191,61 @@ def test_no_private_key_gets_where_everyone_can_read_it(
         ca.certificate,
         client.certificate,
     ]
+
+
+def encrypted(client: Certified, directory: Path, kind: str) -> list[Path]:
+    """Write a certificate and its key, encrypted with the passphrase "secret"; return the files that name them."""
+    how = BestAvailableEncryption(b"secret")
+    if kind == "PKCS #12":
+        files = {"me.p12": serialize_key_and_certificates(None, client.key, client.certificate, None, how)}
+    else:
+        key = client.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, how)
+        files = {"me.pem": client.pem, "me.key": key}
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+    (directory / "passphrase").write_text("secret\n")
+    for name in (*files, "passphrase"):
+        (directory / name).chmod(0o600)
+    return [directory / name for name in files]
+
+
+@pytest.mark.parametrize("kind", ["PKCS #12", "PEM"])
+def test_the_passphrase_of_an_encrypted_key_is_asked_for_and_handed_to_the_service(
+    place: Path, tmp_path: Path, untested: list[Step], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """By answers and by flags; without one the key could not be used."""
+    del untested
+    client = certify(certify_ca(), subject="gateway", names=(), purposes=(CLIENT,))
+    paths = [str(path) for path in encrypted(client, tmp_path, kind)]
+    answer(monkeypatch, "b", "", paths[0], "".join(paths[1:]), str(tmp_path / "passphrase"))
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 0
+    made = load_file(place / "gateway.toml").tls
+    assert made.client_key_password_file == place / "credentials" / "client.passphrase"
+    assert made.client_cert is not None
+    passphrase = made.passphrase.read()
+    assert read_chain(made.client_cert, passphrase) == [client.certificate]
+    read_client_key(made.client_key or made.client_cert, passphrase)
+    assert "credentials/client.passphrase 600" in written(place)
+    flags = [word for pair in zip(("--client-cert", "--client-key"), paths, strict=False) for word in pair]
+    flags += ["--client-key-password-file", str(tmp_path / "passphrase")]
+    assert console(["setup", "--config", str(tmp_path / "other" / "gateway.toml"), "--upstream", "b", *flags]) == 0
+    assert written(tmp_path / "other") == written(place)
+
+
+@pytest.mark.slow
+def test_a_broker_is_shown_a_certificate_whose_key_is_encrypted(
+    place: Path, tmp_path: Path, start_broker: StartBroker, ca_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers are tested with the passphrase."""
+    ca = certify_ca()
+    paths = encrypted(certify(ca, subject="gateway", names=(), purposes=(CLIENT,)), tmp_path, "PEM")
+    broker = start_broker(serve=accept_session)
+    answers = [f"localhost:{broker.port}", str(ca_file), *map(str, paths)]
+    answer(monkeypatch, *answers, "")
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 1
+    assert not place.exists()
+    answer(monkeypatch, *answers, str(tmp_path / "passphrase"))
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 0
 
 
 def test_the_service_has_one_configuration(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field, fields, frozen
 
 from gateway.cli import install
 from gateway.cli.device_files import SECRET, DeviceProblem, Writer, public_pem, toml
@@ -26,6 +26,7 @@ from gateway.cli.report import Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import from_flags, load_file, template_text
 from gateway.errors import ConfigError, EndReason
+from gateway.tls.trust import lacks_passphrase
 
 _CONFIG = Places(Path("/")).config
 _PUBLIC = 0o644
@@ -50,6 +51,7 @@ class _Answers:
     ca_file: str = ""
     client_cert: str = ""
     client_key: str = ""
+    client_key_password_file: str = ""
 
     def flags(self) -> list[str]:
         """Return them as flags of `check`."""
@@ -59,6 +61,7 @@ class _Answers:
             "--ca-file": self.ca_file,
             "--client-cert": self.client_cert,
             "--client-key": self.client_key,
+            "--client-key-password-file": self.client_key_password_file,
         }
         return [word for flag, value in given.items() if value for word in (flag, value)]
 
@@ -73,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ca-file", default="", metavar="FILE", help="the CA of the broker (default: the platform's)")
     parser.add_argument("--client-cert", default="", metavar="FILE", help="the gateway's own certificate")
     parser.add_argument("--client-key", default="", metavar="FILE", help="its private key")
+    parser.add_argument(
+        "--client-key-password-file", default="", metavar="FILE", help="the file with the passphrase of that key"
+    )
     parser.add_argument("--install", action="store_true", help="also install the systemd service")
 
 
@@ -80,12 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Ask, test and write; return 0, or 1 on failure."""
     try:
         _check_place(arguments.config, for_service=arguments.install and not is_debian_package())
-        answers = _Answers(
-            **{
-                key: getattr(arguments, key)
-                for key in ("upstream", "server_name", "ca_file", "client_cert", "client_key")
-            }
-        )
+        answers = _Answers(**{each.name: getattr(arguments, each.name) for each in fields(_Answers)})
         wants_service = arguments.install and not is_debian_package()
         if answers.upstream:
             _Tests().test(answers, _SERVED)
@@ -146,10 +147,13 @@ def _ask_ca(answers: _Answers) -> _Answers:
 def _ask_client(answers: _Answers) -> _Answers:
     words = "The file with a client certificate for the gateway, if the broker asks for one"
     certificate = _ask_file(words, "--client-cert", answers.client_cert, "none")
-    key = ""
+    key = passphrase = ""
     if certificate:
         key = _ask_file("The file with its private key", "--client-key", answers.client_key, "in the same file")
-    return evolve(answers, client_cert=certificate, client_key=key)
+    if certificate and lacks_passphrase(Path(key or certificate)):
+        words, given = "The key is encrypted. The file with its passphrase", answers.client_key_password_file
+        passphrase = _ask_file(words, "--client-key-password-file", given, "none")
+    return evolve(answers, client_cert=certificate, client_key=key, client_key_password_file=passphrase)
 
 
 def _ask_file(words: str, flag: str, given: str, none: str) -> str:
@@ -281,6 +285,9 @@ def _write(config: Path, answers: _Answers) -> None:
             else:
                 name = "client" + Path(answers.client_cert).suffix
                 tls["client_cert"] = _placed(Path(answers.client_cert), keys, name, SECRET, writer)
+            if answers.client_key_password_file:
+                source = Path(answers.client_key_password_file)
+                tls["client_key_password_file"] = _placed(source, keys, "client.passphrase", SECRET, writer)
         text = _text(answers, {key: _relative(path, directory) for key, path in tls.items()}).encode()
         if config.exists():
             writer.replace(config, text)

@@ -50,6 +50,12 @@ FLAGS = (
     Flag("ca_file", "FILE", "Trust the certificates in this PEM file, and no others. Default: the platform's roots."),
     Flag("client_cert", "FILE", "Show this certificate (PEM, with its chain) to the broker.", repeatable=False),
     Flag("client_key", "FILE", "The key of --client-cert (PEM). Default: it is in the same file.", repeatable=False),
+    Flag(
+        "client_key_password_file",
+        "FILE",
+        "The passphrase of --client-key, or of a PKCS #12 file, is in this file.",
+        repeatable=False,
+    ),
     Flag("server_name", "NAME", "Verify the broker as this name, and send it as SNI. Once for all, or once for each."),
     Flag("crl_file", "FILE", "Refuse certificates that these CRLs (PEM) revoke; every CA in the chain needs one."),
     Flag(

@@ -132,6 +132,15 @@ def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevoc
     return crls
 
 
+def lacks_passphrase(path: Path) -> bool:
+    """Whether the private key in a file, PEM or PKCS #12, cannot be read without a passphrase."""
+    try:
+        read_client_key(path)
+    except ValueError as problem:
+        return _IS_MISSING in str(problem)
+    return False
+
+
 def read_private_key(path: Path) -> PrivateKey:
     """Read a PEM private key that is not encrypted.  Raises `ValueError` with the problem, without its content."""
     return _pem_key(_read(path), None, _DECRYPT)
