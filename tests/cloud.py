@@ -62,7 +62,9 @@ class Cloud:
 
     def wait(self, event: str, **facts: Any) -> dict[str, Any]:
         """Wait for an event; return it."""
-        eventually(lambda: self.told(event, **facts), f"{event} {facts} at the broker, which told {self.events}")
+        eventually(
+            lambda: self.told(event, **facts), lambda: f"{event} {facts} at the broker, which told {self.events}"
+        )
         return self.told(event, **facts)[0]
 
     def device(self, name: str, *, root: Certified | None = None) -> Path:

@@ -45,15 +45,18 @@ def start_reactor() -> Any:
     return reactor
 
 
-def eventually(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until `condition` is true and return its value; fail, naming `what`, after `PATIENCE`."""
+def eventually(condition: Callable[[], Any], what: str | Callable[[], str]) -> Any:
+    """Wait until `condition` is true and return its value; fail, naming `what`, after `PATIENCE`.
+
+    If `what` says how things are, it is a function, which is called when the time is up.
+    """
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         value = condition()
         if value:
             return value
         time.sleep(0.01)
-    raise AssertionError(f"did not come about within {PATIENCE:g} s: {what}")
+    raise AssertionError(f"did not come about within {PATIENCE:g} s: {what() if callable(what) else what}")
 
 
 class RecordingJournal(Journal):
@@ -137,14 +140,14 @@ class RunningGateway:
 
     def wait_ended(self, count: int = 1) -> SessionRecord:
         """Wait until `count` sessions have ended; return the record of the last."""
-        eventually(lambda: len(self.ended) >= count, f"{count} ended sessions, so far {self.ended}")
+        eventually(lambda: len(self.ended) >= count, lambda: f"{count} ended sessions, so far {self.ended}")
         return self.ended[count - 1]
 
     def wait_empty(self) -> None:
         """Wait until nothing of any session is left: no session, no count."""
         gateway = self.service.gateway
         left = (gateway.sessions, gateway.doorstep.connections)
-        eventually(lambda: not any(left), f"no sessions, but {left}")
+        eventually(lambda: not any(left), lambda: f"no sessions, but {left}")
         # Asked in the event loop: in this thread, a session may have left the set and not yet the count.
         assert self.call(lambda: gateway.doorkeeper.sessions) == 0
 

@@ -32,7 +32,7 @@ class Leftovers:
     def check(self) -> None:
         """Wait until there is no more than before; fail with what is left."""
         self._gateway.wait_empty()
-        eventually(lambda: not self._left(), "nothing left of sessions")
+        eventually(lambda: not self._left(), lambda: f"nothing left of sessions, but {self._left()}")
 
     def _left(self) -> dict[str, int]:
         return {name: count for name, count in self._count().items() if count > self._before[name]}

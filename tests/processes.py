@@ -41,7 +41,7 @@ class ServiceManager:
 
     def wait_for(self, *states: str) -> dict[str, str]:
         """Wait until these are the states that were told; return the message of the last."""
-        eventually(lambda: len(self.states()) >= len(states), f"{states}, so far {self.messages}")
+        eventually(lambda: len(self.states()) >= len(states), lambda: f"{states}, so far {self.messages}")
         assert self.states() == list(states)
         return next(message for message in reversed(self.messages) if states[-1] in message)
 

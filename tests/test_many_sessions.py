@@ -155,7 +155,7 @@ def test_three_thousand_sessions_at_once(broker: BrokerProcess, start_gateway: C
     assert {record.reason for record in gateway.ended} == {EndReason.UPSTREAM_LOST}
     assert {(record.packets_up, record.packets_down) for record in gateway.ended} == {(1 + MESSAGES, 1 + MESSAGES)}
     gateway.wait_empty()
-    eventually(lambda: open_descriptors() == listening, f"{listening} descriptors, not {open_descriptors()}")
+    eventually(lambda: open_descriptors() == listening, lambda: f"{listening} descriptors, not {open_descriptors()}")
 
 
 # Objects of the garbage collector that a relaying session may have: sides, transports, TLS, framers, records.

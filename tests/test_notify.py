@@ -34,7 +34,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[ServiceM
 
 def told(manager: ServiceManager, count: int) -> list[dict[str, str]]:
     """Wait for so many messages, and return them all."""
-    eventually(lambda: len(manager.messages) >= count, f"{count} messages, so far {manager.messages}")
+    eventually(lambda: len(manager.messages) >= count, lambda: f"{count} messages, so far {manager.messages}")
     return manager.messages
 
 

@@ -543,7 +543,7 @@ def test_two_hundred_reloads_leave_nothing(
     gateway.wait_ended(10)
     eventually(lambda: len(gateway.service.gateway.sessions) == 5, "only those who stand are left")
     expected = before + Counter({kind.__name__: 1 for kind in counted})
-    eventually(lambda: count() == expected, f"no more than {expected}, but {count()}")
+    eventually(lambda: count() == expected, lambda: f"no more than {expected}, but {count()}")
     # Reloads are prepared in the reactor's pool, which makes its threads as they are needed.
     assert threading.active_count() <= threads + gateway.call(lambda: gateway.reactor.getThreadPool().max)
     assert {record.reason for record in gateway.ended} == {EndReason.DEVICE_LOST}

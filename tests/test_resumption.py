@@ -791,7 +791,9 @@ def test_mosquitto_resumes_and_knows_the_gateway(start_gateway: Callable[..., Ru
         gateway = start_gateway(upstream=port, ca_file=ca_file, tls={"client_cert": str(client)})
         session(gateway, 3)
         assert resumptions(gateway) == [False, True, True]
-        eventually(lambda: log.read_text().count("u'gateway'") == 3, f"three log-ins as gateway: {log.read_text()}")
+        eventually(
+            lambda: log.read_text().count("u'gateway'") == 3, lambda: f"three log-ins as gateway: {log.read_text()}"
+        )
     finally:
         process.terminate()
         process.wait(20)

@@ -465,7 +465,7 @@ def test_two_gateways_behind_haproxy_keep_a_store_each(plant: Plant, tmp_path: P
             eventually(lambda: sensors[0].disconnects, "it is thrown out")
             eventually(sensors[0].client.is_connected, "it has connected again")
         plant.up()
-        eventually(lambda: len(set(plant.got)) == 72, f"all arrive; so far {len(set(plant.got))}")
+        eventually(lambda: len(set(plant.got)) == 72, lambda: f"all arrive; so far {len(set(plant.got))}")
         check_arrivals(plant.got, sensors)
         assert [sensor.disconnects for sensor in sensors] == [1, 0, 0, 0, 0, 0]
         served = [{number for number in range(6) if f'"d{number}"' in gateway.log} for gateway in gateways.values()]
@@ -614,7 +614,7 @@ def identities_survive(reactor: Any, root: Certified, tmp_path: Path, count: int
             else:
                 standing.append(device)
         plant.up()
-        eventually(lambda: len(set(plant.got)) == 4 * count, f"all arrive; so far {len(set(plant.got))}")
+        eventually(lambda: len(set(plant.got)) == 4 * count, lambda: f"all arrive; so far {len(set(plant.got))}")
         for name in names:
             assert [text for text in plant.got if text.startswith(name)] == [f"{name}:{each}" for each in range(4)]
     finally:

@@ -179,7 +179,9 @@ def test_it_relays_a_session(
         *("--upstream", f"localhost:{broker.port}", "--ca-file", str(ca_file)),
     )
     listening = re.compile(r"listening for plain MQTT on 127\.0\.0\.1:(\d+)")
-    port = int(eventually(lambda: listening.search(log.read_text()), f"it listens; it said {log.read_text()}")[1])
+    port = int(
+        eventually(lambda: listening.search(log.read_text()), lambda: f"it listens; it said {log.read_text()}")[1]
+    )
     with Device(port) as device:
         device.send(connect())
         assert device.read(4) == b"\x20\x02\x00\x00"
