@@ -345,17 +345,23 @@ def test_a_mistake_of_one_that_goes_on_leaves_the_others(logged_errors: list[dic
     assert done == [1]
 
 
-def test_five_connections_are_accepted_at_a_time() -> None:
-    """Each costs a session; Twisted would take a hundred and more at once."""
+@pytest.mark.parametrize(("cost", "most"), [(0.0, 5), (0.0002, 3), (0.001, 1)])
+def test_few_connections_are_accepted_at_a_time(work: Work, cost: float, most: int) -> None:
+    """Five, and fewer if that takes long; Twisted would take a hundred and more at once."""
     relay = RelayReactor(Clocked())
     relay.start()
     factory = Factory.forProtocol(Protocol)
     factory.noisy = False
     built: list[object] = []
-    factory.buildProtocol = lambda address: built.append(address)  # type: ignore[assignment, func-returns-value]
+
+    def build(address: object) -> None:
+        work.now += cost
+        built.append(address)
+
+    factory.buildProtocol = build  # type: ignore[assignment, method-assign]
     port: Any = relay.listenTCP(0, factory, backlog=100, interface="127.0.0.1")
     clients = [socket.create_connection(("127.0.0.1", port.getHost().port)) for _ in range(30)]
-    for expected in range(5, 35, 5):
+    for expected in range(most, 30 + most, most):
         port.doRead()
         assert len(built) == expected
     for client in clients:

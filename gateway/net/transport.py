@@ -64,8 +64,8 @@ _TURN = 0.004
 _WORK, _LATER_WORK = 0.002, 0.001
 # And what is left of either where the other has taken all of it.
 _LEAST_WORK = 0.0005
-# Connections accepted in one event.
-_ACCEPTED_AT_ONCE = 5
+# Connections accepted in one event, and the seconds after which no more are.
+_ACCEPTED_AT_ONCE, _ACCEPT_WORK = 5, 0.0005
 # Bytes read at a time.  Python allocates the requested size and shrinks it afterwards, so large reads are only for
 # connections that send much; they stay below malloc's threshold for mapping new pages at each call (128 KiB).
 _SMALL_READ = 0x1000
@@ -250,8 +250,13 @@ class _AcceptsFew(tcp.Port):
 
     def doRead(self) -> None:
         """See IReadDescriptor."""
-        self.numberAccepts = _ACCEPTED_AT_ONCE
-        super().doRead()
+        until = monotonic() + _ACCEPT_WORK
+        for _ in range(_ACCEPTED_AT_ONCE):
+            self.numberAccepts = 1
+            super().doRead()
+            # If it has accepted as many as it may, Twisted raises the number.
+            if self.numberAccepts == 1 or monotonic() >= until:
+                return
 
 
 class _TCPPort(_AcceptsFew):
