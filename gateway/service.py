@@ -66,8 +66,14 @@ _STOP_MARGIN = 10.0
 # Descriptors not used by sessions: listeners, logs, the reactor's own, happy eyeballs attempts.
 _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
-# Allocations between two collections of the youngest generation: a few dozen sessions' worth.
-_COLLECTOR_THRESHOLD = 20_000
+# New objects that make Python's collector look at them: a few dozen sessions' worth, about a millisecond.
+_COLLECTOR_THRESHOLD = 1_000
+# And how many of these times make it look again at what was left, and at everything.
+_SECOND_LOOKS, _FULL_LOOKS = 1, 1_000
+# Since this version, Python looks at a part of the older objects each time.
+_SINCE_PARTS = (3, 14)
+# More new objects than these, after a reload, are left alone: looking at them would take several milliseconds.
+_MOST_LOOKED_AT = 3_000
 _CHANGES_SHOWN = 20
 _MAX_PROBLEM = 1000  # characters
 _STOPPING = ["the gateway is stopping"]
@@ -350,7 +356,7 @@ class GatewayService(Service):
         try:
             prepared = await self._in_thread(partial(_outcome, prepare))
         finally:
-            if gc.get_count()[0] > _COLLECTOR_THRESHOLD:
+            if gc.get_count()[0] > _MOST_LOOKED_AT:
                 gc.freeze()
             if is_collecting:
                 gc.enable()
@@ -539,12 +545,15 @@ def _tell_listening(port: IListeningPort) -> None:
 
 
 def spare_the_collector() -> None:
-    """Keep Python's cycle collector from scanning everything a hundred times a second.
+    """Keep Python's cycle collector from holding up the event loop.
 
-    Messages create no cycles, only ending sessions do.  Everything loaded until now stays, so it need not be scanned.
+    Everything loaded until now stays, so it need not be scanned.  What is new is looked at twice, in small portions:
+    thousands of sessions that begin leave hundreds of thousands of objects.  Cycles are rare (`tests/test_cycles.py`),
+    so everything is looked at almost never.
     """
     gc.freeze()
-    gc.set_threshold(_COLLECTOR_THRESHOLD, *gc.get_threshold()[1:])
+    older = gc.get_threshold()[1:] if sys.version_info >= _SINCE_PARTS else (_SECOND_LOOKS, _FULL_LOOKS)
+    gc.set_threshold(_COLLECTOR_THRESHOLD, *older)
 
 
 def raise_descriptor_limit() -> int:

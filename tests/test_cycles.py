@@ -189,7 +189,7 @@ def test_a_reload(
 def test_what_a_large_reload_finds_is_freed_before_it_is_left_alone(
     start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service, "_COLLECTOR_THRESHOLD", 0)
+    monkeypatch.setattr(service, "_MOST_LOOKED_AT", 0)
     gateway = start_gateway(upstream=start_broker().port)
     gc.disable()
     try:
@@ -205,3 +205,27 @@ def test_what_a_large_reload_finds_is_freed_before_it_is_left_alone(
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+def test_the_collector_looks_at_few_objects_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many stay: thousands of sessions may begin in a moment."""
+    looked_at: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            young = range(min(info["generation"], 1) + 1)
+            looked_at.append(sum(len(gc.get_objects(generation=each)) for each in young))
+
+    before = gc.get_threshold()
+    monkeypatch.setattr(gc, "freeze", lambda: None)
+    gc.collect()
+    try:
+        service.spare_the_collector()
+        gc.callbacks.append(note)
+        kept = [[number] for number in range(100_000)]
+    finally:
+        gc.callbacks.remove(note)
+        gc.set_threshold(*before)
+    assert len(looked_at) >= 10
+    assert max(looked_at) < 5_000
+    assert len(kept) == 100_000
