@@ -1069,6 +1069,42 @@ def test_it_tells_when_the_device_was_last_heard_and_whether_it_is_held_back() -
     assert not bench.session.held_back
 
 
+def test_it_tells_when_the_device_last_sent_more_than_a_ping() -> None:
+    """A PINGREQ does not count, a body without its header does; nobody is blamed while nothing is read of it."""
+    bench = Bench().verified()
+    assert bench.session.last_data is None
+    bench.session.upstream_received(mqtt.connack())
+    bench.session.device_received(mqtt.pingreq())
+    bench.pass_seconds(5)
+    assert (bench.session.last_data, bench.session.last_heard) == (0, 1)
+    whole = mqtt.publish()
+    bench.session.device_received(whole[:2])
+    bench.pass_seconds(5)
+    assert bench.session.last_data == 0
+    bench.session.device_received(whole[2:] + mqtt.pingreq())
+    bench.pass_seconds(5)
+    assert bench.session.last_data == 11
+    bench.device.choked = True
+    bench.pass_seconds(5)
+    assert bench.session.last_data == 20
+    bench.session.device_gone("closed")
+    assert bench.session.last_data is None
+
+
+def test_what_the_gateway_sends_itself_is_not_the_devices_data() -> None:
+    """Its own PINGREQ, between those of the device."""
+    bench = pinging()
+    for _ in range(5):
+        bench.session.device_received(mqtt.pingreq())
+        bench.pass_seconds(10)
+        bench.session.upstream_received(mqtt.pingresp())
+    assert bench.upstream.bytes.count(mqtt.pingreq()) == 10
+    assert bench.session.last_data == 0
+    bench.session.device_received(mqtt.publish())
+    bench.pass_seconds(1)
+    assert bench.session.last_data == 51
+
+
 # ---- messages withheld
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from gateway.errors import ConfigError, EndReason
 from gateway.ops import metrics as metrics_module
 from gateway.ops import sight as sight_module
 from gateway.ops.metrics import Metrics
-from gateway.ops.status_words import SCHEMA, verdict
+from gateway.ops.status_words import SCHEMA, device_words, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.site import StatusSite
@@ -526,6 +527,58 @@ def test_devices_come_in_pages(start: StartGateway, start_broker: StartBroker, d
     assert (odd["page"], odd["show"], len(odd["items"])) == (1, "all", 6)
     assert ask(gateway, "/status?limit=0").json["devices"]["items"] == []
     assert ask(gateway, "/status?q=127.0.0.1").json["devices"]["matching"] == 6
+
+
+def test_devices_that_are_connected_but_silent(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """Pings do not count, whoever relays them; the longest silence comes first, with the time of the last data."""
+    broker = start_broker()
+    gateway = start(upstream=broker.port)
+    devices += [connected(gateway, name, keep_alive=0) for name in ("talking", "quiet", "mute")]
+    sessions = {each.record.client_identifier: each for each in gateway.service.gateway.sessions}
+    before = gateway.call(lambda: {name: each.last_data for name, each in sessions.items()})
+    for device in devices[:2]:
+        device.send(mqtt.publish())
+    connected(gateway, "gone").close()
+    gateway.wait_ended()
+    eventually(lambda: all(sessions[name].last_data > before[name] for name in ("talking", "quiet")), "data")
+
+    def age() -> None:
+        sessions["quiet"].give_back(-400, inf)
+        sessions["mute"].give_back(-500, inf)
+
+    gateway.call(age)
+    devices[1].send(mqtt.pingreq())
+    eventually(lambda: mqtt.pingreq() in broker.received, "the ping")
+    gateway.call(lambda: sessions["quiet"].sweep(gateway.service.sight.sources.seconds()))
+    found = ask(gateway, "/status?show=quiet&sort=data").json["devices"]
+    assert [each["client_identifier"] for each in found["items"]] == ["mute", "quiet"]
+    assert (found["matching"], found["counts"]["quiet"], found["counts"]["connected"]) == (2, 2, 3)
+    ages = [each["data_seconds_ago"] for each in found["items"]]
+    assert (ages[0] // 100, ages[1] // 100) == (5, 4)
+    assert found["items"][1]["heard_seconds_ago"] < 300
+    assert "nothing but pings" in device_words(found["items"][1])[0]
+    everyone = ask(gateway, "/status?sort=data").json["devices"]["items"]
+    assert [each["client_identifier"] for each in everyone] == ["mute", "quiet", "talking", "gone"]
+    assert everyone[3]["last_data"] is None
+
+
+def test_devices_are_sorted_by_name(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:
+    """Whatever their state, on all pages; the one that is searched for still comes first."""
+    gateway = start(upstream=start_broker().port)
+    devices += [connected(gateway, name) for name in ("b", "D", "c2")]
+    for name in ("C", "a"):
+        connected(gateway, name).close()
+    gateway.wait_ended(2)
+
+    def names(query: str) -> list[str]:
+        return [each["client_identifier"] for each in ask(gateway, f"/status?{query}").json["devices"]["items"]]
+
+    assert names("sort=name") == ["a", "b", "C", "c2", "D"]
+    assert names("sort=name&limit=2&page=2") == ["C", "c2"]
+    assert names("sort=name&q=c2")[0] == "c2"
+    assert names("sort=nonsense")[-1] in {"b", "D", "c2"}
 
 
 def test_the_device_that_is_named_in_full_comes_first(

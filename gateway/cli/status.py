@@ -362,6 +362,7 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
             f"upstream {each['upstream']}" if each["upstream"] else "",
             f"{number(traffic['packets_up'])} packets to the broker and {number(traffic['packets_down'])} from it",
             f"last heard {ago(each['heard_seconds_ago'])}" if each["heard_seconds_ago"] is not None else "",
+            f"last data {ago(each['data_seconds_ago'])}" if each["data_seconds_ago"] is not None else "",
         ]
         yield from _wrapped(", ".join(filter(None, facts)), "  ")
         for line in device_words(each):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from heapq import merge, nlargest
 from itertools import chain, islice
+from math import inf
 from typing import Any
 
 from attrs import frozen
@@ -22,7 +23,7 @@ from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Va
 from gateway.ops.journal import IN_ORDER
 from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger, device_key
 from gateway.ops.renewal import Renewals, whose
-from gateway.ops.status_words import SCHEMA, shown_state
+from gateway.ops.status_words import SCHEMA, SILENT_FOR_LONG, shown_state
 from gateway.pieces import AT_A_TIME, Pieces, slices
 from gateway.relay.core import Choice
 from gateway.session.record import Traffic
@@ -39,7 +40,8 @@ _MAX_WORDS = 1000  # characters shown of why a reload was refused
 # Devices that are described in one turn of the event loop.
 _SHOWN_AT_A_TIME = 50
 _MAX_QUERY = 256  # characters used of a search
-SHOWN = ("all", "connected", "connecting", "silent")
+SHOWN = ("all", "connected", "quiet", "connecting", "silent")
+SORTS = ("state", "name", "data")
 
 # The steps of a session as metrics and documents name them.
 STEPS = {
@@ -112,21 +114,24 @@ class Sources:
 class Query:
     """Which devices to show: those with `text` in the identifier, address, listener or upstream, from `page` on.
 
-    `show` is one of `SHOWN`; pages count from 1.
+    `show` is one of `SHOWN`, `sort` one of `SORTS`: by state, the latest first in each; by Client Identifier; by the
+    last data, the longest silence first.  Pages count from 1.
     """
 
     text: str = ""
     show: str = "all"
+    sort: str = "state"
     page: int = 1
     limit: int = PER_PAGE
 
     @classmethod
     def of(cls, arguments: Mapping[str, str]) -> Query:
         """Parse the arguments of a request; invalid ones are ignored."""
-        show = arguments.get("show", "")
+        show, sort = arguments.get("show", ""), arguments.get("sort", "")
         return cls(
             text=arguments.get("q", "").strip()[:_MAX_QUERY],
             show=show if show in SHOWN else "all",
+            sort=sort if sort in SORTS else "state",
             page=_whole(arguments.get("page", ""), 1, 1_000_000, 1),
             limit=_whole(arguments.get("limit", ""), 0, MOST_PER_PAGE, PER_PAGE),
         )
@@ -181,7 +186,7 @@ class Sight:
         """
         query = query or Query()
         ledger, sources = self.ledger, self.sources
-        census = _Census(ledger, query)
+        census = _Census(ledger, query, sources.seconds())
         survey = yield from ledger.survey(census.see)
         for some in slices(list(ledger.ends())):
             census.add(some, sources.seconds())
@@ -385,6 +390,7 @@ class Sight:
         return {
             "query": query.text,
             "show": query.show,
+            "sort": query.sort,
             "page": query.page,
             "pages": max(1, -(-census.matching // query.limit)) if query.limit else 1,
             "matching": census.matching,
@@ -400,19 +406,24 @@ class _Seen:
 
     session: Session
     step: str
+    last_data: float | None
+
+
+_GROUPS = ("failed", "connecting", "connected", "left", "sorted")
 
 
 class _Census:
     """All devices, connected or not, sorted into groups: who is here, who matches, who failed."""
 
-    def __init__(self, ledger: Ledger, query: Query) -> None:
+    def __init__(self, ledger: Ledger, query: Query, seconds: float) -> None:
         self._ledger = ledger
         self._query = query
+        self._silent_since = seconds - SILENT_FOR_LONG
         self._wanted = query.text.casefold()
         self._here: set[str] = set()
         # By name; those whose whole identifier was searched for apart.
         self._groups: dict[tuple[bool, str], list[_Seen | End]] = {
-            (is_exact, name): [] for is_exact in (True, False) for name in ("failed", "connecting", "connected", "left")
+            (is_exact, name): [] for is_exact in (True, False) for name in _GROUPS
         }
         self.counts = dict.fromkeys(SHOWN, 0)
         # Whatever the query asks for: all that are remembered and not here; those of them that failed lately.
@@ -430,7 +441,9 @@ class _Census:
         identifier = session.record.client_identifier
         if identifier:
             self._here.add(device_key(identifier, ""))
-        self._sort(_Seen(session, STEPS[state]), "connected" if state in _ESTABLISHED else "connecting")
+        self._sort(
+            _Seen(session, STEPS[state], session.last_data), "connected" if state in _ESTABLISHED else "connecting"
+        )
 
     def add(self, ends: Iterable[End], seconds: float) -> None:
         """Take ends, latest first."""
@@ -450,12 +463,14 @@ class _Census:
         of = each if isinstance(each, End) else each.session
         if self._wanted and not _matches(of, self._wanted):
             return
-        name = "silent" if isinstance(each, End) else group
-        self.counts[name] += 1
-        self.counts["all"] += 1
-        if self._query.show in {"all", name}:
+        names = ["all", "silent" if isinstance(each, End) else group]
+        if not isinstance(each, End) and each.last_data is not None and each.last_data <= self._silent_since:
+            names.append("quiet")
+        for name in names:
+            self.counts[name] += 1
+        if self._query.show in names:
             is_exact = bool(self._wanted) and _identifier(of).casefold() == self._wanted
-            self._groups[is_exact, group].append(each)
+            self._groups[is_exact, group if self._query.sort == "state" else "sorted"].append(each)
 
     @property
     def matching(self) -> int:
@@ -463,7 +478,7 @@ class _Census:
         return sum(map(len, self._groups.values()))
 
     def chosen(self) -> Pieces[list[_Seen | End]]:
-        """Choose those of the query's page; in each group, the latest come first."""
+        """Choose those of the query's page, sorted within each group."""
         limit = self._query.limit
         first = (self._query.page - 1) * limit
         found: list[_Seen | End] = []
@@ -472,7 +487,7 @@ class _Census:
                 first -= len(group)
                 continue
             last = first + limit - len(found)
-            found += (yield from _latest(group, last))[first:last]
+            found += (yield from _first(group, last, self._query.sort))[first:last]
             first = 0
         return found
 
@@ -495,15 +510,16 @@ class _Census:
         return _open(each, before, seconds, at)
 
 
-def _latest(group: list[_Seen | End], count: int) -> Pieces[list[_Seen | End]]:
-    """Sort the latest `count` of a group; a part at a time, since nothing interrupts a sort."""
-    if not count or isinstance(group[0], End):
+def _first(group: list[_Seen | End], count: int, sort: str) -> Pieces[list[_Seen | End]]:
+    """Sort the first `count` of a group; a part at a time, since nothing interrupts a sort."""
+    if not count or (sort == "state" and isinstance(group[0], End)):
         return group[:count]  # they came in order
+    key = _KEYS[sort]
     parts = []
     for some in slices(group):
-        parts.append(sorted(some, key=_latest_first))
+        parts.append(sorted(some, key=key))
         yield
-    ordered = islice(merge(*parts, key=_latest_first), count)
+    ordered = islice(merge(*parts, key=key), count)
     found: list[_Seen | End] = []
     while some := list(islice(ordered, AT_A_TIME)):
         found += some
@@ -513,6 +529,22 @@ def _latest(group: list[_Seen | End], count: int) -> Pieces[list[_Seen | End]]:
 
 def _latest_first(each: _Seen | End) -> float:
     return -(each.ended if isinstance(each, End) else each.session.record.started)
+
+
+def _by_name(each: _Seen | End) -> str:
+    # Cut, since a device may have chosen 65,535 bytes.
+    return _identifier(each if isinstance(each, End) else each.session)[:_MAX_TEXT].casefold()
+
+
+def _longest_silence_first(each: _Seen | End) -> float:
+    return inf if isinstance(each, End) or each.last_data is None else each.last_data
+
+
+_KEYS: dict[str, Callable[[_Seen | End], Any]] = {
+    "state": _latest_first,
+    "name": _by_name,
+    "data": _longest_silence_first,
+}
 
 
 def _identifier(each: Session | End) -> str:
@@ -535,7 +567,7 @@ def _matches(each: Session | End, wanted: str) -> bool:
 
 def _open(seen: _Seen, before: End | None, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
     session = seen.session
-    record, heard = session.record, session.last_heard
+    record, heard, data = session.record, session.last_heard, seen.last_data
     return {
         "client_identifier": printable(record.client_identifier, _MAX_TEXT),
         "device_address": record.device_address,
@@ -549,6 +581,8 @@ def _open(seen: _Seen, before: End | None, seconds: float, at: Callable[[float],
         "upstream_address": record.upstream_address,
         "traffic": session.traffic._asdict(),
         "heard_seconds_ago": max(0, round(seconds - heard)) if heard is not None else None,
+        "last_data": at(data) if data is not None else None,
+        "data_seconds_ago": max(0, round(seconds - data)) if data is not None else None,
         "held_back": session.held_back,
         "end": None if before is None else _end(before, seconds, at),
     }
@@ -568,6 +602,8 @@ def _ended(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, An
         "upstream_address": "",
         "traffic": end.traffic._asdict() if end.number else Traffic()._asdict(),
         "heard_seconds_ago": None,
+        "last_data": None,
+        "data_seconds_ago": None,
         "held_back": False,
         "end": _end(end, seconds, at),
     }

@@ -35,7 +35,8 @@ CONNECTED = frozenset({"relaying", "stored"})
 _STATES = {"left alone": "backing off"}
 _CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's", "device": "of rule"}
 _SOON_FULL = 86_400  # seconds
-_SILENT_FOR_LONG = 300  # seconds without data after which this is shown for a connected device
+SILENT_FOR_LONG = 300
+"""Seconds after which a connected device that sends nothing, or nothing but pings, is silent."""
 
 
 class Level(IntEnum):
@@ -299,8 +300,10 @@ def device_words(device: Part) -> list[str]:
         return lines
     if device["held_back"]:
         lines.append("The gateway is not reading from it now, because the broker does not keep up.")
-    elif device["heard_seconds_ago"] is not None and device["heard_seconds_ago"] >= _SILENT_FOR_LONG:
-        lines.append(f"It has sent nothing for {duration(device['heard_seconds_ago'])}.")
+    elif device["data_seconds_ago"] is not None and device["data_seconds_ago"] >= SILENT_FOR_LONG:
+        is_pinging = device["heard_seconds_ago"] is not None and device["heard_seconds_ago"] < SILENT_FOR_LONG
+        only = "nothing but pings" if is_pinging else "nothing"
+        lines.append(f"It has sent {only} for {duration(device['data_seconds_ago'])}.")
     if end is not None and not end["in_order"]:
         lines.append(
             f"Its last session ended {ago(end['seconds_ago'])}: {end['reason']}{_detail(end)}. {end['remedy']}"

@@ -209,6 +209,7 @@ class Session:
     __slots__ = (
         "__weakref__",
         "_assigned",
+        "_beyond_pings",
         "_broker_keep_alive",
         "_bytes_down",
         "_bytes_up",
@@ -230,6 +231,7 @@ class Session:
         "_is_gone",
         "_journal",
         "_keep_alive_limit",
+        "_last_data",
         "_last_heard",
         "_last_pinged",
         "_last_sent",
@@ -301,6 +303,9 @@ class Session:
         self._sent_at = 0.0
         self._heard = False
         self._last_heard = 0.0
+        # No other packet that a device repeats is as short as a PINGREQ, so this changes with all the others.
+        self._beyond_pings = 0
+        self._last_data = 0.0
         self._keep_alive_limit = 0.0
         # Set while somebody else relays, who has both framers meanwhile.
         self._loan: Loan | None = None
@@ -348,6 +353,11 @@ class Session:
         if self._loan is not None:
             self._loan.settle()
         return self._seconds() if self._heard else self._last_heard
+
+    @property
+    def last_data(self) -> float | None:
+        """As `last_heard`, of what the device sent other than PINGREQ; not before the last sweep."""
+        return self._last_data if self.is_established else None
 
     @property
     def held_back(self) -> bool:
@@ -546,7 +556,8 @@ class Session:
         record = self.record
         record.offline = offline
         record.connack_seconds = self._seconds() - record.started - (record.connect_seconds or 0.0)
-        self._last_heard = self._seconds()
+        self._last_heard = self._last_data = self._seconds()
+        self._beyond_pings = self._count_beyond_pings()
         self.send(connack)
         self._journal.session_started(record)
         rest = self._device_reader.take_rest()
@@ -608,6 +619,7 @@ class Session:
             if self._heard or not self._device.reading:
                 self._heard = False
                 self._last_heard = now
+                self._note_data(now)
             elif self._keep_alive_limit and now - self._last_heard > self._keep_alive_limit:
                 if self._device.unread:
                     # This process was busy, not the device silent.
@@ -626,9 +638,31 @@ class Session:
     def _sweep_stored(self, now: float) -> None:
         if now >= self._lives_until:
             self._end(EndReason.GATEWAY_STOPPING, "its last messages were not written to disk in time")
-        elif now >= self._check_at:
+            return
+        if self._last_heard > self._last_data:
+            self._note_data(now)
+        if now >= self._check_at:
             # Who stores for the device checks its broker.
             self._check_peers(now)
+
+    def _note_data(self, now: float) -> None:
+        """Notice whether the device has sent something other than PINGREQ, or could not, since it is not read."""
+        beyond = self._count_beyond_pings()
+        if beyond != self._beyond_pings or not self._device.reading:
+            self._beyond_pings = beyond
+            self._last_data = now
+
+    def _count_beyond_pings(self) -> int:
+        """Return how many bytes up there were beyond a PINGREQ's two for each packet."""
+        up = self._from_device
+        packets = self.record.packets_up + (0 if up is None else up.packets)
+        return self._bytes_up - len(_PINGREQ) * packets
+
+    def _send_own(self, upstream: Side, packet: bytes) -> None:
+        """Send the broker packets that are not the device's."""
+        self._bytes_up += len(packet)
+        self._beyond_pings += len(packet)
+        upstream.write(packet)
 
     def _check_peers(self, now: float) -> None:
         """Find out whether the peers still acknowledge what TCP sends."""
@@ -639,8 +673,8 @@ class Session:
 
     def give_back(self, seconds: float, now: float) -> None:
         """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped."""
-        self._last_heard, self._last_pinged, self._last_sent = (
-            min(each + seconds, now) for each in (self._last_heard, self._last_pinged, self._last_sent)
+        self._last_heard, self._last_data, self._last_pinged, self._last_sent = (
+            min(each + seconds, now) for each in (self._last_heard, self._last_data, self._last_pinged, self._last_sent)
         )
         self._deadline = min(self._deadline + seconds, now + self._patience)
 
@@ -777,8 +811,7 @@ class Session:
             down.expect_answer()
             self._last_pinged = now
             self._down_when_pinged = self._bytes_down
-            self._bytes_up += len(_PINGREQ)
-            upstream.write(_PINGREQ)
+            self._send_own(upstream, _PINGREQ)
 
     def _authenticate(self) -> None:
         """Pass AUTH and DISCONNECT on until CONNACK (MQTT 5.0 §4.12)."""
@@ -894,7 +927,8 @@ class Session:
             self._ping_interval = treatment.ping_interval
             self._last_pinged = self._last_sent = now
         self._keep_alive_limit = keep_alive * 1.5  # MQTT 3.1.1 §3.1.2.10
-        self._last_heard = now
+        self._last_heard = self._last_data = now
+        self._beyond_pings = self._count_beyond_pings()
         self._enter(State.RELAYING)
         self._journal.session_started(self.record)
         waiting_down, waiting_up = reader.take_rest(), self._device_reader.take_rest()
@@ -961,8 +995,7 @@ class Session:
         if up.at_boundary and self._device.reading:
             owed = down.take_owed()
             if owed:
-                self._bytes_up += len(owed)
-                upstream.write(owed)
+                self._send_own(upstream, owed)
 
     def _deadline_passed(self) -> None:
         waits_for = {State.WAIT_CONNECT: self._device, State.WAIT_CONNACK: self._upstream}.get(self._state)
