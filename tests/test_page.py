@@ -38,7 +38,8 @@ class Plant:
 
     def __init__(self, start_gateway: StartGateway, start_broker: StartBroker, ca_file: Path) -> None:
         wrong = start_broker(tls=certify(names=["DNS:elsewhere.example"], valid_for=5).server())
-        upstreams = [{"host": "localhost", "port": wrong.port}, {"host": "localhost", "port": start_broker().port}]
+        self.port = start_broker().port
+        upstreams = [{"host": "localhost", "port": wrong.port}, {"host": "localhost", "port": self.port}]
         self.gateway = start_gateway(
             upstream=upstreams,
             ca_file=ca_file,
@@ -231,6 +232,39 @@ def test_at_first_it_says_where_to_point_a_device(start_gateway: StartGateway, s
     assert not any("Point a device" in reason for reason in shown().reasons)
 
 
+def test_many_devices_fit_on_a_phone(browser: Browser, plant: Plant) -> None:
+    """A row has few lines, and says all once it is unfolded; sections without anything to attend to are one line."""
+    heights = "[...document.querySelectorAll('.devices tbody tr')].map(each => each.offsetHeight)"
+    click = "[...document.querySelectorAll('nav a')].find(each => each.text.startsWith('{}')).click()"
+    with Tab(browser, 380, javascript=False) as tab:
+        tab.open(f"{plant.url}?q=device-1")
+        assert len(tab.evaluate(heights)) == 11
+        assert max(tab.evaluate(heights)) < 90
+        assert not tab.evaluate(f"{_fold('Certificates')}.open")
+        # One of the two brokers fails.
+        assert tab.evaluate(f"{_fold('Upstreams')}.open")
+        summary = tab.evaluate(f"{_fold('Upstreams')}.querySelector('summary').innerText")
+        assert summary.split(" ", 1) == ["Upstreams", "1 not available, 1 serving"]
+        device = f"{_fold('device device-19')}.closest('tr')"
+        assert "Upstream:" not in tab.evaluate(f"{device}.innerText")
+        tab.evaluate(f"{_fold('device device-19')}.querySelector('summary').click()")
+        unfolded = tab.evaluate(f"{device}.innerText")
+        assert "Update the device's firmware" in unfolded
+        assert f"localhost:{plant.port}" in unfolded
+        # Each link changes one thing, but the silent ones begin with the longest silence.
+        for link, query in (
+            ("Name", "?q=device-1&sort=name"),
+            ("Connected 8", "?q=device-1&show=connected&sort=name"),
+            ("Connected but", "?q=device-1&show=quiet&sort=data"),
+            ("Not connected", "?q=device-1&show=silent"),
+        ):
+            tab.evaluate(click.format(link))
+            tab.wait_loaded()
+            assert tab.evaluate("location.search") == query
+        names = tab.evaluate("[...document.querySelectorAll('.devices .name')].map(each => each.textContent)")
+        assert sorted(names) == ["device-17", "device-18", "device-19"]
+
+
 def test_hostile_names_are_text(browser: Browser, plant: Plant) -> None:
     """No script runs, no element comes into being, nothing is read backwards; not from the search either."""
     with Tab(browser, 1280) as tab:
@@ -254,10 +288,14 @@ def test_nothing_is_loaded_from_anywhere(browser: Browser, plant: Plant) -> None
 
 
 def test_with_javascript_the_page_keeps_itself_current(browser: Browser, plant: Plant) -> None:
-    """Times are local, a search that is being typed is left alone; when the gateway is gone, it says since when."""
+    """Times are local, a search that is typed and what is folded are left alone; it says when the gateway is gone."""
     with Tab(browser, 1280, zone="Asia/Kolkata") as tab:
         tab.open(f"{plant.url}?q=device-2")
         assert len(tab.evaluate(_TIMES)) >= 5
+        for name in ("Certificates", "device device-2"):
+            tab.evaluate(f"{_fold(name)}.querySelector('summary').click()")
+        tab.evaluate(f"{_fold('Upstreams')}.querySelector('summary').click()")
+        tab.evaluate(f"{_fold('device device-2')}.querySelector('summary').focus()")
         assert all(_is_in_kolkata(*each) for each in tab.evaluate(_TIMES))
         tab.evaluate("document.getElementById('q').value = 'being typed'")
         plant.devices.pop("device-2").close()
@@ -268,6 +306,10 @@ def test_with_javascript_the_page_keeps_itself_current(browser: Browser, plant: 
 
         eventually(lambda: "not connected: device-lost" in devices(), "the device is shown as gone")
         assert tab.evaluate("document.getElementById('q').value") == "being typed"
+        # Those were folded, this one was not; and the keyboard is where it was.
+        assert tab.evaluate(f"[{_fold('Certificates')}.open, {_fold('device device-2')}.open]") == [True, True]
+        assert tab.evaluate(f"[{_fold('Upstreams')}.open, {_fold('device device-20')}.open]") == [False, False]
+        assert tab.evaluate("document.activeElement.parentElement.dataset.name") == "device device-2"
         assert all(_is_in_kolkata(*each) for each in tab.evaluate(_TIMES))
         assert not tab.evaluate("document.getElementById('stale').checkVisibility()")
         assert tab.complaints() == []
@@ -278,6 +320,11 @@ def test_with_javascript_the_page_keeps_itself_current(browser: Browser, plant: 
             r"No answer from the gateway since \d\d:\d\d:\d\d GMT\+5:30\.$",
             tab.evaluate("document.getElementById('stale').innerText"),
         )
+
+
+def _fold(name: str) -> str:
+    """Return an expression for a part that folds."""
+    return f"[...document.querySelectorAll('details')].find(each => each.dataset.name === '{name}')"
 
 
 _TIMES = "[...document.querySelectorAll('time')].map(each => [each.dateTime, each.textContent, each.title])"

@@ -51,7 +51,11 @@ def chart(line: Line, moments: Sequence[str], now: str) -> Markup:
     return element(
         "figure",
         element(
-            "figcaption", element("b", line.name), " ", line.unit, element("span", _shown(latest), class_="latest")
+            "figcaption",
+            element("b", line.name),
+            " ",
+            element("span", line.unit, class_="unit"),
+            element("span", _shown(latest), class_="latest"),
         ),
         element(
             "svg",

@@ -1,5 +1,6 @@
 "use strict";
-// Refreshes the changing parts of the page in place, without touching the search field; shows times in the local zone.
+// Refreshes the changing parts of the page in place, without touching the search field or what the reader has folded;
+// shows times in the local zone.
 const every = 5000;
 const parts = ["verdict", "devices", "state", "footer"];
 const stale = document.getElementById("stale");
@@ -8,7 +9,31 @@ const day = new Intl.DateTimeFormat("sv", { year: "numeric", month: "2-digit", d
 const clock = new Intl.DateTimeFormat("en-GB", {
   hour: "2-digit", minute: "2-digit", second: "2-digit", timeZoneName: "short",
 });
+// Whether the reader has left a part open, by its name.
+const left = new Map();
 let answered = new Date();
+
+document.addEventListener("click", event => {
+  const fold = event.target.closest("summary")?.parentElement;
+  if (fold) left.set(fold.dataset.name, !fold.open);
+});
+
+function prepare(root) {
+  localize(root);
+  for (const each of root.querySelectorAll("details")) {
+    each.open = left.get(each.dataset.name) ?? each.open;
+  }
+}
+
+function replace(fresh) {
+  const focused = document.activeElement?.closest("summary")?.parentElement.dataset.name;
+  for (const id of parts) {
+    document.getElementById(id).replaceChildren(...fresh.getElementById(id).childNodes);
+  }
+  if (focused !== undefined) {
+    document.querySelector(`details[data-name="${CSS.escape(focused)}"] > summary`)?.focus({ preventScroll: true });
+  }
+}
 
 function localize(root) {
   const today = day.format(new Date());
@@ -26,10 +51,8 @@ async function refresh() {
       const answer = await fetch(location.href, { signal: AbortSignal.timeout(every) });
       if (answer.ok) {
         const fresh = new DOMParser().parseFromString(await answer.text(), "text/html");
-        localize(fresh);
-        for (const id of parts) {
-          document.getElementById(id).replaceChildren(...fresh.getElementById(id).childNodes);
-        }
+        prepare(fresh);
+        replace(fresh);
         document.title = fresh.title;
       }
       if (answer.ok || answer.status === 429) {
@@ -46,5 +69,5 @@ async function refresh() {
   }
   setTimeout(refresh, every);
 }
-localize(document);
+prepare(document);
 setTimeout(refresh, every);

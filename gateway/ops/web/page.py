@@ -7,6 +7,7 @@ Without JavaScript the page is complete, and the browser reloads it.
 from __future__ import annotations
 
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from importlib import resources
@@ -37,6 +38,7 @@ from gateway.ops.status_words import (
 from gateway.ops.web.chart import Line, chart
 from gateway.ops.web.markup import Child, Markup, element, together
 from gateway.pieces import Pieces, slices
+from gateway.text import capitalized
 
 _STYLE = resources.files(__package__).joinpath("page.css").read_text("utf-8")
 _SCRIPT = resources.files(__package__).joinpath("page.js").read_text("utf-8")
@@ -64,7 +66,16 @@ _ROWS = Markup("<!--rows-->")
 _NAME = 64  # characters of a Client Identifier shown in a row
 
 _CLASSES = {Level.UNTRIED: "untried", Level.WELL: "well", Level.ATTENTION: "attention", Level.DOWN: "down"}
-_SHOWN = {"all": "All", "silent": "Not connected", "connecting": "Connecting", "connected": "Connected"}
+_SHOWN = {
+    "all": "All",
+    "silent": "Not connected",
+    "connecting": "Connecting",
+    "connected": "Connected",
+    "quiet": "Connected but silent",
+}
+_SORTS = {"state": "State", "name": "Name", "data": "Longest silence"}
+# If a search finds no more devices than this, all is said of each.
+_FEW = 3
 
 
 def page(document: Part) -> Pieces[bytes]:
@@ -81,14 +92,15 @@ def page(document: Part) -> Pieces[bytes]:
         element("title", f"{_mark(judged.level)}{document['host']}: MQTTS gateway"),
         element("style", Markup(_STYLE)),
     )
-    searching = bool(devices["query"]) or devices["show"] != "all" or devices["page"] > 1
+    searching = bool(devices["query"]) or devices["show"] != "all" or devices["sort"] != "state" or devices["page"] > 1
     sections = []
     for make in (_now, _history, _why, _upstreams, _store, _certificates):
         sections.append(make(document))
         yield
     rows: list[bytes] = []
+    is_open = bool(devices["query"]) and devices["matching"] <= _FEW
     for some in slices(devices["items"], _ROWS_AT_A_TIME):
-        shown = (_device(each, document["time"]) for each in some)
+        shown = (_device(each, document["time"], is_open=is_open) for each in some)
         rows.append(together(*_rows(_OF_DEVICES, shown)).encode())
         yield
     listed = element("div", _devices(document), id="devices")
@@ -195,14 +207,15 @@ def _why(document: Part) -> Markup:
     ]
     return _section(
         "Why sessions ended in the last 15 minutes",
-        _table(("Reason", "Ends", "Devices", "What it means"), rows, numeric=(1, 2)),
-        "None, except by the device's own DISCONNECT.",
-        rows,
+        ", ".join(f"{each['reason']} {number(each['count'])}" for each in document["lately"][:_FEW])
+        or "none, except by the device's own DISCONNECT",
+        _table(("Reason", "Ends", "Devices", "What it means"), rows, numeric=(1, 2)) if rows else None,
+        is_open=bool(rows),
     )
 
 
 def _upstreams(document: Part) -> Markup:
-    rows = []
+    rows, kinds = [], Counter[str]()
     for each in document["upstreams"]:
         failure = each["last_failure"]
         said = None
@@ -214,6 +227,7 @@ def _upstreams(document: Part) -> Markup:
             )
         words = upstream_words(each) if each["open"] else upstream_words(each).partition(". ")[0]
         kind = "idle" if is_untried(each) else "serving" if each["open"] else "failing"
+        kinds[words if each["open"] else "not available"] += 1
         rows.append(
             [
                 together(element("b", each["address"]), element("small", f"certificate name {each['verify_name']}")),
@@ -222,7 +236,12 @@ def _upstreams(document: Part) -> Markup:
                 said or "none",
             ]
         )
-    return _section("Upstreams", _table(("Broker", "State", "Last verified", "Last failure"), rows), "None.", rows)
+    return _section(
+        "Upstreams",
+        ", ".join(f"{number(count)} {kind}" for kind, count in kinds.items()) or "none",
+        _table(("Broker", "State", "Last verified", "Last failure"), rows) if rows else None,
+        is_open=not all(each["open"] for each in document["upstreams"]),
+    )
 
 
 def _store(document: Part) -> Markup | None:
@@ -241,16 +260,21 @@ def _store(document: Part) -> Markup | None:
         for each in stored["backlogs"]
     ]
     headings = ("Device", "State", "Messages", "Size", "Oldest", "Why it waits")
-    return element(
-        "section",
-        element("h2", "Stored messages"),
-        *(element("p", line) for line in store_lines(stored)),
-        _table(headings, rows, numeric=(2, 3)) if rows else None,
+    first, *others = store_lines(stored)
+    return _section(
+        "Stored messages",
+        first,
+        together(
+            *(element("p", line) for line in others),
+            _table(headings, rows, numeric=(2, 3)) if rows else None,
+        ),
+        is_open=bool(rows or stored["failure"]),
     )
 
 
 def _certificates(document: Part) -> Markup:
     kinds = {"valid": "serving", "ends soon": "waiting"}
+    shown = [*document["certificates"], *document["device_certificates"]["due"]]
     rows = [
         [
             together(element("b", certificate_name(each).partition(") ")[0].partition("(")[2])),
@@ -260,13 +284,16 @@ def _certificates(document: Part) -> Markup:
                 element("p", each["remedy"], class_="remedy") if each["remedy"] else None,
             ),
         ]
-        for each in (*document["certificates"], *document["device_certificates"]["due"])
+        for each in shown
     ]
+    if not rows:
+        nothing = "none yet: the broker's appears after the first session; the platform's CAs are not listed"
+        return _section("Certificates", nothing, None, is_open=False)
     return _section(
         "Certificates",
+        "the first to expire: " + certificate_words(min(shown, key=lambda each: each["not_after"])),
         _table(("Certificate", "Subject", "Validity"), rows),
-        "None yet: the broker's certificate appears after the first session. The platform's CAs are not listed.",
-        rows,
+        is_open=any(each["state"] != "valid" for each in shown),
     )
 
 
@@ -281,13 +308,14 @@ def _history(document: Part) -> Markup:
         line("Messages", "packets per second", (each["packets"] / (each["seconds"] or 1) for each in history)),
         line("Failures", "in 10 seconds", (each["failures"] for each in history)),
     ]
-    return element("section", element("h2", "The last 15 minutes"), element("div", *charts, class_="charts"))
+    latest = f"{number(history[-1]['sessions'])} sessions" if history else "no values in the first ten seconds"
+    return _section("The last 15 minutes", latest, element("div", *charts, class_="charts"), is_open=True)
 
 
 # ---- devices
 
 
-_OF_DEVICES = ("Device", "State", "Since", "Upstream", "To the broker", "From the broker")
+_OF_DEVICES = ("Device", "State", "Since", "Last data", "Upstream", "To the broker", "From the broker")
 
 
 def _devices(document: Part) -> Markup:
@@ -307,42 +335,43 @@ def _devices(document: Part) -> Markup:
         element("h2", title),
         element("p", element("a", "Show all", href="?")) if query else None,
         _kinds(devices),
+        _sorts(devices) if devices["matching"] > 1 else None,
         content,
         _pages(devices),
     )
 
 
-def _device(device: Part, now: str) -> Sequence[Child]:
+def _device(device: Part, now: str, *, is_open: bool) -> Sequence[Child]:
     kind = {"relaying": "serving", "stored": "serving", "ended": "failing", "refused": "failing"}.get(
         device["step"], "waiting"
     )
     if device["step"] == "ended" and device["end"]["in_order"]:
         kind = "idle"
     where = " ".join(filter(None, (device["device_address"], device["listener"] and f"({device['listener']})")))
-    lines = device_words(device)
     name = device_name(device)
-    heard = device["heard_seconds_ago"]
     traffic = device["traffic"]
 
     def passed(direction: str) -> Markup:
         packets, count = traffic[f"packets_{direction}"], traffic[f"bytes_{direction}"]
         return together(element("b", number(packets)), element("small", f"packets, {size(count)}"))
 
+    facts = [f"session {device['session']}" if device["session"] else "", f"MQTT {device['protocol_version']}"]
+    lines = [*device_words(device), capitalized(", ".join(facts if device["protocol_version"] else facts[:1]))]
+    more = together(
+        *(element("p", line, class_="remedy" if line.startswith("What to do") else None) for line in lines if line)
+    )
+    data = device["last_data"]
     return [
         together(
             element("b", name if len(name) <= _NAME else f"{name[:_NAME]}…", class_="name", title=name),
             element("small", where),
-            element("small", f"MQTT {device['protocol_version']}") if device["protocol_version"] else None,
         ),
-        together(
-            _badge(device_state(device), kind),
-            *(element("p", line, class_="remedy" if line.startswith("What to do") else None) for line in lines),
-        ),
+        _fold(f"device {name}", _badge(device_state(device), kind), more, is_open=is_open),
         together(
             element("b", ago(device["seconds"]) if kind in {"failing", "idle"} else duration(device["seconds"])),
             element("small", _time(device["since"], now)),
-            element("small", f"heard {ago(heard)}") if heard is not None else None,
         ),
+        together(element("b", ago(device["data_seconds_ago"])), element("small", _time(data, now))) if data else None,
         device["upstream"] or "none yet",
         passed("up"),
         passed("down"),
@@ -352,10 +381,27 @@ def _device(device: Part, now: str) -> Sequence[Child]:
 def _kinds(devices: Part) -> Markup:
     links = []
     for name, word in _SHOWN.items():
-        target = "?" + urlencode({"q": devices["query"], "show": name} if devices["query"] else {"show": name})
+        # Of those that are silent, the longest silence is what matters.
+        sort = "data" if name == "quiet" else devices["sort"] if devices["show"] != "quiet" else "state"
         current = "page" if devices["show"] == name else None
+        target = _target(devices, show=name, sort=sort)
         links.append(element("a", f"{word} {number(devices['counts'][name])}", href=target, aria_current=current))
     return element("nav", *links, aria_label="Which devices", class_="kinds")
+
+
+def _sorts(devices: Part) -> Markup:
+    links = [
+        element("a", word, href=_target(devices, sort=name), aria_current="true" if devices["sort"] == name else None)
+        for name, word in _SORTS.items()
+    ]
+    return element("nav", element("span", "Sort by"), *links, aria_label="Sort by", class_="sorts")
+
+
+def _target(devices: Part, **changed: str | int) -> str:
+    """Return where the same devices are listed, but for what is changed; from the first page on, unless that is."""
+    usual = {"q": "", "show": "all", "sort": "state", "page": 1}
+    arguments = {"q": devices["query"], "show": devices["show"], "sort": devices["sort"], **changed}
+    return "?" + urlencode({key: value for key, value in arguments.items() if value != usual[key]})
 
 
 def _pages(devices: Part) -> Markup | None:
@@ -366,8 +412,7 @@ def _pages(devices: Part) -> Markup | None:
     def link(word: str, target: int) -> Markup:
         if not 1 <= target <= last or target == current:
             return element("span", word)
-        arguments = {"q": devices["query"], "show": devices["show"], "page": target}
-        return element("a", word, href="?" + urlencode({key: value for key, value in arguments.items() if value}))
+        return element("a", word, href=_target(devices, page=target))
 
     parts: list[Child] = [link("First", 1), link("Previous", current - 1)]
     parts.append(element("span", f"Page {number(current)} of {number(last)}"))
@@ -410,8 +455,17 @@ def _badge(text: str, kind: str) -> Markup:
     return element("span", text, class_=f"badge {kind}")
 
 
-def _section(title: str, content: Markup, otherwise: str, rows: Sequence[object]) -> Markup:
-    return element("section", element("h2", title), content if rows else element("p", otherwise))
+def _section(title: str, summary: str, content: Markup | None, *, is_open: bool) -> Markup:
+    """Make a section that folds to a line; one without content is that line."""
+    line = together(element("h2", title), " ", element("span", summary, class_="summary"))
+    if content is None:
+        return element("section", line, class_="folding")
+    return element("section", _fold(title, line, content, is_open=is_open), class_="folding")
+
+
+def _fold(name: str, summary: Markup, content: Markup, *, is_open: bool) -> Markup:
+    """Make a part that folds; the script keeps it as the reader has left it, by its name."""
+    return element("details", element("summary", summary), content, open=is_open, data_name=name)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[Child]], numeric: Sequence[int] = ()) -> Markup:
