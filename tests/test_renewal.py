@@ -9,7 +9,7 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +40,7 @@ from gateway.tls.renewal import (
 )
 from gateway.tls.trust import ClientIdentity, read_client_identity
 from tests import mqtt_packets as mqtt
+from tests.est import EST
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.pages import files_of
 from tests.pki import CLIENT, Certified, certify, certify_ca, rsa_key
@@ -445,6 +446,68 @@ def test_the_gateway_renews_its_certificate_and_no_session_notices(
     assert sorted(map(len, (each.received for each in broker.connections)))[0] == 0
     document = status_of(gateway)
     assert (document["renewals"]["done"], document["renewals"]["failing"]) == (1, 0)
+
+
+def enrolling_program(directory: Path, est: EST) -> list[str]:
+    """The program for EST that docs/renewal.md has, word for word but for the server's name and the directories."""
+    for tool in ("curl", "openssl"):
+        require_tool(tool)
+    program = directory / "reenroll"
+    text = FILES["reenroll"].replace("https://est.plant.example/.well-known/est/simplereenroll", est.url)
+    text = text.replace("/etc/mqtts-gateway/est-ca.pem", str(directory / "ca.pem"))
+    program.write_text(text.replace("/var/lib/mqtts-gateway", str(directory)))
+    program.chmod(0o755)
+    return [str(program)]
+
+
+@pytest.fixture
+def est() -> Iterator[EST]:
+    """An EST server of the CA's."""
+    est = EST(CA)
+    yield est
+    est.stop()
+
+
+@pytest.mark.usefixtures("reaping")
+@pytest.mark.parametrize("status", [200, 202, 403])
+def test_the_certificate_is_renewed_by_curl_from_an_est_server(
+    start_gateway: Callable[..., RunningGateway],
+    start_broker: Callable[..., Broker],
+    tmp_path: Path,
+    ca_pem: Path,
+    est: EST,
+    monkeypatch: pytest.MonkeyPatch,
+    logged_errors: list[dict[str, Any]],
+    status: int,
+) -> None:
+    """The server knows the gateway by its certificate; a request that waits for approval, or is refused, has failed."""
+    monkeypatch.setattr("gateway.dial.dialler._REFUSED_WITHIN", 0.05)
+    # systemd gives the program this directory, as it does the gateway.
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    est.status = status
+    broker = start_broker(tls=broker_of_ca())
+    certificate, key = tmp_path / "client.pem", tmp_path / "credentials_client.key"
+    certificate.write_bytes(OLD.pem)
+    key.write_bytes(OLD.key_pem)
+    gateway = start_gateway(
+        upstream=broker.port,
+        ca_file=ca_pem,
+        tls={
+            "client_cert": str(certificate),
+            "client_key": str(key),
+            "renew_command": enrolling_program(tmp_path, est),
+        },
+    )
+    eventually(lambda: gateway.service.renewals.done or logged_errors, "a renewal, or its failure")
+    assert len(est.requests) == 1
+    new = x509.load_pem_x509_certificate(certificate.read_bytes())
+    if status == 200:
+        assert new.serial_number != OLD.certificate.serial_number
+        assert new.public_key() == OLD.key.public_key()
+    else:
+        assert new == OLD.certificate
+        assert [event["event"] for event in logged_errors] == ["renewal-failed"]
+        logged_errors.clear()
 
 
 @pytest.mark.usefixtures("reaping")
