@@ -34,18 +34,10 @@ from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector
 from gateway.mqtt.message import (
     Message,
-    Subscription,
     body_of,
     code_of,
     identifier_of,
     read_message,
-    read_subscriptions,
-    suback,
-    suback_codes,
-    subscribe,
-    unsuback,
-    unsubscribe,
-    with_identifier,
 )
 from gateway.mqtt.packets import (
     LARGEST_PACKET,
@@ -61,12 +53,13 @@ from gateway.mqtt.properties import (
     without_properties,
 )
 from gateway.mqtt.reader import Packet, PacketReader
-from gateway.mqtt.relayed import read_publish, read_subscribe, read_unsubscribe
+from gateway.mqtt.relayed import read_publish
 from gateway.mqtt.rewrite import ConnectChanges, connect_properties, rewrite_connect
 from gateway.mqtt.whole import WholePackets
 from gateway.session.incoming import Incoming
 from gateway.session.outgoing import MOST_ASIDE_IN_ROW, WINDOW, Facts, Outgoing
 from gateway.session.record import Dial, Peer
+from gateway.session.requests import Requests
 from gateway.session.saving import Saving
 from gateway.session.session import Connection
 from gateway.session.stored_connect import integer_of, is_persistent, limits_of, packet_of, will_of
@@ -191,8 +184,7 @@ class StoredSession:
         self._ping_interval = _IDLE_PING
         self._is_broker_held = False
         self._is_device_full = False
-        # SUBSCRIBE and UNSUBSCRIBE that the broker has not answered, by the Packet Identifier that it knows.
-        self._requests: dict[int, _Request] = {}
+        self._requests = Requests(self.state, self._saving, self.outgoing, self._to_broker, self._go_on)
         # The last words of a device that has left, for the broker; None while a device is there.
         self._farewell: bytes | None = b""
         self._will_at = float("inf")
@@ -201,7 +193,6 @@ class StoredSession:
         self._status_is_due = False
         self._settled: list[Callable[[], None]] = []
         self.is_over = False
-        self.resubscribed = 0
         if self.state.will is not None:
             # The gateway was stopped, or stopped itself, while the device was there: it gets time to come back.
             self._is_after_restart = not self.state.has_left
@@ -304,7 +295,7 @@ class StoredSession:
             handover = _Handover(self._world.seconds() + self.after, farewell)
         if handover is not None and may_wait and self.outgoing.in_flight:
             self._handover = handover
-            self._requests.clear()
+            self._requests.forget()
             self.outgoing.finish_flights()
         else:
             self._leave_upstream(b"" if handover is None else handover.farewell)
@@ -702,7 +693,7 @@ class StoredSession:
             visit.releases += 1
             self._store.release(self.backlog, identifier, lambda error: self._released(visit, identifier, error))
         elif packet_type is PacketType.SUBSCRIBE or packet_type is PacketType.UNSUBSCRIBE:
-            self._asked(visit, packet_type, packet)
+            self._requests.ask(visit, packet_type, packet, is_up=self._is_up)
         elif packet_type is PacketType.PINGREQ:
             visit.device.send(_PINGRESP)
         elif packet_type is PacketType.DISCONNECT:
@@ -759,7 +750,7 @@ class StoredSession:
         if visit is not None:
             visit.gone = True
         self.incoming.lost()
-        self._requests = {key: each for key, each in self._requests.items() if each.visit is not visit}
+        self._requests.forget_of(visit)
 
     def _to_device(self, packet: bytes) -> None:
         if self.visit is not None and self.visit.is_admitted:
@@ -783,94 +774,6 @@ class StoredSession:
     def _offer_own(self, message: Message) -> None:
         """Send a message on behalf of the device, so that the gateway learns that it arrived."""
         self.outgoing.offer(attrs.evolve(message, qos=max(message.qos, min(1, self.outgoing.facts.max_qos))), 0, None)
-
-    # ---- inside: subscriptions
-
-    def _asked(self, visit: Visit, packet_type: PacketType, packet: bytes) -> None:
-        identifier = identifier_of(packet)
-        if packet_type is PacketType.SUBSCRIBE:
-            filters = read_subscribe(visit.version, body_of(packet)).filters
-            wanted = read_subscriptions(visit.version, packet, filters)
-            request = _Request(visit, identifier, wanted, ())
-        else:
-            gone = tuple(text for text, _ in read_unsubscribe(visit.version, body_of(packet)).filters)
-            request = _Request(visit, identifier, [], gone)
-        # Whatever the broker has not answered is remembered should it be lost.
-        asked = [text for each in (*self._requests.values(), request) for text in each.filters]
-        if not self.state.subscriptions.fits(asked):
-            raise PacketError(EndReason.RULE_REFUSED, 0x97, "more subscriptions than the store remembers of a device")
-        visit.requests += 1
-        if self._is_up:
-            number = self.outgoing.low_identifier()
-            self._requests[number] = request
-            self._to_broker(with_identifier(packet, number))
-        else:
-            self._answer_offline(request)
-
-    def _answer_offline(self, request: _Request) -> None:
-        """Answer what was asked for, and ask the broker for it later."""
-        visit = request.visit
-        subscriptions = self.state.subscriptions
-        if request.wanted:
-            subscriptions.add(request.wanted, told=False)
-            answer = suback(_version(visit), request.identifier, [each.qos for each in request.wanted])
-        else:
-            subscriptions.remove(request.gone, told=False)
-            answer = unsuback(_version(visit), request.identifier, len(request.gone))
-        if visit is None:
-            self._saving.save()
-        else:
-            self._saving.save(lambda: self._answer(visit, answer), lambda error: visit.not_stored(str(error)))
-
-    def _answer(self, visit: Visit, answer: bytes) -> None:
-        """Give a device its SUBACK or UNSUBACK, and go on with what it sent behind the request."""
-        visit.requests -= 1
-        if not visit.gone:
-            visit.device.send(answer)
-            self._go_on(visit)
-
-    def _answered(self, packet_type: PacketType, packet: bytes) -> None:
-        """Take a SUBACK or an UNSUBACK.  Raises PacketError."""
-        number = identifier_of(packet)
-        request = self._requests.pop(number, None)
-        self.outgoing.reserved.discard(number)
-        if request is None:
-            return
-        subscriptions = self.state.subscriptions
-        if packet_type is PacketType.UNSUBACK:
-            subscriptions.remove(request.gone, told=True)
-        else:
-            version = self._treated.version if self._treated is not None else ProtocolVersion.MQTT_3_1_1
-            codes = suback_codes(version, packet)
-            granted = [each for each, code in zip(request.wanted, codes, strict=False) if code < _FIRST_REFUSAL]
-            subscriptions.add(granted, told=True)
-            if request.visit is None and not _as_wanted(request.wanted, codes):
-                # The device was told something else.
-                if self.visit is not None:
-                    self.visit.device.finish(
-                        EndReason.STORED_SESSION_DIFFERS, "the broker granted less than the gateway had told the device"
-                    )
-                subscriptions.remove([each.topic_filter for each in request.wanted if each not in granted], told=True)
-        self._answered_at = self._world.seconds()
-        self._saving.save()
-        if request.visit is not None:
-            self._answer(request.visit, with_identifier(packet, request.identifier))
-
-    def _restore(self, *, session_present: bool) -> None:
-        """Ask the broker for what the device has subscribed to and the broker does not know."""
-        treated = self._treated
-        if treated is None or self.visit is None:
-            return
-        groups, gone = self.state.subscriptions.to_ask(session_present=session_present)
-        self.resubscribed += bool(groups) and not session_present
-        for wanted in groups:
-            number = self.outgoing.low_identifier()
-            self._requests[number] = _Request(None, 0, wanted, ())
-            self._to_broker(subscribe(treated.version, number, wanted))
-        if gone:
-            number = self.outgoing.low_identifier()
-            self._requests[number] = _Request(None, 0, [], tuple(gone))
-            self._to_broker(unsubscribe(treated.version, number, gone))
 
     # ---- inside: the broker
 
@@ -977,7 +880,8 @@ class StoredSession:
             self._admit(visit, section, session_present=session_present or visit.told_session_present)
         if not self._is_up:
             return
-        self._restore(session_present=session_present)
+        if self.visit is not None:
+            self._requests.restore(treated.version, session_present=session_present)
         self._mind_broker()
         if self._status_is_due and self._status is not None:
             # The broker has published the Will of a device that lives: what it overwrote is said again.
@@ -1025,7 +929,9 @@ class StoredSession:
             if self.visit is not None and self._handover is None:
                 self.incoming.from_broker(packet)
         elif packet_type in {PacketType.SUBACK, PacketType.UNSUBACK}:
-            self._answered(packet_type, packet)
+            version = self._treated.version if self._treated is not None else ProtocolVersion.MQTT_3_1_1
+            if self._requests.take_answer(packet_type, packet, version, self.visit):
+                self._answered_at = self._world.seconds()
         elif packet_type is PacketType.PINGRESP:
             is_barrier = self._pings.popleft() if self._pings else False
             self._pinged_at = self._world.seconds() if self._pings else None
@@ -1104,14 +1010,10 @@ class StoredSession:
         self._pings.clear()
         self._is_broker_held = False
         self._treated = None
-        requests, self._requests = self._requests, {}
-        self.outgoing.reserved.clear()
         if was_up:
             self.outgoing.lost()
             self.incoming.lost()
-        for request in requests.values():
-            if request.visit is not None and not request.visit.gone:
-                self._answer_offline(request)
+        self._requests.lost()
 
     def _back_off(self) -> None:
         """Wait before the next attempt, longer each time until the broker acknowledges something."""
@@ -1178,21 +1080,6 @@ class _Handover:
     farewell: bytes
 
 
-@attrs.define(slots=True)
-class _Request:
-    """A SUBSCRIBE or an UNSUBSCRIBE: whose, the device's Packet Identifier; `visit` is None for the gateway's own."""
-
-    visit: Visit | None
-    identifier: int
-    wanted: list[Subscription]
-    gone: tuple[str, ...]
-
-    @property
-    def filters(self) -> list[str]:
-        """The Topic Filters in it."""
-        return [*self.gone, *(each.topic_filter for each in self.wanted)]
-
-
 def _hold_or_release(end: Connection | Device, is_held: bool, *, was_held: bool) -> bool:
     """Read one end or not, as `is_held` says; return that."""
     if is_held and not was_held:
@@ -1200,14 +1087,6 @@ def _hold_or_release(end: Connection | Device, is_held: bool, *, was_held: bool)
     elif was_held and not is_held:
         end.release()
     return is_held
-
-
-def _as_wanted(wanted: list[Subscription], codes: bytes) -> bool:
-    return all(code == each.qos for each, code in zip(wanted, codes, strict=False))
-
-
-def _version(visit: Visit | None) -> ProtocolVersion:
-    return ProtocolVersion.MQTT_3_1_1 if visit is None else visit.version
 
 
 def _refusal(version: ProtocolVersion, codes: tuple[int, int]) -> bytes:
