@@ -20,6 +20,7 @@ _PACKAGES = {
     "mosquitto_pub": "mosquitto-clients",
     "mosquitto_sub": "mosquitto-clients",
     "systemd-analyze": "systemd",
+    "zabbix_agentd": "zabbix-agent",
 }
 
 
