@@ -1210,6 +1210,9 @@ def test_a_paced_device_does_not_make_the_broker_wait_for_its_pings() -> None:
     """The device's own wait behind its messages; the gateway's answers do not reach it."""
     bench = treated(packets_per_second=1.0)
     bench.session.device_received(mqtt.publish() * 60)
+    while bench.device.behind:
+        bench.device.behind = False
+        bench.session.device_received(b"")
     bench.upstream.written.clear()
     pings = 0
     for _ in range(55):
@@ -1516,6 +1519,68 @@ def test_time_that_was_lost_is_given_back() -> None:
     assert bench.reason is EndReason.CONNECT_TIMEOUT
 
 
+class RememberingStore:
+    """A `Store` that does nothing but remember."""
+
+    def __init__(self) -> None:
+        self.received: list[bytes] = []
+
+    def device_received(self, data: bytes) -> None:
+        self.received.append(data)
+
+    def detached(self, device: Session) -> None:
+        pass
+
+    def settle(self, done: Any) -> None:
+        done()
+
+
+def test_what_a_stored_device_sends_waits_until_it_is_accepted() -> None:
+    """Then it goes to whoever stores for it, what came before first; the record says whether there was a broker."""
+    bench = Bench().connect()
+    store = RememberingStore()
+    bench.session.become_stored(store)
+    bench.session.device_received(mqtt.publish())
+    assert not store.received
+    assert bench.session.admit(mqtt.connack(), offline=True) == mqtt.publish()
+    bench.session.device_received(mqtt.pingreq())
+    assert store.received == [mqtt.pingreq()]
+    assert bench.device.bytes == mqtt.connack()
+    assert [record.offline for record in bench.journal.started] == [True]
+
+
+def test_a_stored_device_is_watched_now_and_then() -> None:
+    """As others; its broker is watched by whoever stores for it."""
+    bench = Bench(timeouts=Timeouts(tcp_user=60)).connect()
+    bench.session.become_stored(RememberingStore())
+    bench.session.admit(mqtt.connack(), offline=False)
+    bench.pass_seconds(60)
+    assert 10 <= len(bench.device.checked) <= 15
+
+
+def test_what_the_core_has_relayed_is_counted() -> None:
+    """As what passes here, and the device has been heard."""
+    bench = Bench().relaying(keep_alive=10)
+    before = Traffic(*bench.session.traffic)
+    bench.session.settled(500, 300, 5, 3, heard=True)
+    bench.pass_seconds(14)
+    assert bench.state is State.RELAYING
+    after = bench.session.traffic
+    assert (after.bytes_up - before.bytes_up, after.bytes_down - before.bytes_down) == (500, 300)
+    assert (after.packets_up - before.packets_up, after.packets_down - before.packets_down) == (5, 3)
+
+
+@pytest.mark.parametrize(("flag", "code"), [(1, 0), (0, 5)])
+def test_a_device_of_3_1_gets_a_connack_of_3_1(flag: int, code: int) -> None:
+    """Its first byte was reserved then, and the broker was sent a CONNECT of 3.1.1."""
+    bench = Bench().connect(version=3)
+    bench.session.treat(Treatment(mqtt.connect(), ProtocolVersion.MQTT_3_1_1))
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(bytes((0x20, 2, flag, code)))
+    assert bench.device.bytes == bytes((0x20, 2, 0, code))
+    assert (bench.state is State.RELAYING) is (code == 0)
+
+
 def test_both_peers_are_watched_now_and_then() -> None:
     """Whether they acknowledge, some times per timeout; not at each sweep."""
     bench = Bench(timeouts=Timeouts(tcp_user=60)).relaying(keep_alive=0)
@@ -1577,7 +1642,7 @@ def test_a_peer_that_sends_much_of_what_is_cheap_is_read_as_before() -> None:
     """Plain messages, however many, and large ones."""
     bench = Bench().relaying()
     for receive in (bench.session.device_received, bench.session.upstream_received):
-        receive(mqtt.publish() * 1000)
+        receive(mqtt.publish() * 500)
         receive(mqtt.publish(payload=bytes(60_000)))
     assert not bench.device.behind
     assert not bench.upstream.behind

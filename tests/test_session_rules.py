@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import EndReason, Refusal
+from gateway.mqtt.inspector import TopicRules
 from gateway.mqtt.packets import ProtocolVersion
 from gateway.session.record import Dial
 from gateway.session.session import State
@@ -246,4 +247,62 @@ def test_the_will_of_a_session_whose_broker_is_gone_needs_no_disconnect() -> Non
     bench.session.upstream_gone()
     bench.session.stop(EndReason.GATEWAY_STOPPING, discard_will=True)
     assert bench.reason is EndReason.GATEWAY_STOPPING
+    assert not bench.upstream.written
+
+
+# ---- what a treatment makes
+
+
+@pytest.mark.parametrize(("at_broker", "expected"), [(4, b"\xc0\0"), (3, b"\xc1\0")])
+def test_only_packets_of_an_upgraded_device_lose_bits_that_3_1_does_not_use(at_broker: int, expected: bytes) -> None:
+    """3.1.1 forbids them; with a broker of 3.1 they stay, even if packets are read for another reason."""
+    topics = TopicRules(publish_prefix="site/")
+    treatment = Treatment(b"", _VERSIONS[at_broker], topics)
+    assert treatment.from_device(_VERSIONS[3], 1000).feed(b"\xc1\0") == expected
+
+
+@pytest.mark.parametrize(
+    ("check_bodies", "lenient", "passes"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_bodies_are_checked_unless_the_rule_is_lenient(*, check_bodies: bool, lenient: bool, passes: bool) -> None:
+    """A lenient rule lets pass what a check would not."""
+    treatment = Treatment(b"", _VERSIONS[4], lenient=lenient)
+    wrong = mqtt.publish("not/#/a/name")
+    for checker in (
+        treatment.from_device(_VERSIONS[4], 1000, check_bodies=check_bodies),
+        treatment.from_broker(_VERSIONS[4], 1000, check_bodies=check_bodies),
+    ):
+        assert checker.feed(wrong) == (wrong if passes else b"")
+        assert (checker.error is None) is passes
+
+
+@pytest.mark.parametrize(
+    ("topics", "most"),
+    [
+        (TopicRules(), 0),
+        (TopicRules(max_qos=1), 0),
+        (TopicRules(publish_prefix="ü/"), 3),
+        (TopicRules(publish_prefix="a/", subscribe_prefix="bc/"), 5),
+    ],
+)
+def test_only_prefixes_make_packets_longer(topics: TopicRules, most: int) -> None:
+    """By their bytes, and by what the longer lengths take."""
+    longer = Treatment(b"", _VERSIONS[5], topics).lengthens
+    assert longer == 0 if not most else most < longer <= most + 8
+
+
+def test_without_limits_there_is_no_pace() -> None:
+    """With one of the two there is."""
+    treatments = [Treatment(b"", _VERSIONS[4], **{key: 1.0}) for key in ("packets_per_second", "bytes_per_second")]
+    assert all(treatment.pace(lambda: 0.0) is not None for treatment in treatments)
+    assert Treatment(b"", _VERSIONS[4]).pace(lambda: 0.0) is None
+
+
+def test_a_broker_that_keeps_no_time_is_not_pinged_for_a_paced_device() -> None:
+    """Without a Keep Alive it waits for as long as it takes."""
+    bench = ruled(packets_per_second=0.01, keep_alive=0)
+    bench.session.device_received(mqtt.publish() * 5)
+    bench.upstream.written.clear()
+    bench.pass_seconds(100)
+    assert bench.device.held
     assert not bench.upstream.written

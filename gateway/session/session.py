@@ -339,11 +339,6 @@ class Session:
         return self._state
 
     @property
-    def is_established(self) -> bool:
-        """Whether the device has been accepted and is connected."""
-        return self._state is _RELAYING or (self._state is State.STORED and self.record.established)
-
-    @property
     def last_heard(self) -> float | None:
         """When the device last sent something, on the injected clock, to the sweep's precision; None before CONNACK."""
         if self._state is State.STORED:
