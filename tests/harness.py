@@ -22,6 +22,10 @@ import trustme
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import maybeDeferred
 from twisted.python.failure import Failure
+from wsproto import ConnectionType, WSConnection
+from wsproto.connection import ConnectionState
+from wsproto.events import AcceptConnection, BytesMessage, Event, Request
+from wsproto.utilities import RemoteProtocolError
 
 from benchmarks.blackhole import drop_packets, keep_packets
 from gateway.config import from_mapping
@@ -33,6 +37,8 @@ from gateway.session.record import SessionRecord
 PATIENCE = 60.0
 # A proxy's URL: all gateways of the tests then reach their brokers through it.
 THROUGH = os.environ.get("TEST_THROUGH_PROXY", "")
+# A file's path: all gateways of the tests then use MQTT over WebSocket, and brokers add a line for each WebSocket.
+OVER_WEBSOCKET = os.environ.get("TEST_OVER_WEBSOCKET", "")
 
 
 def start_reactor() -> Any:
@@ -105,6 +111,8 @@ class RunningGateway:
             upstream = [{"host": host, "port": upstream}]
         if THROUGH:
             upstream = [{"proxy": THROUGH, **table} for table in upstream]
+        if OVER_WEBSOCKET:
+            upstream = [{"transport": "websocket", **table} for table in upstream]
         trust = {"ca_file": str(ca_file)} if ca_file is not None else {}
         self._mapping = {
             "listen": [{"endpoint": "127.0.0.1:0"}],
@@ -282,7 +290,9 @@ class Broker:
             return
         finally:
             self._shaking.discard(raw)
-        connection = BrokerConnection(wrapped)
+        # Without TLS, the bytes recorded are those on the wire.
+        over_websocket = OVER_WEBSOCKET and self._context is not None
+        connection = WebSocketBrokerConnection(wrapped) if over_websocket else BrokerConnection(wrapped)
         self.connections.append(connection)
         # The far end may go at any time; what was received until then is recorded.
         with contextlib.suppress(OSError, ssl.SSLError, EOFError):
@@ -302,6 +312,11 @@ class BrokerConnection:
 
     def read(self, size: int = 65536) -> bytes:
         """Read some bytes; empty at the end."""
+        data = self._read_wire(size)
+        self.received += data
+        return data
+
+    def _read_wire(self, size: int = 65536) -> bytes:
         try:
             data: bytes = self.socket.recv(size)
         except ssl.SSLEOFError:
@@ -309,7 +324,6 @@ class BrokerConnection:
             return b""
         if not data:
             self.ended_cleanly = True
-        self.received += data
         return data
 
     def read_packet(self) -> bytes:
@@ -344,6 +358,50 @@ class BrokerConnection:
                 raise EOFError
             data += part
         return data
+
+
+class WebSocketBrokerConnection(BrokerConnection):
+    """A connection that carries MQTT in WebSocket frames.
+
+    `received` has the MQTT bytes; until the WebSocket is open, it has every byte.
+    """
+
+    def __init__(self, wrapped: Any) -> None:
+        super().__init__(wrapped)
+        self._server = WSConnection(ConnectionType.SERVER)
+        self._buffered = bytearray()
+
+    def read(self, size: int = 65536) -> bytes:
+        """Read some MQTT bytes; empty at the end."""
+        while not self._buffered:
+            data = self._read_wire()
+            if not data:
+                return b""
+            if self._server.state is ConnectionState.CONNECTING:
+                self.received += data
+            try:
+                self._server.receive_data(data)
+                self._take(list(self._server.events()))
+            except RemoteProtocolError as error:
+                raise OSError(error) from None
+        taken = bytes(self._buffered[:size])
+        del self._buffered[:size]
+        self.received += taken
+        return taken
+
+    def send(self, data: bytes) -> None:
+        """Send MQTT bytes in one frame."""
+        self.socket.sendall(self._server.send(BytesMessage(data)))
+
+    def _take(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Request):
+                self.socket.sendall(self._server.send(AcceptConnection(subprotocol="mqtt")))
+                self.received.clear()
+                with Path(OVER_WEBSOCKET).open("a") as opened:
+                    opened.write(f"{event.target}\n")
+            elif isinstance(event, BytesMessage):
+                self._buffered += event.data
 
 
 def accept_session(connection: BrokerConnection) -> None:

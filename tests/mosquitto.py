@@ -38,3 +38,20 @@ class Mosquitto:
         """End it, and wait for its end."""
         self.process.terminate()
         self.process.wait(20)
+
+
+def open_mosquitto(
+    directory: Path, plain: int, port: int, certificate: tuple[Path, Path] | None = None, *, websocket: bool = False
+) -> Mosquitto:
+    """Start a mosquitto that admits everyone.
+
+    At `port` it uses TLS if it has a certificate and its key, and WebSocket if told so.  2.0.11 does not start with
+    WebSocket listeners alone, so there is a plain listener, too.
+    """
+    lines = ["allow_anonymous true", f"listener {plain} 127.0.0.1", f"listener {port} 127.0.0.1"]
+    if certificate is not None:
+        chain, key = certificate
+        lines += [f"certfile {chain}", f"keyfile {key}"]
+    if websocket:
+        lines.append("protocol websockets")
+    return Mosquitto(directory, "\n".join(lines) + "\n", plain, port)

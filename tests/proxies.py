@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 from tests.balancers import Program
+from tests.harness import PATIENCE
 from tests.ports import free_port
 from tests.tools import require_tool
 
@@ -28,6 +32,7 @@ class Squid(Program):
         authenticate: bool = False,
         certificate: Path | None = None,
         intercept: Path | None = None,
+        port: int = 0,
     ) -> None:
         # squid refuses to run as root, and the directories of tests are root's alone.
         self._home = TemporaryDirectory(prefix="squid-")
@@ -37,7 +42,7 @@ class Squid(Program):
             certificate = Path(shutil.copy(certificate, directory))
         if intercept is not None:
             intercept = Path(shutil.copy(intercept, directory))
-        self.port = free_port()
+        self.port = port or free_port()
         self.url = f"{'https' if certificate else 'http'}://localhost:{self.port}"
         lines = [
             f"pid_filename {directory}/squid.pid",
@@ -108,10 +113,10 @@ class Tinyproxy(Program):
 
 
 class Dante(Program):
-    """dante, a SOCKS server."""
+    """dante, a SOCKS server, on a free port unless told otherwise."""
 
-    def __init__(self, directory: Path) -> None:
-        self.port = free_port()
+    def __init__(self, directory: Path, port: int = 0) -> None:
+        self.port = port or free_port()
         self.url = f"socks5://localhost:{self.port}"
         path = directory / "danted.conf"
         path.write_text(f"""
@@ -129,6 +134,16 @@ socks pass {{ from: 0.0.0.0/0 to: 0.0.0.0/0 command: connect }}
             [require_tool("danted"), "-f", str(path), "-p", str(directory / "danted.pid")], directory / "danted.log"
         )
         wait_for_port(self, self.port)
+
+    @staticmethod
+    def _start(command: list[str], output: IO[bytes], pass_fds: tuple[int, ...]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, stdout=output, stderr=output, pass_fds=pass_fds, process_group=0)
+
+    def stop(self) -> None:
+        """End it with its children, which relay connections and would outlive it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(PATIENCE)
 
 
 class MicroSocks(Program):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -424,25 +423,3 @@ def test_check_walks_through_the_proxy(
     bad = check(start_proxy("squid that allows nothing"))
     assert bad.returncode == 1
     assert "proxy-refused" in bad.stdout
-
-
-@pytest.mark.slow
-def test_the_certificate_matrix_and_the_abuse_matrix_hold_through_a_proxy(tmp_path: Path) -> None:
-    """The same tests, with every gateway of theirs behind a proxy: refused brokers get no byte, whatever is wrong."""
-    proxy = Tinyproxy(tmp_path)
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
-    command += ["-k", "test_a_broker_is or test_abuse", "tests/test_verification.py", "tests/test_abuse.py"]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
-    try:
-        result = subprocess.run(
-            command,
-            env=environment | {"TEST_THROUGH_PROXY": proxy.url},
-            cwd=Path(__file__).resolve().parent.parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    finally:
-        proxy.stop()
-    assert result.returncode == 0, result.stdout
-    assert proxy.log.count("CONNECT localhost:") > 100

@@ -16,6 +16,8 @@ from wsproto.events import BytesMessage, CloseConnection, Ping, RejectConnection
 from gateway.errors import EndReason
 from tests import mqtt_packets as packets
 from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, eventually
+from tests.mosquitto import open_mosquitto
+from tests.ports import free_port
 from tests.proxies import Tinyproxy
 from tests.websockets import WebSocketBroker, WebSocketConnection, WebSocketNginx
 
@@ -57,22 +59,29 @@ def over_websocket(port: int, **keys: Any) -> list[dict[str, Any]]:
     return [{"host": "localhost", "port": port, "transport": "websocket", **keys}]
 
 
-def exchange(gateway: RunningGateway, name: str) -> None:
+def exchange(gateway: RunningGateway, name: str, large: int = 200_000) -> None:
     """Have a client of paho's subscribe, publish with QoS 1 and get its message back, small and large."""
     received: list[bytes] = []
     client = paho.Client(paho.CallbackAPIVersion.VERSION2, client_id=name, protocol=paho.MQTTv311)
     client.on_message = lambda _client, _data, message: received.append(message.payload)
+    answers: list[Any] = []
+    client.on_connect = lambda _client, _data, _flags, code, _properties: answers.append(code)
     subscribed: list[Any] = []
     client.on_subscribe = lambda *_: subscribed.append(True)
     client.connect("127.0.0.1", gateway.port)
     client.loop_start()
     try:
+        # If this session fails, paho connects again, but does not subscribe again.
+        eventually(lambda: answers, "an answer to CONNECT")
+        assert not answers[0].is_failure, gateway.ended
         client.subscribe(f"{name}/#", 1)
-        eventually(lambda: subscribed, "subscribed")
-        sent = [b"small", bytes(200_000), b"last"]
+        eventually(lambda: subscribed, lambda: f"subscribed; sessions that have ended: {gateway.ended}")
+        sent = [b"small", bytes(large), b"last"]
         for payload in sent:
             client.publish(f"{name}/x", payload, qos=1).wait_for_publish(20)
-        eventually(lambda: len(received) == len(sent), "all messages have come back")
+        eventually(
+            lambda: len(received) == len(sent), lambda: f"all messages; sessions that have ended: {gateway.ended}"
+        )
         assert received == sent
     finally:
         client.disconnect()
@@ -85,6 +94,21 @@ def test_messages_pass_through_amqtt(start_gateway: StartGateway, amqtt: WebSock
     exchange(gateway, "amqtt")
     assert gateway.wait_ended().reason is EndReason.DEVICE_DISCONNECT
     gateway.wait_empty()
+
+
+def test_messages_pass_through_mosquitto(
+    start_gateway: StartGateway, certificate: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its own listener for WebSocket, over TLS."""
+    port = free_port()
+    broker = open_mosquitto(tmp_path, free_port(), port, certificate, websocket=True)
+    try:
+        gateway = start_gateway(upstream=over_websocket(port))
+        # mosquitto 2.0.11 sends 4 kB of a message every 100 ms.
+        exchange(gateway, "mosquitto", large=10_000)
+        gateway.wait_empty()
+    finally:
+        broker.stop()
 
 
 def test_messages_pass_through_nginx(start_gateway: StartGateway, nginx: WebSocketNginx) -> None:

@@ -45,10 +45,10 @@ class WebSocketBroker(Program):
 
 
 class WebSocketNginx(Program):
-    """nginx that ends TLS and passes WebSockets at `/broker` on to a port."""
+    """nginx that ends TLS and passes WebSockets at `/broker` on to a port; on a free one unless told otherwise."""
 
-    def __init__(self, directory: Path, behind: int, chain: Path, key: Path) -> None:
-        self.port = free_port()
+    def __init__(self, directory: Path, behind: int, chain: Path, key: Path, port: int = 0) -> None:
+        self.port = port or free_port()
         path = directory / "nginx.conf"
         path.write_text(f"""\
 daemon off; master_process off; pid {directory}/nginx.pid; error_log {directory}/error.log;
