@@ -13,6 +13,7 @@ import pytest
 from gateway.config import StoreConfig
 from gateway.errors import EndReason, SessionEnd, UpstreamFailure
 from gateway.mqtt.connect import Connect
+from gateway.mqtt.packets import ProtocolVersion
 from gateway.pieces import at_once
 from gateway.session.drain_pace import DrainPace
 from gateway.session.stored import Phase, StoredSession
@@ -139,7 +140,7 @@ class Bench:
         self.config = StoreConfig(**values)
         self.is_plausible = True
         self.available = True
-        self.dials = 0
+        self.dials = self.cancelled = 0
         self.over_called = False
         self.treatment: Callable[[bytes, Connect], Treatment] = lambda raw, connect: Treatment(
             connect=raw, version=connect.version
@@ -183,7 +184,8 @@ class Bench:
         self.dials += 1
 
     def cancel(self, stored: StoredSession) -> None:
-        """Nothing to do."""
+        """Count."""
+        self.cancelled += 1
 
     def may_dial(self, stored: StoredSession) -> bool:
         """As the test wants."""
@@ -1202,6 +1204,83 @@ def test_what_the_will_overwrote_is_said_again(bench: Bench) -> None:
     assert again.sent[-1][0] & 1
 
 
+def test_a_will_that_the_broker_may_not_have_published_is_sent(bench: Bench) -> None:
+    """The device vanished while a message was on its way, then the broker's connection broke."""
+    device = bench.connect(will=WILL)
+    bench.online()
+    bench.up(b"x")
+    bench.settle()
+    device.finish(EndReason.DEVICE_LOST)
+    bench.lose()
+    bench.sweep()
+    bench.settle()
+    assert bench.online(session_present=True).payloads == [b"x", b"gone"]
+
+
+def test_dropped_messages_take_the_will_of_a_device_that_is_away_with_them(bench: Bench) -> None:
+    """Also over a restart."""
+    delayed = b"\x18\0\0\0\x3c"
+    found = parsed(
+        mqtt_packets.connect("dev", version=5, will_topic="s", will_payload=b"gone", will_properties=delayed)
+    )
+    device = bench.offline(version=5, will=found[1].will)
+    device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    assert not bench.over_called
+    bench.stored.dropped()
+    bench.settle()
+    assert bench.over_called
+    bench.start()
+    bench.sweep(200)
+    bench.settle()
+    assert bench.store.messages == 0
+
+
+def test_a_dial_for_messages_that_have_been_dropped_is_cancelled(bench: Bench) -> None:
+    bench.offline()
+    bench.up(b"x")
+    bench.settle()
+    bench.stored.device_received(b"\xe0\0")
+    bench.settle()
+    bench.available = True
+    cancelled = bench.cancelled
+    bench.stored._retry_at = 0.0
+    bench.stored._dial()
+    bench.store.drop(bench.store.backlog("dev"), lambda count, error: bench.stored.dropped())
+    bench.settle()
+    assert bench.over_called
+    assert bench.cancelled == cancelled + 1
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_device_that_its_rule_no_longer_lets_through_is_told_once(bench: Bench, version: int) -> None:
+    """In a CONNACK if it waits for one, which a device that was accepted does not."""
+    code = 0x87 if version == 5 else 5
+    waiting = bench.connect(version)
+    bench.stored.upstream_refused(EndReason.RULE_REFUSED, "test", (5, 0x87))
+    assert waiting.ended == (EndReason.RULE_REFUSED, "test")
+    assert waiting.answer is not None
+    assert waiting.answer[3] == code
+    accepted = bench.offline(version=version)
+    bench.stored.upstream_refused(EndReason.RULE_REFUSED, "test", (5, 0x87))
+    assert accepted.ended == (EndReason.RULE_REFUSED, "test")
+    assert accepted.answer is None
+
+
+def test_a_device_of_3_1_is_refused_in_its_version(bench: Bench) -> None:
+    """Not as the broker puts it, which was sent a CONNECT of 3.1.1; here with a padded length."""
+    device = Device()
+    device.stored = bench.stored
+    found, _ = parsed(mqtt_packets.connect("dev", version=3))
+    upgraded = Treatment(mqtt_packets.connect("dev"), ProtocolVersion.MQTT_3_1_1)
+    bench.treatment = lambda raw, connect: upgraded
+    bench.stored.attach(device, found, upgraded, ("10.0.0.1", ""), confirm=False)
+    bench.disk.commit()
+    bench.verified()
+    bench.stored.upstream_received(b"\x20\x82\0\0\5")
+    assert device.answer == b"\x20\2\0\5"
+
+
 def test_a_predecessor_that_is_half_open_is_ended(bench: Bench) -> None:
     """Without a broker nobody else does it."""
     first = bench.offline()
@@ -1209,6 +1288,7 @@ def test_a_predecessor_that_is_half_open_is_ended(bench: Bench) -> None:
     assert first.ended is not None
     assert first.ended[0] is EndReason.TAKEN_OVER
     assert second.ended is None
+    assert not bench.over_called, "the predecessor has not left: there is a device"
 
 
 def test_a_stop_writes_and_acknowledges_what_is_in_memory(bench: Bench) -> None:
