@@ -153,7 +153,7 @@ class GatewayService(Service):
         self._now = now
         self._expiry = ExpiryWatch(now, reactor.seconds)
         # Its connections share the limit on the work of a turn with the sessions.
-        self.status_port = StatusPort(self._relay, self.sight)
+        self.status_port = StatusPort(self._relay, self.sight, self._in_thread)
         self._store_port: StorePort | None = None
         self._reload_port = (
             None if runtime_directory is None else ReloadPort(reactor, runtime_directory / RELOAD_SOCKET, self.reload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -336,6 +337,31 @@ def test_without_an_endpoint_it_says_how_to_get_one(ask: Ask, tmp_path: Path) ->
         status, out, err = ask("--url", url)
         assert (status, out) == (1, "")
         assert "is neither http://HOST:PORT nor unix:/PATH" in err
+
+
+def test_the_password_comes_from_a_file(
+    start: StartGateway, ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash is made from standard input; it is never sent in plain text to another machine, and never printed."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("correct horse\n"))
+    status, out, _ = ask("--hash-password")
+    assert status == 0
+    gateway = start(upstream=1, status={"endpoint": "127.0.0.1:0", "password": out.strip()})
+    right, wrong = tmp_path / "right", tmp_path / "wrong"
+    right.write_text("correct horse\n")
+    wrong.write_text("battery staple\n")
+    assert ask("--password-file", str(right), gateway=gateway)[0] == 0
+    for arguments, words in (
+        ([], "--password-file"),
+        (["--password-file", str(wrong)], "refuses the password"),
+        (["--password-file", str(tmp_path / "none")], "cannot be read"),
+    ):
+        status, out, err = ask(*arguments, gateway=gateway)
+        assert (status, out) == (1, "")
+        assert words in err
+        assert "staple" not in err
+    status, _, err = ask("--url", "http://192.0.2.1:9883", "--password-file", str(right))
+    assert (status, "plain text" in err) == (1, True)
 
 
 def test_nobody_there_is_one_line(ask: Ask, tmp_path: Path) -> None:

@@ -785,6 +785,18 @@ def test_the_status_page_is_for_others_only_if_they_are_meant(endpoint: str) -> 
     assert from_mapping(mapping(status={"endpoint": endpoint, "public": True})).status.description
 
 
+def test_the_password_of_the_status_page_is_not_for_all_to_read() -> None:
+    """It is a hash, and it is sent in plain text, so only to loopback or a UNIX socket; neither line shows it."""
+    password = "scrypt$16384$8$1$c2FsdHNhbHRzYWx0c2FsdA==$YfNTzWDs8Q2tp4Y8u6bgEbV6oO3ECkcGyDgEQ0Ki+Ew="
+    assert from_mapping(mapping(status={"endpoint": "127.0.0.1:9883", "password": password}))
+    (line,) = problems(status={"endpoint": "0.0.0.0:9883", "public": True, "password": password})
+    assert line.startswith('status.password: "0.0.0.0:9883" can be reached from other machines')
+    (other,) = problems(status={"endpoint": "127.0.0.1:9883", "password": "plain-secret"})
+    assert other.startswith("status.password: not a password hash")
+    assert password not in line
+    assert "plain-secret" not in other
+
+
 def test_the_status_page_has_an_endpoint_that_could_be_one() -> None:
     """It is checked as those of devices are; a truth value is none of the words for one."""
     assert problems(status={"endpoint": "here", "public": "yes"}) == [

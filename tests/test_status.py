@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import re
@@ -18,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.logger import globalLogPublisher
+from twisted.logger import formatEvent, globalLogPublisher
 
 from gateway import pieces as pieces_module
 from gateway.config import from_mapping
@@ -33,6 +37,7 @@ from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import SCHEMA, device_words, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
+from gateway.ops.web.guard import Access, Guard
 from gateway.ops.web.site import StatusSite
 from gateway.pieces import at_once
 from gateway.session.session import Session
@@ -132,6 +137,166 @@ def devices() -> Iterator[list[Device]]:
     yield opened
     for device in opened:
         device.close()
+
+
+# ---- the password
+
+PASSWORD = "correct horse"
+LATE = {"retry_first": 60, "retry_max": 60}
+
+
+def cheap_hash(password: str) -> str:
+    """The hash of a password, at a hundredth of the usual cost."""
+    salt = b"0123456789abcdef"
+    parts = (salt, hashlib.scrypt(password.encode(), salt=salt, n=128, r=8, p=1, dklen=32))
+    return "$".join(["scrypt$128$8$1", *(base64.b64encode(part).decode() for part in parts)])
+
+
+HASH = cheap_hash(PASSWORD)
+
+
+def basic(password: str, user: str = "anyone") -> str:
+    """An Authorization header (RFC 7617)."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+@pytest.fixture
+def guarded(start: StartGateway, start_broker: StartBroker) -> RunningGateway:
+    """A gateway whose status needs a password."""
+    return start(upstream=start_broker().port, status={"endpoint": "127.0.0.1:0", "password": HASH})
+
+
+def test_without_the_password_nothing_is_shown(guarded: RunningGateway, devices: list[Device]) -> None:
+    """Of no kind of answer, to no kind of header; and nothing secret is logged."""
+    logged: list[str] = []
+    observer = lambda event: logged.append(f"{event!r} {formatEvent(event)}")  # noqa: E731
+    globalLogPublisher.addObserver(observer)
+    devices.append(connected(guarded, "device-17"))
+    wrong = [
+        {},
+        {"Authorization": basic(PASSWORD).replace("Basic", "Bearer")},
+        {"Authorization": "Basic"},
+        {"Authorization": "Basic \xff"},
+        {"Authorization": "Basic " + base64.b64encode(PASSWORD.encode()).decode()},
+        {"Authorization": f"{basic(PASSWORD)}, {basic(PASSWORD)}"},
+        {"Authorization": basic("")},
+        {"Authorization": basic(PASSWORD[:-1])},
+        {"Authorization": basic(PASSWORD.upper())},
+        {"Authorization": basic(HASH)},
+    ]
+    for headers in wrong:
+        answer = ask(guarded, "/status", **headers)
+        assert (answer.status, answer.text) == (401, "The password is missing or wrong.\n")
+        assert answer.headers["WWW-Authenticate"] == 'Basic realm="mqtts-gateway", charset="UTF-8"'
+    for path in ("/", "/metrics", "/status?q=device-17"):
+        assert (ask(guarded, path).status, ask(guarded, path, "HEAD").status) == (401, 401)
+    for user in ("anyone", ""):
+        assert ask(guarded, "/status", Authorization=basic(PASSWORD, user)).json["sessions"]["open"] == 1
+    assert "device-17" in ask(guarded, "/", Authorization=basic(PASSWORD).replace("Basic", "bASIC")).text
+    globalLogPublisher.removeObserver(observer)
+    for secret in (PASSWORD, HASH, HASH.rpartition("$")[2], basic(PASSWORD).split()[1]):
+        assert not [line for line in logged if secret in line]
+    assert HASH not in repr(guarded.service.gateway.config)
+
+
+def test_health_checks_need_no_password_and_name_no_broker(start: StartGateway) -> None:
+    """A supervisor has none."""
+    gateway = start(upstream=1, status={"endpoint": "127.0.0.1:0", "password": HASH}, failover=LATE)
+    assert [ask(gateway, path).status for path in ("/healthz", "/readyz")] == [200, 200]
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect())
+        device.read_to_end()
+    answer = ask(gateway, "/readyz")
+    assert (answer.status, answer.text) == (503, "no broker is available\n")
+
+
+def test_a_reload_changes_the_password(guarded: RunningGateway) -> None:
+    """The old one is worth nothing from then on, even if it was in use; without one, nobody is asked."""
+    port, config = status_port(guarded), guarded.service.gateway.config
+
+    def change(password: str) -> None:
+        status = evolve(config.status, password=password)
+        guarded.call(lambda: guarded.service.change(evolve(config, status=status)))
+
+    assert ask(guarded, Authorization=basic(PASSWORD)).status == 200
+    change(cheap_hash("another"))
+    assert ask(guarded, Authorization=basic(PASSWORD)).status == 401
+    assert ask(guarded, Authorization=basic("another")).status == 200
+    change("")
+    assert ask(guarded).status == 200
+    assert status_port(guarded) == port
+
+
+class Checks:
+    """Threads whose work a test does, one piece at a time."""
+
+    def __init__(self) -> None:
+        self.work: list[tuple[Callable[[], bool], Deferred[bool]]] = []
+
+    def __call__(self, work: Callable[[], bool]) -> Deferred[bool]:
+        result: Deferred[bool] = Deferred()
+        self.work.append((work, result))
+        return result
+
+    def do(self) -> None:
+        work, result = self.work.pop(0)
+        result.callback(work())
+
+
+def test_guesses_are_few_and_do_not_keep_out_who_is_in() -> None:
+    """One check at a time, ten at once, then one a second, whoever asks; what was right is not checked again."""
+    clock, checks, told = Clock(), Checks(), list[Access]()
+    guard = Guard(clock.seconds, checks)
+    guard.require(HASH)
+    guard.judge(basic(PASSWORD), told.append)
+    checks.do()
+    assert told == [Access.GRANTED]
+    told.clear()
+    for index in range(20):
+        guard.judge(basic(f"guess {index}"), told.append)
+        assert len(checks.work) == 1
+    guard.judge(basic(PASSWORD), told.append)
+    assert told == [Access.BUSY] * 11 + [Access.GRANTED]
+    told.clear()
+    while checks.work:
+        checks.do()
+        assert len(checks.work) <= 1
+    assert told == [Access.DENIED] * 9
+    told.clear()
+    clock.advance(1)
+    for _ in range(2):
+        guard.judge(basic("guess"), told.append)
+    assert (len(checks.work), told) == (1, [Access.BUSY])
+
+
+def test_a_password_that_was_replaced_while_it_was_checked_is_wrong(logged_errors: list[dict[str, Any]]) -> None:
+    """And a check that fails is no reason to let anyone in."""
+    checks, told = Checks(), list[Access]()
+    guard = Guard(Clock().seconds, checks)
+    guard.require(HASH)
+    guard.judge(basic(PASSWORD), told.append)
+    guard.require(cheap_hash("another"))
+    checks.do()
+    guard.judge(basic("another"), told.append)
+    checks.work.pop()[1].errback(MemoryError())
+    assert told == [Access.DENIED, Access.BUSY]
+    (event,) = logged_errors
+    assert "cannot be checked" in formatEvent(event)
+    logged_errors.clear()
+
+
+def test_who_leaves_while_the_password_is_checked_gets_nothing_made(guarded: RunningGateway) -> None:
+    """Nor is anything written to a connection that is gone."""
+    checks = Checks()
+    guard = Guard(Clock().seconds, checks)
+    guard.require(HASH)
+    site = StatusSite(guarded.service.sight, Clock(), guard)
+    connection, wire = on_the_wire(site)
+    connection.dataReceived(f"GET / HTTP/1.1\r\nHost: localhost\r\nAuthorization: {basic(PASSWORD)}\r\n\r\n".encode())
+    connection.connectionLost()
+    checks.do()
+    assert not wire.value()
+    assert not site._making._requests
 
 
 # ---- metrics
@@ -993,7 +1158,7 @@ def test_no_element_of_the_page_grows_with_the_number_of_rows(
 def test_who_leaves_before_the_answer_cancels_it(start: StartGateway) -> None:
     """And who sends more meanwhile gets one answer."""
     clock = Clock()
-    site = StatusSite(start(upstream=1).service.sight, clock)
+    site = StatusSite(start(upstream=1).service.sight, clock, Guard(clock.seconds, maybeDeferred))
     request = b"GET /status HTTP/1.1\r\nHost: localhost\r\n\r\n"
     connection, wire = on_the_wire(site)
     connection.dataReceived(request)
@@ -1071,7 +1236,7 @@ def on_the_wire(site: Any) -> tuple[Any, Wire]:
 def test_who_sends_byte_by_byte_is_cut_off(start: StartGateway, head: bytes) -> None:
     """A request comes in a few reads; each read costs the relay a turn, and a body is not parsed at all."""
     gateway = start(upstream=1)
-    site = StatusSite(gateway.service.sight, Clock())
+    site = StatusSite(gateway.service.sight, Clock(), Guard(Clock().seconds, maybeDeferred))
     connection, wire = on_the_wire(site)
     connection.dataReceived(head)
     fed = 0

@@ -75,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     listing = command("list", list_devices, "list devices with a rule, and whether each is connected")
     listing.add_argument("--json", action="store_true", help="output JSON")
+    listing.add_argument(
+        "--password-file", metavar="FILE", type=Path, help="read the status endpoint's password from this file"
+    )
     show = command("show", _show, "show one device's rule and certificate")
     _identifier(show)
     disabling = command("disable", device_change.disable, "refuse a device and end its session, and keep its rule")

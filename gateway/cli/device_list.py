@@ -16,7 +16,7 @@ from gateway.cli.certificates import expiry, now
 from gateway.cli.device_files import identifier_of
 from gateway.cli.device_rules import Rules
 from gateway.cli.report import complain
-from gateway.cli.status import CannotAsk, endpoint_at, fetch
+from gateway.cli.status import CannotAsk, endpoint_at, fetch, with_password
 from gateway.config import DeviceRule
 from gateway.config.secret_files import SecretUnavailable
 from gateway.ops.status_words import CONNECTED, Part, ago, clock, device_state, duration
@@ -35,7 +35,7 @@ _SOURCES = {
 
 def list_devices(rules: Rules, arguments: argparse.Namespace) -> int:
     """List all devices that have a rule."""
-    seen = _seen(rules)
+    seen = _seen(rules, arguments.password_file)
     found = [(device, _facts(path, device, seen)) for path, device in rules.devices()]
     if arguments.json:
         print(json.dumps([facts for _, facts in found], indent=2))
@@ -117,11 +117,11 @@ def _item(seen: Mapping[str, Part] | None, patterns: list[str]) -> Part | None:
     return seen.get(printable(identifier_of(patterns[0]) or ""))
 
 
-def _seen(rules: Rules) -> dict[str, Part] | None:
+def _seen(rules: Rules, password_file: Path | None) -> dict[str, Part] | None:
     """Return what the running gateway knows of devices, by Client Identifier; `None` if it cannot be asked."""
     items: dict[str, Part] = {}
     try:
-        endpoint = endpoint_at(rules.config.status.endpoint, str(rules.file))
+        endpoint = with_password(endpoint_at(rules.config.status.endpoint, str(rules.file)), password_file)
         page = pages = 1
         while page <= pages:
             devices = fetch(endpoint, f"?limit={_PER_PAGE}&page={page}")["devices"]

@@ -16,17 +16,21 @@ import socket
 import sys
 import textwrap
 import time
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from attrs import frozen
+from attrs import evolve, field, frozen
 
 from gateway.cli.report import complain
 from gateway.config import load_file
 from gateway.config.listen import reachable_at
+from gateway.config.passwords import hash_password
+from gateway.config.secret_files import SecretUnavailable, read_secret
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
 from gateway.ops.status_words import (
@@ -76,11 +80,12 @@ class CannotAsk(Exception):
 
 @frozen
 class Endpoint:
-    """The status endpoint: a UNIX socket's path, or a URL."""
+    """The status endpoint: a UNIX socket's path, or a URL; and its password, if it has one."""
 
     shown: str
     path: str = ""
     url: str = ""
+    password: bytes | None = field(default=None, repr=False)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +96,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--url",
         metavar="URL",
         help=f"use this endpoint: http://HOST:PORT or unix:/PATH/OF/SOCKET (default: {_DEFAULT})",
+    )
+    parser.add_argument(
+        "--password-file", metavar="FILE", type=Path, help="read the endpoint's password from this file"
+    )
+    parser.add_argument(
+        "--hash-password", action="store_true", help="ask for a password, print its hash for status.password, and exit"
     )
     parser.add_argument("--device", metavar="ID", help="show the state of a device, or why it is not connected")
     parser.add_argument(
@@ -109,6 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Fetch and print; return the exit status."""
+    if arguments.hash_password:
+        return _hash()
     try:
         endpoint = _endpoint(arguments)
     except ConfigError as error:
@@ -127,6 +140,21 @@ def run(arguments: argparse.Namespace) -> int:
         _once(endpoint, arguments)
         sys.stdout.flush()
         time.sleep(arguments.watch)
+
+
+def _hash() -> int:
+    # It imports much that is not needed to ask a gateway.
+    from gateway.cli.device_change import ask_password
+    from gateway.cli.device_files import DeviceProblem
+    from gateway.cli.device_table import SALT_SIZE
+
+    try:
+        password = ask_password("Password of the status page")
+    except DeviceProblem as problem:
+        complain(str(problem))
+        return _CANNOT_ASK
+    print(hash_password(password, os.urandom(SALT_SIZE)))
+    return 0
 
 
 def _once(endpoint: Endpoint, arguments: argparse.Namespace) -> int:
@@ -162,8 +190,30 @@ def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
 
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
     if arguments.config is None:
-        return _parsed(arguments.url or _DEFAULT)
-    return endpoint_at(_named_in(Path(arguments.config)), arguments.config)
+        endpoint = _parsed(arguments.url or _DEFAULT)
+    else:
+        endpoint = endpoint_at(_named_in(Path(arguments.config)), arguments.config)
+    return with_password(endpoint, arguments.password_file)
+
+
+def with_password(endpoint: Endpoint, file: Path | None) -> Endpoint:
+    """Return the endpoint with the password in `file`, if there is one.  Raises `CannotAsk`."""
+    if file is None:
+        return endpoint
+    parts = urlsplit(endpoint.url)
+    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
+        raise CannotAsk(f"{endpoint.shown} would get the password in plain text: use https")
+    try:
+        return evolve(endpoint, password=read_secret(file))
+    except SecretUnavailable as problem:
+        raise CannotAsk(str(problem)) from None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def endpoint_at(named: str, config: str) -> Endpoint:
@@ -228,7 +278,11 @@ def _ask(endpoint: Endpoint, query: str) -> tuple[int, bytes]:
     """Return the status and the body of an answer."""
     with closing(_connection(endpoint)) as connection:
         path = f"{urlsplit(endpoint.url).path}/status{query}"
-        connection.request("GET", path, headers={"Accept": "application/json"})
+        headers = {"Accept": "application/json"}
+        if endpoint.password is not None:
+            # RFC 7617 §2; the gateway takes any user name.
+            headers["Authorization"] = f"Basic {b64encode(b'status:' + endpoint.password).decode()}"
+        connection.request("GET", path, headers=headers)
         response = connection.getresponse()
         return response.status, response.read(_LARGEST)
 
@@ -254,6 +308,12 @@ def fetch(endpoint: Endpoint, query: str) -> dict[str, Any]:
             f"{endpoint.shown} does not answer: {unprintable_escaped(reason)}; check that the gateway runs and has "
             "[status] endpoint in its configuration; use --config FILE or --url for another endpoint"
         ) from None
+    if status == http.client.UNAUTHORIZED:
+        raise CannotAsk(
+            f"{endpoint.shown} needs a password: name the file that holds it with --password-file"
+            if endpoint.password is None
+            else f"{endpoint.shown} refuses the password: it is not the one whose hash is status.password"
+        )
     if status != http.client.OK:
         words = body[:200].decode("utf-8", "replace").strip()
         raise CannotAsk(f"{endpoint.shown} answers {status}: {unprintable_escaped(words)}")

@@ -12,7 +12,7 @@ import attrs
 
 from gateway.config import profiles
 from gateway.config.anchor import Anchor
-from gateway.config.passwords import parse_hash
+from gateway.config.passwords import check_hash
 from gateway.config.secret_files import Passphrase, check_credential_name
 from gateway.config.templates import FROM_DEVICE, check_template
 from gateway.config.validators import (
@@ -39,11 +39,6 @@ def _check_pattern(text: str) -> None:
         re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{quoted(text)} is not a regular expression: {error}") from None
-
-
-def _check_hash(text: str) -> None:
-    if text:
-        parse_hash(text)
 
 
 def _check_filters(filters: tuple[str, ...] | None) -> None:
@@ -105,7 +100,7 @@ class DeviceRule:
     match_username: tuple[str, ...] = ()
     match_listener: tuple[str, ...] = ()
     bound_to: tuple[Network, ...] = ()
-    lan_password: str = attrs.field(default="", validator=checked(_check_hash), repr=False)
+    lan_password: str = attrs.field(default="", validator=checked(check_hash), repr=False)
     upstream: tuple[str, ...] = ()
     client_id: str = ""
     username: str = ""

@@ -1,6 +1,6 @@
-"""Hashes of LAN passwords: `scrypt$N$R$P$SALT$HASH`, salt and hash in base64 (RFC 7914).
+"""Hashes of passwords of devices and of the status page: `scrypt$N$R$P$SALT$HASH`, salt and hash in base64 (RFC 7914).
 
-In: the text of `lan_password`; a password.  Out: whether it is correct; `ValueError` for a text that is not a hash.
+In: the text of such a hash; a password.  Out: whether it is correct; `ValueError` for a text that is not a hash.
 """
 
 from __future__ import annotations
@@ -59,6 +59,12 @@ def parse_hash(text: str) -> PasswordHash:
     return PasswordHash(cost, block_size, parallelism, salt, digest)
 
 
+def check_hash(text: str) -> None:
+    """Refuse what is no hash; "" is none.  Raises ValueError."""
+    if text:
+        parse_hash(text)
+
+
 def hash_password(password: bytes, salt: bytes) -> str:
     """Return the hash of a password; `salt` is 16 random bytes."""
     digest = _derive(password, salt, _COST, _BLOCK_SIZE, _PARALLELISM, _HASH_SIZE)
@@ -70,4 +76,4 @@ def _derive(password: bytes, salt: bytes, cost: int, block_size: int, parallelis
     try:
         return Scrypt(salt=salt, length=length, n=cost, r=block_size, p=parallelism).derive(password)
     except UnsupportedAlgorithm:
-        raise ValueError("lan_password needs scrypt, which this build of OpenSSL lacks") from None
+        raise ValueError("passwords need scrypt, which this build of OpenSSL lacks") from None

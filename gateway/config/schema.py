@@ -20,6 +20,7 @@ from gateway.config.algorithms import Algorithms, check_cipher, check_group, che
 from gateway.config.devices import DeviceRule, Devices, identity_problems
 from gateway.config.listen import describe_endpoint, endpoint_identity, endpoint_kind, is_local
 from gateway.config.names import connect_name, normalise_name
+from gateway.config.passwords import check_hash
 from gateway.config.proxies import ENVIRONMENT, check_credential, check_no_proxy, check_proxy_url
 from gateway.config.secret_files import Passphrase, check_credential_name
 from gateway.config.validators import (
@@ -346,10 +347,19 @@ class Status:
 
     endpoint: str = attrs.field(default="", validator=checked(_check_optional_endpoint))
     public: bool = False
+    password: str = attrs.field(default="", validator=checked(check_hash), repr=False)
 
     def __attrs_post_init__(self) -> None:
-        """Refuse an endpoint that other machines can reach, unless `public` is set."""
-        if self.endpoint and not self.public and not is_local(self.endpoint):
+        """Refuse an endpoint that other machines can reach, unless `public` is set, and a password in plain text."""
+        if not self.endpoint or is_local(self.endpoint):
+            return
+        if self.password:
+            raise MisfitError(
+                ".password",
+                f"{quoted(self.endpoint)} can be reached from other machines, and would get the password in plain "
+                'text: use loopback ("127.0.0.1:9883"), or a UNIX socket',
+            )
+        if not self.public:
             raise MisfitError(
                 ".endpoint",
                 f"{quoted(self.endpoint)} can be reached from other machines, and anyone who reaches it can read the "

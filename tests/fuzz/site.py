@@ -8,11 +8,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from twisted.internet.address import IPv4Address
+from twisted.internet.defer import maybeDeferred
 from twisted.internet.testing import MemoryReactorClock, StringTransport
 from twisted.logger import globalLogPublisher
 
 from gateway.config import Config, Upstream
 from gateway.ops.web import site as site_module
+from gateway.ops.web.guard import Guard
 from gateway.ops.web.site import StatusSite
 from gateway.service import GatewayService
 from tests.fuzz.tools import Choices, cut_in_three
@@ -56,13 +58,14 @@ class _Transport(StringTransport):
 
 
 _CLOCK = _Reactor()
+_GUARD = Guard(_CLOCK.seconds, maybeDeferred)
 _SERVICE = GatewayService(Config(upstream=(Upstream("broker.example"),)), _CLOCK)
 
 
 def _exchange(parts: Iterable[bytes]) -> tuple[bytes, list[dict[str, Any]]]:
     """Give a connection of its own these bytes; return what was answered, and what was logged."""
     logged: list[dict[str, Any]] = []
-    site = StatusSite(_SERVICE.sight, _CLOCK)
+    site = StatusSite(_SERVICE.sight, _CLOCK, _GUARD)
     protocol = site.buildProtocol(_ADDRESS)
     assert protocol is not None
     transport = _Transport(peerAddress=_ADDRESS)

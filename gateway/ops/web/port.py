@@ -6,6 +6,7 @@ In: the `[status]` sections of the current and the next configuration.  Out: a p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -20,6 +21,7 @@ from gateway.net.network import shown_address
 from gateway.ops.sight import Sight
 
 if TYPE_CHECKING:
+    from gateway.ops.web.guard import Guard
     from gateway.ops.web.site import StatusSite
 
 _log = Logger(namespace="gateway")
@@ -47,10 +49,12 @@ class Prepared:
 class StatusPort:
     """The status endpoint of a gateway, if it has one."""
 
-    def __init__(self, reactor: Any, sight: Sight) -> None:
-        """Take a reactor that provides IReactorTime, IReactorTCP and IReactorUNIX."""
+    def __init__(self, reactor: Any, sight: Sight, in_thread: Callable[[Callable[[], bool]], Deferred[bool]]) -> None:
+        """Take a reactor that provides IReactorTime, IReactorTCP and IReactorUNIX; `in_thread` works in a thread."""
         self._reactor = reactor
         self._sight = sight
+        self._in_thread = in_thread
+        self._guard: Guard | None = None
         self._open: _Open | None = None
         self._wanted: Status | None = None
         self._try_again_at = 0.0
@@ -82,9 +86,12 @@ class StatusPort:
         """Open what `status` describes, unless it is already open.  Raises `ConfigError`."""
         if not status.endpoint or (self._open is not None and self._open.status.description == status.description):
             return Prepared(status, None)
+        from gateway.ops.web.guard import Guard
         from gateway.ops.web.site import StatusSite
 
-        site = StatusSite(self._sight, self._reactor)
+        if self._guard is None:
+            self._guard = Guard(self._reactor.seconds, self._in_thread)
+        site = StatusSite(self._sight, self._reactor, self._guard)
         try:
             factory: Any = site  # its generic bases do not agree
             port = listen(self._reactor, Listener(status.endpoint), factory)
@@ -105,6 +112,7 @@ class StatusPort:
         if before is not None and before is not self._open:
             _close(before)
         if self._open is not None:
+            self._open.site.guard.require(prepared.status.password)
             # A browser cannot reach a UNIX socket by name, and the names of a public endpoint are not known.
             is_unix = not hasattr(self._open.port.getHost(), "host")
             self._open.site.any_host = prepared.status.public or is_unix

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -31,6 +31,7 @@ from twisted.python.failure import Failure
 
 from gateway.ops.metrics import Metrics
 from gateway.ops.sight import Query, Sight
+from gateway.ops.web.guard import Access, Guard
 from gateway.ops.web.page import CONTENT_SECURITY_POLICY, page
 from gateway.pieces import Pieces
 
@@ -77,15 +78,18 @@ Done = Callable[[Answer], None]
 class StatusSite(protocol.ServerFactory):
     """The factory of status connections.
 
-    `any_host` leaves the Host header unchecked.  `port` is the listening port, once there is one; it is paused while
-    connections come too fast.
+    `any_host` leaves the Host header unchecked.  `guard` asks for a password, except for health checks.  `port` is the
+    listening port, once there is one; it is paused while connections come too fast.
     """
 
     noisy = False
 
-    def __init__(self, sight: Sight, reactor: Any) -> None:
+    def __init__(self, sight: Sight, reactor: Any, guard: Guard) -> None:
         """Take a reactor that provides IReactorTime."""
         self._sight = sight
+        self.guard = guard
+        # Who waits for the password to be checked.
+        self._checking: set[Done] = set()
         self._metrics = Metrics(sight)
         self._reactor = reactor
         self.any_host = False
@@ -131,10 +135,13 @@ class StatusSite(protocol.ServerFactory):
             connection.abort()
         self._making.end()
 
-    def answer(self, method: str, uri: str, host: str | None, accept: str, done: Done) -> None:
-        """Answer a request, now or in a later turn; an error is answered with 500."""
+    def answer(self, method: str, uri: str, fields: Mapping[bytes, Sequence[str]], done: Done) -> None:
+        """Answer a request, now or in a later turn; an error is answered with 500.
+
+        `fields` are the header fields Host, Accept and Authorization, by name in lower case.
+        """
         try:
-            answer = self._answer(method, uri, host, accept, done)
+            answer = self._answer(method, uri, fields, done)
         except Exception:  # noqa: BLE001  an error in an answer must not reach the relay
             answer = _failed()
         if answer is not None:
@@ -142,9 +149,13 @@ class StatusSite(protocol.ServerFactory):
 
     def forget(self, done: Done) -> None:
         """Whoever asked has left."""
+        self._checking.discard(done)
         self._making.forget(done)
 
-    def _answer(self, method: str, uri: str, host: str | None, accept: str, done: Done) -> Answer | None:
+    def _answer(self, method: str, uri: str, fields: Mapping[bytes, Sequence[str]], done: Done) -> Answer | None:
+        # HTTP/1.0 health checkers send none; browsers always do.
+        host = ",".join(fields[b"host"]) if fields[b"host"] else None
+        accept = ",".join(fields[b"accept"])
         if method not in {"GET", "HEAD"}:
             return 405, _TEXT, b"Only GET and HEAD are allowed.\n"
         if not (self.any_host or host is None or _is_this_machine(host)):
@@ -167,8 +178,20 @@ class StatusSite(protocol.ServerFactory):
             arguments = dict(parse_qsl(query, max_num_fields=_MOST_ARGUMENTS))
         except ValueError:
             return 400, _TEXT, b"Too many arguments.\n"
-        self._making.ask((uri, accept), partial(answer, arguments, accept), done)
+        ask = partial(self._making.ask, (uri, accept), partial(answer, arguments, accept), done)
+        self._checking.add(done)
+        self.guard.judge(",".join(fields[b"authorization"]), partial(self._judged, ask, done))
         return None
+
+    def _judged(self, ask: Callable[[], None], done: Done, access: Access) -> None:
+        """Go on with a request, unless whoever asked has left."""
+        if done not in self._checking:
+            return
+        self._checking.discard(done)
+        if access is Access.GRANTED:
+            ask()
+        else:
+            done(_NO_PASSWORD if access is Access.DENIED else _BUSY)
 
     # ---- the answers
 
@@ -198,9 +221,13 @@ class StatusSite(protocol.ServerFactory):
 
     def _readiness(self) -> Answer:
         unready = self._sight.unready()
+        if self.guard.asks:
+            # Health checkers have no password, and nobody without one is told which brokers there are.
+            unready = unready.partition(":")[0]
         return (503, _TEXT, f"{unready}\n".encode()) if unready else (200, _TEXT, b"ready\n")
 
 
+_NO_PASSWORD: Answer = (401, _TEXT, b"The password is missing or wrong.\n")
 _BUSY: Answer = (429, _TEXT, b"Too many requests: retry in a few seconds.\n")
 
 
@@ -380,7 +407,7 @@ class _Connection(protocol.Protocol):
             self._respond(b"GET", (error.error_status_hint, _TEXT, b"This is not an HTTP request.\n"))
             return
         if isinstance(event, h11.Request):
-            fields = {b"host": [], b"accept": []}  # type: dict[bytes, list[str]]
+            fields = {b"host": [], b"accept": [], b"authorization": []}  # type: dict[bytes, list[str]]
             for name, value in event.headers:
                 if name in fields:
                     fields[name].append(value.decode("latin-1"))
@@ -389,9 +416,7 @@ class _Connection(protocol.Protocol):
             self._site.answer(
                 event.method.decode("latin-1"),
                 event.target.decode("latin-1"),
-                # HTTP/1.0 health checkers send none; browsers always do.
-                ",".join(fields[b"host"]) if fields[b"host"] else None,
-                ",".join(fields[b"accept"]),
+                fields,
                 self._done,
             )
 
@@ -403,6 +428,8 @@ class _Connection(protocol.Protocol):
         headers = {**_HEADERS, "Content-Type": content_type, "Content-Length": str(len(body))}
         if status == 405:
             headers["Allow"] = "GET, HEAD"
+        elif status == 401:
+            headers["WWW-Authenticate"] = 'Basic realm="mqtts-gateway", charset="UTF-8"'
         elif status == 429:
             headers["Retry-After"] = "5"
         lines = [
