@@ -352,7 +352,8 @@ class Session:
     @property
     def last_data(self) -> float | None:
         """As `last_heard`, of what the device sent other than PINGREQ; not before the last sweep."""
-        return self._last_data if self.is_established else None
+        is_open = self._state is State.RELAYING or self._state is State.STORED
+        return self._last_data if is_open and self.record.established else None
 
     @property
     def held_back(self) -> bool:
