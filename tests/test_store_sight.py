@@ -16,6 +16,7 @@ from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import Level, verdict
 from gateway.ops.web.page import page
 from gateway.pieces import at_once, in_turns
+from gateway.session.drain_pace import TICK
 from gateway.store.database import StoreError
 from gateway.store.forecast import Forecast
 from tests import mqtt_packets as mqtt
@@ -209,6 +210,35 @@ def test_a_few_connections_are_checked_in_each_turn(gateway: RunningGateway, mon
 
     gateway.call(check)
     assert sorted(checked) == list("abcde")
+
+
+def test_backlogs_that_wait_for_their_turn_get_it_after_a_tick(
+    gateway: RunningGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One timer for all that wait, not the next sweep; none once the gateway stops."""
+    stored = gateway.service.gateway.stored
+    assert stored is not None
+    clock, sent = TurnClock(), list[str]()
+
+    def run() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(stored, "_clock", clock)
+            pace = stored._drain_pace
+            while pace.may_send(lambda: sent.append("first")):
+                pass
+            assert not pace.may_send(lambda: sent.append("second"))
+            (timer,) = clock.calls
+            assert timer.getTime() == TICK
+            clock.rightNow += TICK
+            patch.setattr(pace, "_tokens", 5.0)
+            clock.turn()
+            assert sent == ["first", "second"]
+            patch.setattr(stored, "_stopping", True)
+            while pace.may_send(lambda: None):
+                pass
+            assert not clock.calls
+
+    gateway.call(run)
 
 
 def test_a_few_stored_devices_begin_and_stop_in_each_turn(
