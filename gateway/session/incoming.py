@@ -48,7 +48,6 @@ class Incoming:
         self._open: dict[int, _Exchange] = {}
         self._waiting: deque[bytes] = deque()
         self._session_present = True
-        self.swallowed = 0
 
     @property
     def is_congested(self) -> bool:
@@ -85,9 +84,7 @@ class Incoming:
         if exchange is None or (packet_type is PacketType.PUBREC and exchange.stage is not _Stage.SENT):
             return
         is_over = packet_type is not PacketType.PUBREC or code_of(packet) >= _FIRST_REFUSAL
-        if exchange.is_old:
-            self.swallowed += 1
-        else:
+        if not exchange.is_old:
             self._to_broker(packet)
         if is_over:
             self._open.pop(identifier, None)
