@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.config import Config, from_mapping, load_file
+from gateway.config.devices import BrokenRule
+from gateway.config.directory import RuleFiles
 from gateway.config.passwords import hash_password, parse_hash
 from gateway.config.templates import UnusableValueError, check_template, expand, placeholders
 from gateway.errors import ConfigError
@@ -188,6 +191,20 @@ def test_mistakes_in_files_name_the_files(tmp_path: Path) -> None:
         next(line for line in found if line.startswith(f'{shown}f.toml" is empty: ')),
         'device[0].upstream[0]: no upstream has the name "nowhere"',
     ]
+
+
+def test_the_rule_of_a_broken_file_has_the_name_of_the_file(tmp_path: Path) -> None:
+    """As others have; it is escaped where it is shown, so not here, and holds nothing that no name may."""
+    for name in ("a\\b", "bell\a", os.fsdecode(b"\xff")):
+        (tmp_path / f"{name}.toml").write_text("max_qos = 7")
+    (tmp_path / "c\\d.toml").write_text("max_qos = 1")
+    file = tmp_path / "gateway.conf"
+    file.write_text(f'[[upstream]]\nhost = "b"\n[devices]\ndirectory = "{tmp_path}"\n')
+    rules = load_file(file, known=RuleFiles()).device
+    broken = {rule.name: rule.problem for rule in rules if isinstance(rule, BrokenRule)}
+    assert sorted(broken) == ["a\\b", "bell\ufffd", "\ufffd"]
+    assert f'"{tmp_path}/a\\\\b.toml": max_qos' in broken["a\\b"]
+    assert [rule.name for rule in rules if not isinstance(rule, BrokenRule)] == ["c\\d"]
 
 
 def test_a_directory_that_is_not_there() -> None:

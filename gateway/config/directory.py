@@ -23,7 +23,6 @@ from gateway.config.tables import read_table
 from gateway.config.value_words import quoted
 from gateway.errors import ConfigError
 from gateway.pieces import Pause, in_order, no_pause
-from gateway.text import printable
 
 _WILDCARDS = frozenset("*?[")
 _RULE_FILE = re.compile(r"[^.].*\.toml", re.DOTALL)
@@ -158,7 +157,8 @@ def _read(path: Path, anchor: Anchor, profile: Profile) -> DeviceRule:
 
 def _broken(path: Path, problem: str) -> BrokenRule:
     """Return a rule that refuses the devices that a broken file is for; all, if the file does not say."""
-    name = printable(path.stem)[:64]
+    # Escaped where it is shown, as other names are; only what no label may contain is replaced.
+    name = "".join(each if each.isprintable() else "\ufffd" for each in path.stem)[:64]
     try:
         return BrokenRule.of(attrs.evolve(structure_device(_matches(path)), name=name), problem)
     except (ConfigError, ValueError, OSError):
