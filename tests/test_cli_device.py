@@ -21,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.cli import device_files
 from gateway.cli.device_change import change
 from gateway.cli.device_files import exact_pattern, rule_text, stem_of
 from gateway.cli.device_rules import Rules
@@ -688,6 +689,37 @@ def test_a_failure_in_between_takes_back_what_was_written(
     monkeypatch.setattr(os, "fsync", full)
     assert site.do("import", str(table), *site.issuing) == 1
     assert site.files() == []
+
+
+def test_devices_are_on_disk_when_a_command_says_so(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Their names, too, or that they are gone: a directory is synced when all is written, once for a whole table."""
+    synced: list[list[str]] = []
+
+    def sync(directory: Path) -> None:
+        assert directory == site.directory
+        synced.append(site.files())
+
+    monkeypatch.setattr(device_files, "sync_directory", sync)
+    table = tmp_path / "devices.csv"
+    table.write_text("id\nd1\nd2\n")
+    assert site.do("import", str(table), *site.issuing) == 0
+    assert synced == [site.files()]
+    assert site.do("disable", "d1") == 0
+    assert len(synced) == 2
+    assert site.do("remove", "d1", "--keys") == 0
+    assert synced[2:] == [site.files()]
+    capfd.readouterr()
+
+    def fails(directory: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    before = site.files()
+    monkeypatch.setattr(device_files, "sync_directory", fails)
+    assert site.do("add", "d3", *site.issuing) == 1
+    assert f"{site.directory} cannot be written: Input/output error" in capfd.readouterr().err
+    assert site.files() == before
 
 
 def test_the_documented_table_can_be_imported(site: Site, tmp_path: Path) -> None:

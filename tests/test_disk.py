@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.cli import places
 from gateway.disk import sync_directory
 
 
@@ -39,6 +40,15 @@ def test_a_file_is_not_taken_for_a_directory(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(NotADirectoryError):
         sync_directory(file)
+
+
+def test_what_install_writes_is_there_after_a_power_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The directory is synced when the file has its name."""
+    synced: list[tuple[Path, str]] = []
+    file = tmp_path / "a.service"
+    monkeypatch.setattr(places, "sync_directory", lambda directory: synced.append((directory, file.read_text())))
+    places.write(file, "new")
+    assert synced == [(tmp_path, "new")]
 
 
 def test_there_is_one_way_to_sync_a_directory() -> None:

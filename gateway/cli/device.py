@@ -32,6 +32,7 @@ from gateway.cli.device_files import (
     now,
     request_pem,
     rule_text,
+    sync_directories,
 )
 from gateway.cli.device_list import identity_words, list_devices
 from gateway.cli.device_rules import Rules
@@ -345,6 +346,7 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
         except OSError as error:
             raise DeviceProblem(f"{each} cannot be removed: {error.strerror}") from None
         print(f"removed {each}")
+    sync_directories(gone)
     for each in beside if not arguments.keys else []:
         print(f"kept {each}; use --keys to delete it")
     others = [other for file, other in rules.devices() if file != path] if device.client_cert is not None else []

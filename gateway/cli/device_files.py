@@ -15,7 +15,7 @@ import re
 import shlex
 import stat
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from gateway.disk import sync_directory
 from gateway.errors import GatewayError
 from gateway.text import printable
 from gateway.tls.renewal import signing_hash
@@ -121,7 +122,10 @@ def toml(value: Any) -> str:
 
 @define
 class Writer:
-    """Creates new files, `written`, and replaces files; undoes all of it if one cannot be written."""
+    """Creates new files, `written`, and replaces files; undoes all of it if one cannot be written.
+
+    In the end all of it is on disk, or nothing, after a power failure too.
+    """
 
     written: list[Path]
     _replaced: list[tuple[Path, bytes]]
@@ -133,11 +137,14 @@ class Writer:
         writer = cls([], [])
         try:
             yield writer
+            writer._sync()
         except BaseException:  # Ctrl-C, too, must not leave half a device behind
             for path in writer.written:
                 path.unlink(missing_ok=True)
             for path, data in reversed(writer._replaced):
                 _replace(path, data)
+            with contextlib.suppress(DeviceProblem):
+                writer._sync()
             raise
 
     def replace(self, path: Path, data: bytes) -> None:
@@ -149,6 +156,10 @@ class Writer:
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
         self._replaced.append((path, before))
+
+    def _sync(self) -> None:
+        """Have the entries of all directories on disk.  Raises `DeviceProblem`."""
+        sync_directories([*self.written, *(path for path, _ in self._replaced)])
 
     def write(self, path: Path, data: bytes, mode: int, group: int | None = None) -> None:
         """Create a file atomically, with its final mode from the start.  Raises `DeviceProblem`."""
@@ -174,6 +185,15 @@ class Writer:
             raise DeviceProblem(f"{path} already exists. {remedy}") from None
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None
+
+
+def sync_directories(files: Iterable[Path]) -> None:
+    """Have the directories of these files, written or removed, on disk: each once.  Raises `DeviceProblem`."""
+    for directory in {path.parent: None for path in files}:
+        try:
+            sync_directory(directory)
+        except OSError as error:
+            raise DeviceProblem(f"{directory} cannot be written: {error.strerror}") from None
 
 
 def _replace(path: Path, data: bytes) -> None:

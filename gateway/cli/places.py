@@ -16,6 +16,7 @@ from attrs import frozen
 
 import gateway
 from gateway.cli.report import complain
+from gateway.disk import sync_directory
 
 UNITS = ("mqtts-gateway.service", "mqtts-gateway.socket", "mqtts-gateway@.service", "mqtts-gateway@.socket")
 # Both forms for systemctl, which ignores a pattern that matches nothing.
@@ -95,7 +96,7 @@ def is_ours(unit: Path) -> bool:
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:
-    """Write a file atomically with mode `mode`, whatever the umask."""
+    """Write a file atomically with mode `mode`, whatever the umask; then it is there after a power failure, too."""
     new = path.with_name(f".{path.name}.new")
     try:
         with new.open("w", encoding="utf-8") as file:
@@ -104,6 +105,7 @@ def write(path: Path, text: str, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         new.replace(path)
+        sync_directory(path.parent)
     except OSError:
         new.unlink(missing_ok=True)
         raise
