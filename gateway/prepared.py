@@ -81,7 +81,7 @@ def prepare(
 
     `uniform` returns random numbers from 0 to 1; `programs` runs programs.
     """
-    of_policy, of_others = policy_files(config.tls), upstream_files(config)
+    of_policy, of_others = policy_files(config.tls), [*upstream_files(config), *status_files(config)]
     for path in device_files(config):
         of_others.append(path)
         pause()
@@ -144,6 +144,11 @@ def upstream_files(config: Config) -> list[Path]:
         for path in (*upstream.proxy_ca_file, upstream.proxy_password_file, upstream.request_file)
         if path is not None
     ]
+
+
+def status_files(config: Config) -> list[Path]:
+    """Return the files that `[status]` names."""
+    return [path for path in (config.status.server_cert, config.status.server_key) if path is not None]
 
 
 def device_files(config: Config) -> Iterator[Path]:

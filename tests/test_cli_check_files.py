@@ -278,6 +278,18 @@ def test_the_files_of_a_proxy_are_looked_at_too(site: Site) -> None:
     assert [Path(step.facts["path"]).name for step in site.problems()] == ["none.pem", "none.password"]
 
 
+def test_the_files_of_the_status_page_are_looked_at_too(site: Site) -> None:
+    """Its certificate, and whether the key belongs to it."""
+    text = '[[upstream]]\nhost = "b"\n[tls]\nca_file = "ca.pem"\n[status]\nserver_cert = "d1.pem"\nserver_key = "{}"\n'
+    site.config.write_text(text.format("d1.key"))
+    assert site.problems() == []
+    assert any(step.message.endswith("d1.key: private key of d1.pem, mode 0600") for step in site.steps())
+    site.write("d2.key", certify().key_pem, 0o600)
+    site.config.write_text(text.format("d2.key"))
+    (step,) = site.problems()
+    assert "d2.key: is not the key of the first certificate" in step.message
+
+
 def test_a_service_of_another_configuration_or_of_root_has_no_say(site: Site, install: Callable[..., Path]) -> None:
     """Nor has one that is not installed."""
     unit = install("DynamicUser=no\nUser=root")

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
 
 from gateway.cli.main import console
 from gateway.cli.status import overview
@@ -362,6 +363,34 @@ def test_the_password_comes_from_a_file(
         assert "staple" not in err
     status, _, err = ask("--url", "http://192.0.2.1:9883", "--password-file", str(right))
     assert (status, "plain text" in err) == (1, True)
+
+
+def test_it_asks_with_tls(start: StartGateway, ask: Ask, tmp_path: Path) -> None:
+    """With --config it expects the certificate there, whatever its names; with --url, one of a CA that it is given."""
+    for name, names in (("status", ["DNS:edge-box.example"]), ("other", ["DNS:localhost"])):
+        certify(subject=name, names=names).write(tmp_path / f"{name}.pem")
+    port = free_port()
+    status = {"endpoint": f"127.0.0.1:{port}", "server_cert": str(tmp_path / "status.pem")}
+    gateway = start(upstream=1, status=status)
+    config = tmp_path / "gateway.toml"
+
+    def configured(certificate: str) -> str:
+        config.write_text(
+            f'upstream = [{{ host = "localhost" }}]\n'
+            f'[status]\nendpoint = "127.0.0.1:{port}"\nserver_cert = "{certificate}"\n'
+        )
+        return str(config)
+
+    assert ask("--config", configured("status.pem"))[0] == 0
+    assert ask("--config", configured("other.pem"))[0] == 1
+    url = f"https://localhost:{port}"
+    assert ask("--url", url)[0] == 1
+    status, _, err = ask("--url", url, "--ca-file", str(tmp_path / "status.pem"))
+    assert (status, "Hostname mismatch" in err) == (1, True), err
+    status = evolve(gateway.service.gateway.config.status, server_cert=tmp_path / "other.pem")
+    changed = evolve(gateway.service.gateway.config, status=status)
+    gateway.call(lambda: gateway.service.change(changed))
+    assert ask("--url", url, "--ca-file", str(tmp_path / "other.pem"))[0] == 0
 
 
 def test_nobody_there_is_one_line(ask: Ask, tmp_path: Path) -> None:

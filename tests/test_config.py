@@ -794,6 +794,10 @@ def test_the_password_of_the_status_page_is_not_for_all_to_read() -> None:
     (other,) = problems(status={"endpoint": "127.0.0.1:9883", "password": "plain-secret"})
     assert other.startswith("status.password: not a password hash")
     assert password not in line
+    settings = {"endpoint": "0.0.0.0:9883", "public": True, "password": password, "server_cert": "a.pem"}
+    assert from_mapping(mapping(status=settings), Path("/etc/x")).status.server_cert == Path("/etc/x/a.pem")
+    (line,) = problems(status={"endpoint": "127.0.0.1:9883", "server_key": "a.pem"})
+    assert line.startswith("status.server_key: there is no server_cert")
     assert "plain-secret" not in other
 
 
@@ -871,6 +875,7 @@ COMPANIONS = {
     "proxy_password_file": {"proxy": "http://p", "proxy_username": "u"},
     "proxy_ca_file": {"proxy": "https://p"},
     "no_proxy": {"proxy": "http://p"},
+    "server_key": {"server_cert": "c"},
 }
 
 

@@ -9,6 +9,7 @@ import http.client
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.guard import Access, Guard
 from gateway.ops.web.site import StatusSite
+from gateway.ops.web.tls import server_side
 from gateway.pieces import at_once
 from gateway.session.session import Session
 from tests import mqtt_packets as mqtt
@@ -297,6 +299,79 @@ def test_who_leaves_while_the_password_is_checked_gets_nothing_made(guarded: Run
     checks.do()
     assert not wire.value()
     assert not site._making._requests
+
+
+# ---- TLS
+
+
+def ask_safely(gateway: RunningGateway, trusted: Path, path: str = "/status", **headers: str) -> Answer:
+    """Send a request over TLS, trusting a certificate."""
+    context = ssl.create_default_context(cafile=str(trusted))
+    port = status_port(gateway)
+    with closing(http.client.HTTPSConnection("localhost", port, timeout=20, context=context)) as connection:
+        connection.request("GET", path, headers=headers)
+        return Answer(connection.getresponse())
+
+
+@pytest.fixture
+def safe(start: StartGateway, start_broker: StartBroker, tmp_path: Path) -> RunningGateway:
+    """A gateway whose status needs TLS, with the file status.pem, and a password."""
+    file = certify(subject="status").write(tmp_path / "status.pem")
+    return start(
+        upstream=start_broker().port,
+        status={"endpoint": "127.0.0.1:0", "password": HASH, "server_cert": str(file)},
+    )
+
+
+def test_it_is_served_with_tls(safe: RunningGateway, devices: list[Device], tmp_path: Path) -> None:
+    """Whole pages, to those who have the password; what is no TLS gets no HTTP, and leaves nothing behind."""
+    trusted = tmp_path / "status.pem"
+    devices.extend(connected(safe, f"{index}-{'x' * 200}") for index in range(40))
+    assert ask_safely(safe, trusted).status == 401
+    page = ask_safely(safe, trusted, "/", Authorization=basic(PASSWORD))
+    assert (page.status, page.body[-8:]) == (200, b"</html>\n")
+    assert len(page.body) > 2**15  # more than two records
+    assert ask_safely(safe, trusted, "/healthz").text == "alive\n"
+    answer = raw(status_port(safe), b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"HTTP" not in answer
+    site = safe.service.status_port._open.site
+    eventually(lambda: not site.protocols, "all connections are closed")
+
+
+def test_who_sends_a_handshake_byte_by_byte_is_cut_off(safe: RunningGateway) -> None:
+    """As with a request: each read costs the relay a turn."""
+    site = StatusSite(safe.service.sight, Clock(), Guard(Clock().seconds, maybeDeferred))
+    site.tls = server_side(safe.service.gateway.config.status)
+    connection, wire = on_the_wire(site)
+    connection.dataReceived(b"\x16\x03\x01\x40\x00")  # a record of 16 KiB
+    fed = 0
+    while not wire.aborted and fed < 2**14 - 1:
+        fed += 1
+        connection.dataReceived(b"\x01")
+    assert fed <= 128
+    assert not wire.value()
+
+
+def test_a_new_certificate_is_taken_without_opening_the_endpoint_again(safe: RunningGateway, tmp_path: Path) -> None:
+    """One that cannot be used is refused, and the one before stays; without one there is no TLS any more."""
+    port, config, other = status_port(safe), safe.service.gateway.config, tmp_path / "other.pem"
+
+    def change(**changed: Any) -> None:
+        status = evolve(config.status, **changed)
+        safe.call(lambda: safe.service.change(evolve(config, status=status)))
+
+    certify(subject="status").write(other)
+    change(server_cert=other)
+    assert ask_safely(safe, other, "/healthz").status == 200
+    with pytest.raises(ssl.SSLCertVerificationError):
+        ask_safely(safe, tmp_path / "status.pem", "/healthz")
+    with pytest.raises(ConfigError, match=r"^status\.server_cert: .*none\.pem cannot be read"):
+        change(server_cert=tmp_path / "none.pem")
+    assert ask_safely(safe, other, "/healthz").status == 200
+    assert other in safe.service.gateway.generation.prepared.files
+    change(server_cert=None)
+    assert ask(safe, "/healthz").status == 200
+    assert status_port(safe) == port
 
 
 # ---- metrics

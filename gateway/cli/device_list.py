@@ -121,7 +121,9 @@ def _seen(rules: Rules, password_file: Path | None) -> dict[str, Part] | None:
     """Return what the running gateway knows of devices, by Client Identifier; `None` if it cannot be asked."""
     items: dict[str, Part] = {}
     try:
-        endpoint = with_password(endpoint_at(rules.config.status.endpoint, str(rules.file)), password_file)
+        status = rules.config.status
+        endpoint = endpoint_at(status.endpoint, status.server_cert, str(rules.file))
+        endpoint = with_password(endpoint, password_file)
         page = pages = 1
         while page <= pages:
             devices = fetch(endpoint, f"?limit={_PER_PAGE}&page={page}")["devices"]

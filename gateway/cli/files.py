@@ -29,6 +29,7 @@ from gateway.cli.certificates import expiry, first_to_expire, is_ca, issuer, now
 from gateway.cli.report import Status, Step
 from gateway.cli.service_view import KEY_GROUP, ServiceView
 from gateway.config import TLS, Config, DeviceRule, weak_ciphers
+from gateway.config import Status as StatusEndpoint
 from gateway.config.secret_files import Passphrase, SecretUnavailable, read_secret
 from gateway.rules.tokens import check_signing_key, sas_key
 from gateway.text import printable
@@ -63,7 +64,7 @@ def _whatever_it_holds(look: Callable[[Path, _T], Step]) -> Callable[[Path, _T],
 
 def file_steps(config: Config, view: ServiceView | None = None) -> Iterator[Step]:
     """Check each file that `config` names; with `view`, also whether the service can read it."""
-    for step in (*_tls_steps(config.tls), *_proxy_steps(config)):
+    for step in (*_tls_steps(config.tls), *_proxy_steps(config), *_status_steps(config.status)):
         yield _as_seen(step, view)
     yield from _renewal(config.tls, view)
     for key, words in weak_ciphers(config):
@@ -116,6 +117,11 @@ def _proxy_steps(config: Config) -> Iterator[Step]:
             yield _secret(upstream.request_file, "request", read_secret)
         if upstream.proxy_password_file is not None:
             yield _secret(upstream.proxy_password_file, "password", read_secret)
+
+
+def _status_steps(status: StatusEndpoint) -> Iterator[Step]:
+    if status.server_cert is not None:
+        yield from _client(status.server_cert, status.server_key or status.server_cert, Passphrase())
 
 
 def _same_names(tls: TLS) -> Iterator[Step]:
@@ -345,7 +351,7 @@ def _client(certificate_path: Path, key_path: Path, source: Passphrase) -> Itera
         return
     if key[0].public_key() != chain[0].public_key():
         message = f"is not the key of the first certificate in {certificate_path}, {subject(chain[0])}"
-        remedy = "Put the gateway's own certificate first, then its CAs'; or set client_key to the matching key."
+        remedy = "Put the gateway's own certificate first, then its CAs'; or name the matching key."
         yield _step(Status.FAIL, key_path, message, remedy)
         return
     mode = key_path.stat().st_mode

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import sys
 import textwrap
 import time
@@ -58,6 +59,7 @@ from gateway.ops.status_words import (
 from gateway.text import unprintable_escaped
 
 _DEFAULT = "http://127.0.0.1:9883"
+_NAMED = ("endpoint", "server_cert")  # keys of [status]
 _PATIENCE = 10.0  # seconds
 # A gateway that is asked too often says so, to spare the relay.
 _RETRY_AFTER = 2.0  # seconds
@@ -80,12 +82,13 @@ class CannotAsk(Exception):
 
 @frozen
 class Endpoint:
-    """The status endpoint: a UNIX socket's path, or a URL; and its password, if it has one."""
+    """The status endpoint: a UNIX socket's path, or a URL; its password; what to trust if not the platform's CAs."""
 
     shown: str
     path: str = ""
     url: str = ""
     password: bytes | None = field(default=None, repr=False)
+    context: ssl.SSLContext | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--url",
         metavar="URL",
         help=f"use this endpoint: http://HOST:PORT or unix:/PATH/OF/SOCKET (default: {_DEFAULT})",
+    )
+    parser.add_argument(
+        "--ca-file", metavar="FILE", type=Path, help="with --url https://…: trust the CAs in this file (PEM)"
     )
     parser.add_argument(
         "--password-file", metavar="FILE", type=Path, help="read the endpoint's password from this file"
@@ -191,8 +197,10 @@ def _answer(document: Part, device: str | None) -> tuple[int, list[str]]:
 def _endpoint(arguments: argparse.Namespace) -> Endpoint:
     if arguments.config is None:
         endpoint = _parsed(arguments.url or _DEFAULT)
+        if arguments.ca_file is not None:
+            endpoint = evolve(endpoint, context=_trusting(arguments.ca_file))
     else:
-        endpoint = endpoint_at(_named_in(Path(arguments.config)), arguments.config)
+        endpoint = endpoint_at(*_named_in(Path(arguments.config)), arguments.config)
     return with_password(endpoint, arguments.password_file)
 
 
@@ -216,8 +224,11 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def endpoint_at(named: str, config: str) -> Endpoint:
-    """Return the endpoint that `status.endpoint` of a configuration names.  Raises `CannotAsk`."""
+def endpoint_at(named: str, certificate: Path | None, config: str) -> Endpoint:
+    """Return the endpoint that `status.endpoint` of a configuration names, with its certificate.  Raises `CannotAsk`.
+
+    With TLS, that certificate is the one to expect, whatever names it has: the address is a local one.
+    """
     if not named:
         raise CannotAsk(
             f'{config} has no status endpoint: write endpoint = "127.0.0.1:9883" under [status], and reload the gateway'
@@ -225,16 +236,41 @@ def endpoint_at(named: str, config: str) -> Endpoint:
     where = reachable_at(named)
     if where is None:
         raise CannotAsk(f"{named} is resolved by the running gateway: give the address with --url")
-    return _parsed(where)
+    if certificate is None or not where.startswith("http:"):
+        return _parsed(where)
+    return evolve(_parsed(where.replace("http:", "https:", 1)), context=_expecting(certificate))
 
 
-def _named_in(path: Path) -> str:
-    """Return status.endpoint, even of an invalid configuration: after a refused reload is when status is needed."""
+def _trusting(file: Path) -> ssl.SSLContext:
     try:
-        return load_file(path).status.endpoint
+        return ssl.create_default_context(cafile=str(file))
+    except (OSError, ssl.SSLError) as error:
+        raise CannotAsk(f"--ca-file: {file} cannot be used: {error.strerror or error}") from None
+
+
+def _expecting(file: Path) -> ssl.SSLContext:
+    # Imported only if needed: they load OpenSSL once more.
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    from gateway.tls.trust import read_chain
+
+    try:
+        leaf = read_chain(file)[0]
+    except ValueError as error:
+        raise CannotAsk(f"status.server_cert: {file} {error}") from None
+    context = ssl.create_default_context(cadata=leaf.public_bytes(Encoding.DER))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    return context
+
+
+def _named_in(path: Path) -> tuple[str, Path | None]:
+    """Return status.endpoint and server_cert, even of an invalid configuration: then is when status is needed."""
+    try:
+        status = load_file(path).status
     except ConfigError as error:
-        status = read_table(path, "").get("status")
-        endpoint = status.get("endpoint") if isinstance(status, dict) else None
+        table = read_table(path, "").get("status")
+        endpoint, certificate = (table.get(key) if isinstance(table, dict) else None for key in _NAMED)
         try:
             usable = isinstance(endpoint, str) and reachable_at(endpoint) is not None
         except ValueError:
@@ -243,7 +279,8 @@ def _named_in(path: Path) -> str:
             raise
         for problem in error.problems:
             complain(problem)
-        return str(endpoint)
+        return str(endpoint), path.absolute().parent / str(certificate) if certificate else None
+    return status.endpoint, status.server_cert
 
 
 def _parsed(text: str) -> Endpoint:
@@ -334,8 +371,10 @@ def _connection(endpoint: Endpoint) -> http.client.HTTPConnection:
     if endpoint.path:
         return _UnixConnection(endpoint.path)
     parts = urlsplit(endpoint.url)
-    make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    return make(parts.hostname or "", parts.port, timeout=_PATIENCE)
+    if parts.scheme == "https":
+        context = endpoint.context
+        return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=_PATIENCE, context=context)
+    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=_PATIENCE)
 
 
 # ---- printing

@@ -137,7 +137,12 @@ def _made(mapping: Mapping[str, Any], anchor: Anchor, known: RuleFiles | None = 
     config = structure(profiled(mapping))
     upstreams = tuple(_anchored_upstream(upstream, anchor) for upstream in config.upstream)
     store = attrs.evolve(config.store, directory=config.store.directory and anchor(config.store.directory))
-    config = attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor), store=store)
+    status = attrs.evolve(
+        config.status,
+        server_cert=config.status.server_cert and anchor(config.status.server_cert),
+        server_key=config.status.server_key and anchor(config.status.server_key),
+    )
+    config = attrs.evolve(config, upstream=upstreams, tls=_anchored(config.tls, anchor), store=store, status=status)
     return _with_devices(config, anchor, known)
 
 

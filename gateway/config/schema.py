@@ -348,16 +348,20 @@ class Status:
     endpoint: str = attrs.field(default="", validator=checked(_check_optional_endpoint))
     public: bool = False
     password: str = attrs.field(default="", validator=checked(check_hash), repr=False)
+    server_cert: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
+    server_key: Path | None = attrs.field(default=None, validator=checked(check_optional_path))
 
     def __attrs_post_init__(self) -> None:
         """Refuse an endpoint that other machines can reach, unless `public` is set, and a password in plain text."""
+        if self.server_key is not None and self.server_cert is None:
+            raise MisfitError(".server_key", "there is no server_cert that it could belong to")
         if not self.endpoint or is_local(self.endpoint):
             return
-        if self.password:
+        if self.password and self.server_cert is None:
             raise MisfitError(
                 ".password",
                 f"{quoted(self.endpoint)} can be reached from other machines, and would get the password in plain "
-                'text: use loopback ("127.0.0.1:9883"), or a UNIX socket',
+                'text: set server_cert and server_key, or use loopback ("127.0.0.1:9883") or a UNIX socket',
             )
         if not self.public:
             raise MisfitError(

@@ -23,6 +23,7 @@ from gateway.ops.sight import Sight
 if TYPE_CHECKING:
     from gateway.ops.web.guard import Guard
     from gateway.ops.web.site import StatusSite
+    from gateway.ops.web.tls import ServerSide
 
 _log = Logger(namespace="gateway")
 
@@ -40,10 +41,11 @@ class _Open:
 
 @frozen
 class Prepared:
-    """What a new configuration needs: `opened` if that is a new endpoint, `None` if nothing changes or none is set."""
+    """What a new configuration needs: `opened` if that is a new endpoint, `None` if that stays or there is none."""
 
     status: Status
     opened: _Open | None
+    tls: ServerSide | None = None
 
 
 class StatusPort:
@@ -84,10 +86,15 @@ class StatusPort:
 
     def prepare(self, status: Status) -> Prepared:
         """Open what `status` describes, unless it is already open.  Raises `ConfigError`."""
-        if not status.endpoint or (self._open is not None and self._open.status.description == status.description):
+        if not status.endpoint:
             return Prepared(status, None)
         from gateway.ops.web.guard import Guard
         from gateway.ops.web.site import StatusSite
+        from gateway.ops.web.tls import server_side
+
+        tls = server_side(status)
+        if self._open is not None and self._open.status.description == status.description:
+            return Prepared(status, None, tls)
 
         if self._guard is None:
             self._guard = Guard(self._reactor.seconds, self._in_thread)
@@ -98,7 +105,7 @@ class StatusPort:
         except ListenFailed as error:
             raise ConfigError([f"status.endpoint: cannot listen on {status.endpoint}: {error}"]) from None
         site.port = port
-        return Prepared(status, _Open(status, site, port))
+        return Prepared(status, _Open(status, site, port), tls)
 
     def adopt(self, prepared: Prepared) -> None:
         """Replace what is open with what was prepared."""
@@ -112,6 +119,7 @@ class StatusPort:
         if before is not None and before is not self._open:
             _close(before)
         if self._open is not None:
+            self._open.site.tls = prepared.tls
             self._open.site.guard.require(prepared.status.password)
             # A browser cannot reach a UNIX socket by name, and the names of a public endpoint are not known.
             is_unix = not hasattr(self._open.port.getHost(), "host")

@@ -27,12 +27,14 @@ from twisted.internet import protocol
 from twisted.internet.interfaces import IAddress, IDelayedCall
 from twisted.internet.protocol import connectionDone
 from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
 from gateway.ops.metrics import Metrics
 from gateway.ops.sight import Query, Sight
 from gateway.ops.web.guard import Access, Guard
 from gateway.ops.web.page import CONTENT_SECURITY_POLICY, page
+from gateway.ops.web.tls import ServerSide
 from gateway.pieces import Pieces
 
 _log = Logger(namespace="gateway")
@@ -44,11 +46,15 @@ _LONGEST_PATH = 2048  # bytes, query included
 _MOST_ARGUMENTS = 16
 # A request comes in one or two reads.  Each read costs a turn of the event loop, however short it is.
 _MOST_READS = 64
+_MOST_ENCRYPTED_READS = 2 * _MOST_READS
 # What comes after the request is read and dropped for a while, because a close with unread data destroys the answer.
 _MOST_READS_AFTER = 8
 # New connections per second, and the burst.  Beyond that they wait in the kernel.
 _RATE = 20.0
 _BURST = 40.0
+# The same with TLS: a handshake takes a millisecond or more of the event loop's time.
+_TLS_RATE = 5.0
+_TLS_BURST = 5.0
 # The share of the event loop's time that page, /status and /metrics may take, and the seconds that they may take at
 # once.  Less than a hundredth, so that it does not show in the 99th percentile of the relay's delay.
 _SHARE = 0.005
@@ -79,7 +85,8 @@ class StatusSite(protocol.ServerFactory):
     """The factory of status connections.
 
     `any_host` leaves the Host header unchecked.  `guard` asks for a password, except for health checks.  `port` is the
-    listening port, once there is one; it is paused while connections come too fast.
+    listening port, once there is one; it is paused while connections come too fast.  `tls` makes the server's side of
+    TLS; without it, connections are plain.
     """
 
     noisy = False
@@ -93,6 +100,7 @@ class StatusSite(protocol.ServerFactory):
         self._metrics = Metrics(sight)
         self._reactor = reactor
         self.any_host = False
+        self.tls: ServerSide | None = None
         self.port: Any = None
         self.protocols: set[_Connection] = set()
         self._tokens = _BURST
@@ -109,16 +117,23 @@ class StatusSite(protocol.ServerFactory):
             "/readyz": self._readiness,
         }
 
-    def buildProtocol(self, addr: IAddress | None) -> _Connection | None:
+    def buildProtocol(self, addr: IAddress | None) -> protocol.Protocol | None:
         """Accept a connection, unless there are too many; stop accepting for a while if they come too fast."""
         del addr
         now = self._reactor.seconds()
-        self._tokens = min(_BURST, self._tokens + (now - self._tokens_at) * _RATE) - 1
+        rate, burst = (_RATE, _BURST) if self.tls is None else (_TLS_RATE, _TLS_BURST)
+        self._tokens = min(burst, self._tokens + (now - self._tokens_at) * rate) - 1
         self._tokens_at = now
         if self._tokens < 1 and self.port is not None and self._resume is None:
             self.port.stopReading()
-            self._resume = self._reactor.callLater((2 - self._tokens) / _RATE, self._accept_again)
-        return _Connection(self, self._reactor) if len(self.protocols) < _MOST_CONNECTIONS else None
+            self._resume = self._reactor.callLater((2 - self._tokens) / rate, self._accept_again)
+        if len(self.protocols) >= _MOST_CONNECTIONS:
+            return None
+        connection = _Connection(self, self._reactor, is_plain=self.tls is None)
+        if self.tls is None:
+            return connection
+        wrapping: Any = TLSMemoryBIOFactory(self.tls, isClient=False, wrappedFactory=self)
+        return _Encrypted(wrapping, connection)
 
     def _accept_again(self) -> None:
         self._resume = None
@@ -359,12 +374,26 @@ class _Budget:
         return kept.answer if kept is not None and self._seconds() - kept.made <= _REPEATABLE_FOR else None
 
 
+class _Encrypted(TLSMemoryBIOProtocol):
+    """The TLS around a connection; a handshake, too, must come in a few reads."""
+
+    _reads = 0
+
+    def dataReceived(self, data: bytes) -> None:
+        self._reads += 1
+        if self._reads > _MOST_ENCRYPTED_READS:
+            self.abortConnection()
+        else:
+            super().dataReceived(data)
+
+
 class _Connection(protocol.Protocol):
     """One connection: one request, one answer, and the end."""
 
-    def __init__(self, site: StatusSite, reactor: Any) -> None:
+    def __init__(self, site: StatusSite, reactor: Any, *, is_plain: bool) -> None:
         self._site = site
         self._reactor = reactor
+        self._is_plain = is_plain
         self._request = h11.Connection(h11.SERVER, max_incomplete_event_size=_LONGEST_HEAD)
         self._reads = 0
         self._answered = False
@@ -440,7 +469,10 @@ class _Connection(protocol.Protocol):
         transport: Any = self.transport
         transport.write(head if method == b"HEAD" else head + body)
         # One answer per connection: connections are few, and an idle one would block others.
-        transport.loseWriteConnection()
+        if self._is_plain:
+            transport.loseWriteConnection()
+        else:
+            transport.loseConnection()
 
 
 def _is_this_machine(host: str) -> bool:
