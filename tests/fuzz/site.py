@@ -129,9 +129,9 @@ def reads_headers_as_ascii() -> None:
     """A header that is no ASCII escapes the handler."""
     answer = StatusSite.answer
 
-    def faulty(self: StatusSite, method: str, uri: str, host: str | None, accept: str) -> Any:
-        accept.encode("ascii")
-        return answer(self, method, uri, host, accept)
+    def faulty(self: StatusSite, method: str, uri: str, fields: Any, done: Any) -> None:
+        "".join(fields[b"accept"]).encode("ascii")
+        answer(self, method, uri, fields, done)
 
     StatusSite.answer = faulty  # type: ignore[method-assign]
 
