@@ -68,7 +68,7 @@ _RESERVED_DESCRIPTORS = 64
 _DESCRIPTORS_PER_SESSION = 2
 # New objects that make Python's collector look at them: a few dozen sessions' worth, about a millisecond.
 _COLLECTOR_THRESHOLD = 1_000
-# And how many of these times make it look again at what was left, and at everything.
+# After how many more such looks it looks at what they have left, and after how many of those at everything.
 _SECOND_LOOKS, _FULL_LOOKS = 1, 1_000
 # Since this version, Python looks at a part of the older objects each time.
 _SINCE_PARTS = (3, 14)

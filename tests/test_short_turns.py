@@ -179,8 +179,8 @@ class Work:
     def __call__(self) -> float:
         return self.now
 
-    def some(self) -> None:
-        self.now += 0.0005
+    def some(self, seconds: float = 0.0005) -> None:
+        self.now += seconds
 
 
 @pytest.fixture
@@ -303,15 +303,16 @@ def test_sessions_that_go_on_have_the_rest_of_the_turn(make: Callable[[], Descri
     relay.stop()
 
 
-def test_what_the_core_did_counts(make: Callable[[], Descriptor], work: Work) -> None:
-    """It relays before it tells of other events; these get what it left of the turn."""
+@pytest.mark.parametrize(("took", "read"), [(0.0, 7), (0.0009, 4), (0.0017, 2), (0.005, 2)])
+def test_what_the_core_did_counts(make: Callable[[], Descriptor], work: Work, took: float, read: int) -> None:
+    """It relays before it tells of other events; these get what it left of the turn, and half a millisecond always."""
 
     class Busy:
         HELD = DESCRIPTORS = 0
         Pair = None
 
         def poll(self, epoll: int, milliseconds: int, most: int) -> tuple[int, list[Any], list[tuple[int, int]]]:
-            work.now += 0.0017
+            work.now += took
             batch = select.epoll.fromfd(os.dup(epoll)).poll(0, most)  # closed with the object
             return len(batch), [], batch
 
@@ -319,11 +320,11 @@ def test_what_the_core_did_counts(make: Callable[[], Descriptor], work: Work) ->
     relay.start()
     descriptors = [make() for _ in range(20)]
     for each in descriptors:
-        each.on_read = work.some
+        each.on_read = lambda: work.some(0.0003)
         relay.addReader(each)
         each.peer.send(b"x")
     relay.doRead()
-    assert sum(each.read for each in descriptors) == 1
+    assert sum(each.read for each in descriptors) == read
     relay.stop()
 
 

@@ -528,8 +528,9 @@ class RelayReactor:
                 stop = min(monotonic() + work, until)
             else:
                 count, handed_over, batch = core.poll(epoll.fileno(), int(wait * 1000), _BATCH)
-                # The core works in there; later it also waits, which is no work.
-                stop = min((monotonic() if wait else began) + work, until)
+                now = monotonic()
+                # The core has worked in there, and later also waited, which is no work.
+                stop = min(now + (work if wait else max(work - (now - began), _LEAST_WORK)), until)
                 for lent in handed_over:
                     try:
                         lent.hand_over()
