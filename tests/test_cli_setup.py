@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import ssl
 import stat
 import sys
 from collections.abc import Callable
@@ -246,6 +247,83 @@ def test_a_broker_is_shown_a_certificate_whose_key_is_encrypted(
     assert not place.exists()
     answer(monkeypatch, *answers, str(tmp_path / "passphrase"))
     assert console(["setup", "--config", str(place / "gateway.toml")]) == 0
+
+
+@pytest.fixture
+def wants_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the broker of the answers refuse sessions without a client certificate."""
+    refused = Step("tls", Status.FAIL, "alert", facts={"reason": "tls-client-certificate-refused"})
+    monkeypatch.setattr(
+        setup, "_checked", lambda flags: iter([] if {"--files", "--client-cert"} & set(flags) else [refused])
+    )
+
+
+@pytest.mark.usefixtures("wants_certificates")
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_broker_may_want_a_certificate_of_each_device(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *, by_flag: bool
+) -> None:
+    """The gateway then needs none: devices without a rule are refused, and the command that adds one is shown."""
+    flags = ["--upstream", "b", "--device-certificates"] if by_flag else []
+    answer(monkeypatch, "b", "", "", "y")
+    assert console(["setup", "--config", str(place / "gateway.toml"), *flags]) == 0
+    made = load_file(place / "gateway.toml")
+    assert (made.devices.unknown, made.devices.directory) == ("refuse", place / "devices")
+    assert "  mqtts-gateway device add ID " in capfd.readouterr().out
+
+
+@pytest.mark.usefixtures("wants_certificates")
+def test_without_any_certificate_setup_says_what_to_do(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whether nothing is asked, or the answer is no."""
+    command = ["setup", "--config", str(place / "gateway.toml")]
+    assert console([*command, "--upstream", "b"]) == 1
+    assert "--device-certificates" in capfd.readouterr().err
+    answer(monkeypatch, "b", "", "", "n")
+    assert console(command) == 1
+    assert not place.exists()
+
+
+@pytest.mark.usefixtures("wants_certificates")
+@pytest.mark.parametrize("refuse", [True, False])
+def test_the_gateways_own_certificate_is_for_devices_without_a_rule(
+    place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], *, refuse: bool
+) -> None:
+    """Setup says so, and how to refuse them; if they are refused already, it does not."""
+    own = certify(certify_ca(), subject="gateway", names=(), purposes=(CLIENT,)).write(tmp_path / "me.pem")
+    flags = ["--upstream", "b", "--client-cert", str(own), *(["--device-certificates"] if refuse else [])]
+    assert console(["setup", "--config", str(place / "gateway.toml"), *flags]) == 0
+    assert load_file(place / "gateway.toml").devices.unknown == ("refuse" if refuse else "pass")
+    assert ('unknown = "refuse"' in capfd.readouterr().out) == (not refuse)
+
+
+def test_answers_on_standard_input_are_in_the_output(
+    place: Path, monkeypatch: pytest.MonkeyPatch, untested: list[Step], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """So that it shows what was chosen."""
+    del untested
+    answer(monkeypatch, "broker.example.com:8884", "", "")
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 0
+    assert ": broker.example.com:8884\n" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_a_real_broker_that_wants_certificates_is_told_apart(
+    place: Path, start_broker: StartBroker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: ssl.TLSVersion
+) -> None:
+    """In TLS 1.2 the handshake fails, in TLS 1.3 what follows it."""
+    root = certify_ca()
+    (tmp_path / "root.pem").write_bytes(root.pem)
+    context = certify(root).server().context()
+    context.maximum_version = version
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(tmp_path / "root.pem")
+    broker = start_broker(tls=context)
+    answer(monkeypatch, f"localhost:{broker.port}", str(tmp_path / "root.pem"), "", "y")
+    assert console(["setup", "--config", str(place / "gateway.toml")]) == 0
+    assert load_file(place / "gateway.toml").devices.unknown == "refuse"
 
 
 def test_the_service_has_one_configuration(

@@ -26,6 +26,7 @@ from gateway.cli.report import Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import from_flags, load_file, template_text
 from gateway.errors import ConfigError, EndReason
+from gateway.text import unprintable_escaped
 from gateway.tls.trust import lacks_passphrase
 
 _CONFIG = Places(Path("/")).config
@@ -36,6 +37,7 @@ _VERIFIED = (*_REACHED, "file", "client-hello", "certificate", "chain", "identit
 _SERVED = (*_VERIFIED, "clock", "tls", "connect", "connack")
 # The broker is the right one and has answered; what it says is about the test session, which is no device.
 _ANSWER = EndReason.UPSTREAM_REFUSED
+_YES = frozenset({"y", "yes"})
 
 
 class SetupFailed(Exception):
@@ -52,9 +54,10 @@ class _Answers:
     client_cert: str = ""
     client_key: str = ""
     client_key_password_file: str = ""
+    device_certificates: bool = False
 
     def flags(self) -> list[str]:
-        """Return them as flags of `check`."""
+        """Return what concerns the gateway's own connection as flags of `check`."""
         given = {
             "--upstream": self.upstream,
             "--server-name": self.server_name,
@@ -78,6 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--client-key", default="", metavar="FILE", help="its private key")
     parser.add_argument(
         "--client-key-password-file", default="", metavar="FILE", help="the file with the passphrase of that key"
+    )
+    parser.add_argument(
+        "--device-certificates",
+        action="store_true",
+        help="each device gets a certificate of its own (`device add`); devices without a rule are refused",
     )
     parser.add_argument("--install", action="store_true", help="also install the systemd service")
 
@@ -104,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
             complain(each)
         complain("setup failed; nothing was changed")
         return 1
+    for line in _about_devices(arguments.config, answers):
+        print(line)
     if not wants_service:
         print(_next_steps(arguments.config))
     elif install.run(argparse.Namespace(root="/", dry_run=False, upstream=None)) != 0:
@@ -117,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _asked(answers: _Answers) -> _Answers:
     """Ask for each answer and test it; on a terminal, ask again after a wrong one.  Raises `SetupFailed`."""
-    tests = _Tests()
+    tests = _Tests(asks=True)
     answers = _until_right(answers, _ask_upstream, _REACHED, tests)
     answers = _until_right(answers, _ask_ca, _VERIFIED, tests)
     return _until_right(answers, _ask_client, _SERVED, tests)
@@ -168,9 +178,9 @@ def _ask(words: str, flag: str, *, may_be_empty: bool = False) -> str:
         if not line:
             print()
             raise SetupFailed(f"standard input ended before this answer; {flag} gives it on the command line")
-        if not sys.stdin.isatty():
-            print()
         answer = line.strip()
+        if not sys.stdin.isatty():
+            print(unprintable_escaped(answer))  # a terminal shows it anyway
         if answer or may_be_empty:
             return answer
 
@@ -178,7 +188,7 @@ def _ask(words: str, flag: str, *, may_be_empty: bool = False) -> str:
 def _wants_service(config: Path) -> bool:
     if config != _CONFIG or is_debian_package() or os.geteuid() != 0 or not systemd_runs():
         return False
-    return _ask("Install the systemd service (y/n)", "--install").lower() in {"y", "yes"}
+    return _ask("Install the systemd service (y/n)", "--install").lower() in _YES
 
 
 # ---- the tests
@@ -188,9 +198,10 @@ def _wants_service(config: Path) -> bool:
 class _Tests:
     """Tests answers; an answer that changes nothing needs no new test."""
 
-    _flags: list[str] = field(factory=list)
-    _steps: list[Step] = field(factory=list)
-    _shown: set[str] = field(factory=set)
+    asks: bool = False
+    _flags: list[str] = field(factory=list, init=False)
+    _steps: list[Step] = field(factory=list, init=False)
+    _shown: set[str] = field(factory=set, init=False)
 
     def test(self, answers: _Answers, wanted: Collection[str]) -> _Answers:
         """Run `check` with these answers, and show the steps in `wanted`.  Raises `SetupFailed` if one of them failed.
@@ -215,11 +226,24 @@ class _Tests:
         if reason == _ANSWER:
             print("The broker answers. Whether it accepts a device depends on the device's own name and password.")
             return answers
+        if reason == EndReason.TLS_CLIENT_CERTIFICATE_REFUSED and len(failed) == 1 and not answers.client_cert:
+            return self._with_device_certificates(answers)
         if reason == EndReason.TLS_NAME_MISMATCH and len(failed) == 1 and sys.stdin.isatty():
             words = "The name of your broker in that certificate (empty: none of them)"
             if name := _ask(words, "--server-name", may_be_empty=True):
                 return self.test(evolve(answers, server_name=name), wanted)
         raise SetupFailed
+
+    def _with_device_certificates(self, answers: _Answers) -> _Answers:
+        """Go on if each device gets a certificate of its own: the broker then needs none of the gateway."""
+        if not answers.device_certificates and not self.asks:
+            raise SetupFailed("if each device gets a certificate of its own, run this again with --device-certificates")
+        if not answers.device_certificates:
+            words = "Does each device get a certificate of its own? Then the gateway needs none (y/n)"
+            if _ask(words, "--device-certificates").lower() not in _YES:
+                raise SetupFailed
+        print("The broker asks for a certificate: each device needs one of its own before it can connect.")
+        return evolve(answers, device_certificates=True)
 
 
 def _checked(flags: list[str]) -> Iterator[Step]:
@@ -306,6 +330,8 @@ def _text(answers: _Answers, tls: dict[str, str]) -> str:
     text = filled_in(template_text(), upstream).replace('#directory = "devices"\n', 'directory = "devices"\n', 1)
     if answers.server_name:
         text = text.replace('#server_name = ""\n', f"server_name = {toml(answers.server_name)}\n", 1)
+    if answers.device_certificates:
+        text = text.replace('#unknown = "pass"\n', 'unknown = "refuse"\n', 1)
     keys = "".join(f"{key} = {toml(value)}\n" for key, value in tls.items())
     return text.replace("\n[tls]\n", f"\n[tls]\n{keys}", 1)
 
@@ -364,3 +390,13 @@ def _next_steps(config: Path) -> str:
             f"  mqtts-gateway status --config {file}",
         ]
     )
+
+
+def _about_devices(config: Path, answers: _Answers) -> Iterator[str]:
+    """Yield lines on the certificates under which devices reach the broker."""
+    if answers.device_certificates:
+        yield "next, for each device, with the CA that signs its certificate (or --csr); all others are refused:"
+        yield f"  mqtts-gateway device add ID --ca-cert ca.pem --ca-key ca-key.pem --config {shlex.quote(str(config))}"
+    elif answers.client_cert:
+        yield "devices without a rule use the gateway's certificate; to refuse them, set under [devices]:"
+        yield '  unknown = "refuse"'
