@@ -366,6 +366,25 @@ publish = [
 """
 
 
+@pytest.mark.parametrize(
+    ("state", "command"), [("active", "reload"), ("reloading", "reload"), ("inactive", "enable --now"), ("", "reload")]
+)
+def test_the_next_step_starts_a_service_that_does_not_run(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, command: str
+) -> None:
+    """Only what runs can be reloaded; where systemd cannot be asked, it is the step for one that runs."""
+    monkeypatch.setattr(ServiceView, "of", lambda config: ServiceView("mqtts-gateway.service"))
+    monkeypatch.setattr("gateway.cli.service_view.systemd_runs", lambda: bool(state))
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(
+        '#!/bin/sh\n[ "$*" = "is-active --quiet mqtts-gateway.service" ] || exit 9\n'
+        f"case {state or 'none'} in active|reloading) exit 0;; *) exit 3;; esac\n"
+    )
+    systemctl.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert Rules.of(site.config).next_step == f"systemctl {command} mqtts-gateway"
+
+
 @pytest.mark.parametrize("before", ["", "enabled = true  # always\n"])
 def test_a_device_is_disabled_and_enabled_again(
     site: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, before: str
@@ -375,6 +394,7 @@ def test_a_device_is_disabled_and_enabled_again(
     file.write_text(RULE + before)
     file.chmod(0o640)
     monkeypatch.setattr(ServiceView, "of", lambda config: ServiceView("mqtts-gateway.service"))
+    monkeypatch.setattr(ServiceView, "is_active", True)
     for _ in range(2):
         assert site.do("disable", "d1") == 0
         assert not site.rule("d1").enabled
@@ -408,6 +428,7 @@ def test_passwords_are_set_and_never_shown(
     assert given("") == (1, "mqtts-gateway: the password is empty\n")
     group = ServiceView("mqtts-gateway.service", groups=frozenset({os.getgid()}))
     monkeypatch.setattr(ServiceView, "of", lambda config: group)
+    monkeypatch.setattr(ServiceView, "is_active", True)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert "next: systemctl reload" in given("s3cret-3", "--broker")[1]
     assert site.rule("d1").password_file == site.directory / "d1.password"

@@ -65,7 +65,8 @@ class Rules:
         """The command that applies a change."""
         view = ServiceView.of(self.file.absolute())
         if view is not None:
-            return f"systemctl reload {view.unit.removesuffix('.service')}"
+            action = "reload" if view.is_active else "enable --now"
+            return f"systemctl {action} {view.unit.removesuffix('.service')}"
         return "mqtts-gateway reload, or send SIGHUP to the gateway"
 
     def check_command(self, client_identifier: str) -> str:

@@ -12,11 +12,15 @@ import contextlib
 import grp
 import os
 import pwd
+import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 from attrs import frozen
+
+from gateway.cli.places import systemd_runs
 
 UNIT = "mqtts-gateway.service"
 KEY_GROUP = "mqtts-gateway-keys"  # `install` makes it, and the service is in it
@@ -70,6 +74,17 @@ class ServiceView:
             # In a user namespace, such as the unit's own, all other groups look like this one.
             groups.add(_OVERFLOW_GROUP)
         return cls(UNIT, user, frozenset(group for group in groups if group is not None), credentials)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the unit runs, as far as systemd can be asked: only then can it be reloaded."""
+        if not systemd_runs():
+            return True
+        program = shutil.which("systemctl") or "/usr/bin/systemctl"
+        try:
+            return subprocess.run([program, "is-active", "--quiet", self.unit], check=False).returncode == 0  # noqa: S603  constants
+        except OSError:
+            return True
 
     @property
     def key_group(self) -> int | None:
