@@ -875,6 +875,7 @@ def test_the_command_line_reports_and_exits(
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == f"PASS  configuration  {path}: 1 listener, 1 upstream"
+    assert lines[-2] == "The same by hand:"
     assert lines[-1].startswith("openssl s_client -connect localhost:")
     done = command_line("check", "--config", path, "--quiet")
     assert (done.returncode, done.stdout) == (0, "")

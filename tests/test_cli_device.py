@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import stat
 import subprocess
@@ -194,6 +195,15 @@ def test_a_rule_that_was_edited_is_found_by_its_file(site: Site) -> None:
     assert site.files() == []
 
 
+def test_a_rule_is_shown_in_columns_with_the_values_of_toml(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """Also where a key is long."""
+    (site.directory / "d1.toml").write_text('enabled = false\nsubscribe_prefix = "hall/"\nmax_qos = 1\n')
+    assert site.do("show", "d1") == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert {"enabled           false", "subscribe_prefix  hall/", "max_qos           1"} < set(lines)
+    assert f"rule              {site.directory / 'd1.toml'}" in lines
+
+
 def test_conditions_can_be_imported(site: Site, tmp_path: Path) -> None:
     """Each rule is for its device, however alike the conditions are."""
     table = tmp_path / "devices.csv"
@@ -306,10 +316,10 @@ def test_devices_are_listed_and_shown(
     assert [each["client_id"] for each in json.loads(capfd.readouterr().out)] == [["sensor-1"], ["sensor-2"]]
     assert site.do("show", "sensor-1") == 0
     out = capfd.readouterr().out
-    assert "lan_password set" in out
+    assert re.search("^lan_password +set$", out, re.MULTILINE)
     assert "scrypt" not in out
     assert site.do("show", "sensor-2") == 0
-    assert "publish      a/#, b" in capfd.readouterr().out
+    assert re.search("^publish +a/#, b$", capfd.readouterr().out, re.MULTILINE)
     assert site.do("show", "sensor-3") == 1
     assert '"sensor-3"' in capfd.readouterr().err
 

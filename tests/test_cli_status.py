@@ -198,6 +198,7 @@ def test_a_device_that_is_connected_is_status_0(
     words = " ".join(out.split())
     assert status == 0
     assert words.startswith("device-17: connected at 127.0.0.1:")
+    assert " 1 packet to the broker and 1 from it" in words
     assert "last heard " in words
     assert "Its last session ended" in words
     assert "It has ended 2 times in the last " in words

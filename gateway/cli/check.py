@@ -100,9 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
         run_in_reactor(reactor, examine(reactor, given, None if arguments.offline else login, report, worn))
     if arguments.json:
         print(report.as_json(quiet=arguments.quiet, strict=arguments.strict))
-    elif not arguments.quiet:
-        for command in report.commands:
-            print(command)
+    elif report.commands and not arguments.quiet:
+        print("The same by hand:", *report.commands, sep="\n")
     return report.exit_status(strict=arguments.strict)
 
 

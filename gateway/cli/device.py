@@ -315,19 +315,23 @@ def _set_keys(pairs: list[str]) -> dict[str, Any]:
 
 def _show(rules: Rules, arguments: argparse.Namespace) -> int:
     path, device = rules.find(arguments.client_id)
-    print(f"rule         {path}")
-    print(f"identity     {identity_words(device)}")
+    shown = {"rule": str(path), "identity": identity_words(device)}
     default = DeviceRule()
     for field in attrs.fields(DeviceRule):
         value = getattr(device, field.name)
         if value != getattr(default, field.name) and field.name != "name":
-            print(f"{field.name:<12} {_shown(field.name, value)}")
+            shown[field.name] = _shown(field.name, value)
+    width = max(map(len, shown))
+    for key, words in shown.items():
+        print(f"{key:<{width}}  {words}")
     return 0
 
 
 def _shown(key: str, value: Any) -> str:
     if key == "lan_password":
         return "set"
+    if isinstance(value, bool):
+        return str(value).lower()  # as in TOML
     if key in {"password_command", "renew_command"}:
         return f"{value[0]} with {len(value) - 1} arguments"
     if isinstance(value, tuple | list):

@@ -1,4 +1,4 @@
-"""`mqtts-gateway`: run, check, setup, init, install, uninstall, reload, status, device, demo.
+"""`mqtts-gateway`: run, check, setup, init, install, uninstall, reload, status, device, store, demo.
 
 In: the command line.  Out: an exit status: 0; 1 for a failure, including a wrong command line; 130 if interrupted.
 `check --strict` adds 2 for warnings; `status` adds 2 and 3 for problems of the gateway.

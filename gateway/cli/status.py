@@ -459,7 +459,7 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
             f"at {each['device_address']}",
             f"{since} ({clock(each['since'], document['time'], None)})",
             f"upstream {each['upstream']}" if each["upstream"] else "",
-            f"{number(traffic['packets_up'])} packets to the broker and {number(traffic['packets_down'])} from it",
+            f"{_packets(traffic['packets_up'])} to the broker and {number(traffic['packets_down'])} from it",
             f"last heard {ago(each['heard_seconds_ago'])}" if each["heard_seconds_ago"] is not None else "",
             f"last data {ago(each['data_seconds_ago'])}" if each["data_seconds_ago"] is not None else "",
         ]
@@ -469,6 +469,10 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
     left = devices["matching"] - len(shown)
     if left > 0:
         yield _coloured(f"{number(left)} more {'matches' if left == 1 else 'match'} by name or address", "faint")
+
+
+def _packets(count: int) -> str:
+    return f"{number(count)} packet{'' if count == 1 else 's'}"
 
 
 def _verdict(document: Part) -> Iterator[str]:
