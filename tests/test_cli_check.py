@@ -114,9 +114,9 @@ def checked(reactor: Any) -> Callable[..., Checked]:
         offline: bool = False,
     ) -> Checked:
         given = {flag.name: [] for flag in check.FLAGS} | {"config": [str(path)]}
-        login = None if offline else make_login(client_id, username, password_file)
+        login = make_login(client_id, username, password_file)
         report = Report(lambda _: None)
-        coroutine = check.examine(reactor, given, login, report)
+        coroutine = check.examine(reactor, given, login, report, offline=offline)
         blockingCallFromThread(reactor, Deferred.fromCoroutine, coroutine)
         return Checked(report)
 
@@ -444,7 +444,7 @@ def test_the_login_is_the_users(offered: Callable[..., tuple[Checked, Broker]], 
     (tmp_path / "password").write_bytes(b"s3cret-w0rd\n")
     login = {"client_id": "dev-1", "username": "user-1", "password_file": str(tmp_path / "password")}
     done, broker = offered(login=login)
-    body = b"\x00\x04MQTT\x04\xc2\x00\x3c\x00\x05dev-1\x00\x06user-1\x00\x0bs3cret-w0rd"
+    body = b"\x00\x04MQTT\x04\xc0\x00\x3c\x00\x05dev-1\x00\x06user-1\x00\x0bs3cret-w0rd"
     assert broker.connection().received.startswith(bytes((0x10, len(body))) + body)
     assert "s3cret" not in done.report.as_json(quiet=False, strict=False)
     assert "s3cret" not in repr(make_login("dev-1", "user-1", str(tmp_path / "password")))

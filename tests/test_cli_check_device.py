@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from gateway.config.passwords import hash_password
+from tests import mqtt_packets as mqtt
 from tests.cloud import SERVER_NAME, Cloud
+from tests.harness import Device, RunningGateway, eventually
 from tests.pki import certify_ca
 
 KEY = base64.b64encode(b"the device's key").decode()
@@ -85,6 +87,68 @@ def test_a_device_is_checked_under_its_own_certificate(tmp_path: Path, start_clo
     assert '"plant-d1"' in report["connect"]["message"]
     event = cloud.wait("connected")
     assert (event["certificate"], event["client_identifier"], event["keep_alive"]) == ("plant-d1", "plant-d1", 100)
+
+
+def rule_of(cloud: Cloud, name: str) -> dict[str, Any]:
+    """Make a rule with a certificate of the device's own."""
+    return {"match_client_id": name, "client_cert": str(cloud.device(name)), "bound_to": "127.0.0.0/8"}
+
+
+def written(rule: dict[str, Any]) -> str:
+    """Write a rule as TOML."""
+    return "[[device]]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in rule.items())
+
+
+def test_the_session_that_the_broker_keeps_for_a_device_is_not_touched(
+    tmp_path: Path, start_cloud: Callable[..., Cloud]
+) -> None:
+    """A clean session would delete what waits in it; one that the check has made is deleted again."""
+    cloud = start_cloud()
+    report = check(configured(tmp_path, cloud, written(rule_of(cloud, "d1"))), "--device", "d1")
+    assert report["result"] == "PASS", report["text"]
+    assert "the broker keeps its session" in report["connect"]["message"]
+    eventually(lambda: len(cloud.told("connected")) == 2, "both are told")
+    assert [event["clean"] for event in cloud.told("connected")] == [False, True]
+
+
+def test_a_device_that_is_connected_is_not_disturbed(
+    tmp_path: Path, start_cloud: Callable[..., Cloud], start_gateway: Callable[..., RunningGateway]
+) -> None:
+    """The broker would end its session; whoever wants that says so."""
+    cloud = start_cloud()
+    rule = rule_of(cloud, "d1")
+    gateway = start_gateway(
+        upstream=cloud.port, ca_file=cloud.ca_file, device=[rule], status={"endpoint": "127.0.0.1:0"}
+    )
+    port = gateway.service.status_port.port.getHost().port
+    path = configured(
+        tmp_path, cloud, written(rule), devices=f'unknown = "refuse"\n[status]\nendpoint = "127.0.0.1:{port}"'
+    )
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect("d1"))
+        assert device.read(4) == b"\x20\2\0\0"
+        report = check(path, "--device", "d1")
+        assert report["tls"]["status"] == "PASS"
+        assert report["connack"]["status"] == "SKIP"
+        assert "connected now" in report["connack"]["message"]
+        device.send(b"\xc0\0")
+        assert device.read(2) == b"\xd0\0"
+        assert len(cloud.told("connected")) == 1
+        report = check(path, "--device", "d1", "--connect")
+        assert report["connack"]["status"] == "PASS"
+        assert len(cloud.told("connected")) > 1
+
+
+def test_where_each_device_has_a_certificate_the_gateways_own_is_not_missed(
+    tmp_path: Path, start_cloud: Callable[..., Cloud]
+) -> None:
+    """Nobody connects without one: that the broker would refuse the test session is not a fault."""
+    cloud = start_cloud()
+    rule = written(rule_of(cloud, "d1"))
+    report = check(configured(tmp_path, cloud, rule))
+    assert report["result"] == "PASS", report["text"]
+    assert report["tls"]["status"] == "PASS"
+    assert (report["connack"]["status"], "--device" in report["connack"]["message"]) == ("SKIP", True)
 
 
 def test_a_device_is_checked_with_a_token(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:

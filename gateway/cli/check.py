@@ -20,11 +20,13 @@ from attrs import evolve, frozen
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.protocol import Factory
+from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
 
 from gateway import MADE
 from gateway.cli.certificates import now
-from gateway.cli.device_identity import Guise, put_on
+from gateway.cli.connected import why_not_to_connect
+from gateway.cli.device_identity import Guise, put_on, with_clean_session
 from gateway.cli.files import file_steps
 from gateway.cli.login import Login, make_login
 from gateway.cli.openssl import s_client_command
@@ -69,6 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from", dest="address", metavar="ADDRESS", help="the address --device connects from (default: from its rule)"
     )
     login.add_argument("--listener", default="", metavar="NAME", help="the listener that --device connects to")
+    login.add_argument(
+        "--connect", action="store_true", help="send CONNECT also if the device is connected, which ends its session"
+    )
     login.add_argument("--username", metavar="NAME", help="its user name (default: none)")
     login.add_argument("--password-file", metavar="FILE", help="the file with its password (default: none)")
     output = parser.add_argument_group("the report")
@@ -83,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check and report; return the exit status."""
     try:
         login = make_login(_identifier(arguments), arguments.username, arguments.password_file)
-        worn = None if arguments.device is None else _Worn(login, _address(arguments.address), arguments.listener)
+        worn = None if arguments.device is None else _Worn(_address(arguments.address), arguments.listener)
     except ValueError as error:
         complain(str(error))
         return 1
@@ -97,7 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.files:
         examine_files(given, report, running=True)
     else:
-        run_in_reactor(reactor, examine(reactor, given, None if arguments.offline else login, report, worn))
+        coroutine = examine(
+            reactor, given, login, report, worn, offline=arguments.offline, connect_anyway=arguments.connect
+        )
+        run_in_reactor(reactor, coroutine)
     if arguments.json:
         print(report.as_json(quiet=arguments.quiet, strict=arguments.strict))
     elif report.commands and not arguments.quiet:
@@ -107,9 +115,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 @frozen
 class _Worn:
-    """The device whose identity is used: its CONNECT, its address and its listener."""
+    """The device whose identity is used: its address and its listener."""
 
-    login: Login
     address: str
     listener: str
 
@@ -197,15 +204,25 @@ def examine_files(
 
 
 async def examine(
-    reactor: Any, given: dict[str, list[str]], login: Login | None, report: Report, worn: _Worn | None = None
+    reactor: Any,
+    given: dict[str, list[str]],
+    login: Login,
+    report: Report,
+    worn: _Worn | None = None,
+    *,
+    offline: bool = False,
+    connect_anyway: bool = False,
 ) -> None:
-    """Run all steps; without `login` only those that need no broker; with `worn`, as that device."""
+    """Run all steps; if `offline`, only those that need no broker; with `worn`, as that device.
+
+    With `connect_anyway`, CONNECT is sent also for a device that has a session.
+    """
     config, policies = examine_files(given, report)
     if config is None:
         _skip(["listen"], "the configuration cannot be used", report)
         report.add(_clock())
         report.add(_engine(wanted=True))
-        if login is not None:
+        if not offline:
             _skip(upstream_steps(TLS()), "the configuration cannot be used", report)
         return
     relay = RelayReactor(reactor)
@@ -219,8 +236,8 @@ async def examine(
         report.add(_engine(wanted=config.relay.engine == "auto"))
         guise = None
         if worn is not None:
-            guise = await put_on(config, worn.login, worn.address, worn.listener, reactor, report.add)
-        if login is None:
+            guise = await put_on(config, login, worn.address, worn.listener, reactor, report.add)
+        if offline:
             return
         if worn is not None and guise is None:
             for upstream in config.upstream:
@@ -245,6 +262,7 @@ async def examine(
             for problem in error.problems:
                 report.add(Step("upstream", Status.FAIL, problem, "Correct the key, or the file that it names."))
             return
+        stops = await _why_not_to_connect(config, login, worn, connect_anyway=connect_anyway)
         for upstream in _led_to(config, guise):
             if policies is None or shown is None:
                 _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
@@ -252,7 +270,13 @@ async def examine(
             algorithms = config.algorithms(upstream)
             policy, proxied, websocket = shown[algorithms], proxies[upstream], websockets[upstream]
             target = Target(upstream, Identity.of(upstream.verify_name), policy, proxied, websocket)
-            await Probe(target, config, ReactorNetwork(relay), reactor, login, report.add, guise).run()
+            network = ReactorNetwork(relay)
+            probe = Probe(target, config, network, reactor, login, report.add, guise, stops)
+            await probe.run()
+            if probe.made_session:
+                # Nothing of the test stays at the broker.
+                clean = None if guise is None else with_clean_session(guise, config)
+                await Probe(target, config, network, reactor, evolve(login, clean=True), lambda _: None, clean).run()
             client = policy.own or policy.client
             client_chain = client is not None and len(client.chain) > 1
             proxy = target.proxy.server if target.proxy is not None else None
@@ -265,6 +289,18 @@ async def examine(
                 )
     finally:
         relay.stop()
+
+
+async def _why_not_to_connect(config: Config, login: Login, worn: _Worn | None, *, connect_anyway: bool) -> str:
+    """Say why the test ends before CONNECT; empty if it does not."""
+    if login.chose_identifier and not connect_anyway:
+        why: str = await deferToThread(why_not_to_connect, config, login.client_identifier)
+        return f"{why}; with --connect it is sent all the same" if why else ""
+    own = [device for device in config.device if device.enabled]
+    only_own = config.devices.unknown == "refuse" and config.tls.client_cert is None and bool(own)
+    if worn is None and not login.chose_identifier and only_own and all(device.client_cert for device in own):
+        return "each device has a certificate of its own, and others are refused: use --device ID"
+    return ""
 
 
 def _with_files(config: Config, view: ServiceView) -> Config:

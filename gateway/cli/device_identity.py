@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from random import random
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from gateway.cli.certificates import expiry, subject
 from gateway.cli.login import Login
@@ -23,6 +23,7 @@ from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import Packet, PacketReader
+from gateway.mqtt.rewrite import ConnectChanges, rewrite_connect
 from gateway.rules.credentials import Credentials
 from gateway.rules.names import Names, brokers, name_at_broker
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
@@ -47,6 +48,15 @@ class Guise:
     treatment: Treatment | None = None
     policies: Mapping[Algorithms, TLSPolicy] | None = None
     device: DeviceRule | None = None
+
+
+def with_clean_session(guise: Guise, config: Config) -> Guise:
+    """Return the same with Clean Session in CONNECT."""
+    if guise.treatment is None:
+        return evolve(guise, connect=evolve(guise.connect, clean_start=True))
+    packet, connect = _read(guise.treatment.connect, config)
+    clean = rewrite_connect(packet, connect, ConnectChanges(clean_start=True), len(packet.raw))
+    return evolve(guise, connect=_read(clean, config)[1], treatment=evolve(guise.treatment, connect=clean))
 
 
 async def put_on(

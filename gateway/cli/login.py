@@ -22,17 +22,21 @@ _USERNAME_FLAG, _PASSWORD_FLAG, _CLEAN_SESSION_FLAG = 0x80, 0x40, 0x02
 
 @frozen
 class Login:
-    """The fields of CONNECT; `chose_identifier` is set if the user chose the Client Identifier."""
+    """The fields of CONNECT; `chose_identifier` is set if the user chose the Client Identifier.
+
+    With `clean` the broker forgets the session that it has for that name, and what waits in it.
+    """
 
     client_identifier: str
     chose_identifier: bool
     username: str | None
     password: bytes | None = field(repr=False)
+    clean: bool = True
 
     @property
     def packet(self) -> bytes:
-        """CONNECT of MQTT 3.1.1 with a clean session (§3.1).  Raises `ValueError` for a field that is too long."""
-        flags = _CLEAN_SESSION_FLAG
+        """CONNECT of MQTT 3.1.1 (§3.1).  Raises `ValueError` for a field that is too long."""
+        flags = _CLEAN_SESSION_FLAG if self.clean else 0
         payload = encode_string(self.client_identifier)
         if self.username is not None:
             flags |= _USERNAME_FLAG
@@ -65,6 +69,7 @@ def make_login(client_identifier: str | None, username: str | None, password_fil
         client_identifier is not None,
         username,
         password,
+        clean=client_identifier is None,
     )
 
 

@@ -82,8 +82,9 @@ class Probe:
         login: Login,
         add: Callable[[Step], None],
         guise: Guise | None = None,
+        stops_before_connect: str = "",
     ) -> None:
-        """Make a probe; `guise` is what the device's rule changes."""
+        """Make a probe; `guise` is what the device's rule changes, `stops_before_connect` why no CONNECT is sent."""
         self._target = target
         self._config = config
         self._network = network
@@ -91,6 +92,7 @@ class Probe:
         self._login = login
         self._add_step = add
         self._guise = guise
+        self._stops_before_connect = stops_before_connect
         self._left = upstream_steps(
             config.tls, proxied=target.proxy is not None, websocket=target.websocket is not None
         )
@@ -164,12 +166,17 @@ class Probe:
         except UpstreamFailure as failure:
             session.upstream_failed(failure)
             return
+        if self._stops_before_connect:
+            protocol.abort()
+            session.upstream_failed(UpstreamFailure(EndReason.GATEWAY_STOPPING, ""))
+            return
         protocol.serve(session, self._device, peer)
         if session.record.packets_up:
             sent: Login | Connect = self._login if self._guise is None else self._guise.connect
             name = f'"{printable(sent.client_identifier)}"'
             credentials = "a" if sent.username is not None else "no"
-            self._pass("connect", f"MQTT 3.1.1, Client Identifier {name}, clean session, {credentials} user name")
+            kind = "clean session" if self._is_clean else "the broker keeps its session"
+            self._pass("connect", f"MQTT 3.1.1, Client Identifier {name}, {kind}, {credentials} user name")
 
     async def _request(self) -> Request | None:
         if self._target.websocket is None:
@@ -250,6 +257,8 @@ class Probe:
         except UpstreamFailure as failure:
             found = await self._survey() if failure.reason in _OF_ALGORITHMS and not channel.approved else None
             for step in tls_steps(channel, target.identity, target.policy, failure, found):
+                if self._stops_before_connect and step.facts.get("reason") is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED:
+                    step = Step(step.name, Status.SKIP, self._stops_before_connect)
                 is_chain = step.facts.get("reason") is EndReason.TLS_UNTRUSTED_CHAIN
                 if target.proxy is not None and is_chain and isinstance(failure, UnknownIssuer):
                     detail = step.message.partition(": ")[2]
@@ -298,9 +307,21 @@ class Probe:
 
     # ---- results
 
+    @property
+    def made_session(self) -> bool:
+        """Whether the broker has made a session for the device's name that it keeps, and that was not there before."""
+        return not self._is_clean and self._transport.received[:4] == b"\x20\2\0\0"
+
+    @property
+    def _is_clean(self) -> bool:
+        return self._login.clean if self._guise is None else self._guise.connect.clean_start
+
     def _conclude(self, record: SessionRecord) -> None:
         """Report the answer to CONNECT, and the steps that were not reached."""
-        if "connect" not in self._left:
+        if self._stops_before_connect and not self._failed_at:
+            for name in list(self._left):
+                self._add(Step(name, Status.SKIP, self._stops_before_connect))
+        elif "connect" not in self._left:
             self._add(self._connack(record))
         elif not self._failed_at:
             reason = record.reason or EndReason.INTERNAL_ERROR

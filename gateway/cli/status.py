@@ -80,6 +80,10 @@ class CannotAsk(Exception):
     """The gateway does not answer; the message says why and what to do."""
 
 
+class NeedsPassword(CannotAsk):
+    """The gateway answers those only who send its password."""
+
+
 @frozen
 class Endpoint:
     """The status endpoint: a UNIX socket's path, or a URL; its password; what to trust if not the platform's CAs."""
@@ -346,7 +350,7 @@ def fetch(endpoint: Endpoint, query: str) -> dict[str, Any]:
             "[status] endpoint in its configuration; use --config FILE or --url for another endpoint"
         ) from None
     if status == http.client.UNAUTHORIZED:
-        raise CannotAsk(
+        raise NeedsPassword(
             f"{endpoint.shown} needs a password: name the file that holds it with --password-file"
             if endpoint.password is None
             else f"{endpoint.shown} refuses the password: it is not the one whose hash is status.password"
