@@ -14,13 +14,18 @@ import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from tests.box import ENVIRONMENT, Box, require_box
 from tests.harness import PATIENCE, Broker, Device, ServerTLS, eventually
 from tests.mqtt_packets import connect, publish
+from tests.pages import files_of
+from tests.pki import CLIENT, Certified, certify
 
 pytestmark = pytest.mark.slow
 
@@ -201,11 +206,14 @@ class Plant:
             raise
         return device
 
+    def shown(self) -> dict[str, Any]:
+        """Return the certificate that the broker was shown last, as `ssl` has it."""
+        certificate: dict[str, Any] = self.broker.connections[-1].socket.getpeercert()
+        return certificate
+
     def shown_name(self) -> str:
         """Return the common name in the certificate that the broker was shown last."""
-        connection = self.broker.connections[-1]
-        subject = connection.socket.getpeercert()["subject"]
-        return str(dict(pair for pairs in subject for pair in pairs)["commonName"])
+        return str(dict(pair for pairs in self.shown()["subject"] for pair in pairs)["commonName"])
 
     def clear(self) -> None:
         """Stop everything, and forget what a test changed."""
@@ -401,6 +409,49 @@ def test_a_key_that_a_group_may_read_is_renewed_without_a_restart(plant: Plant, 
 
     numbers = itertools.count()
     eventually(renewed, "the renewed certificate is shown")
+
+
+def test_a_certificate_is_renewed_under_the_unit_as_documented(plant: Plant, box: Box) -> None:
+    """By the CA of docs/renewal.md: placed before the first start, its key passed as a credential; then by root."""
+    pages = files_of("renewal.md")
+    key = load_pem_private_key(plant.ca.private_key_pem.bytes(), None)
+    ca = Certified(x509.load_pem_x509_certificate(plant.ca.cert_pem.bytes()), key, None)
+    old = certify(ca, subject="gateway-1", names=["DNS:gateway-1.example"], valid_from=-80, purposes=[CLIENT])
+    for name, text, mode in (
+        ("ca.pem", ca.pem.decode(), 0o644),
+        ("ca-key.pem", ca.key_pem.decode(), 0o600),
+        ("client.ext", pages["client.ext"], 0o644),
+        ("sign", pages["sign"], 0o755),
+    ):
+        box.write(f"/etc/plant-ca/{name}", text, mode)
+    box.write(SETTINGS / "credentials/client.key", old.key_pem.decode(), 0o600)
+    box.write("/root/client.pem", old.pem.decode())
+    box.do("rm", "-rf", "/var/lib/mqtts-gateway", "/var/lib/private/mqtts-gateway")
+    box.do("sh", "-euc", f"cd /root; {pages['place']}")
+    file = "/var/lib/mqtts-gateway/client.pem"
+    config = box.read(CONFIG).replace('client_cert = "client.pem"', f'client_cert = "{file}"')
+    box.write(CONFIG, f'{config}renew_command = "/etc/plant-ca/sign"\n')
+    plant.drop_in(pages["ca-key.conf"])
+    plant.start()
+    numbers = itertools.count()
+
+    def serial() -> int:
+        return x509.load_pem_x509_certificate(box.read(file).encode()).serial_number
+
+    def shown() -> int | None:
+        with plant.device() as device:
+            device.send(connect(f"renewed-{next(numbers)}"))
+            # It is refused once (configuration-changed) if its CONNECT is at the broker when the reload takes effect.
+            if device.read(len(ACCEPTED)) != ACCEPTED:
+                return None
+            return int(plant.shown()["serialNumber"], 16)
+
+    eventually(lambda: shown() == serial() != old.certificate.serial_number, lambda: f"renewed; {box.log(UNIT)}")
+    renewed, owner = serial(), box.do("stat", "--format=%u %a", file)
+    box.do(PROGRAM, "device", "renew", "--config", CONFIG)
+    assert serial() != renewed
+    # The service can read it still.
+    assert box.do("stat", "--format=%u %a", file) == owner
 
 
 def test_a_device_added_as_documented_is_served_after_a_reload(plant: Plant, box: Box) -> None:
