@@ -21,7 +21,7 @@ def why_not_to_connect(config: Config, client_identifier: str) -> str:
     A gateway that does not run, or that has no status endpoint, cannot be asked.
     """
     try:
-        endpoint = endpoint_at(config.status.endpoint, "the configuration")
+        endpoint = endpoint_at(config.status.endpoint, config.status.server_cert, "the configuration")
         items = fetch(endpoint, f"?limit={_MATCHES}&q={quote(client_identifier)}")["devices"]["items"]
         names = {each["client_identifier"] for each in items if each["step"] in CONNECTED}
     except NeedsPassword:
