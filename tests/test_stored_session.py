@@ -1914,6 +1914,21 @@ def test_a_will_that_the_broker_publishes_at_an_expired_token_is_not_sent_again(
     assert bench.online(version=5).payloads == [b"x"]
 
 
+def test_a_message_behind_those_that_ended_the_session_does_not_reach_the_broker(bench: Bench) -> None:
+    """It came once the disk was known to fail; the device sends it again, behind the others."""
+    device = bench.connect()
+    upstream = bench.online()
+    bench.up(b"ends it", 2, 1)
+    bench.up(b"first", 1, 2)
+    bench.store.failure = StoreError("no space")
+    bench.up(b"second", 1, 3)
+    bench.up(b"nobody's", 0)
+    bench.disk.failing = True
+    bench.disk.commit()
+    assert device.ended is not None
+    assert upstream.payloads == [b"nobody's"]
+
+
 @pytest.mark.parametrize("clean", [False, True])
 def test_a_device_that_left_before_a_restart_has_vanished(bench: Bench, clean: bool) -> None:
     """Clean Start ends its session within the Will Delay, and so publishes the Will (MQTT 5.0 §3.1.3.2.2)."""

@@ -561,6 +561,8 @@ class Outgoing:
         refused, self._refused = self._refused, deque()
         self.live = True
         for each in refused:
+            if _is_sent_again(each):
+                continue
             if each.message.qos == 2:
                 self.spill()
             if self.connected and self.live and self._may_forward(each.message):
@@ -621,8 +623,7 @@ class Outgoing:
         self._changed()
 
     def _not_stored(self, pending: _Pending, why: str) -> None:
-        if pending.of_device and pending.owner is not None and pending.owner.gone:
-            # The device sends it again, behind earlier ones that could not be stored either.
+        if _is_sent_again(pending):
             return
         if self.connected and self._may_forward(pending.message):
             # The broker is there: it waits for its turn and goes past the disk.
@@ -781,6 +782,11 @@ class Outgoing:
             self._next_low = self._next_low % (_HALF - 1) + 1
             if self._next_low not in in_use:
                 return self._next_low
+
+
+def _is_sent_again(pending: _Pending) -> bool:
+    """Whether its device has gone without an acknowledgement: it sends it again, behind earlier ones."""
+    return bool(pending.of_device) and pending.owner is not None and pending.owner.gone
 
 
 def _tell(owner: Owner | None, packet_type: PacketType, identifier: int, code: int = 0) -> None:
