@@ -20,6 +20,7 @@ from gateway.session.stored import Phase, StoredSession
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
 from gateway.session.visit import World
+from gateway.store.database import StoreError
 from tests import mqtt_packets
 from tests.stored_world import _PEER, EPOCH, open_memory_store, packet, packets_of, parsed, publish, read_publish
 
