@@ -624,6 +624,8 @@ class Outgoing:
 
     def _not_stored(self, pending: _Pending, why: str) -> None:
         if _is_sent_again(pending):
+            # Others may have waited for it.
+            self._check_refused()
             return
         if self.connected and self._may_forward(pending.message):
             # The broker is there: it waits for its turn and goes past the disk.
