@@ -387,7 +387,7 @@ class Threaded:
             self.calls.put,
             lambda *given: stores[0].committed(*given),
             lambda rows: stores[0].scanned(rows),
-            lambda words: stores[0].notes.append(words),
+            lambda words: stores[0].noted(words),
         )
         self.store = Store(StoreConfig(), self.writer.open(), self.writer, time.monotonic, time.time)
         stores.append(self.store)

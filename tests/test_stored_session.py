@@ -1930,6 +1930,59 @@ def test_a_message_behind_those_that_ended_the_session_does_not_reach_the_broker
     assert upstream.payloads == [b"nobody's"]
 
 
+def payloads_in_the_end(bench: Bench) -> list[bytes]:
+    """Let any delay pass; return what the broker then gets."""
+    for _ in range(2):
+        bench.sweep(200)
+        bench.settle()
+    return [] if bench.stored.is_over else bench.online(version=5).payloads
+
+
+@pytest.mark.parametrize("how", ["left", "restarted", "half open"])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_will_that_is_due_is_published_also_if_the_next_connect_is_not_accepted(
+    bench: Bench, how: str, refused: bool
+) -> None:
+    """No session was resumed (MQTT 5.0 §3.1.3.2.2)."""
+    first = bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = 60.0
+    bench.settle()
+    if how == "left":
+        first.finish(EndReason.DEVICE_LOST)
+        bench.settle()
+        bench.sweep(10)
+    elif how == "restarted":
+        bench.start()
+    bench.available = True
+    second = bench.connect(5)
+    assert not second.connack
+    if refused:
+        bench.verified()
+        bench.stored.upstream_received(packet(0x20, b"\0\x87\0"))
+        assert second.ended is not None
+    else:
+        second.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    assert payloads_in_the_end(bench) == [b"gone"]
+
+
+def test_a_will_is_published_once_if_the_gateway_stops_in_order(bench: Bench) -> None:
+    """By the gateway, after its restart; without a DISCONNECT the broker would, too."""
+    device = bench.connect(5, will=WILL)
+    upstream = bench.online(version=5)
+    bench.up(b"x", version=5)
+    device.finish(EndReason.DEVICE_LOST)
+    bench.stored.settle(lambda: None)
+    bench.settle()
+    bench.stored.stop(discard_will=False)
+    bench.settle()
+    assert upstream.sent[-1] == b"\xe0\0"
+    bench.start()
+    bench.sweep(1)
+    bench.settle()
+    assert bench.online(version=5).payloads.count(b"gone") == 1
+
+
 @pytest.mark.parametrize("clean", [False, True])
 def test_a_device_that_left_before_a_restart_has_vanished(bench: Bench, clean: bool) -> None:
     """Clean Start ends its session within the Will Delay, and so publishes the Will (MQTT 5.0 §3.1.3.2.2)."""

@@ -166,6 +166,8 @@ def _change_file(directory: Path, action: str, wanted: str) -> list[tuple[str, i
     changed: list[tuple[str, int]] = []
     database = Database(directory)
     opened = database.open()
+    for note in opened.notes:
+        complain(printable(note, 1000))
     try:
         devices = [device for device in opened.devices if wanted in {device.name, client_identifier_of(device.name)}]
         for device in devices:

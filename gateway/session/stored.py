@@ -188,6 +188,7 @@ class StoredSession:
         # The last words of a device that has left, for the broker; None while a device is there.
         self._farewell: bytes | None = b""
         self._will_at = float("inf")
+        self._predecessor: _Predecessor | None = None
         self._is_after_restart = False
         self._status: Message | None = None
         self._status_is_due = False
@@ -263,6 +264,12 @@ class StoredSession:
         if may_end or will_at <= self._world.seconds():
             # No broker ends the predecessor's session and publishes its Will (MQTT 5.0 §3.1.4, §3.1.2.5).
             self._publish_will()
+        if before is None or before.is_admitted:
+            self._predecessor = None
+        if state.will is not None and will_at < float("inf"):
+            # It is published all the same if nobody accepts this CONNECT: no session has been resumed then.
+            has_left = not self._is_after_restart
+            self._predecessor = _Predecessor(state.will, state.will_delay, will_at, has_left)
         self._is_after_restart = False
         if forget:
             state.subscriptions.clear()
@@ -398,7 +405,8 @@ class StoredSession:
             self._link.cancel(self)
         upstream = self._upstream
         # The Will of a device that has left is kept here; that of a predecessor is the broker's alone.
-        farewell = self._farewell and _DISCONNECT if self._handover is None else self._handover.farewell
+        has_left = self._farewell is not None
+        farewell = (_DISCONNECT if has_left else b"") if self._handover is None else self._handover.farewell
         if discard_will:
             farewell = _DISCONNECT
         if upstream is not None and self._is_up and farewell:
@@ -649,6 +657,7 @@ class StoredSession:
     def _admit(self, visit: Visit, section: bytes, *, session_present: bool) -> None:
         properties = limits_of(section)
         visit.is_admitted = True
+        self._predecessor = None
         visit.told_session_present = session_present
         visit.keep_alive = integer_of(properties, PropertyId.SERVER_KEEP_ALIVE, visit.connect.keep_alive)
         visit.heard = self._world.seconds()
@@ -731,10 +740,15 @@ class StoredSession:
             # Nobody accepted a CONNECT that was not answered, nor the Will in it (MQTT 5.0 §3.1.2.5).
             state.will = None
         state.has_left = not self.stopping
+        before, self._predecessor = self._predecessor, None
+        is_restored = before is not None and visit is not None and not visit.is_admitted
+        if before is not None and is_restored:
+            state.will, state.will_delay, state.has_left = before.will, before.will_delay, before.has_left
+            self._will_at, self._is_after_restart = before.will_at, not before.has_left
         if treated is not None and not is_persistent(treated):
             state.has_session = False
             state.subscriptions.clear()
-        if lost and state.will is not None and not self._is_up and not self.stopping:
+        if lost and not is_restored and state.will is not None and not self._is_up and not self.stopping:
             self._will_at = self._world.seconds() + state.will_delay
         self._saving.save()
         if self._is_dialling or (self._upstream is not None and not self._is_up):
@@ -1067,6 +1081,19 @@ class StoredSession:
         if not self.state.connect:
             return 0
         return packet_of(self.state.connect, self._world.max_connect_size)[1].keep_alive
+
+
+@attrs.frozen
+class _Predecessor:
+    """A device whose Will is due at `will_at`, in seconds, unless its session is resumed.
+
+    `has_left` is false if it was there when the gateway stopped.
+    """
+
+    will: Message
+    will_delay: float
+    will_at: float
+    has_left: bool
 
 
 @attrs.frozen

@@ -78,6 +78,9 @@ class Backlog:
         """Put back rows that were taken and could not be read; others may have been taken since."""
         for number in reversed(numbers):
             last = self._head + self.taken - 1
+            if self._numbers[last] == number:
+                self.taken -= 1
+                continue
             at = self._numbers.index(number, self._head, last + 1)
             for column in (self._numbers, self._sizes, self._stamps):
                 column.insert(last, column.pop(at))

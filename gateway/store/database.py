@@ -13,8 +13,8 @@ import fcntl
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from attrs import frozen
 from gateway.disk import sync_directory
 from gateway.errors import GatewayError
 from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
-from gateway.store.salvage import salvage
+from gateway.store.salvage import LAST_NUMBER, NAMES, salvage, text
 
 _T = TypeVar("_T")
 
@@ -39,11 +39,6 @@ CREATE TABLE received (device INTEGER, identifier INTEGER, PRIMARY KEY (device, 
 CREATE TABLE aside (number INTEGER PRIMARY KEY, device INTEGER NOT NULL, stamp INTEGER NOT NULL, data BLOB NOT NULL,
                     why TEXT NOT NULL);
 CREATE TABLE probe (number INTEGER PRIMARY KEY, at INTEGER);
-"""
-# Rows of which nothing can be made: a message is needed to send PUBREL for it, a device to recognise its message.
-_ORPHANS = """
-DELETE FROM released WHERE number NOT IN (SELECT number FROM message);
-DELETE FROM received WHERE device NOT IN (SELECT number FROM device);
 """
 # Devices and messages are numbered in one sequence, so that each message has a higher number than its device: where a
 # damaged file has lost a device and kept a message of it, no other device gets its number.
@@ -61,6 +56,20 @@ _VACUUM_ABOVE = 4 * 1024 * 1024
 # More than the reserve must be free before a disk counts as not full, or every message would fill it again.
 _ROOM = 4 * 1024 * 1024
 _COPIED_AT_A_TIME = 100
+# Result codes that say something about the disk or another program, and nothing about what is in the file.
+_NOT_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_BUSY,
+        sqlite3.SQLITE_LOCKED,
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_CANTOPEN,
+        sqlite3.SQLITE_PERM,
+        sqlite3.SQLITE_AUTH,
+    }
+)
 _NOT_OPEN = "the store is not open"
 
 
@@ -246,6 +255,8 @@ class Database:
         self._connect = connect or _connect
         self._connection: sqlite3.Connection | None = None
         self._lock: int | None = None
+        # The highest number that was found or written.
+        self._highest = 0
 
     def open(self) -> Opened:
         """Lock the directory and open or make the file.  Raises `StoreUnusable`.
@@ -260,15 +271,15 @@ class Database:
             self._adopt_copy()
             try:
                 self._open_file()
-            except sqlite3.DatabaseError as error:
-                if isinstance(error, sqlite3.OperationalError):
+            except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+                if not _tells_of_damage(error):
                     raise
                 notes.append(self._start_anew(str(error)))
             opened = self._guarded(lambda: self._looked(notes))
         except StoreError:
             self.close()
             raise
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:
             self.close()
             raise StoreUnusable(f"{self.path} cannot be opened: {error}") from None
         self.keep_reserve()
@@ -296,9 +307,12 @@ class Database:
         return self._guarded(lambda: self._rows(numbers))
 
     def scan(self, after: int, up_to: int, limit: int) -> list[tuple[int, int, int, int]]:
-        """Return (number, device, stamp, size of data) of at most `limit` rows behind `after`."""
-        query = "SELECT number, device, stamp, length(data) FROM message WHERE number > ? AND number <= ? LIMIT ?"
-        return self._guarded(lambda: self._open.execute(query, (after, up_to, limit)).fetchall())
+        """Return (number, device, stamp, size of data) of at most `limit` rows behind `after`.
+
+        Raises StoreError also if the numbers show that the file is damaged: SQLite does not notice that, and rows would
+        be passed over.
+        """
+        return self._guarded(lambda: self._scanned(after, up_to, limit))
 
     def retry_aside(self, device: int, first: int) -> list[tuple[int, int, int]]:
         """Put what was set aside of a device behind its backlog, numbered from `first`: (number, stamp, size)."""
@@ -436,6 +450,7 @@ class Database:
         try:
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             _check_version(path, version)
+            connection.text_factory = text
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute(f"PRAGMA wal_autocheckpoint = {_WAL_PAGES}")
@@ -458,7 +473,7 @@ class Database:
         try:
             return self._look(notes)
         except sqlite3.DatabaseError as error:
-            if notes or isinstance(error, sqlite3.OperationalError):
+            if notes or not _tells_of_damage(error):
                 raise
             notes.append(self._start_anew(str(error)))
         return self._look(notes)
@@ -467,9 +482,14 @@ class Database:
         received: dict[int, set[int]] = {}
         for device, identifier in self._open.execute("SELECT device, identifier FROM received"):
             received.setdefault(device, set()).add(identifier)
+        found = self._open.execute("SELECT number, name, state FROM device ORDER BY number").fetchall()
+        # A device whose name is damaged would get the messages of another.
+        if sorted(self._open.execute(NAMES)) != sorted((number, name) for number, name, _ in found):
+            raise sqlite3.DatabaseError("malformed: a device has two names")
+        if not all(isinstance(state, str) for _, _, state in found):
+            raise sqlite3.DatabaseError("malformed: a device's state is no text")
         devices = tuple(
-            Device(number, name, state, frozenset(received.get(number, ())))
-            for number, name, state in self._open.execute("SELECT number, name, state FROM device ORDER BY number")
+            Device(number, name, state, frozenset(received.get(number, ()))) for number, name, state in found
         )
         released = frozenset(number for (number,) in self._open.execute("SELECT number FROM released"))
         highest = [
@@ -477,12 +497,41 @@ class Database:
             for table, column in _NUMBERED
         ]
         aside = self._open.execute("SELECT device, count(*) FROM aside GROUP BY device").fetchall()
-        return Opened(devices, released, max(highest), tuple(notes), tuple(aside))
+        numbers = [*highest, *released, *(number for row in aside for number in row), *received]
+        if not all(isinstance(number, int) and 0 <= number <= LAST_NUMBER for number in numbers):
+            raise sqlite3.DatabaseError("malformed: a number that no row has")
+        self._highest = max(highest)
+        return Opened(devices, released, self._highest, tuple(notes), tuple(aside))
+
+    def _scanned(self, after: int, up_to: int, limit: int) -> list[tuple[int, int, int, int]]:
+        # Without an upper limit in the query: SQLite would end at a number that is too high, and pass over the rest.
+        query = "SELECT number, device, stamp, length(data) FROM message WHERE number > ? LIMIT ?"
+        rows: list[tuple[int, int, int, int]] = []
+        last = after
+        for row in self._open.execute(query, (after, limit)).fetchall():
+            if not all(isinstance(value, int) for value in row) or not last < row[0] <= self._highest or row[1] < 1:
+                raise sqlite3.DatabaseError("malformed: rows are out of order")
+            if row[0] > up_to:
+                break
+            rows.append(row)
+            last = row[0]
+        if rows:
+            # The next rows are searched for behind its number.
+            query = "SELECT number, device, stamp, data FROM message WHERE number > ? LIMIT 1 OFFSET ?"
+            try:
+                decode_row(*self._open.execute(query, (after, len(rows) - 1)).fetchone())
+            except DamagedRow as error:
+                raise sqlite3.DatabaseError(f"malformed: {error}") from None
+        return rows
 
     def _commit(self, changes: Sequence[Change]) -> None:
         with _Transaction(self._open):
             for change in changes:
                 change.apply(self._open)
+                if isinstance(change, Append):
+                    self._highest = max(self._highest, change.row.number)
+                elif isinstance(change, Save):
+                    self._highest = max(self._highest, change.device)
 
     def _rows(self, numbers: Sequence[int]) -> list[Row | int]:
         rows: list[Row | int] = []
@@ -521,6 +570,7 @@ class Database:
                 except DamagedRow:
                     continue
                 row = Row(first + len(moved), device, stamp, row.message, row.identifier)
+                self._highest = max(self._highest, row.number)
                 Append(row).apply(self._open)
                 self._open.execute("DELETE FROM aside WHERE number = ?", (number,))
                 moved.append((row.number, stamp, size_of(row.message)))
@@ -538,7 +588,9 @@ class Database:
             self._drop_copy()
             raise
         self._close_file()
-        aside = Path(f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%S')}")
+        name = f"{self.path}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
+        # There may have been another one in this second.
+        aside = next(path for path in map(Path, _numbered(name)) if not path.exists())
         for suffix in ("", "-wal"):
             _rename(Path(f"{self.path}{suffix}"), Path(f"{aside}{suffix}"))
         self._adopt_copy()
@@ -552,6 +604,8 @@ class Database:
         """Put what can be read into a new file; return how many messages.  Raises StoreError: fewer rows than that."""
         taken = messages = 0
         with contextlib.closing(self._opened(self._copy)) as copy:
+            # It counts only once it is complete, and is on the disk before it is put in its place.
+            copy.execute("PRAGMA synchronous = OFF")
             rows = salvage(self.path)
             while some := list(islice(rows, _COPIED_AT_A_TIME)):
                 with _Transaction(copy):
@@ -560,11 +614,11 @@ class Database:
                         copy.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row)  # noqa: S608  our own
                         messages += table == "message"
                 taken += len(some)
-            with _Transaction(copy):
-                for statement in _ORPHANS.strip().splitlines():
-                    copy.execute(statement)
+            # Nothing can be made of a Packet Identifier whose device is not known.
+            copy.execute("DELETE FROM received WHERE device NOT IN (SELECT number FROM device)")
         if taken < least:
             raise StoreError("nothing in it can be read")
+        _sync(self._copy)
         return messages
 
     def _drop_copy(self) -> None:
@@ -610,6 +664,27 @@ class _Transaction:
                 self._connection.execute("ROLLBACK")
         except sqlite3.Error:
             pass  # SQLite has rolled back, or does when the file is opened again
+
+
+def _tells_of_damage(error: Exception) -> bool:
+    """Whether an error says that the file has something else in it than SQLite has written."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is None or code & 0xFF not in _NOT_DAMAGE
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """Yield a name, and others like it."""
+    yield name
+    for number in count(2):
+        yield f"{name}-{number}"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

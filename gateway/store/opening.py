@@ -71,7 +71,7 @@ def open_store(
         post,
         lambda seconds, used, error: stores[0].committed(seconds, used, error),
         lambda rows: stores[0].scanned(rows),
-        lambda words: stores[0].notes.append(words),
+        lambda words: stores[0].noted(words),
     )
     try:
         opened = writer.open()

@@ -59,7 +59,9 @@ def encode_row(row: Row) -> bytes:
 
 
 def decode_row(number: int, device: int, stamp: int, data: bytes) -> Row:
-    """Read a row.  Raises DamagedRow."""
+    """Read a row, whatever a damaged file has in its place.  Raises DamagedRow."""
+    if not isinstance(data, bytes) or not all(isinstance(each, int) for each in (number, device, stamp)):
+        raise DamagedRow(f"row {number} is damaged")
     if len(data) < _HEADER.size or _CRC.unpack_from(data)[0] != _checksum(number, device, stamp, data[_CRC.size :]):
         raise DamagedRow(f"row {number} is damaged")
     _, flags, identifier, expiry, topic_size, properties_size = _HEADER.unpack_from(data)

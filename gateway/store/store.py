@@ -16,7 +16,7 @@ from attrs import define, field
 
 from gateway.config import StoreConfig
 from gateway.mqtt.message import Message
-from gateway.pieces import Pieces
+from gateway.pieces import Pieces, slices
 from gateway.store.backlog import Backlog
 from gateway.store.database import (
     Append,
@@ -42,6 +42,7 @@ _LIST_EVERY = 60.0  # seconds until files that were moved aside are listed again
 # deleting from it 10 more.
 _AGED_AT_A_TIME = 1_000
 _AGED_IN_A_TURN = 1_000
+_SAVED_IN_A_TURN = 100  # devices
 MOST_REMEMBERED = 128 * 1024 * 1024
 """Bytes of what is kept of devices besides their messages, in memory as on disk, before idle ones are forgotten."""
 _LOOKED_AT = 1000  # devices in one search for idle ones
@@ -126,6 +127,8 @@ class Store:
         # Names of files that were moved aside because they were damaged, the newest last.
         self.damaged_files: list[str] = []
         self._listed = -_LIST_EVERY
+        # The disk has another file now, in which devices may be missing.
+        self._is_new_file = False
         self._probed = 0.0
         self._pending_probe = False
         self._is_ageing = False
@@ -384,6 +387,9 @@ class Store:
             self._probed = now
             self._pending_probe = True
             self._writer.work(lambda database: database.keep_reserve(), self._has_reserve)
+        if self._is_new_file and not self._is_closed:
+            self._is_new_file = False
+            yield from self._save_all()
         if now - self._listed >= _LIST_EVERY and not self._is_closed:
             self._listed = now
             self._writer.work(lambda database: database.damaged_files(), self._are_listed)
@@ -394,6 +400,14 @@ class Store:
                 yield from self._delete_old(int(self._now() - self.config.max_age))
             finally:
                 self._is_ageing = False
+
+    def _save_all(self) -> Pieces[None]:
+        for some in slices(list(self.states.items()), _SAVED_IN_A_TURN):
+            for name, state in some:
+                backlog = self._by_name.get(name)
+                if backlog is not None:
+                    self._writer.write(Save(backlog.number, name, state))
+            yield
 
     def _delete_old(self, limit: int) -> Pieces[None]:
         done = 0
@@ -427,6 +441,12 @@ class Store:
         if error is not None:
             self.failure = error
             self._probed = self._seconds()
+
+    def noted(self, words: str) -> None:
+        """A file was damaged: what became of it, in words for the log."""
+        self.notes.append(words)
+        self._is_new_file = True
+        self._listed = -_LIST_EVERY
 
     def scanned(self, rows: Sequence[tuple[int, int, int, int]] | None) -> None:
         """Rows from before the start were found; None when that was all of them."""

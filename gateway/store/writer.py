@@ -177,6 +177,9 @@ class Writer:
         except StoreError as error:
             failure = error
             return lambda: item.done(None, failure)
+        except Exception as error:  # noqa: BLE001  without this thread, no device would be acknowledged any more
+            internal = StoreError(f"internal error: {type(error).__name__}: {error}")
+            return lambda: item.done(None, internal)
         return lambda: item.done(value, None)
 
     def _rows(self, database: Database, numbers: Sequence[int]) -> list[Row | int]:
