@@ -126,7 +126,7 @@ def test_what_wants_attention_is_status_2(
     status, out, _ = ask(gateway=gateway)
     assert status == 2
     assert out.startswith("Devices are served, but something needs attention\n")
-    assert re.search(r"!! Certificate \(broker's localhost:\d+\) CN=broker: 7 days left, until \d{4}-", out)
+    assert re.search(r"!! Certificate \(of broker localhost:\d+\) CN=broker: 7 days left, until \d{4}-", out)
     assert "on the broker" in out
 
 

@@ -33,7 +33,7 @@ CONNECTED = frozenset({"relaying", "stored"})
 """The steps of devices that are connected."""
 
 _STATES = {"left alone": "backing off"}
-_CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "broker's", "device": "of rule"}
+_CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "of broker", "device": "of rule"}
 _SOON_FULL = 86_400  # seconds
 SILENT_FOR_LONG = 300
 """Seconds after which a connected device that sends nothing, or nothing but pings, is silent."""
