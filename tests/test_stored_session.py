@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1928,6 +1929,21 @@ def test_a_message_behind_those_that_ended_the_session_does_not_reach_the_broker
     bench.disk.commit()
     assert device.ended is not None
     assert upstream.payloads == [b"nobody's"]
+
+
+@pytest.mark.parametrize("key", ["connect", "limits"])
+def test_a_state_that_is_damaged_does_not_keep_its_device_out(bench: Bench, key: str) -> None:
+    """It comes with another CONNECT; its messages wait until then."""
+    bench.offline(version=5)
+    bench.up(b"x", version=5)
+    bench.settle()
+    values = json.loads(bench.store.states["dev"])
+    values[key] = "10ff"
+    bench.store.states["dev"] = json.dumps(values)
+    bench.open()
+    assert bench.stored.presented() is None
+    bench.offline(version=5)
+    assert bench.online(version=5).payloads == [b"x"]
 
 
 def payloads_in_the_end(bench: Bench) -> list[bytes]:

@@ -62,7 +62,7 @@ from gateway.session.record import Dial, Peer
 from gateway.session.requests import Requests
 from gateway.session.saving import Saving
 from gateway.session.session import Connection
-from gateway.session.stored_connect import integer_of, is_persistent, limits_of, packet_of, will_of
+from gateway.session.stored_connect import are_readable, integer_of, is_persistent, limits_of, packet_of, will_of
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
 from gateway.session.visit import LARGEST_HELD, Device, Visit, World
@@ -139,6 +139,9 @@ class StoredSession:
         self._world = world
         self.after = after
         self.state = DeviceState.load(store.states.get(name, "{}"))
+        if not are_readable(self.state.connect, self.state.limits):
+            # The file was damaged.  Device and broker send others.
+            self.state.connect = self.state.limits = b""
         self._saving = Saving(store, backlog, self.state)
         self.outgoing = Outgoing(
             store,

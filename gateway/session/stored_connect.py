@@ -25,6 +25,17 @@ def packet_of(raw: bytes, limit: int) -> tuple[Packet, Connect]:
     return packet, parse_connect(packet)
 
 
+def are_readable(connect: bytes, limits: bytes) -> bool:
+    """Whether a CONNECT and the properties of a CONNACK, or nothing, are what they were when they were stored."""
+    try:
+        if connect:
+            packet_of(connect, len(connect))
+        limits_of(limits)
+    except PacketError:
+        return False
+    return True
+
+
 def integer_of(properties: Properties | None, identifier: PropertyId, default: int) -> int:
     """Return the value of a property, or `default` if it is not there."""
     found = None if properties is None else properties.integer(identifier)

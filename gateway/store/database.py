@@ -484,7 +484,7 @@ class Database:
             received.setdefault(device, set()).add(identifier)
         found = self._open.execute("SELECT number, name, state FROM device ORDER BY number").fetchall()
         # A device whose name is damaged would get the messages of another.
-        if sorted(self._open.execute(NAMES)) != sorted((number, name) for number, name, _ in found):
+        if set(self._open.execute(NAMES)) != {(number, name) for number, name, _ in found}:
             raise sqlite3.DatabaseError("malformed: a device has two names")
         if not all(isinstance(state, str) for _, _, state in found):
             raise sqlite3.DatabaseError("malformed: a device's state is no text")
