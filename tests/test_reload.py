@@ -227,6 +227,8 @@ def test_what_differs_is_named_by_its_key() -> None:
     ]
     assert changed(upstream=[{"host": "a"}, {"host": "b", "port": 1}]) == ["upstream[1].port"]
     assert changed(upstream=[{"host": "a"}]) == ["upstream"]
+    base["upstream"][0] |= {"name": "cloud"}
+    assert changed(upstream=[{"host": "a", "name": "cloud", "port": 1}, {"host": "b"}]) == ['upstream "cloud".port']
     assert changed(admission={"allow": ["10.0.0.0/8"]}) == ["admission.allow"]
 
 
