@@ -116,6 +116,7 @@ def _is_sound(table: str, row: _Values, at: int) -> bool:
     if table == "device":
         return isinstance(row[1], str) and isinstance(row[2], str)
     try:
+        # It looks at their types itself.
         decode_row(*row[:4])  # type: ignore[arg-type]
     except DamagedRow:
         return False
