@@ -2,6 +2,6 @@
 
 from datetime import UTC, datetime
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 MADE = datetime(2026, 11, 1, tzinfo=UTC)
 """A day in the month before this version's release: a clock that shows an earlier one is wrong."""

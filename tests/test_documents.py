@@ -137,6 +137,23 @@ def test_files_that_are_named_exist(document: Path) -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize(
+    ("place", "pattern"),
+    [
+        ("pyproject.toml", r'^version = "(.+)"'),
+        ("CHANGELOG.md", r"\A# Changelog[^#]*## (\S+), "),
+        ("docs/operations.md", r"mqtts-gateway_(.+)-1_amd64\.deb"),
+        ("docs/containers.md", r"localhost/mqtts-gateway:(\S+)"),
+        ("docs/containers.md", r"newTag: (\S+)"),
+        ("docs/examples/compose.yaml", r"image: \S+:(\S+)"),
+        ("docs/examples/kubernetes.yaml", r"image: \S+:(\S+)"),
+    ],
+)
+def test_every_place_that_names_the_version_has_the_same(place: str, pattern: str) -> None:
+    """What a release has to change, as CONTRIBUTING.md says."""
+    assert set(re.findall(pattern, (ROOT / place).read_text(), re.MULTILINE)) == {__version__}
+
+
 def test_the_day_this_version_was_made_moves_on_with_each_release() -> None:
     """A clock that shows an earlier one is taken for wrong: so it has been, and is not long before the release."""
     changelog = (ROOT / "CHANGELOG.md").read_text()
