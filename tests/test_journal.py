@@ -176,6 +176,7 @@ def test_a_stored_device_without_a_broker_is_not_told_to_be_connected_to_one(
         (RECORD, LogLevel.info),
         (unfinished(), LogLevel.warn),
         (unfinished(EndReason.GATEWAY_STOPPING), LogLevel.info),
+        (unfinished(EndReason.DEVICE_DISABLED), LogLevel.info),
     ],
 )
 def test_what_needs_attention_is_a_warning(
@@ -184,6 +185,31 @@ def test_what_needs_attention_is_a_warning(
     """A session that could not stand is; one that stood and ended is not."""
     journal.session_ended(record)
     assert events[0]["log_level"] is level
+
+
+def test_a_disabled_device_that_keeps_coming_is_logged_quietly(
+    journal: Journal, clock: Clock, events: list[dict[str, Any]]
+) -> None:
+    """An operator decided so: no warning, not even of how often, and no remedy."""
+    for number in range(FULL_RECORDS + 7):
+        journal.session_ended(unfinished(EndReason.DEVICE_DISABLED, number=number))
+    clock.advance(WINDOW)
+    journal.sweep()
+    assert len(events) == FULL_RECORDS + 1
+    assert events[-1]["count"] == 7
+    assert {event["log_level"] for event in events} == {LogLevel.info}
+    assert not any("enable" in line for line in lines(events))
+
+
+def test_a_remedy_names_the_device_in_a_command_that_can_be_typed(
+    journal: Journal, events: list[dict[str, Any]]
+) -> None:
+    """Quoted for the shell; one that cannot be typed is in no command."""
+    for name in ("pump 3", "x\x1b[2J", "-x", "", "y" * 300):
+        journal.session_ended(unfinished(EndReason.DEVICE_UNKNOWN, client_identifier=name))
+    first, *others = lines(events)
+    assert "`mqtts-gateway device add 'pump 3'`" in first
+    assert all(line.endswith(EndReason.DEVICE_UNKNOWN.remedy) for line in others)
 
 
 def test_a_mistake_of_the_gateway_is_an_error(

@@ -35,7 +35,7 @@ from gateway.errors import ConfigError, EndReason
 from gateway.ops import metrics as metrics_module
 from gateway.ops import sight as sight_module
 from gateway.ops.metrics import Metrics
-from gateway.ops.status_words import SCHEMA, device_words, verdict
+from gateway.ops.status_words import SCHEMA, Level, device_state, device_words, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.guard import Access, Guard
@@ -748,6 +748,39 @@ def test_the_headline_names_the_reason_of_the_devices_that_it_counts(
     failed, unserved = verdict(document).reasons
     assert (failed[0], failed.endswith("device-lost.")) == ("3", True)
     assert (unserved[0], unserved.endswith("upstream-refused.")) == ("1", True)
+
+
+def test_a_disabled_device_is_no_failure(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:
+    """An operator decided so: the headline stays good, and no count of failures grows; its row says how to undo it."""
+    gateway = start(upstream=start_broker().port, device=[{"match_client_id": "off 1", "enabled": False}])
+    devices.append(connected(gateway, "on"))
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect("off 1"))
+        device.read_to_end()
+    gateway.wait_ended()
+    document = ask(gateway).json
+    assert (verdict(document).level, verdict(document).reasons) == (Level.WELL, [])
+    assert (document["absent"], document["lately"], gateway.service.ledger.failures) == (0, [], 0)
+    assert document["sessions"]["ended"]["device-disabled"] == 1
+    off = next(each for each in document["devices"]["items"] if each["client_identifier"] == "off 1")
+    assert device_state(off) == "disabled"
+    assert any("`mqtts-gateway device enable 'off 1'`" in line for line in device_words(off))
+
+
+def test_a_remedy_is_shown_until_the_device_is_back(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device]
+) -> None:
+    """How its last session ended is still shown."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, "d").close()
+    gateway.wait_ended()
+    (gone,) = ask(gateway).json["devices"]["items"]
+    devices.append(connected(gateway, "d"))
+    (back,) = ask(gateway).json["devices"]["items"]
+    for device, is_shown in ((gone, True), (back, False)):
+        words = " ".join(device_words(device))
+        assert (EndReason.DEVICE_LOST.remedy in words) is is_shown
+    assert "device-lost" in words
 
 
 def test_devices_come_in_pages(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:

@@ -19,7 +19,7 @@ from gateway.cli.report import complain
 from gateway.cli.status import CannotAsk, endpoint_at, fetch, with_password
 from gateway.config import DeviceRule
 from gateway.config.secret_files import SecretUnavailable
-from gateway.ops.status_words import CONNECTED, Part, ago, clock, device_state, duration
+from gateway.ops.status_words import CONNECTED, Part, ago, clock, device_state, duration, is_shut_out
 from gateway.text import printable
 from gateway.tls.trust import read_chain
 
@@ -95,7 +95,11 @@ def _facts(path: Path, device: DeviceRule, seen: Mapping[str, Part] | None) -> d
 def _state_words(device: DeviceRule, seen: Mapping[str, Part] | None, patterns: list[str]) -> str:
     words = [] if device.enabled else ["disabled"]
     item = _item(seen, patterns)
-    if item is not None and item["step"] in {"ended", "refused"}:
+    if item is not None and is_shut_out(item):
+        # Enabled again, it may not have come back yet, or the gateway has not been reloaded.
+        refused = "last refused as disabled" if device.enabled else "last refused"
+        words.append(f"{refused} {ago(item['seconds'])}")
+    elif item is not None and item["step"] in {"ended", "refused"}:
         since = clock(item["since"], now().isoformat(), None)
         words.append(f"silent since {since} ({ago(item['seconds'])}), {device_state(item)}")
     elif item is not None:

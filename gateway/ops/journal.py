@@ -18,6 +18,7 @@ from twisted.logger import Logger, LogLevel
 
 from gateway.dial.dialler import DialJournal
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.ops.remedies import remedy_for
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Journal as SessionJournal
 from gateway.text import printable, unprintable_escaped
@@ -28,8 +29,15 @@ FULL_RECORDS = 5
 FULL_RECORDS_OF_STANDING = 100
 WINDOW = 60.0  # seconds
 
-# Ends that are not failures and need no attention.
-IN_ORDER = frozenset({EndReason.DEVICE_DISCONNECT, EndReason.GATEWAY_STOPPING, EndReason.CONFIGURATION_CHANGED})
+# Ends that are not failures and need no attention: what a device or the operator decided.
+IN_ORDER = frozenset(
+    {
+        EndReason.DEVICE_DISCONNECT,
+        EndReason.GATEWAY_STOPPING,
+        EndReason.CONFIGURATION_CHANGED,
+        EndReason.DEVICE_DISABLED,
+    }
+)
 # Ends of established sessions that are normal: devices run out of battery, brokers are updated.
 _USUAL = IN_ORDER | {
     EndReason.DEVICE_LOST,
@@ -169,7 +177,7 @@ class Journal:
         """Close the window: log how many records were not written."""
         now = self._seconds()
         for (what, reason), count in sorted(self._withheld.items(), key=str):
-            if reason is None or reason is EndReason.DEVICE_DISCONNECT:
+            if reason is None or reason in IN_ORDER:
                 self._log.info(
                     "{count} more {what} in the last {window} s{shown}",
                     event="records-withheld",
@@ -276,7 +284,9 @@ def _end_line(record: SessionRecord) -> str:
     elif record.upstream:
         line += f" [{record.upstream}]"
     usual = _USUAL if record.established else IN_ORDER
-    return line if reason is None or reason in usual else f"{line}. {reason.remedy}"
+    if reason is None or reason in usual:
+        return line
+    return f"{line}. {remedy_for(reason, printable(record.client_identifier))}"
 
 
 def _steps(record: SessionRecord) -> str:

@@ -22,6 +22,7 @@ from gateway.errors import EndReason
 from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Validity, shown_by
 from gateway.ops.journal import IN_ORDER
 from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger, device_key
+from gateway.ops.remedies import remedy_for
 from gateway.ops.renewal import Renewals, whose
 from gateway.ops.status_words import SCHEMA, SILENT_FOR_LONG, shown_state
 from gateway.pieces import AT_A_TIME, Pieces, slices
@@ -70,7 +71,6 @@ _OF_DEVICES = frozenset(
         EndReason.PROXY_NOT_TRUSTED,
         EndReason.NO_PROXY_HEADER,
         EndReason.DEVICE_UNKNOWN,
-        EndReason.DEVICE_DISABLED,
         EndReason.DEVICE_PASSWORD_WRONG,
         EndReason.DEVICE_NAME_UNUSABLE,
         EndReason.SPOOFED,
@@ -620,6 +620,7 @@ def _is_unserved(end: End) -> bool:
 
 def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]:
     return _reason(end.reason, end.detail) | {
+        "remedy": remedy_for(end.reason, end.client_identifier),
         "time": at(end.ended),
         "seconds_ago": max(0, round(seconds - end.ended)),
         "times": end.times,

@@ -32,6 +32,7 @@ _STEPS = {
 CONNECTED = frozenset({"relaying", "stored"})
 """The steps of devices that are connected."""
 
+_DISABLED = "device-disabled"  # the end of a device that an operator has disabled
 _STATES = {"left alone": "backing off"}
 _CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "of broker", "device": "of rule"}
 _SOON_FULL = 86_400  # seconds
@@ -284,9 +285,16 @@ def device_name(device: Part) -> str:
 def device_state(device: Part) -> str:
     """Describe the state of a device in a few words."""
     end = device["end"]
+    if is_shut_out(device):
+        return "disabled"
     if device["step"] in {"ended", "refused"} and end is not None:
         return f"{_STEPS[device['step']]}: {end['reason']}"
     return _STEPS[device["step"]]
+
+
+def is_shut_out(device: Part) -> bool:
+    """Whether a device is not connected because an operator has disabled it."""
+    return bool(device["step"] == "ended" and device["end"]["reason"] == _DISABLED)
 
 
 def device_words(device: Part) -> list[str]:
@@ -294,7 +302,9 @@ def device_words(device: Part) -> list[str]:
     end, lines = device["end"], []
     if device["step"] in {"ended", "refused"}:
         lines.append(f"{end['meaning'].rstrip('.')}{_detail(end)}.")
-        if not end["in_order"]:
+        if is_shut_out(device):
+            lines.append(end["remedy"])
+        elif not end["in_order"]:
             lines.append(f"What to do: {end['remedy']}")
         lines += _times(end)
         return lines
@@ -305,9 +315,9 @@ def device_words(device: Part) -> list[str]:
         only = "nothing but pings" if is_pinging else "nothing"
         lines.append(f"It has sent {only} for {duration(device['data_seconds_ago'])}.")
     if end is not None and not end["in_order"]:
-        lines.append(
-            f"Its last session ended {ago(end['seconds_ago'])}: {end['reason']}{_detail(end)}. {end['remedy']}"
-        )
+        # Once it is connected again, there is nothing to do.
+        remedy = "" if device["step"] in CONNECTED else f" {end['remedy']}"
+        lines.append(f"Its last session ended {ago(end['seconds_ago'])}: {end['reason']}{_detail(end)}.{remedy}")
     if end is not None:
         lines += _times(end)
     return lines
