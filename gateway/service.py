@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from random import random
 from socket import gethostname
@@ -164,7 +164,7 @@ class GatewayService(Service):
         return Sources(
             host=gethostname(),
             upstreams=lambda: gateway.upstreams,
-            certificates=lambda: configured(gateway.generation.prepared.policy),
+            certificates=lambda: chain(configured(gateway.generation.prepared.policy), self.status_port.certificates()),
             listeners=lambda: [(name, shown_address(port.getHost())) for name, port in self._listeners.named],
             is_stopping=lambda: gateway.stopping,
             device_certificates=lambda: gateway.generation.prepared.certificates,
@@ -456,7 +456,7 @@ class GatewayService(Service):
             self._notifier.ready(self.status)
 
     def _certificates(self) -> Iterator[Certificate]:
-        """Yield all certificates whose expiry would interrupt service."""
+        """Yield all certificates to warn of: those of the status document, and of devices the first to expire."""
         yield from self.sight.certificates()
         yield from self.gateway.generation.prepared.certificates.due(self._now())
 

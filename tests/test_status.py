@@ -38,7 +38,7 @@ from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import SCHEMA, Level, device_state, device_words, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
-from gateway.ops.web.guard import Access, Guard
+from gateway.ops.web.guard import LOGGED, WINDOW, Access, Guard
 from gateway.ops.web.site import StatusSite
 from gateway.ops.web.tls import server_side
 from gateway.pieces import at_once
@@ -229,6 +229,9 @@ def test_a_reload_changes_the_password(guarded: RunningGateway) -> None:
     assert status_port(guarded) == port
 
 
+HERE = "192.0.2.7:40001"
+
+
 class Checks:
     """Threads whose work a test does, one piece at a time."""
 
@@ -250,14 +253,14 @@ def test_guesses_are_few_and_do_not_keep_out_who_is_in() -> None:
     clock, checks, told = Clock(), Checks(), list[Access]()
     guard = Guard(clock.seconds, checks)
     guard.require(HASH)
-    guard.judge(basic(PASSWORD), told.append)
+    guard.judge(basic(PASSWORD), HERE, told.append)
     checks.do()
     assert told == [Access.GRANTED]
     told.clear()
     for index in range(20):
-        guard.judge(basic(f"guess {index}"), told.append)
+        guard.judge(basic(f"guess {index}"), HERE, told.append)
         assert len(checks.work) == 1
-    guard.judge(basic(PASSWORD), told.append)
+    guard.judge(basic(PASSWORD), HERE, told.append)
     assert told == [Access.BUSY] * 11 + [Access.GRANTED]
     told.clear()
     while checks.work:
@@ -267,8 +270,32 @@ def test_guesses_are_few_and_do_not_keep_out_who_is_in() -> None:
     told.clear()
     clock.advance(1)
     for _ in range(2):
-        guard.judge(basic("guess"), told.append)
+        guard.judge(basic("guess"), HERE, told.append)
     assert (len(checks.work), told) == (1, [Access.BUSY])
+
+
+def test_wrong_passwords_are_logged_with_the_address_and_counted() -> None:
+    """A few in full, then their number; never the password."""
+    logged = list[dict[str, Any]]()
+    globalLogPublisher.addObserver(logged.append)
+    clock, checks = Clock(), Checks()
+    guard = Guard(clock.seconds, checks)
+    guard.require(HASH)
+    for _ in range(LOGGED + 3):
+        guard.judge(basic("hunter2"), HERE, lambda _: None)
+        checks.do()
+    guard.judge(basic(PASSWORD), HERE, lambda _: None)
+    checks.do()
+    for _ in range(2):
+        clock.advance(WINDOW)
+        guard.sweep()
+    globalLogPublisher.removeObserver(logged.append)
+    logged = [event for event in logged if str(event.get("event", "")).startswith("status-password")]
+    *told, counted = (formatEvent(event) for event in logged)
+    assert len(told) == LOGGED
+    assert all(HERE in line for line in told)
+    assert counted.startswith("3 more wrong passwords")
+    assert "hunter2" not in str(logged)
 
 
 def test_a_password_that_was_replaced_while_it_was_checked_is_wrong(logged_errors: list[dict[str, Any]]) -> None:
@@ -276,10 +303,10 @@ def test_a_password_that_was_replaced_while_it_was_checked_is_wrong(logged_error
     checks, told = Checks(), list[Access]()
     guard = Guard(Clock().seconds, checks)
     guard.require(HASH)
-    guard.judge(basic(PASSWORD), told.append)
+    guard.judge(basic(PASSWORD), HERE, told.append)
     guard.require(cheap_hash("another"))
     checks.do()
-    guard.judge(basic("another"), told.append)
+    guard.judge(basic("another"), HERE, told.append)
     checks.work.pop()[1].errback(MemoryError())
     assert told == [Access.DENIED, Access.BUSY]
     (event,) = logged_errors
@@ -316,7 +343,7 @@ def ask_safely(gateway: RunningGateway, trusted: Path, path: str = "/status", **
 @pytest.fixture
 def safe(start: StartGateway, start_broker: StartBroker, tmp_path: Path) -> RunningGateway:
     """A gateway whose status needs TLS, with the file status.pem, and a password."""
-    file = certify(subject="status").write(tmp_path / "status.pem")
+    file = certify(subject="status", valid_for=20).write(tmp_path / "status.pem")
     return start(
         upstream=start_broker().port,
         status={"endpoint": "127.0.0.1:0", "password": HASH, "server_cert": str(file)},
@@ -336,6 +363,38 @@ def test_it_is_served_with_tls(safe: RunningGateway, devices: list[Device], tmp_
     assert b"HTTP" not in answer
     site = safe.service.status_port._open.site
     eventually(lambda: not site.protocols, "all connections are closed")
+
+
+def test_its_certificate_is_warned_of_like_the_others(safe: RunningGateway, tmp_path: Path) -> None:
+    """In the document, the headline and the metrics; also the one that takes its place."""
+    trusted = tmp_path / "status.pem"
+    document = ask_safely(safe, trusted, Authorization=basic(PASSWORD)).json
+    (page,) = (each for each in document["certificates"] if each["role"] == "page")
+    assert (page["subject"], page["state"]) == ("CN=status", "ends soon")
+    assert any(
+        "of the status page" in reason and "status.server_cert" in reason for reason in verdict(document).reasons
+    )
+    text = ask_safely(safe, trusted, "/metrics", Authorization=basic(PASSWORD)).text
+    assert value(text, "certificate_not_after_timestamp_seconds", role="page", subject="CN=status", upstream="") > 0
+    assert "page" in {each.role for each in safe.service._certificates()}
+    config = safe.service.gateway.config
+    safe.call(lambda: safe.service.change(evolve(config, status=evolve(config.status, server_cert=None))))
+    assert "page" not in {each.role for each in safe.service._certificates()}
+
+
+@pytest.mark.parametrize("name", ["safe", "guarded"])
+def test_the_images_health_check_works_with_and_without_tls(name: str, request: pytest.FixtureRequest) -> None:
+    """As the Containerfile has it; it fails where nothing answers."""
+    gateway: RunningGateway = request.getfixturevalue(name)
+    (line,) = (line for line in (ROOT / "Containerfile").read_text().splitlines() if line.startswith("HEALTHCHECK"))
+    _, *arguments = json.loads(line.partition(" CMD ")[2])
+
+    def check(port: int) -> int:
+        environment = {"MQTTS_GATEWAY_STATUS": f"127.0.0.1:{port}"}
+        return subprocess.run([sys.executable, *arguments], env=environment, stderr=subprocess.DEVNULL).returncode
+
+    assert check(status_port(gateway)) == 0
+    assert check(1) != 0
 
 
 def test_who_sends_a_handshake_byte_by_byte_is_cut_off(safe: RunningGateway) -> None:

@@ -1,6 +1,6 @@
 """Certificate expiry: which certificates matter, how long they are valid, and a daily warning before they expire.
 
-In: the gateway's own certificates, the roots it trusts, the brokers' certificates; the time of day.  Out:
+In: the certificates of the gateway, of the CAs it trusts, of brokers and of the status page; the time of day.  Out:
 `Certificate`s for the status page and the metrics, warnings in the log.  The platform's roots are left out: the
 platform renews them.
 """
@@ -35,6 +35,7 @@ class Role(StrEnum):
     CA = "ca"
     BROKER = "broker"
     DEVICE = "device"
+    PAGE = "page"
 
 
 _WHOSE = {
@@ -42,12 +43,14 @@ _WHOSE = {
     Role.CA: "the CA certificate",
     Role.BROKER: "the certificate of the broker",
     Role.DEVICE: "the client certificate of rule",
+    Role.PAGE: "the certificate of the status page",
 }
 _REMEDIES = {
     Role.OWN: "Renew it and install the new one as tls.client_cert. Brokers refuse the gateway once it has expired.",
     Role.CA: "Add its successor to tls.ca_file. The gateway refuses brokers under this CA once it has expired.",
     Role.BROKER: "Renew it on the broker. No session can be opened once it has expired.",
     Role.DEVICE: "Renew it and install the new one as client_cert of its rule. Brokers refuse it once it has expired.",
+    Role.PAGE: "Renew it and install the new one as status.server_cert. Browsers warn of it once it has expired.",
 }
 
 
@@ -101,6 +104,12 @@ def configured(policy: TLSPolicy) -> Iterator[Certificate]:
         yield _shown(Role.OWN, certificate)
     for certificate in policy.roots:
         yield _shown(Role.CA, certificate)
+
+
+def of_page(chain: Iterable[x509.Certificate]) -> Iterator[Certificate]:
+    """Yield the status page's own certificates."""
+    for certificate in chain:
+        yield _shown(Role.PAGE, certificate)
 
 
 class DeviceCertificates:

@@ -252,7 +252,7 @@ class _Gateway(Collector):
     def _certificates(self) -> Metric:
         family = GaugeMetricFamily(
             f"{_PREFIX}_certificate_not_after_timestamp_seconds",
-            "Expiry of a certificate: the gateway's own, a CA's, or the last one a broker sent.",
+            "Expiry of a certificate: the gateway's own, a CA's, the status page's, or the last one a broker sent.",
             labels=["role", "subject", "upstream"],
         )
         first: dict[tuple[str, str, str], Certificate] = {}

@@ -171,7 +171,7 @@ class Sight:
         return devices is not None and devices.store.failure is None and self.sources.stores_all()
 
     def certificates(self) -> Iterator[Certificate]:
-        """Yield all certificates whose expiry would stop the service: own, CAs' and brokers'."""
+        """Yield all certificates but the devices': own, CAs', the status page's and brokers'."""
         yield from self.sources.certificates()
         for upstream in self.sources.upstreams():
             peer = upstream.last_peer or self.ledger.peers.get(upstream.address)

@@ -34,7 +34,13 @@ CONNECTED = frozenset({"relaying", "stored"})
 
 _DISABLED = "device-disabled"  # the end of a device that an operator has disabled
 _STATES = {"left alone": "backing off"}
-_CERTIFICATES = {"own": "the gateway's own", "ca": "CA", "broker": "of broker", "device": "of rule"}
+_CERTIFICATES = {
+    "own": "the gateway's own",
+    "ca": "CA",
+    "broker": "of broker",
+    "device": "of rule",
+    "page": "of the status page",
+}
 _SOON_FULL = 86_400  # seconds
 SILENT_FOR_LONG = 300
 """Seconds after which a connected device that sends nothing, or nothing but pings, is silent."""

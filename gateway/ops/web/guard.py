@@ -27,6 +27,9 @@ _log = Logger(namespace="gateway")
 
 # Checks per second, and the burst.
 _RATE, _BURST = 1.0, 10.0
+# Per window (seconds), so many wrong passwords are logged with their address; the rest are counted.
+WINDOW = 60.0
+LOGGED = 5
 
 
 class Access(Enum):
@@ -56,7 +59,8 @@ class Guard:
         self._known: bytes | None = None
         self._one_at_a_time = DeferredLock()
         self._tokens = _BURST
-        self._tokens_at = seconds()
+        self._tokens_at = self._window_began = seconds()
+        self._wrong = 0  # in this window
 
     @property
     def asks(self) -> bool:
@@ -69,8 +73,8 @@ class Guard:
             self._text, self._known = text, None
             self._hash = parse_hash(text) if text else None
 
-    def judge(self, authorization: str, told: Told) -> None:
-        """Call `told`, now or later."""
+    def judge(self, authorization: str, address: str, told: Told) -> None:
+        """Call `told`, now or later; `address` is the client's, for the log."""
         wanted, password = self._hash, _password(authorization)
         if wanted is None:
             told(Access.GRANTED)
@@ -82,18 +86,42 @@ class Guard:
             told(Access.BUSY)
         else:
             checked: Deferred[Any] = self._one_at_a_time.run(self._in_thread, lambda: wanted.verify(password))
-            checked.addBoth(self._checked, wanted, password).addCallback(told)
+            checked.addBoth(self._checked, wanted, password, address).addCallback(told)
 
-    def _checked(self, is_right: bool | Failure, wanted: PasswordHash, password: bytes) -> Access:
+    def sweep(self) -> None:
+        """Log how many wrong passwords were not logged; called about once a second."""
+        now = self._seconds()
+        if now - self._window_began < WINDOW:
+            return
+        if self._wrong > LOGGED:
+            _log.warn(
+                "{count} more wrong passwords for the status page in the last {window} s",
+                event="status-passwords-withheld",
+                count=self._wrong - LOGGED,
+                window=round(now - self._window_began),
+            )
+        self._window_began, self._wrong = now, 0
+
+    def _checked(self, is_right: bool | Failure, wanted: PasswordHash, password: bytes, address: str) -> Access:
         if isinstance(is_right, Failure):
             # Without the failure: its frames hold the password.
             _log.error("internal error: the password of the status page cannot be checked")
             return Access.BUSY
+        if not is_right:
+            self._tell_wrong(address)
+            return Access.DENIED
         # A reload may have changed the password meanwhile.
-        if not is_right or wanted is not self._hash:
+        if wanted is not self._hash:
             return Access.DENIED
         self._known = self._digest(password)
         return Access.GRANTED
+
+    def _tell_wrong(self, address: str) -> None:
+        self._wrong += 1
+        if self._wrong <= LOGGED:
+            _log.warn(
+                "wrong password for the status page from {address}", event="status-password-wrong", address=address
+            )
 
     def _digest(self, password: bytes) -> bytes:
         return hmac.digest(self._key, password, "sha256")

@@ -6,7 +6,7 @@ In: the `[status]` sections of the current and the next configuration.  Out: a p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from attrs import frozen
@@ -18,6 +18,7 @@ from gateway.config import Listener, Status
 from gateway.errors import ConfigError
 from gateway.net.listening import ListenFailed, listen
 from gateway.net.network import shown_address
+from gateway.ops.expiry import Certificate, of_page
 from gateway.ops.sight import Sight
 
 if TYPE_CHECKING:
@@ -80,9 +81,16 @@ class StatusPort:
             )
 
     def sweep(self) -> None:
-        """Retry opening the endpoint; called about once a second."""
+        """Retry opening the endpoint, and log what is due; called about once a second."""
         if self._wanted is not None and self._reactor.seconds() >= self._try_again_at:
             self.open(self._wanted)
+        if self._guard is not None:
+            self._guard.sweep()
+
+    def certificates(self) -> Iterator[Certificate]:
+        """Yield the endpoint's own certificate and its intermediates, if it has TLS."""
+        tls = self._open.site.tls if self._open is not None else None
+        return of_page(tls.chain if tls is not None else ())
 
     def prepare(self, status: Status) -> Prepared:
         """Open what `status` describes, unless it is already open.  Raises `ConfigError`."""

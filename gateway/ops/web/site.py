@@ -30,6 +30,7 @@ from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory, TLSMemoryBIOProtocol
 from twisted.python.failure import Failure
 
+from gateway.net.network import shown_address
 from gateway.ops.metrics import Metrics
 from gateway.ops.sight import Query, Sight
 from gateway.ops.web.guard import Access, Guard
@@ -150,13 +151,13 @@ class StatusSite(protocol.ServerFactory):
             connection.abort()
         self._making.end()
 
-    def answer(self, method: str, uri: str, fields: Mapping[bytes, Sequence[str]], done: Done) -> None:
+    def answer(self, method: str, uri: str, fields: Mapping[bytes, Sequence[str]], address: str, done: Done) -> None:
         """Answer a request, now or in a later turn; an error is answered with 500.
 
-        `fields` are the header fields Host, Accept and Authorization, by name in lower case.
+        `fields` are the header fields Host, Accept and Authorization, by name in lower case; `address` is the client's.
         """
         try:
-            answer = self._answer(method, uri, fields, done)
+            answer = self._answer(method, uri, fields, address, done)
         except Exception:  # noqa: BLE001  an error in an answer must not reach the relay
             answer = _failed()
         if answer is not None:
@@ -167,7 +168,9 @@ class StatusSite(protocol.ServerFactory):
         self._checking.discard(done)
         self._making.forget(done)
 
-    def _answer(self, method: str, uri: str, fields: Mapping[bytes, Sequence[str]], done: Done) -> Answer | None:
+    def _answer(
+        self, method: str, uri: str, fields: Mapping[bytes, Sequence[str]], address: str, done: Done
+    ) -> Answer | None:
         # HTTP/1.0 health checkers send none; browsers always do.
         host = ",".join(fields[b"host"]) if fields[b"host"] else None
         accept = ",".join(fields[b"accept"])
@@ -195,7 +198,7 @@ class StatusSite(protocol.ServerFactory):
             return 400, _TEXT, b"Too many arguments.\n"
         ask = partial(self._making.ask, (uri, accept), partial(answer, arguments, accept), done)
         self._checking.add(done)
-        self.guard.judge(",".join(fields[b"authorization"]), partial(self._judged, ask, done))
+        self.guard.judge(",".join(fields[b"authorization"]), address, partial(self._judged, ask, done))
         return None
 
     def _judged(self, ask: Callable[[], None], done: Done, access: Access) -> None:
@@ -442,10 +445,12 @@ class _Connection(protocol.Protocol):
                     fields[name].append(value.decode("latin-1"))
             self._reads = _MOST_READS - _MOST_READS_AFTER
             self._done = partial(self._respond, event.method)
+            transport: Any = self.transport
             self._site.answer(
                 event.method.decode("latin-1"),
                 event.target.decode("latin-1"),
                 fields,
+                shown_address(transport.getPeer()),
                 self._done,
             )
 

@@ -5,8 +5,10 @@ In: the certificate and key of `[status]`.  Out: what makes the server's side of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from cryptography import x509
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from zope.interface import implementer
@@ -18,10 +20,11 @@ from gateway.tls.trust import read_client_identity
 
 @implementer(IOpenSSLServerConnectionCreator)
 class ServerSide:
-    """Makes the server's side of connections, TLS 1.2 or 1.3, with one certificate."""
+    """Makes the server's side of connections, TLS 1.2 or 1.3, with one certificate; `chain` begins with that."""
 
-    def __init__(self, context: SSL.Context) -> None:
+    def __init__(self, context: SSL.Context, chain: Sequence[x509.Certificate]) -> None:
         self._context = context
+        self.chain = chain
 
     def serverConnectionForTLS(self, protocol: Any) -> SSL.Connection:  # noqa: N802  the interface's name
         """See `IOpenSSLServerConnectionCreator`."""
@@ -49,4 +52,4 @@ def server_side(status: Status) -> ServerSide | None:
     except SSL.Error:
         words = "is refused by OpenSSL; use at least RSA 2048 or P-256, signed with SHA-256"
         raise ConfigError([f"status.server_cert: {status.server_cert} {words}"]) from None
-    return ServerSide(context)
+    return ServerSide(context, identity.chain)
