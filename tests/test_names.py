@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.config import Config, from_mapping
+from gateway.config import Config, from_mapping, load_file
+from gateway.config.devices import BrokenRule
+from gateway.config.directory import RuleFiles
 from gateway.errors import EndReason, Refusal
 from gateway.rules import names as names_module
 from gateway.rules.names import Names, brokers, name_at_broker
@@ -156,6 +159,27 @@ def test_names_at_different_brokers_have_nothing_to_do_with_each_other() -> None
     there = {"name": "there", "match_listener": "yard", "upstream": "other"}
     assert reserved_by(configured(elsewhere, there), "plant7-pump-3", listener="yard") == "pump"
     assert reserved_by(configured(PUMP, there), "plant7-pump-3", listener="yard") == ""
+
+
+@pytest.mark.parametrize("mistake", ['upstream = "nowhere"', "max_qos = 7", "max_qos ="])
+def test_a_rule_that_cannot_be_used_keeps_its_names(tmp_path: Path, mistake: str) -> None:
+    """A mistake in a file does not give its device's name to others: what else it demands may not be readable."""
+    upstream = '[[upstream]]\nhost = "b"\n[[upstream]]\nhost = "c"\nname = "other"\ndefault = false\n'
+    main = tmp_path / "gateway.conf"
+    main.write_text(f'{upstream}[devices]\ndirectory = "."\n[[device]]\nmatch_username = "x"\nupstream = "other"\n')
+    pump = 'match_client_id = "pump-3"\nclient_id = "plant7-{client_id}"\n'
+    (tmp_path / "pump.toml").write_text(pump + mistake)
+    valve = 'match_client_id = "valve"\nmatch_network = "10.0.0.1"\nbound_to = "10.0.0.1"\n'
+    (tmp_path / "valve.toml").write_text(valve + mistake)
+    config = load_file(main, known=RuleFiles())
+    assert [isinstance(each, BrokenRule) for each in config.device] == [True, True, False]
+    for more in ({}, {"username": "x"}):
+        assert reserved_by(config, "plant7-pump-3", **more) == "pump"
+        assert reserved_by(config, "valve", **more) == "valve"
+        assert reserved_by(config, "pump-4", **more) == ""
+    # Where not even `client_id` can be used, its devices are refused all the same.
+    (tmp_path / "pump.toml").write_text('match_client_id = "pump-3"\nclient_id = "{nothing}"\n')
+    assert load_file(main, known=RuleFiles()).device[0].match_client_id == ("pump-3",)
 
 
 def test_a_long_name_is_judged_too() -> None:

@@ -226,10 +226,10 @@ class BrokenRule(DeviceRule):
 
     @classmethod
     def of(cls, device: DeviceRule, problem: str) -> Self:
-        """Make one that matches the same devices, or more."""
+        """Make one that matches the same devices, or more, and gives them the same names at the broker."""
         # A listener that does not exist would match nobody, and its devices would go by other rules.
         matches = {key: getattr(device, key) for key in _MATCHES if key != "match_listener"}
-        return cls(name=device.name, problem=problem, **matches)
+        return cls(name=device.name, problem=problem, client_id=device.client_id, **matches)
 
 
 _MATCHES = [field.name for field in attrs.fields(DeviceRule) if field.name.startswith("match_")]

@@ -10,6 +10,7 @@ import re
 import time
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -159,25 +160,29 @@ def _broken(path: Path, problem: str) -> BrokenRule:
     """Return a rule that refuses the devices that a broken file is for; all, if the file does not say."""
     # Escaped where it is shown, as other names are; only what no label may contain is replaced.
     name = "".join(each if each.isprintable() else "\ufffd" for each in path.stem)[:64]
-    try:
-        return BrokenRule.of(attrs.evolve(structure_device(_matches(path)), name=name), problem)
-    except (ConfigError, ValueError, OSError):
-        return BrokenRule(name=name, problem=problem)
+    # With `client_id`, the names that it gives at the broker stay reserved.
+    for keys in (("match_", "client_id"), ("match_",)):
+        with suppress(ConfigError, ValueError, OSError):
+            return BrokenRule.of(attrs.evolve(structure_device(_part(path, keys)), name=name), problem)
+    return BrokenRule(name=name, problem=problem)
 
 
-def _matches(path: Path) -> dict[str, Any]:
-    """Return the `match_…` keys of a broken file.  Raises OSError, and ValueError if they cannot be read."""
+def _part(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return the keys of a broken file that begin with one of `keys`, `match_` among them, which says for whom it is.
+
+    Raises OSError, and ValueError if they cannot be read.
+    """
     with path.open("rb") as file:
         text = file.read(_MOST_READ).decode("utf-8-sig")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError:
-        lines = [line for line in text.splitlines() if line.lstrip().startswith("match_")]
+        lines = [line for line in text.splitlines() if line.lstrip().startswith(keys)]
         table = tomllib.loads("\n".join(lines))
-    matches = {key: value for key, value in table.items() if key.startswith("match_")}
-    if not matches and not _WILDCARDS & set(path.stem):
-        matches["match_client_id"] = path.stem
-    return matches
+    part = {key: value for key, value in table.items() if key.startswith(keys)}
+    if not any(key.startswith("match_") for key in part) and not _WILDCARDS & set(path.stem):
+        part["match_client_id"] = path.stem
+    return part
 
 
 def _labelled(label: str, error: ConfigError) -> Iterator[str]:

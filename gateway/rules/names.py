@@ -17,7 +17,8 @@ from typing import TypeAlias
 
 from attrs import field, frozen
 
-from gateway.config import Config, DeviceRule
+from gateway.config import Config, DeviceRule, Upstream
+from gateway.config.devices import BrokenRule
 from gateway.config.templates import FROM_DEVICE, SAFE, expand
 from gateway.errors import EndReason, Refusal
 from gateway.pieces import Pause, no_pause
@@ -34,11 +35,11 @@ _SAFE_CHARACTERS = frozenset(string.ascii_letters + string.digits + "._:@-")
 
 def brokers(config: Config, names: tuple[str, ...]) -> Brokers:
     """Return the brokers that a rule with these `upstream` names uses; without names, those of every device."""
-    return frozenset(
-        (upstream.connect_name.removesuffix("."), upstream.port, upstream.verify_name)
-        for upstream in config.upstream
-        if (upstream.name in names if names else upstream.default)
-    )
+    return _brokers(each for each in config.upstream if (each.name in names if names else each.default))
+
+
+def _brokers(upstreams: Iterable[Upstream]) -> Brokers:
+    return frozenset((each.connect_name.removesuffix("."), each.port, each.verify_name) for each in upstreams)
 
 
 def name_at_broker(matched: Matched | None, client_identifier: str) -> str:
@@ -160,14 +161,17 @@ class Names:
 
     def __init__(self, config: Config, rules: Rules, pause: Pause = no_pause) -> None:
         """`pause` is called between two rules."""
-        everyone = brokers(config, ())
+        everyone, everywhere = brokers(config, ()), _brokers(config.upstream)
         self._claims: dict[Rule, _Claim] = {}
         self._listed: dict[str, list[_Claim]] = {}
         self._others: list[_Claim] = []
         for rule in rules:
             pause()
             named = rule.device.upstream
-            claim = _Claim(rule, _Template.of(rule.device.client_id), brokers(config, named) if named else everyone)
+            at = brokers(config, named) if named else everyone
+            if isinstance(rule.device, BrokenRule):
+                at = everywhere  # It is not known which of them it named.
+            claim = _Claim(rule, _Template.of(rule.device.client_id), at)
             if not claim.is_specific:
                 continue
             self._claims[rule] = claim
@@ -212,6 +216,8 @@ class Names:
 
 def _meets(device: DeviceRule, rule: Rule | None, caller: Caller) -> bool:
     """Whether a device that another rule matched, or none, meets what this one demands of the name's holder."""
+    if isinstance(device, BrokenRule):
+        return False  # What it demands is not known.
     if device.bound_to and not is_in(caller.address, device.bound_to):
         return False
     return not device.lan_password or (rule is not None and rule.device.lan_password == device.lan_password)
