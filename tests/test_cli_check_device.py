@@ -67,7 +67,9 @@ def check(path: Path, *arguments: str) -> dict[str, Any]:
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
     assert report["exit_status"] == done.returncode
-    return {"result": report["result"], "text": done.stdout} | {step["step"]: step for step in report["steps"]}
+    return {"result": report["result"], "steps": report["steps"], "text": done.stdout} | {
+        step["step"]: step for step in report["steps"]
+    }
 
 
 def test_a_device_is_checked_under_its_own_certificate(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
@@ -114,7 +116,7 @@ def test_the_session_that_the_broker_keeps_for_a_device_is_not_touched(
 def test_a_device_that_is_connected_is_not_disturbed(
     tmp_path: Path, start_cloud: Callable[..., Cloud], start_gateway: Callable[..., RunningGateway]
 ) -> None:
-    """The broker would end its session; whoever wants that says so."""
+    """The broker would end its session; whoever wants that says so.  The gateway's own ports are no problem."""
     cloud = start_cloud()
     rule = rule_of(cloud, "d1")
     gateway = start_gateway(
@@ -124,6 +126,8 @@ def test_a_device_that_is_connected_is_not_disturbed(
     path = configured(
         tmp_path, cloud, written(rule), devices=f'unknown = "refuse"\n[status]\nendpoint = "127.0.0.1:{port}"'
     )
+    text = path.read_text().replace('endpoint = "127.0.0.1:0"', f'endpoint = "127.0.0.1:{gateway.port}"', 1)
+    path.write_text(f'{text}\n[[listen]]\nendpoint = "127.0.0.1:{cloud.port}"\n')
     with Device(gateway.port) as device:
         device.send(mqtt.connect("d1"))
         assert device.read(4) == b"\x20\2\0\0"
@@ -131,6 +135,9 @@ def test_a_device_that_is_connected_is_not_disturbed(
         assert report["tls"]["status"] == "PASS"
         assert report["connack"]["status"] == "SKIP"
         assert "connected now" in report["connack"]["message"]
+        found = [(step["status"], step["message"]) for step in report["steps"] if step["step"] in {"listen", "status"}]
+        assert [status for status, _ in found] == ["PASS", "WARN", "PASS"]
+        assert all("the running gateway listens" in words for status, words in found if status == "PASS")
         device.send(b"\xc0\0")
         assert device.read(2) == b"\xd0\0"
         assert len(cloud.told("connected")) == 1
@@ -214,6 +221,17 @@ def test_what_the_gateway_would_refuse_never_reaches_the_broker(
     assert report[step]["remedy"]
     assert report["connack"]["status"] == "SKIP"
     assert cloud.events == []
+
+
+def test_what_is_skipped_for_one_reason_is_one_line(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """Of a device that is disabled; the remedy is a command for this device."""
+    rule = '[[device]]\nmatch_client_id = "pump 1"\nenabled = false\n'
+    path = configured(tmp_path, start_cloud(), rule)
+    command = [sys.executable, "-m", "gateway.cli.main", "check", "--config", str(path), "--device", "pump 1"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    (skipped,) = (line for line in shown.splitlines() if line.startswith("SKIP"))
+    assert "lan-password, credentials, dns, tcp" in skipped
+    assert "`mqtts-gateway device enable 'pump 1'`" in shown
 
 
 def test_the_lan_password_is_tried_if_it_is_given(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:

@@ -25,8 +25,8 @@ from twisted.python.failure import Failure
 
 from gateway import MADE
 from gateway.cli.certificates import now
-from gateway.cli.connected import why_not_to_connect
-from gateway.cli.device_identity import Guise, put_on, with_clean_session
+from gateway.cli.connected import listeners_of_gateway, why_not_to_connect
+from gateway.cli.device_identity import NOT_ADMITTED, Guise, put_on, with_clean_session
 from gateway.cli.files import file_steps
 from gateway.cli.login import Login, make_login
 from gateway.cli.openssl import s_client_command
@@ -38,7 +38,7 @@ from gateway.cli.store_check import store_step
 from gateway.config import TLS, Config, DeviceRule, Listener, Upstream
 from gateway.config.algorithms import Algorithms
 from gateway.config.flags import CONFIG, FLAGS, config_from
-from gateway.config.listen import is_open_to_all
+from gateway.config.listen import is_open_to_all, listening_at
 from gateway.dial.dialler import Target
 from gateway.dial.proxy import proxy_routes
 from gateway.dial.websocket import websocket_routes
@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             reactor, given, login, report, worn, offline=arguments.offline, connect_anyway=arguments.connect
         )
         run_in_reactor(reactor, coroutine)
+    view.end()
     if arguments.json:
         print(report.as_json(quiet=arguments.quiet, strict=arguments.strict))
     elif report.commands and not arguments.quiet:
@@ -228,10 +229,17 @@ async def examine(
     relay = RelayReactor(reactor)
     relay.start()
     try:
-        for listener in config.listen:
-            report.add(await _listen(relay, listener))
+        endpoints = [("listen", listener) for listener in config.listen]
         if config.status.endpoint:
-            report.add(await _listen(relay, Listener(config.status.endpoint), "status", Status.WARN))
+            endpoints.append(("status", Listener(config.status.endpoint)))
+        known: frozenset[str] | None = None
+        for name, listener in endpoints:
+            step, in_use = await _listen(relay, listener, name)
+            if in_use:
+                known = await deferToThread(listeners_of_gateway, config) if known is None else known
+                if listening_at(listener.endpoint) in known:
+                    step = Step(name, Status.PASS, f"{listener.endpoint}: the running gateway listens there")
+            report.add(step)
         report.add(_clock())
         report.add(_engine(wanted=config.relay.engine == "auto"))
         guise = None
@@ -241,7 +249,7 @@ async def examine(
             return
         if worn is not None and guise is None:
             for upstream in config.upstream:
-                _skip(upstream_steps(config.tls), "the gateway refuses this device", report, upstream.address)
+                _skip(upstream_steps(config.tls), NOT_ADMITTED, report, upstream.address)
             return
         tls, shown = config.tls, policies
         if guise is not None and guise.device is not None and guise.policies is not None:
@@ -348,24 +356,25 @@ def _files(config: Config, view: ServiceView | None, report: Report) -> _Policie
         return None
 
 
-async def _listen(reactor: Any, listener: Listener, name: str = "listen", otherwise: Status = Status.FAIL) -> Step:
-    """Check whether an endpoint can be opened; `otherwise` is the status if not."""
+async def _listen(reactor: Any, listener: Listener, name: str) -> tuple[Step, bool]:
+    """Check whether an endpoint can be opened; return the step, and whether something else listens there."""
     endpoint = listener.endpoint
     if endpoint.startswith("systemd:"):
-        return Step(name, Status.SKIP, f"{endpoint}: systemd opens it and passes it to the service")
+        return Step(name, Status.SKIP, f"{endpoint}: systemd opens it and passes it to the service"), False
     try:
         port = listen(reactor, listener, Factory())
     except ListenFailed as error:
         message = f"{endpoint}: {error.cause}"
         if error.in_use:
             remedy = f"If the running gateway uses it, ignore this; otherwise {error.remedy}."
-            return Step(name, Status.WARN, message, remedy)
-        return Step(name, otherwise, message, error.remedy)
+            return Step(name, Status.WARN, message, remedy), True
+        # Without a status page, devices are served all the same.
+        return Step(name, Status.WARN if name == "status" else Status.FAIL, message, error.remedy), False
     await maybeDeferred(port.stopListening)
     if is_open_to_all(endpoint):
         message = f"{endpoint} can be opened; every user of this machine can connect"
-        return Step(name, Status.WARN, message, "Use mode=660 or narrower.")
-    return Step(name, Status.PASS, f"{endpoint} can be opened")
+        return Step(name, Status.WARN, message, "Use mode=660 or narrower."), False
+    return Step(name, Status.PASS, f"{endpoint} can be opened"), False
 
 
 def _clock() -> Step:

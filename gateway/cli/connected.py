@@ -1,6 +1,6 @@
-"""Whether a device has a session at the running gateway, for those who would disturb it.
+"""What the running gateway has, for those who would disturb it: a device's session, its listeners.
 
-In: the configuration, a Client Identifier.  Out: yes, no, or why that is not known.
+In: the configuration, a Client Identifier.  Out: yes, no, or why that is not known; addresses.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from gateway.cli.status import CannotAsk, NeedsPassword, endpoint_at, fetch
 from gateway.config import Config
+from gateway.config.listen import listening_at
 from gateway.ops.status_words import CONNECTED
 from gateway.text import printable
 
@@ -30,3 +31,16 @@ def why_not_to_connect(config: Config, client_identifier: str) -> str:
         return ""
     is_connected = printable(client_identifier) in names
     return "the device is connected now, and a second CONNECT would end its session" if is_connected else ""
+
+
+def listeners_of_gateway(config: Config) -> frozenset[str]:
+    """Return where the running gateway listens, its status endpoint included, as `HOST:PORT` or the path of a socket.
+
+    Empty if it does not run, has no status endpoint, or asks for a password.
+    """
+    try:
+        endpoint = endpoint_at(config.status.endpoint, config.status.server_cert, "the configuration")
+        listeners = {str(each["address"]) for each in fetch(endpoint, "?limit=0")["listeners"]}
+    except (CannotAsk, KeyError, TypeError, AttributeError):
+        return frozenset()
+    return frozenset(listeners | {listening_at(config.status.endpoint)})

@@ -24,6 +24,7 @@ from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import Packet, PacketReader
 from gateway.mqtt.rewrite import ConnectChanges, rewrite_connect
+from gateway.ops.remedies import remedy_for
 from gateway.rules.credentials import Credentials
 from gateway.rules.names import Names, brokers, name_at_broker
 from gateway.rules.rules import Caller, Matched, Rules, treat, wrong_password
@@ -34,6 +35,7 @@ from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import ClientIdentity, TLSPolicy
 
 STEPS = ["rule", "lan-password", "credentials"]
+NOT_ADMITTED = "not reached: the gateway refuses this device"
 _LOCALHOST = "127.0.0.1"
 
 
@@ -73,9 +75,10 @@ async def put_on(
 
     def refused(name: str, refusal: Refusal, remedy: str = "") -> None:
         words = f"{refusal.reason}: {unprintable_escaped(refusal.detail or refusal.reason.meaning, 400)}"
-        told(name, Status.FAIL, words, remedy or refusal.reason.remedy)
+        named = remedy_for(refusal.reason, printable(login.client_identifier))
+        told(name, Status.FAIL, words, remedy or named)
         for each in left:
-            add(Step(each, Status.SKIP, f"not reached: {name} failed"))
+            add(Step(each, Status.SKIP, NOT_ADMITTED))
 
     try:
         rules = Rules(config)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import Any, TextIO
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from gateway import __version__
 from gateway.text import unprintable_escaped
@@ -85,17 +85,39 @@ class Report:
 
 
 class TextView:
-    """Prints steps as lines, in colours if the stream is a terminal and NO_COLOR is not set (no-color.org)."""
+    """Prints steps as lines, in colours if the stream is a terminal and NO_COLOR is not set (no-color.org).
+
+    Steps in a row that are skipped for one reason share a line, which `end` prints if no other step follows.
+    """
 
     def __init__(self, stream: TextIO, *, quiet: bool) -> None:
         self._stream = stream
         self._quiet = quiet
         self._coloured = stream.isatty() and not os.environ.get("NO_COLOR")
+        self._skipped: list[Step] = []
 
     def show(self, step: Step) -> None:
         """Print a step, and below it the remedy."""
         if not is_shown(step, quiet=self._quiet):
             return
+        if self._skipped and step.status is Status.SKIP and step.message == self._skipped[0].message:
+            self._skipped.append(step)
+            return
+        self.end()
+        if step.status is Status.SKIP:
+            self._skipped = [step]
+        else:
+            self._print(step)
+
+    def end(self) -> None:
+        """Print what is left."""
+        if self._skipped:
+            names = ", ".join(dict.fromkeys(step.name for step in self._skipped))
+            upstreams = ", ".join(dict.fromkeys(filter(None, (step.upstream for step in self._skipped))))
+            self._print(evolve(self._skipped[0], name=names, upstream=upstreams))
+            self._skipped = []
+
+    def _print(self, step: Step) -> None:
         status = f"\033[{_COLOURS[step.status]}m{step.status}\033[0m" if self._coloured else step.status
         upstream = f"[{step.upstream}] " if step.upstream else ""
         lines = [f"{status}  {step.name:<{_STEP_WIDTH}}  {upstream}{unprintable_escaped(step.message)}"]

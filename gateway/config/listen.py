@@ -73,6 +73,20 @@ def endpoint_identity(text: str) -> Hashable:
             return description
 
 
+def listening_at(text: str) -> str:
+    """Return the address of an endpoint as the gateway shows it, `HOST:PORT` or a path; "" if that is unknown.
+
+    Raises ValueError as `describe_endpoint` does.
+    """
+    match endpoint_identity(text):
+        case "unix", str(path):
+            return path
+        case int(port), str(host):
+            return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        case _:
+            return ""
+
+
 def is_local(text: str) -> bool:
     """Say whether only this machine can connect to an endpoint: a loopback address, or a UNIX socket.
 
