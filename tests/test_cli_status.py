@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from gateway.errors import EndReason
 from gateway.ops.status_words import SCHEMA, unknown_words
 from gateway.ops.web.page import page
 from gateway.pieces import at_once
+from gateway.text import printable
 from tests import mqtt_packets as mqtt
 from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.pki import certify
@@ -270,6 +271,23 @@ def test_hostile_names_cannot_move_a_cursor(start: StartGateway, start_broker: S
 
 
 # ---- where to ask
+
+
+@pytest.mark.parametrize("name", ["plant\\pump", "\x1b[2J pump"])
+def test_a_device_is_found_by_its_name_and_by_what_is_shown_of_it(
+    start: StartGateway, start_broker: StartBroker, ask: Ask, name: str
+) -> None:
+    """Connected or not, and no other whose name begins so: of one that has left, only what is shown is remembered."""
+    gateway = start(upstream=start_broker().port)
+    with closing(connected(gateway, name)), closing(connected(gateway, f"{name} 2")):
+        for text in (name, printable(name)):
+            status, out, _ = ask("--device", text, gateway=gateway)
+            assert (status, out.startswith(f"{printable(name)}: connected")) == (0, True)
+    gateway.wait_ended(2)
+    for text in (name, printable(name)):
+        status, out, _ = ask("--device", text, gateway=gateway)
+        assert (status, out.startswith(f"{printable(name)}: not connected")) == (3, True)
+        assert f"{printable(name)} 2: " not in out
 
 
 def config(path: Path, *lines: str) -> str:

@@ -56,7 +56,7 @@ from gateway.ops.status_words import (
     upstream_words,
     verdict,
 )
-from gateway.text import unprintable_escaped
+from gateway.text import printable, unprintable_escaped
 
 _DEFAULT = "http://127.0.0.1:9883"
 _NAMED = ("endpoint", "server_cert")  # keys of [status]
@@ -449,7 +449,8 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
         for line in unknown_words(document):
             yield from _wrapped(line, "  ")
         return
-    named = [each for each in devices["items"] if each["client_identifier"].casefold() == wanted.casefold()]
+    names = {wanted.casefold(), printable(wanted).casefold()}
+    named = [each for each in devices["items"] if each["client_identifier"].casefold() in names]
     shown = named or devices["items"][:_MATCHES]
     for each in shown:
         yield _coloured(_safe(f"{device_name(each)}: {device_state(each)}"), _kind(each))

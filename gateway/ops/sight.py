@@ -420,6 +420,8 @@ class _Census:
         self._query = query
         self._silent_since = seconds - SILENT_FOR_LONG
         self._wanted = query.text.casefold()
+        # A name is also found in the form in which it is shown; of those that have ended, only that is kept.
+        self._shown = printable(query.text).casefold()
         self._here: set[str] = set()
         # By name; those whose whole identifier was searched for apart.
         self._groups: dict[tuple[bool, str], list[_Seen | End]] = {
@@ -461,7 +463,7 @@ class _Census:
 
     def _sort(self, each: _Seen | End, group: str) -> None:
         of = each if isinstance(each, End) else each.session
-        if self._wanted and not _matches(of, self._wanted):
+        if self._wanted and not (_matches(of, self._wanted) or _matches(of, self._shown)):
             return
         names = ["all", "silent" if isinstance(each, End) else group]
         if not isinstance(each, End) and each.last_data is not None and each.last_data <= self._silent_since:
@@ -469,7 +471,7 @@ class _Census:
         for name in names:
             self.counts[name] += 1
         if self._query.show in names:
-            is_exact = bool(self._wanted) and _identifier(of).casefold() == self._wanted
+            is_exact = bool(self._wanted) and _shown(of).casefold() in {self._wanted, self._shown}
             self._groups[is_exact, group if self._query.sort == "state" else "sorted"].append(each)
 
     @property
@@ -551,6 +553,10 @@ def _identifier(each: Session | End) -> str:
     return each.client_identifier if isinstance(each, End) else each.record.client_identifier
 
 
+def _shown(each: Session | End) -> str:
+    return each.client_identifier if isinstance(each, End) else printable(each.record.client_identifier, _MAX_TEXT)
+
+
 def _matches(each: Session | End, wanted: str) -> bool:
     record = each if isinstance(each, End) else each.record
     identifier = record.client_identifier
@@ -559,8 +565,7 @@ def _matches(each: Session | End, wanted: str) -> bool:
         or wanted in record.device_address
         or wanted in record.listener.casefold()
         or wanted in record.upstream
-        # So that a search for the escaped form of an unprintable identifier finds it.
-        or (not isinstance(each, End) and not identifier.isprintable() and wanted in printable(identifier).casefold())
+        or wanted in _shown(each).casefold()
         or (isinstance(each, End) and wanted in each.reason.value)
     )
 
