@@ -14,13 +14,22 @@ from typing import Any
 
 import pytest
 
-from gateway.config.passwords import hash_password
+from gateway.config.passwords import PasswordHash, hash_password
 from gateway.errors import EndReason
 from gateway.ops.status_words import Level, verdict
 from gateway.pieces import at_once
 from tests import mqtt_packets as mqtt
 from tests.cloud import SERVER_NAME, Cloud
-from tests.harness import Broker, BrokerConnection, Device, RunningGateway, ServerTLS, connect_version, eventually
+from tests.harness import (
+    PATIENCE,
+    Broker,
+    BrokerConnection,
+    Device,
+    RunningGateway,
+    ServerTLS,
+    connect_version,
+    eventually,
+)
 from tests.leftovers import Leftovers
 from tests.pki import CLIENT, certify, certify_ca
 from tests.ports import free_port
@@ -779,6 +788,32 @@ def test_wrong_passwords_from_one_address_leave_the_others_alone(
     assert [record.reason for record in gateway.ended[3:]] == [EndReason.CLIENT_ID_PACED] * 3
     established(gateway, client_identifier="d1", username="u", password=b"lan password").close()
     gateway.wait_ended(7)
+
+
+def test_two_passwords_are_checked_at_a_time(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each check takes a processor for a while, so the others wait for their turn."""
+    begun: list[bytes] = []
+    go_on = threading.Event()
+
+    def verify(_: PasswordHash, given: bytes) -> bool:
+        begun.append(given)
+        return go_on.wait(PATIENCE)
+
+    monkeypatch.setattr(PasswordHash, "verify", verify)
+    gateway = start_gateway(upstream=start_broker().port, device=[{"lan_password": PASSWORD}])
+    devices = [Device(gateway.port) for _ in range(5)]
+    for number, device in enumerate(devices):
+        device.send(mqtt.connect(f"d{number}", username="u", password=b"x"))
+    turns = gateway.service.gateway._turns
+    eventually(lambda: len(begun) + turns.waiting == len(devices), "all have come")
+    assert len(begun) == 2
+    go_on.set()
+    for device in devices:
+        assert device.read(4) == mqtt.connack()
+        device.close()
+    gateway.wait_ended(len(devices))
 
 
 def test_a_device_that_left_while_it_waited_for_a_program_starts_none(
