@@ -541,6 +541,28 @@ def test_an_offence_of_a_lent_session_ends_it(
     assert compiled.wait_ended().reason is reason
 
 
+def test_a_topic_that_only_a_broker_may_send_ends_no_lent_session(
+    start_gateway: StartGateway, start_broker: StartBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python passes it on, and the session is lent again."""
+    monkeypatch.delenv(choosing.SWITCH, raising=False)
+    answer = mqtt.publish() + mqtt.packet(0x30, mqtt.binary(b"\xff/#") + b"21.5")
+
+    def serve(connection: BrokerConnection) -> None:
+        connection.read_packet()
+        connection.send(mqtt.connack())
+        while True:
+            connection.read_packet()
+            connection.send(answer)
+
+    gateway = start_gateway(upstream=start_broker(serve=serve).port, timeouts={"close": 0.3})
+    with established(gateway) as device:
+        for _ in range(3):
+            device.send(mqtt.publish())
+            assert device.read(len(answer)) == answer
+            eventually(lambda: len(lent_to(gateway)) == 2, "the session is lent")
+
+
 def test_a_lent_session_ends_in_every_way_and_leaves_nothing(
     compiled: RunningGateway, logged_errors: list[dict[str, Any]]
 ) -> None:

@@ -138,6 +138,22 @@ def test_a_packet_is_refused_as_soon_as_its_fault_is_there(sender, version, sent
     assert framer.feed(good) == b""
 
 
+@pytest.mark.parametrize("topic", [b"\xff\xfe", b"a\0b", b"a/+/#", b"\xed\xa0\x80"])
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_a_topic_of_a_broker_may_be_any_bytes(version, topic):
+    """They are for the device to judge, with and without a rule; the rest of the head is checked as ever."""
+    head = len(topic).to_bytes(2, "big") + topic
+    rest = b"\0" if version == 5 else b""
+    for sent in (packet(0x30, head + rest + b"x"), packet(0x32, head + _ID + rest + b"x")):
+        passes_at(BROKER, version, sent)
+        refused_at(DEVICE, version, sent)
+        framer = fresh(BROKER, version)
+        assert framer.feed(sent + pingresp()) == sent + pingresp()
+    assert refused_at(BROKER, version, packet(0x32, head + b"\0\0" + rest)) == (2 + len(head) + 2, 0x82)
+    if version == 5:
+        assert refused_at(BROKER, 5, packet(0x30, head + with_length(b"\x23\0\0")))[1] == 0x82
+
+
 @pytest.mark.parametrize(
     ("version", "sent", "head"),
     [
@@ -193,9 +209,9 @@ def test_a_head_that_waits_is_not_judged_again_with_each_byte(monkeypatch):
     """Only when as many bytes have come as were asked for: a slow sender must not cost more than a fast one."""
     asked = []
 
-    def counted(*arguments):
+    def counted(*arguments, **options):
         asked.append(arguments)
-        return judge(*arguments)
+        return judge(*arguments, **options)
 
     monkeypatch.setattr("gateway.mqtt.checking.judge", counted)
     sent = subscribe("a" * 1000)

@@ -158,7 +158,8 @@ class CheckingFramer(Framer):
         """Judge the head of the packet at `position`; if it cannot pass (yet), keep it or set `error`."""
         self._judged += 1
         try:
-            needed = judge(self._version, first, data[body:end], end - body)
+            is_brokers = self._sender is Sender.BROKER
+            needed = judge(self._version, first, data[body:end], end - body, any_topic=is_brokers)
         except PacketError as error:
             self._set_error(error.reason_code, error.detail)
             return False
