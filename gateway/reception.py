@@ -35,6 +35,7 @@ from gateway.rules.presence import Holder, Presence
 from gateway.rules.rules import Caller, Matched, treat, wrong_password
 from gateway.rules.secrets import Programs
 from gateway.rules.turns import Turns, Visitor
+from gateway.session.record import SessionRecord
 from gateway.session.session import Session, State
 from gateway.store.store import Store
 from gateway.stored_devices import StoredConnection, StoredDevices
@@ -102,6 +103,7 @@ class Reception:
         self.credentials = Credentials(config.device, helpers.programs, uniform, keys=prepared.keys)
         # Made when the first device of a rule comes: there may be thousands of rules.
         self._routes: dict[DeviceRule, Route | None] = {}
+        self._subjects: dict[DeviceRule | None, str] = {}
         self._is_plain = not config.device and config.devices.unknown == "pass"
 
     def dial(self, session: Session, device: DeviceProtocol, caller: Caller) -> Deferred[None]:
@@ -116,6 +118,7 @@ class Reception:
             except Refusal as refusal:
                 session.refuse(refusal)
                 return succeed(None)
+            session.record.upstream_certificate = self._subject(None)
             return self._dialler.dial(session, device, visitor=self._visitor(session, device, caller))
         return begin(self._receive(session, device, caller), session)
 
@@ -131,6 +134,7 @@ class Reception:
                 route = self._route(matched.rule.device)
             holder = self._holder(matched, connect, caller)
             self._names.check(holder.client_identifier, matched, caller, holder.brokers)
+            self._record_identity(session.record, matched, holder)
             if matched is None:
                 self._enter(session, holder, None)
             else:
@@ -146,6 +150,23 @@ class Reception:
             session.refuse(refusal)
             return
         await self._dialler.lead(session, device, route, visitor)
+
+    def _record_identity(self, record: SessionRecord, matched: Matched | None, holder: Holder) -> None:
+        """Record who the device is at the broker.  Raises Refusal."""
+        device = None if matched is None else matched.rule.device
+        record.upstream_certificate = self._subject(device)
+        if matched is not None and device is not None and device.username:
+            record.upstream_username = matched.expand("username", device.username)
+        if holder.client_identifier != record.client_identifier:
+            record.upstream_client_identifier = holder.client_identifier
+
+    def _subject(self, device: DeviceRule | None) -> str:
+        """Return the subject of the client certificate that the broker is offered for a rule's devices; "" for none."""
+        if device not in self._subjects:
+            own = None if device is None else self.credentials.client_identity(device)
+            client = own or self._prepared.policy.client
+            self._subjects[device] = "" if client is None else client.chain[0].subject.rfc4514_string()
+        return self._subjects[device]
 
     def _holder(self, matched: Matched | None, connect: Connect, caller: Caller) -> Holder:
         """Return a device as the broker will know it.  Raises Refusal."""

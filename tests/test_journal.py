@@ -35,6 +35,9 @@ RECORD = SessionRecord(
     protocol_version="5.0",
     upstream="broker.example:8883",
     upstream_address="192.0.2.1:8883",
+    upstream_certificate="CN=plant-pump-3",
+    upstream_username="plant",
+    upstream_client_identifier="plant-pump-3",
     peer=PEER,
     connect_seconds=0.001,
     dns_seconds=0.002,
@@ -60,6 +63,9 @@ FIELDS = {
     "protocol_version": "5.0",
     "upstream": "broker.example:8883",
     "upstream_address": "192.0.2.1:8883",
+    "upstream_certificate": "CN=plant-pump-3",
+    "upstream_username": "plant",
+    "upstream_client_identifier": "plant-pump-3",
     "subject": "CN=broker",
     "matched_san": "DNS:broker.example",
     "issuer": "CN=Test CA",
@@ -155,6 +161,9 @@ def test_a_line_tells_a_person_what_matters(journal: Journal, events: list[dict[
         assert part in start
     for part in ("session 7", "device-lost", "closed", "10 packets 1000 bytes", "20 packets 2000 bytes", "3.5 s"):
         assert part in end
+    identity = 'as CN=plant-pump-3, user name "plant", Client Identifier "plant-pump-3"'
+    assert identity in start
+    assert identity in failed
     for part in ("tcp-refused", "broker.example:8883", EndReason.TCP_REFUSED.remedy):
         assert part in failed
 
@@ -489,7 +498,14 @@ def test_the_lines_that_the_document_shows(journal: Journal, clock: Clock, event
     kinds = {
         "established": lambda: journal.session_ended(attrs.evolve(RECORD, via="")),
         "failed": lambda: journal.session_ended(
-            unfinished(EndReason.TLS_EXPIRED, via="", detail=failure.detail, upstream_address="")
+            unfinished(
+                EndReason.TLS_EXPIRED,
+                via="",
+                detail=failure.detail,
+                upstream_address="",
+                upstream_username="",
+                upstream_client_identifier="",
+            )
         ),
         "refused": lambda: journal.refused(EndReason.NETWORK_NOT_ALLOWED, "203.0.113.9:51200"),
         "failover": lambda: journal.passed_over("broker-1.example:8883", failure),

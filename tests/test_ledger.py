@@ -191,11 +191,11 @@ def test_long_identifiers_that_begin_alike_are_two_devices() -> None:
 
 
 def test_failures_are_all_ends_but_those_in_good_order() -> None:
-    """DISCONNECT, the gateway's own stop and a reload are none."""
+    """DISCONNECT, the gateway's own stop, a reload and a disabled device are none."""
     sessions = Sessions()
     for reason in EndReason:
         sessions.end("a", reason)
-    assert sessions.ledger.failures == len(EndReason) - 3
+    assert sessions.ledger.failures == len(EndReason) - 4
 
 
 # ---- samples

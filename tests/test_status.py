@@ -35,7 +35,7 @@ from gateway.errors import ConfigError, EndReason
 from gateway.ops import metrics as metrics_module
 from gateway.ops import sight as sight_module
 from gateway.ops.metrics import Metrics
-from gateway.ops.status_words import SCHEMA, Level, device_state, device_words, verdict
+from gateway.ops.status_words import SCHEMA, Level, device_identity, device_state, device_words, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.guard import LOGGED, WINDOW, Access, Guard
@@ -648,6 +648,32 @@ def test_the_document_says_where_each_device_stands(
     assert datetime.now(UTC) - datetime.fromisoformat(device["since"]) < timedelta(minutes=1)
     (upstream,) = document["upstreams"]
     assert (upstream["state"], upstream["open"], upstream["last_failure"]) == ("serving", True, None)
+
+
+def test_a_device_is_shown_as_the_broker_knows_it(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], tmp_path: Path
+) -> None:
+    """The certificate that is offered, and what the rule replaces; not its own user name, which may be a token."""
+    own = certify(subject="gateway").write(tmp_path / "own.pem")
+    lines = list[dict[str, Any]]()
+    globalLogPublisher.addObserver(lines.append)
+    gateway = start(
+        upstream=start_broker().port,
+        tls={"client_cert": str(own)},
+        device=[{"match_client_id": "d1", "client_id": "plant-{client_id}", "username": "plant"}],
+    )
+    devices += [connected(gateway, name, username=b"tok3n") for name in ("d1", "d2")]
+    answer = ask(gateway)
+    globalLogPublisher.removeObserver(lines.append)
+    shown = {each["client_identifier"]: device_identity(each) for each in answer.json["devices"]["items"]}
+    assert shown == {"d1": 'CN=gateway, user name "plant", Client Identifier "plant-d1"', "d2": "CN=gateway"}
+    started = [event for event in lines if event.get("event") == "session-start"]
+    assert [event["upstream_certificate"] for event in started] == ["CN=gateway"] * 2
+    assert "tok3n" not in answer.text + str(lines)
+    devices.pop(0).close()
+    gateway.wait_ended()
+    (gone,) = ask(gateway, "/status?q=d1").json["devices"]["items"]
+    assert device_identity(gone) == shown["d1"]
 
 
 def test_the_document_is_described(start: StartGateway) -> None:

@@ -19,6 +19,7 @@ from twisted.logger import Logger, LogLevel
 from gateway.dial.dialler import DialJournal
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.remedies import remedy_for
+from gateway.ops.status_words import identity_words
 from gateway.session.record import Peer, SessionRecord
 from gateway.session.session import Journal as SessionJournal
 from gateway.text import printable, unprintable_escaped
@@ -230,6 +231,8 @@ def _fields(record: SessionRecord) -> dict[str, object]:
     fields["session"] = record.number
     fields["client_identifier"] = _cut(record.client_identifier)
     fields["detail"] = _cut(record.detail)
+    fields["upstream_username"] = _cut(record.upstream_username)
+    fields["upstream_client_identifier"] = _cut(record.upstream_client_identifier)
     fields["reason"] = record.reason.value if record.reason is not None else None
     if record.peer is not None:
         fields |= _peer_fields(record.peer)
@@ -249,7 +252,7 @@ def _peer_fields(peer: Peer) -> dict[str, object]:
 @lru_cache(maxsize=32)
 def _shown_peer(peer: Peer) -> str:
     resumed = " resumed" if peer.resumed else ""
-    names = f"{peer.subject} as {peer.matched_san}, issuer {peer.issuer}"
+    names = f"broker {peer.subject} verified as {peer.matched_san}, issuer {peer.issuer}"
     return f", {names}, {peer.tls_version} {peer.cipher}{resumed}"
 
 
@@ -267,7 +270,13 @@ def _start_line(record: SessionRecord) -> str:
         return f"{_who(record)} is served without a broker, its messages are stored; {_steps(record)}"
     verified = _shown_peer(record.peer) if record.peer is not None else ""
     where = f"{record.upstream} ({record.upstream_address})" if record.upstream_address else record.upstream
-    return f"{_who(record)} is connected to {where}{verified}; {_steps(record)}"
+    return f"{_who(record)} is connected to {where}{_identity(record)}{verified}; {_steps(record)}"
+
+
+def _identity(record: SessionRecord) -> str:
+    names = (record.upstream_certificate, record.upstream_username, record.upstream_client_identifier)
+    words = identity_words(*(printable(name, 80) for name in names)) if any(names) else ""
+    return f" as {words}" if words else ""
 
 
 def _end_line(record: SessionRecord) -> str:
@@ -282,7 +291,7 @@ def _end_line(record: SessionRecord) -> str:
         if record.withheld:
             line += f", {record.withheld} messages withheld by rule"
     elif record.upstream:
-        line += f" [{record.upstream}]"
+        line += f" [{record.upstream}{_identity(record)}]"
     usual = _USUAL if record.established else IN_ORDER
     if reason is None or reason in usual:
         return line

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from hashlib import sha256
 from itertools import pairwise
 
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import IN_ORDER, GatewayJournal
@@ -64,7 +64,7 @@ class End:
     """How a device's last session ended, or why it was refused; `ended` is on the injected clock (seconds).
 
     Untrusted text is printable here, and cut.  `client_identifier` is empty if none was read; `key` identifies the
-    device.  `times` counts the ends of this device since `since`.
+    device.  `times` counts the ends of this device since `since`.  `identity` is as `identity_at_broker` returns it.
     """
 
     key: str
@@ -82,6 +82,7 @@ class End:
     established: bool = False
     duration: float = 0.0
     traffic: Traffic = _NOTHING
+    identity: Mapping[str, str] = field(factory=dict)
 
 
 @frozen(slots=True)
@@ -194,6 +195,7 @@ class Ledger:
                 established=record.established,
                 duration=record.duration or 0.0,
                 traffic=passed,
+                identity=identity_at_broker(record),
             )
         )
 
@@ -326,6 +328,12 @@ class Ledger:
             self._samples.append(Sample(at, established, survey.traffic, started, failures, ended))
         finally:
             self._sampling = False
+
+
+def identity_at_broker(record: SessionRecord) -> dict[str, str]:
+    """Return the record's fields that say who the device is at the broker, printable; those that are not empty."""
+    names = ("upstream_certificate", "upstream_username", "upstream_client_identifier")
+    return {name: printable(value, _MAX_TEXT) for name in names if (value := getattr(record, name))}
 
 
 def device_key(client_identifier: str, device_address: str) -> str:

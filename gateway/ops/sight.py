@@ -21,7 +21,7 @@ from gateway.dial.health import UpstreamHealth
 from gateway.errors import EndReason
 from gateway.ops.expiry import MOST_DEVICES, Certificate, DeviceCertificates, Validity, shown_by
 from gateway.ops.journal import IN_ORDER
-from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger, device_key
+from gateway.ops.ledger import LATELY, REMEMBERED, End, Ledger, device_key, identity_at_broker
 from gateway.ops.remedies import remedy_for
 from gateway.ops.renewal import Renewals, whose
 from gateway.ops.status_words import SCHEMA, SILENT_FOR_LONG, shown_state
@@ -80,6 +80,7 @@ _OF_DEVICES = frozenset(
         EndReason.RULE_REFUSED,
     }
 )
+_NO_IDENTITY = {"upstream_certificate": "", "upstream_username": "", "upstream_client_identifier": ""}
 _ALIVE_WITHIN = 10.0  # seconds; the sweep comes every second
 
 
@@ -584,6 +585,8 @@ def _open(seen: _Seen, before: End | None, seconds: float, at: Callable[[float],
         "seconds": round(seconds - record.started),
         "upstream": record.upstream,
         "upstream_address": record.upstream_address,
+        **_NO_IDENTITY,
+        **identity_at_broker(record),
         "traffic": session.traffic._asdict(),
         "heard_seconds_ago": max(0, round(seconds - heard)) if heard is not None else None,
         "last_data": at(data) if data is not None else None,
@@ -605,6 +608,8 @@ def _ended(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, An
         "seconds": round(seconds - end.ended),
         "upstream": end.upstream,
         "upstream_address": "",
+        **_NO_IDENTITY,
+        **end.identity,
         "traffic": end.traffic._asdict() if end.number else Traffic()._asdict(),
         "heard_seconds_ago": None,
         "last_data": None,

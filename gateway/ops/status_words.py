@@ -329,6 +329,18 @@ def device_words(device: Part) -> list[str]:
     return lines
 
 
+def identity_words(certificate: str, username: str, client_identifier: str) -> str:
+    """Say who a device is at the broker, in printable text; "" if nothing but its own names is known."""
+    named = (("", certificate), ("user name ", username), ("Client Identifier ", client_identifier))
+    return ", ".join(f'{what}"{name}"' if what else name for what, name in named if name)
+
+
+def device_identity(device: Part) -> str:
+    """Say who a device is at the broker; "" if nothing but its own names is known."""
+    fields = ("upstream_certificate", "upstream_username", "upstream_client_identifier")
+    return identity_words(*(device.get(field, "") for field in fields))
+
+
 def where_devices_connect(document: Part) -> str:
     """Name the listeners as devices reach them."""
     return " or ".join(_reached_at(each, document["host"]) for each in document["listeners"]) or "nowhere"

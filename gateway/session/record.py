@@ -54,6 +54,10 @@ class SessionRecord:
     from the device to the broker, `*_down` the other way: MQTT bytes and control packets, without TLS.  `withheld`
     counts messages that the rule kept from the device.  `offline`: the gateway itself accepted a stored device,
     because no broker had.  `via` is the address of the load balancer that sent the PROXY header, if any.
+
+    Who the device is at the broker: `upstream_certificate` is the subject of the client certificate that the broker is
+    offered; `upstream_username` and `upstream_client_identifier` are set if the rule replaces the device's own.  A
+    device's own user name is in no record: some brokers take it for a secret.
     """
 
     number: int
@@ -66,6 +70,9 @@ class SessionRecord:
     protocol_version: str = ""
     upstream: str = ""
     upstream_address: str = ""
+    upstream_certificate: str = ""
+    upstream_username: str = ""
+    upstream_client_identifier: str = ""
     peer: Peer | None = None
     connect_seconds: float | None = None
     dns_seconds: float | None = None

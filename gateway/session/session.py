@@ -493,7 +493,9 @@ class Session:
         self._lives_until = float("inf") if lives is None else self._seconds() + lives
         if treatment is None:
             self._assigned = None
-            self.record.rule = ""
+            record = self.record
+            record.rule = record.upstream_certificate = ""
+            record.upstream_username = record.upstream_client_identifier = ""
 
     def when_assigned(self, call: Callable[[str], None]) -> None:
         """Call this with the Client Identifier that the broker assigns, if it assigns one (MQTT 5.0 §3.2.2.3.7)."""

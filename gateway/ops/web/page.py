@@ -23,6 +23,7 @@ from gateway.ops.status_words import (
     certificate_words,
     clock,
     connected,
+    device_identity,
     device_name,
     device_state,
     device_words,
@@ -356,7 +357,9 @@ def _device(device: Part, now: str, *, is_open: bool) -> Sequence[Child]:
         return together(element("b", number(packets)), element("small", f"packets, {size(count)}"))
 
     facts = [f"session {device['session']}" if device["session"] else "", f"MQTT {device['protocol_version']}"]
-    lines = [*device_words(device), capitalized(", ".join(facts if device["protocol_version"] else facts[:1]))]
+    identity = device_identity(device)
+    known = [f"At the broker it is {identity}."] if identity and device["upstream"] else []
+    lines = [*device_words(device), *known, capitalized(", ".join(facts if device["protocol_version"] else facts[:1]))]
     more = together(
         *(element("p", line, class_="remedy" if line.startswith("What to do") else None) for line in lines if line)
     )
