@@ -34,6 +34,8 @@ from gateway.store.database import (
     SetAside,
     StoreError,
     StoreUnusable,
+    is_damaged,
+    needs_recovery,
 )
 from gateway.store.opening import open_store, store_directory
 from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
@@ -133,6 +135,23 @@ def test_a_second_gateway_is_kept_out(database: Database) -> None:
     """Both would deliver."""
     with pytest.raises(StoreUnusable, match="another gateway"):
         Database(database.directory).open()
+
+
+@pytest.mark.parametrize("name", ["store.db", "store.db-wal", "lock"])
+def test_what_no_start_would_find_is_not_durable(database: Database, name: str) -> None:
+    """Files that were removed or replaced are written to all the same; without the lock there can be two gateways."""
+    path, elsewhere = database.directory / name, database.directory / "elsewhere"
+    database.commit([Append(row(1))])
+    path.rename(elsewhere)
+    for replaced in (False, True):
+        if replaced:
+            path.write_bytes(elsewhere.read_bytes())
+        with pytest.raises(StoreError, match="restart the gateway") as caught:
+            database.commit([Append(row(2))])
+        told = (caught.value.is_full, needs_recovery(caught.value), is_damaged(caught.value))
+        assert told == (False, False, False)
+    elsewhere.rename(path)
+    database.commit([Append(row(3))])
 
 
 def test_a_newer_schema_is_refused_and_left_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 from attrs import frozen
 
@@ -26,6 +26,8 @@ from gateway.store.row import DamagedRow, Row, decode_row, encode_row, size_of
 from gateway.store.salvage import LAST_NUMBER, NAMES, salvage, text
 
 _T = TypeVar("_T")
+# Device and inode; None if there is no such file.
+_Identity: TypeAlias = tuple[int, int] | None
 
 SCHEMA_VERSION = 1
 RESERVE = 16 * 1024 * 1024
@@ -255,6 +257,8 @@ class Database:
         self._connect = connect or _connect
         self._connection: sqlite3.Connection | None = None
         self._lock: int | None = None
+        # The files that are open, as they must be found in the directory.
+        self._files: dict[Path, _Identity] = {}
         # The highest number that was found or written.
         self._highest = 0
 
@@ -295,8 +299,14 @@ class Database:
     # ---- writing and reading
 
     def commit(self, changes: Sequence[Change]) -> None:
-        """Make changes durable, all of them or none."""
+        """Make changes durable, all of them or none.
+
+        Raises StoreError also if a file is not in its directory any more: no start would find what was written.
+        """
         self._guarded(lambda: self._commit(changes))
+        for path, identity in self._files.items():
+            if _identity(path) != identity:
+                raise StoreError(f"{path} was removed or replaced while it was in use: restart the gateway")
 
     def read(self, numbers: Sequence[int]) -> list[Row | int]:
         """Return rows in the order of their numbers; for a damaged or missing one its number.
@@ -421,13 +431,17 @@ class Database:
     # ---- inside
 
     @property
+    def _lock_path(self) -> Path:
+        return self.directory / "lock"
+
+    @property
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
             raise StoreError(_NOT_OPEN)
         return self._connection
 
     def _take_lock(self) -> None:
-        path = self.directory / "lock"
+        path = self._lock_path
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -444,6 +458,9 @@ class Database:
 
     def _open_file(self) -> None:
         self._connection = self._opened(self.path)
+        # Another gateway could take the directory if its lock were removed.
+        for path in (self.path, _wal(self.path), self._lock_path):
+            self._files[path] = _identity(path)
 
     def _opened(self, path: Path) -> sqlite3.Connection:
         connection = self._connect(path)
@@ -727,6 +744,14 @@ def _size(path: Path) -> int:
         return path.stat().st_size
     except OSError:
         return 0
+
+
+def _identity(path: Path) -> _Identity:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _copy(source: Path, target: Path) -> None:
