@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from twisted.internet.protocol import Factory, Protocol
@@ -348,8 +349,9 @@ def test_a_mistake_of_one_that_goes_on_leaves_the_others(logged_errors: list[dic
 
 @pytest.mark.parametrize(("cost", "most"), [(0.0, 5), (0.0002, 3), (0.001, 1)])
 def test_few_connections_are_accepted_at_a_time(work: Work, cost: float, most: int) -> None:
-    """Five, and fewer if that takes long; Twisted would take a hundred and more at once."""
-    relay = RelayReactor(Clocked())
+    """Five, and fewer if that takes long, but in each turn; Twisted would take a hundred and more at once."""
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
     relay.start()
     factory = Factory.forProtocol(Protocol)
     factory.noisy = False
@@ -362,12 +364,41 @@ def test_few_connections_are_accepted_at_a_time(work: Work, cost: float, most: i
     factory.buildProtocol = build  # type: ignore[assignment, method-assign]
     port: Any = relay.listenTCP(0, factory, backlog=100, interface="127.0.0.1")
     clients = [socket.create_connection(("127.0.0.1", port.getHost().port)) for _ in range(30)]
+    port.doRead()
     for expected in range(most, 30 + most, most):
+        # Its event comes again, but those who wait are accepted by turns.
         port.doRead()
         assert len(built) == expected
+        reactor.turn()
+    # Nobody waits any more.
+    reactor.turn()
+    assert not reactor.calls
+    clients.append(socket.create_connection(("127.0.0.1", port.getHost().port)))
+    port.doRead()
+    assert len(built) == 31
     for client in clients:
         client.close()
     port.connectionLost(None)
+    relay.stop()
+
+
+@pytest.mark.usefixtures("work")
+def test_a_port_that_is_closed_accepts_no_more() -> None:
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    factory = Factory.forProtocol(Protocol)
+    factory.noisy = False
+    factory.buildProtocol = built = Mock(return_value=None)  # type: ignore[method-assign]
+    port: Any = relay.listenTCP(0, factory, backlog=100, interface="127.0.0.1")
+    clients = [socket.create_connection(("127.0.0.1", port.getHost().port)) for _ in range(7)]
+    port.doRead()
+    port.connectionLost(None)
+    reactor.turn()
+    assert not reactor.calls
+    assert built.call_count == 5
+    for client in clients:
+        client.close()
     relay.stop()
 
 
