@@ -355,6 +355,34 @@ def test_a_broker_that_was_passed_over_is_told_once_a_minute_or_so(
 HOSTILE = "a\nsession 8 10.0.0.1 is connected\r\x1b[2J\x1b]0;x\x07\u202egnp.exe\u2028\x85\ud800\x00{line}\\n"
 
 
+def test_a_broker_that_ends_all_its_sessions_is_one_line(
+    journal: Journal, clock: Clock, events: list[dict[str, Any]]
+) -> None:
+    """Also if devices are back before it is written; not for one session alone, nor while another one stays."""
+
+    def lost() -> list[int]:
+        clock.advance(1)
+        journal.sweep()
+        return [event["count"] for event in events if event.get("event") == "upstream-sessions-lost"]
+
+    def end(*numbers: int, upstream: str = "a:8883", reason: EndReason = EndReason.UPSTREAM_LOST) -> None:
+        for number in numbers:
+            journal.session_ended(attrs.evolve(RECORD, number=number, upstream=upstream, reason=reason))
+
+    for number, upstream in ((1, "a:8883"), (2, "a:8883"), (3, "a:8883"), (4, "b:8883"), (5, "c:8883"), (6, "c:8883")):
+        journal.session_started(attrs.evolve(RECORD, number=number, upstream=upstream))
+    end(1, 2)
+    end(4, upstream="b:8883")
+    end(5, 6, upstream="c:8883", reason=EndReason.DEVICE_LOST)
+    assert lost() == []
+    end(3)
+    journal.session_started(attrs.evolve(RECORD, number=7, upstream="a:8883"))
+    assert lost() == [3]
+    assert any(line.startswith("upstream a:8883 ") for line in lines(events))
+    end(7)
+    assert lost() == [3]
+
+
 def test_a_hostile_client_identifier_cannot_forge_a_line(journal: Journal, events: list[dict[str, Any]]) -> None:
     """No new line, no escape sequence, no reversed text, no format: each is shown as what it is."""
     for record in (RECORD, unfinished()):
@@ -492,6 +520,16 @@ def test_no_secret_reaches_a_traceback(
     logged_errors.clear()
 
 
+def lose(journal: Journal) -> None:
+    """Three sessions, which the broker ends."""
+    records = [attrs.evolve(RECORD, reason=EndReason.UPSTREAM_LOST, upstream="broker-1.example:8883")] * 3
+    for record in records:
+        journal.session_started(record)
+    for record in records:
+        journal.session_ended(record)
+    journal.sweep()
+
+
 def test_the_lines_that_the_document_shows(journal: Journal, clock: Clock, events: list[dict[str, Any]]) -> None:
     """docs/endings.md has each kind of line as it is written."""
     failure = UpstreamFailure(EndReason.TLS_EXPIRED, "the broker's certificate: expired (OpenSSL error 10)")
@@ -509,6 +547,7 @@ def test_the_lines_that_the_document_shows(journal: Journal, clock: Clock, event
         ),
         "refused": lambda: journal.refused(EndReason.NETWORK_NOT_ALLOWED, "203.0.113.9:51200"),
         "failover": lambda: journal.passed_over("broker-1.example:8883", failure),
+        "lost": lambda: lose(journal),
         "back-off": lambda: journal.left_alone("broker-1.example:8883", failure, 12.5),
     }
     expected = {}

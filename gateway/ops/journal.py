@@ -47,6 +47,9 @@ _USUAL = IN_ORDER | {
     EndReason.UPSTREAM_LOST,
 }
 
+# How the sessions end whose broker goes away.  If all at one broker do within so many seconds, a line says so.
+_BROKER_LEFT = frozenset({EndReason.UPSTREAM_LOST, EndReason.UPSTREAM_DISCONNECT})
+_TOGETHER = 10.0
 
 _MAX_TEXT = 256  # characters of a Client Identifier or a detail in an event; MQTT allows 65,535 bytes
 
@@ -90,9 +93,16 @@ class Journal:
         self._written: Counter[tuple[str, EndReason | None]] = Counter()
         self._withheld: Counter[tuple[str, EndReason | None]] = Counter()
         self._told_left_alone: set[str] = set()
+        # By broker: how many sessions are established, how many of them it has ended lately, and of which it ended all.
+        self._established: Counter[str] = Counter()
+        self._left: Counter[str] = Counter()
+        self._left_since = seconds()
+        self._all_left: dict[str, int] = {}
 
     def session_started(self, record: SessionRecord) -> None:
         """See `gateway.session.session.Journal`."""
+        if record.upstream and not record.offline:
+            self._established[record.upstream] += 1
         if self._is_wanted("sessions started", None):
             self._write(LogLevel.info, _start_line(record), "session-start", record)
 
@@ -101,6 +111,7 @@ class Journal:
         reason = record.reason
         assert reason is not None  # noqa: S101  an ended session has a reason; narrows the type
         if record.established:
+            self._count_end(record)
             what = "established sessions ended"
             due = (
                 self._is_wanted(what, reason)
@@ -170,7 +181,21 @@ class Journal:
             self._log.info("upstream {upstream} is available again", event="upstream-serves-again", upstream=upstream)
 
     def sweep(self) -> None:
-        """Close the window if it is over."""
+        """Say which brokers have ended all their sessions; close the window if it is over."""
+        for upstream, count in self._all_left.items():
+            if self._is_due(f"times that all sessions of {upstream} ended", EndReason.UPSTREAM_LOST):
+                self._log.warn(
+                    "upstream {upstream} ended all its {count} sessions within {window:.0f} s: "
+                    "the broker went away or was restarted. See its log.",
+                    event="upstream-sessions-lost",
+                    upstream=upstream,
+                    count=count,
+                    window=_TOGETHER,
+                )
+        self._all_left.clear()
+        if self._seconds() - self._left_since >= _TOGETHER:
+            self._left.clear()
+            self._left_since = self._seconds()
         if self._seconds() - self._window_began >= WINDOW:
             self.flush()
 
@@ -202,6 +227,21 @@ class Journal:
         self._window_began = now
         self._written.clear()
         self._withheld.clear()
+
+    def _count_end(self, record: SessionRecord) -> None:
+        """Count the end of an established session, and whether its broker has none left."""
+        upstream = record.upstream
+        if record.offline or not upstream:
+            return
+        self._established[upstream] -= 1
+        if record.reason in _BROKER_LEFT:
+            self._left[upstream] += 1
+        if self._established[upstream] > 0:
+            return
+        del self._established[upstream]
+        # One session alone may have been taken over, or its network may have failed.
+        if record.reason in _BROKER_LEFT and self._left[upstream] > 1:
+            self._all_left[upstream] = self._left.pop(upstream)
 
     def _write(self, level: Any, line: str, event: str, record: SessionRecord) -> None:
         """Emit at `level`, a `LogLevel`, as `Logger.emit` would, without copying all fields three times."""
