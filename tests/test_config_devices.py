@@ -47,6 +47,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         {"match_client_id": 5, "upstream": "clod", "match_listener": ["x"], "colour": "blue"},
         {"match_pattern": "(", "retain": "drop", "max_qos": 3, "keep_alive_min": -1},
         {"password_command": ["token"], "password_credential": "../x", "publish": ["a/#/b", "ok/#", "a+"]},
+        {"subscribe": ["a/#", "$share/g/a/#", "$shared/a"]},
         {"publish_prefix": "a/#", "subscribe_prefix": "$share/g/", "max_packet_size": 10, "clean_start": "yes"},
         {"lan_password": "hunter2"},
     )
@@ -61,14 +62,15 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
         'device[2].password_credential: "../x" is not a credential name',
         'device[2].publish[0]: "a/#/b" is not a Topic Filter',
         'device[2].publish[2]: "a+" is not a Topic Filter',
-        'device[3].publish_prefix: "a/#" is not a prefix',
-        'device[3].subscribe_prefix: "$share/g/" is not a prefix',
-        "device[3].max_packet_size: 10 is out of range",
-        "device[3].clean_start: expected true or false",
-        "device[4].lan_password: not a password hash",
+        'device[3].subscribe[1]: "$share/g/a/#" would permit nothing',
+        'device[4].publish_prefix: "a/#" is not a prefix',
+        'device[4].subscribe_prefix: "$share/g/" is not a prefix',
+        "device[4].max_packet_size: 10 is out of range",
+        "device[4].clean_start: expected true or false",
+        "device[5].lan_password: not a password hash",
     ):
         assert any(line.startswith(expected) for line in found), (expected, found)
-    assert not any("hunter2" in line for line in found)
+    assert not any("hunter2" in line or "$shared/a" in line for line in found)
 
 
 @pytest.mark.parametrize("prefix", ["plant7", "plant7-", "p/{client_id}", "{address}-"])

@@ -25,7 +25,7 @@ from gateway.config.validators import (
     checked,
 )
 from gateway.config.value_words import quoted
-from gateway.mqtt.topics import check_filter
+from gateway.mqtt.topics import check_filter, split_shared
 from gateway.pieces import Pause, no_pause
 
 _MAX_KEEP_ALIVE = 65_535
@@ -49,6 +49,10 @@ def _check_filters(filters: tuple[str, ...] | None) -> None:
             check_filter(text)
         except ValueError as error:
             problems.append(MisfitError(f"[{index}]", f"{quoted(text)} is not a Topic Filter: {error}"))
+            continue
+        if split_shared(text)[0]:
+            words = f"{quoted(text)} would permit nothing: of a shared subscription, write only what follows the group"
+            problems.append(MisfitError(f"[{index}]", words))
     if problems:
         raise ExceptionGroup("invalid elements", problems)
 
