@@ -220,6 +220,28 @@ def test_a_head_that_waits_is_not_judged_again_with_each_byte(monkeypatch):
     assert len(asked) < 5
 
 
+@pytest.mark.parametrize(
+    ("sender", "version", "sent"),
+    [
+        *((DEVICE, version, publish("a/b", bytes(64), version=version)) for version in (4, 5)),
+        *((DEVICE, version, publish("a/b", bytes(64), version=version, qos=1)) for version in (4, 5)),
+        *((BROKER, version, publish("a/b", bytes(200), version=version, qos=2)) for version in (4, 5)),
+        (DEVICE, 4, publish("a/b", b"") + publish("b/c", b"")),
+        (DEVICE, 4, publish("a" * 200, bytes(20_000))),
+        *((BROKER, version, acknowledgement(kind)) for version in (4, 5) for kind in (0x40, 0x50, 0x62, 0x70)),
+        (DEVICE, 5, acknowledgement(0x50, code=0x10)),
+        (DEVICE, 4, pingreq()),
+        (BROKER, 5, pingresp()),
+    ],
+)
+def test_packets_of_the_plainest_kinds_take_no_closer_look(monkeypatch, sender, version, sent):
+    """They are most of what is relayed, and `judge` costs ten times as much as all else that is done to them."""
+    monkeypatch.setattr("gateway.mqtt.checking.judge", None)
+    framer = fresh(sender, version)
+    assert [framer.feed(sent * count) for count in (1, 3, 1)] == [sent, sent * 3, sent]
+    assert framer.error is None
+
+
 def test_a_stream_is_lent_where_it_stands():
     """With a head that is not whole, which whoever borrows it goes on from."""
     sent = publish("topic", b"payload")

@@ -36,7 +36,8 @@ _PROPERTIES = mqtt.user_property("", "") * 900
 CROWDS: dict[str, tuple[Callable[[], Any], bytes, int]] = {
     "short": (lambda: Framer(Sender.DEVICE, _V3, _LIMIT), mqtt.pingreq(), 10_000),
     "padded": (lambda: Framer(Sender.DEVICE, _V3, _LIMIT), mqtt.packet(0xC0, length_size=3), 1_000),
-    "checked": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), _TINY, 500),
+    "checked": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), _TINY, 1_000),
+    "checked, not PUBLISH": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), mqtt.acknowledgement(0x40), 500),
     "judged": (lambda: CheckingFramer(Sender.DEVICE, _V3, _LIMIT), mqtt.subscribe("a"), 75),
     "judged, from the broker": (lambda: CheckingFramer(Sender.BROKER, _V5, _LIMIT), mqtt.suback(version=5), 75),
     "judged, with a thousand filters": (
