@@ -78,7 +78,8 @@ def test_it_says_what_the_page_says(
     status, out, err = ask(gateway=gateway)
     assert (status, err) == (0, "")
     for words in (
-        "The gateway is well\n  - 1 device has failed in the last 15 minutes and not come back",
+        "The gateway works\n  - 1 device failed in the last 15 minutes and has not come back",
+        "; the reason is device-lost.",
         "1 connected, 0 connecting, 1 not connected",
         f"ok localhost:{broker.port}, certificate name localhost: serving",
         "ok Certificate (CA) ",
@@ -126,7 +127,7 @@ def test_what_wants_attention_is_status_2(
     connected(gateway, "a").close()
     status, out, _ = ask(gateway=gateway)
     assert status == 2
-    assert out.startswith("Devices are served, but something needs attention\n")
+    assert out.startswith("The gateway works, but something needs attention\n")
     assert re.search(r"!! Certificate \(of broker localhost:\d+\) CN=broker: 7 days left, until \d{4}-", out)
     assert "on the broker" in out
 
@@ -137,7 +138,7 @@ def test_devices_that_cannot_be_served_are_status_3(start: StartGateway, ask: As
     silent(gateway, "device-17")
     status, out, _ = ask(gateway=gateway)
     assert status == 3
-    assert out.startswith("Devices cannot be served: no broker is available\n")
+    assert out.startswith("Devices cannot connect: no broker is available\n")
     assert "XX localhost:1, certificate name localhost: backing off, next attempt in " in out
     assert EndReason.TCP_REFUSED.remedy in " ".join(out.split())
 

@@ -111,7 +111,7 @@ def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width
         tab.open(plant.url)
         text = tab.text
         for essential in (
-            "Devices are served, but something needs attention",
+            "The gateway works, but something needs attention",
             "certificate name localhost",
             "backing off, next attempt in",
             "tls-untrusted-chain",

@@ -102,20 +102,22 @@ def verdict(document: Part) -> Verdict:
         return Verdict(Level.ATTENTION, line, absent + reasons)
     if not document["ready"]:
         words = document["unready"]
-        return Verdict(Level.DOWN, f"Devices cannot be served: {words.partition(':')[0]}", reasons)
+        return Verdict(Level.DOWN, f"Devices cannot connect: {words.partition(':')[0]}", reasons)
     if document["unserved"] and not connected(document):
-        return Verdict(Level.DOWN, "No device is served", reasons + absent)
+        return Verdict(Level.DOWN, "No device is connected, and sessions fail", reasons + absent)
     if stored is not None and stored["failure"]:
-        return Verdict(Level.ATTENTION, "The store cannot write", reasons + absent)
+        return Verdict(Level.ATTENTION, "Messages cannot be stored", reasons + absent)
     if document["unserved"]:
-        return Verdict(Level.ATTENTION, "Some devices are not served", absent + reasons)
+        return Verdict(Level.ATTENTION, "Some devices cannot connect", absent + reasons)
     if reasons:
-        return Verdict(Level.ATTENTION, "Devices are served, but something needs attention", reasons + absent)
+        return Verdict(Level.ATTENTION, "The gateway works, but something needs attention", reasons + absent)
     if not is_new:
-        return Verdict(Level.WELL, "The gateway is well", absent)
+        return Verdict(Level.WELL, "The gateway works", absent)
     if any(each["verified"] is not None for each in document["upstreams"]):
-        return Verdict(Level.WELL, "The gateway is well, but no device has connected yet", absent)
-    return Verdict(Level.UNTRIED, "No device has connected yet, and no broker has been tried", absent)
+        return Verdict(Level.WELL, "The gateway works, but no device has connected yet", absent)
+    return Verdict(
+        Level.UNTRIED, "No device has connected yet, and the gateway has not connected to a broker yet", absent
+    )
 
 
 def store_problems(stored: Part) -> list[str]:
@@ -220,24 +222,22 @@ def renewal_lines(document: Part) -> list[str]:
 
 
 def _absent(document: Part) -> list[str]:
-    """Say how many devices failed lately and are not connected, and why; those that were not served apart."""
+    """Say how many devices failed lately and are not connected, and why; those that could not connect apart."""
     count, unserved = document["absent"], document["unserved"]
     if not count:
         return []
-    have = "devices have" if count > 1 else "device has"
-    reason = _most_frequent(document["absent_reasons"])
-    lines = [
-        f"{number(count)} {have} failed in the last 15 minutes and not come back; the most frequent reason is {reason}."
-    ]
+    devices, have = ("1 device", "has") if count == 1 else (f"{number(count)} devices", "have")
+    why = _most_frequent(document["absent_reasons"])
+    lines = [f"{devices} failed in the last 15 minutes and {have} not come back; {why}."]
     if 0 < unserved < count:
-        reason = _most_frequent(document["unserved_reasons"])
-        words = f"{number(unserved)} of them were" if unserved > 1 else "1 of them was"
-        lines.append(f"{words} not served; the most frequent reason is {reason}.")
+        why = _most_frequent(document["unserved_reasons"])
+        lines.append(f"{number(unserved)} of them could not connect; {why}.")
     return lines
 
 
 def _most_frequent(reasons: Mapping[str, int]) -> str:
-    return max(reasons, key=reasons.__getitem__)
+    reason = max(reasons, key=reasons.__getitem__)
+    return f"the reason is {reason}" if len(reasons) == 1 else f"the most frequent reason is {reason}"
 
 
 def is_untried(upstream: Part) -> bool:
