@@ -337,9 +337,17 @@ def _pipe(_: Path, start: Start) -> dict[str, float]:
     try:
         gateway = start(stdout=writing)
         gateway.longest()
-        for _ in range(2000):
-            with socket.create_connection(("127.0.0.1", gateway.port), 5) as connection:
-                connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        # The gateway shares the description, so it must not be left non-blocking.
+        os.set_blocking(writing, False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(writing, b"x" * 4096)
+        os.set_blocking(writing, True)
+        # A reactor that is stuck accepts no more than the kernel does in its place.
+        with contextlib.suppress(TimeoutError):
+            for _ in range(2000):
+                with socket.create_connection(("127.0.0.1", gateway.port), 5) as connection:
+                    connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         time.sleep(5)
         # A reactor that is stuck answers when somebody reads at last.
         os.set_blocking(reading, False)
