@@ -163,6 +163,7 @@ def test_an_answer_is_tested_before_the_next_is_asked_for(
     assert console(["setup", "--config", str(place / "gateway.toml")]) == 1
     shown = capfd.readouterr().out
     assert "Check the port." in shown
+    assert shown.index("broker's log") < shown.index("host name")
     assert "unknown CA" not in shown
     assert "CA that issued" not in shown
     assert not place.exists()

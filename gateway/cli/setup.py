@@ -127,6 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _asked(answers: _Answers) -> _Answers:
     """Ask for each answer and test it; on a terminal, ask again after a wrong one.  Raises `SetupFailed`."""
+    print("Each answer is tested with a connection. The broker's log may show some of them as failed.")
     tests = _Tests(asks=True)
     answers = _until_right(answers, _ask_upstream, _REACHED, tests)
     answers = _until_right(answers, _ask_ca, _VERIFIED, tests)

@@ -147,7 +147,7 @@ class Journal:
         reason = failure.reason
         if self._is_due(f"failovers from {upstream}", reason):
             self._log.warn(
-                "upstream {upstream} failed, another broker was used: {reason}{shown}. {remedy}",
+                "upstream {upstream} failed: {reason}{shown}; another broker was used. {remedy}",
                 event="upstream-passed-over",
                 upstream=upstream,
                 reason=reason.value,
@@ -162,7 +162,7 @@ class Journal:
         if self._is_due(f"back-offs from {upstream}", reason):
             self._told_left_alone.add(upstream)
             self._log.warn(
-                "upstream {upstream} failed; next attempt in {shown_seconds} s, backing off: {reason}{shown}. {remedy}",
+                "upstream {upstream} failed: {reason}{shown}; backing off, next attempt in {shown_seconds} s. {remedy}",
                 event="upstream-left-alone",
                 upstream=upstream,
                 seconds=seconds,
