@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
+from twisted.internet.address import IPv6Address
 from twisted.internet.protocol import Factory, Protocol
 
 from gateway.config import Listener
@@ -401,6 +403,65 @@ def test_a_port_that_is_closed_accepts_no_more() -> None:
     for client in clients:
         client.close()
     relay.stop()
+
+
+class Failing:
+    """A listening socket whose `accept` fails, as often as it is told."""
+
+    def __init__(self, listening: socket.socket, numbers: list[int]) -> None:
+        self._listening = listening
+        self._numbers = numbers
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if self._numbers:
+            number = self._numbers.pop(0)
+            raise OSError(number, os.strerror(number))
+        return self._listening.accept()
+
+
+@pytest.fixture
+def accepting(work: Work) -> Iterator[tuple[Any, list[Any]]]:
+    """Return a port, and the addresses of which its factory is told."""
+    del work  # Time stands still.
+    relay = RelayReactor(Clocked())
+    relay.start()
+    factory = Factory.forProtocol(Protocol)
+    factory.noisy = False
+    built: list[Any] = []
+    factory.buildProtocol = built.append  # type: ignore[assignment, method-assign]
+    port: Any = relay.listenTCP(0, factory, interface="::1")
+    yield port, built
+    port.connectionLost(None)
+    relay.stop()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ECONNABORTED, errno.EPERM])
+def test_an_error_while_accepting_is_left_to_twisted(accepting: tuple[Any, list[Any]], number: int) -> None:
+    """Without a free descriptor, it closes what waits; in any case the next connections are accepted."""
+    port, built = accepting
+    real, where = port.socket, ("::1", port.getHost().port)
+    # Twisted tries again, and gets the same error.
+    port.socket = Failing(real, [number] * 2)
+    with socket.create_connection(where):
+        port.doRead()
+        port.doRead()
+    port.socket = real
+    with socket.create_connection(where) as client:
+        port.doRead()
+        assert built[-1] == IPv6Address("TCP", *client.getsockname()[:2])
+
+
+def test_an_error_in_one_new_connection_leaves_the_others(
+    accepting: tuple[Any, list[Any]], logged_errors: list[dict[str, Any]]
+) -> None:
+    port, built = accepting
+    with socket.create_connection(("::1", port.getHost().port)), socket.create_connection(("::1", port.getHost().port)):
+        port.factory.buildProtocol = Mock(side_effect=[ZeroDivisionError, None])
+        port.doRead()
+        assert port.factory.buildProtocol.call_count == 2
+    assert not built
+    assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
+    logged_errors.clear()
 
 
 @pytest.mark.parametrize(("given", "expected"), [("", 4096), (":backlog=7", 7)])

@@ -66,6 +66,8 @@ _WORK, _LATER_WORK = 0.002, 0.001
 _LEAST_WORK = 0.0005
 # Connections accepted in one turn, and the seconds after which no more are.
 _ACCEPTED_AT_ONCE, _ACCEPT_WORK = 5, 0.0005
+# Host, port, flow and scope.
+_IPV6_ADDRESS_SIZE = 4
 # Bytes read at a time.  Python allocates the requested size and shrinks it afterwards, so large reads are only for
 # connections that send much; they stay below malloc's threshold for mapping new pages at each call (128 KiB).
 _SMALL_READ = 0x1000
@@ -261,10 +263,7 @@ class _AcceptsFew(tcp.Port):
             return
         until = monotonic() + _ACCEPT_WORK
         for _ in range(_ACCEPTED_AT_ONCE):
-            self.numberAccepts = 1
-            super().doRead()
-            # If it has accepted as many as it may, Twisted raises the number.
-            if self.numberAccepts == 1:
+            if self.disconnecting or not self._accept():
                 return
             if monotonic() >= until:
                 break
@@ -275,6 +274,39 @@ class _AcceptsFew(tcp.Port):
         self._goes_on = False
         if self.connected:
             self.doRead()
+
+    def _accept(self) -> bool:
+        """Accept one connection; return false if none waits.
+
+        As in Twisted, which for each call also makes two loggers, a buffer for what they log, and a generator.
+        """
+        try:
+            accepted, address = self.socket.accept()
+        except BlockingIOError:
+            return False
+        except OSError:
+            # Twisted knows what to do, for example if there is no free descriptor; it will get the same error.
+            self.numberAccepts = 1
+            super().doRead()
+            return False
+        try:
+            self._begin(accepted, address)
+        except Exception:  # noqa: BLE001  an error in one connection must not affect the others
+            _log.failure("internal error in a new connection")
+        return True
+
+    def _begin(self, accepted: socket.socket, address: Any) -> None:
+        if len(address) == _IPV6_ADDRESS_SIZE:
+            # With its scope, which is not part of `address`.
+            host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+            address = (host, *address[1:])
+        protocol = self.factory.buildProtocol(self._buildAddr(address))  # type: ignore[union-attr]  # it listens
+        if protocol is None:
+            accepted.close()
+            return
+        number = self.sessionno
+        self.sessionno += 1
+        protocol.makeConnection(self.transport(accepted, protocol, address, self, number, self.reactor))
 
 
 class _TCPPort(_AcceptsFew):

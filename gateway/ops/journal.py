@@ -56,6 +56,8 @@ _MAX_TEXT = 256  # characters of a Client Identifier or a detail in an event; MQ
 # The fields of a record that its events carry under the same name.
 _NAMES = tuple(field.name for field in fields(SessionRecord) if field.name not in {"number", "peer"})
 _values = attrgetter(*_NAMES)
+# Those that may be long.
+_TEXTS = ("client_identifier", "detail", "upstream_username", "upstream_client_identifier")
 
 
 class GatewayJournal(SessionJournal, DialJournal, Protocol):
@@ -269,10 +271,9 @@ def _fields(record: SessionRecord) -> dict[str, object]:
     # Built by hand: attrs' `asdict` takes ten times as long, twice per session.
     fields: dict[str, object] = dict(zip(_NAMES, _values(record), strict=True))
     fields["session"] = record.number
-    fields["client_identifier"] = _cut(record.client_identifier)
-    fields["detail"] = _cut(record.detail)
-    fields["upstream_username"] = _cut(record.upstream_username)
-    fields["upstream_client_identifier"] = _cut(record.upstream_client_identifier)
+    for name in _TEXTS:
+        if len(text := getattr(record, name)) > _MAX_TEXT:
+            fields[name] = _cut(text)
     fields["reason"] = record.reason.value if record.reason is not None else None
     if record.peer is not None:
         fields |= _peer_fields(record.peer)
@@ -346,4 +347,4 @@ def _steps(record: SessionRecord) -> str:
         ("tls", record.tls_seconds),
         ("connack", record.connack_seconds),
     )
-    return ", ".join(f"{name} {seconds * 1000:.0f} ms" for name, seconds in steps if seconds is not None)
+    return ", ".join([f"{name} {seconds * 1000:.0f} ms" for name, seconds in steps if seconds is not None])
