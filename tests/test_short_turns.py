@@ -9,6 +9,7 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -25,6 +26,7 @@ from gateway.net.listening import listen
 from gateway.net.transport import RelayReactor
 from gateway.net.websocket import FrameReader
 from tests import mqtt_packets as mqtt
+from tests.fuzz.tools import calls
 from tests.test_relay_reactor import Descriptor, Idle, make
 
 __all__ = ["make"]
@@ -236,6 +238,94 @@ def test_an_event_that_was_left_is_not_reported_to_who_waits_for_it_no_longer(
     for _ in paused:
         relay.doRead()
     assert all(each.read == 1 for each in paused)
+    relay.stop()
+
+
+def test_an_event_that_was_left_is_not_reported_to_a_successor(make: Callable[[], Descriptor], work: Work) -> None:
+    """A descriptor that is closed gives its number to the next one, in the same turn and between turns."""
+    relay = RelayReactor(Clocked())
+    relay.start()
+    descriptors = [make() for _ in range(10)]
+    successors: list[Descriptor] = []
+
+    def replace_last() -> None:
+        old, new = descriptors.pop(), make()
+        relay.removeReader(old)
+        number = old.fileno()
+        old.socket.close()
+        os.dup2(new.fileno(), number)
+        new.fileno = lambda: number  # type: ignore[method-assign]
+        successors.append(new)
+        relay.addReader(new)
+
+    descriptors[0].on_read = replace_last
+    for each in descriptors:
+        each.on_read = lambda call=each.on_read: (call(), work.some())
+        relay.addReader(each)
+        each.peer.close()
+    relay.doRead()
+    assert len(successors) == 1
+    replace_last()
+    for _ in range(10):
+        relay.doRead()
+    assert not any(each.read or each.lost for each in successors)
+    relay.stop()
+
+
+class Reports:
+    """A core that relays nothing, and whose others all have something in each turn."""
+
+    HELD, DESCRIPTORS = 0, 0x20000
+    Pair = None
+
+    def __init__(self) -> None:
+        self.is_silent = False
+
+    def poll(self, epoll: int, milliseconds: int, most: int) -> tuple[int, list[Any], list[tuple[int, int]]]:
+        if self.is_silent:
+            return 0, [], []
+        batch = select.epoll.fromfd(os.dup(epoll)).poll(0, most)  # closed with the object
+        return len(batch), [], batch
+
+
+def test_an_event_that_was_left_is_the_cores_once_its_descriptor_is_lent(
+    make: Callable[[], Descriptor], work: Work
+) -> None:
+    core = Reports()
+    relay = RelayReactor(Clocked(), core)
+    relay.start()
+    descriptors = [make() for _ in range(10)]
+    for each in descriptors:
+        each.on_read = work.some
+        each.is_ordinary = True  # type: ignore[attr-defined]
+        relay.addReader(each)
+        each.peer.send(b"x")
+    relay.doRead()
+    waiting = [each for each in descriptors if not each.read]
+    assert len(waiting) > 4
+    loan: Any = SimpleNamespace(recall=lambda: None)
+    assert relay.lend(loan, *waiting[:4])  # type: ignore[arg-type]
+    core.is_silent = True
+    for _ in range(3):
+        relay.doRead()
+    assert [each.read for each in waiting] == [0] * 4 + [1] * (len(waiting) - 4)
+    relay.stop()
+
+
+@pytest.mark.parametrize("core", [None, Reports()], ids=["python", "core"])
+def test_a_turn_does_not_go_through_all_that_waits(
+    make: Callable[[], Descriptor], work: Work, core: Reports | None
+) -> None:
+    """It costs as much as what it does, whatever is left for later turns."""
+    relay = RelayReactor(Clocked(), core)
+    relay.start()
+    descriptors = [make() for _ in range(400)]
+    for each in descriptors:
+        each.on_read = work.some
+        relay.addReader(each)
+        each.peer.send(b"x")
+    costs = [calls(relay.doRead) for _ in range(60)]
+    assert max(costs[30:]) <= max(costs[:3]) + 20
     relay.stop()
 
 

@@ -22,8 +22,8 @@ import errno
 import os
 import select
 import socket
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from time import monotonic
 from types import FunctionType
@@ -367,8 +367,9 @@ class RelayReactor:
         # Descriptors registered while a batch is processed: events in the batch belong to their predecessors.  And
         # those lent meanwhile: their events are for the core, and will be reported again.
         self._fresh: set[int] = set()
-        # Events for which there was no time, by descriptor, the oldest first.
-        self._left: dict[int, int] = {}
+        # Events for which there was no time, by descriptor, the oldest first; none of a predecessor, and none of lent
+        # descriptors.  There may be thousands, so a turn must not go through all of them.
+        self._left: OrderedDict[int, int] = OrderedDict()
         # Calls for later turns, and the next turn for them.
         self._later: deque[Callable[[], object]] = deque()
         self._next: IDelayedCall | None = None
@@ -528,6 +529,7 @@ class RelayReactor:
             self._epoll.register(descriptor, after)
             self._selectables[descriptor] = selectable
             self._fresh.add(descriptor)
+            self._left.pop(descriptor, None)
         self._events[descriptor] = after
 
     # ---- for carriers
@@ -544,6 +546,7 @@ class RelayReactor:
         for each in connections:
             self._lent[each.fileno()] = lent
             self._fresh.add(each.fileno())
+            self._left.pop(each.fileno(), None)
         return True
 
     def reclaim(self, *descriptors: int) -> None:
@@ -564,17 +567,17 @@ class RelayReactor:
 
     def doRead(self) -> None:
         """Process the pending events, and those that follow soon, as far as there is time."""
-        epoll, selectables, fresh, core = self._epoll, self._selectables, self._fresh, self.core
+        epoll, selectables, fresh, core, left = self._epoll, self._selectables, self._fresh, self.core, self._left
         began = monotonic()
         allowed = work = max(_WORK - self._spent, _LEAST_WORK)
         wait, until = 0.0, began + _TURN
         self._spent = 0.0
         while True:
-            left = self._still_due() if self._left else None
             fresh.clear()
             if core is None:
-                batch = epoll.poll(wait, _BATCH)
-                count = len(batch)
+                # What was left comes first, and is no less than there is time for, mostly.
+                batch = epoll.poll(wait, _BATCH) if not left else []
+                count = len(batch) or len(left)
                 stop = min(monotonic() + work, until)
             else:
                 count, handed_over, batch = core.poll(epoll.fileno(), int(wait * 1000), _BATCH)
@@ -586,7 +589,11 @@ class RelayReactor:
                         lent.hand_over()
                     except Exception as error:  # noqa: BLE001  an error in one session must not affect the others
                         _internal_error(error)
-            events = iter(batch) if left is None else iter(list({**left, **dict(batch)}.items()))
+            rest = iter(batch)
+            events: Iterator[tuple[int, int]] = rest
+            if left:
+                self._leave(rest)
+                events = self._oldest()
             for descriptor, event in events:
                 selectable = selectables.get(descriptor)
                 if selectable is None or (fresh and descriptor in fresh):
@@ -603,7 +610,7 @@ class RelayReactor:
                 else:
                     self._report(selectable, event)
                 if monotonic() >= stop:
-                    self._left = dict(events)
+                    self._leave(rest)
                     self._worked = allowed
                     return
             now = monotonic()
@@ -613,14 +620,19 @@ class RelayReactor:
                 return
             wait = _LINGER
 
-    def _still_due(self) -> dict[int, int]:
-        """Take the events that were left and still concern somebody."""
-        left, self._left = self._left, {}
-        return {
-            descriptor: event
-            for descriptor, event in left.items()
-            if descriptor not in self._fresh and event & (self._events.get(descriptor, 0) | _DISCONNECTED)
-        }
+    def _leave(self, events: Iterator[tuple[int, int]]) -> None:
+        """Leave events of this batch to the next turn, but for those of predecessors."""
+        for descriptor, event in events:
+            if descriptor not in self._fresh:
+                self._left[descriptor] = event
+
+    def _oldest(self) -> Iterator[tuple[int, int]]:
+        """Take the events that were left, of those who still wait for them."""
+        left, events = self._left, self._events
+        while left:
+            descriptor, event = left.popitem(last=False)
+            if event & (events.get(descriptor, 0) | _DISCONNECTED):
+                yield descriptor, event
 
     def connectionLost(self, reason: Failure) -> None:
         """See IReadDescriptor: the reactor stops."""
