@@ -132,6 +132,7 @@ def test_a_certificate_for_another_key_is_refused(
 ) -> None:
     """Two devices' certificates are easily confused."""
     assert site.do("add", "sensor-1", "--csr") == 0
+    assert "then run: mqtts-gateway device add sensor-1 --config" in capfd.readouterr().out
     issued = tmp_path / "issued.pem"
     issued.write_bytes(certify(site.ca, subject="sensor-1", names=(), purposes=(CLIENT,)).pem)
     assert site.do("add", "sensor-1", "--cert", str(issued)) == 1

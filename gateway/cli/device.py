@@ -24,6 +24,7 @@ from gateway.cli.device_files import (
     DeviceProblem,
     Files,
     Writer,
+    as_argument,
     certificate_pem,
     check_common_name,
     exact_pattern,
@@ -160,7 +161,7 @@ def _add(rules: Rules, arguments: argparse.Namespace) -> int:
         rules.check_all()
     for path in writer.written:
         print(f"wrote {path}")
-    _tell_next(rules, arguments)
+    _tell_next(rules, arguments, "have the *.csr.pem signed, then run", as_argument(identifier))
     return 0
 
 
@@ -176,7 +177,7 @@ def _import(rules: Rules, arguments: argparse.Namespace) -> int:
         _each(devices, arguments, lambda new: _with_identity(rules, new, issuer, arguments, writer))
         rules.check_all()
     print(f"{len(devices)} devices added; wrote {len(writer.written)} files in {rules.directory}")
-    _tell_next(rules, arguments)
+    _tell_next(rules, arguments, "have each *.csr.pem signed, then run for each", "ID")
     return 0
 
 
@@ -254,7 +255,8 @@ def _with_certificate(rules: Rules, new: NewDevice, source: Path, writer: Writer
     try:
         key = read_private_key(files.key)
     except ValueError as error:
-        raise DeviceProblem(f"{files.key} {error}. Use `device add ID --csr` to make it") from None
+        named = as_argument(new.client_identifier)
+        raise DeviceProblem(f"{files.key} {error}. Use `device add {named} --csr` to make it") from None
     if chain[0].public_key() != key.public_key():
         raise DeviceProblem(f"the first certificate in {source} does not match the key in {files.key}")
     writer.write(files.certificate, b"".join(certificate_pem(each) for each in chain), _PUBLIC)
@@ -366,11 +368,9 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tell_next(rules: Rules, arguments: argparse.Namespace) -> None:
+def _tell_next(rules: Rules, arguments: argparse.Namespace, first: str, name: str) -> None:
+    """Print the next command; for requests, `first` says what to do before, and `name` is that of the device."""
     if arguments.csr:
-        print(
-            f"next: have each *.csr.pem in {rules.directory} signed, then run for each: "
-            f"mqtts-gateway device add ID --config {rules.file} --cert FILE"
-        )
+        print(f"next: {first}: mqtts-gateway device add {name} --config {rules.file} --cert FILE")
         return
     print(f"next: mqtts-gateway check --files --config {rules.file}, then {rules.next_step}")
