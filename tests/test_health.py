@@ -301,3 +301,22 @@ def test_an_account_is_of_one_address_and_one_name() -> None:
     found = accounts(upstreams, Failover(), lambda: 1.0, [before], judged_alike=True)
     assert [health.dials for health in found] == [0, 1]
     assert [health.verify_name for health in found] == ["other.example", "broker.example"]
+
+
+def test_an_account_is_of_one_way_to_the_broker() -> None:
+    """A broker that cannot be reached directly may well be reached through a proxy, and the other way round."""
+    upstream, proxy = Upstream("broker.example"), UpstreamHealth.of(Upstream("proxy.example"), Failover(), lambda: 1.0)
+
+    def after(before: UpstreamHealth, via: UpstreamHealth | None) -> UpstreamHealth:
+        (health,) = accounts([upstream], Failover(), lambda: 1.0, [before], [via], judged_alike=True)
+        return health
+
+    direct = health_of()
+    failed_at(direct, 0.0)
+    through = after(direct, proxy)
+    assert (through.dials, through.via) == (0, proxy)
+    assert through.address == "broker.example:8883 via proxy.example:8883"
+    failed_at(through, 0.0)
+    assert after(through, proxy).dials == 1
+    assert after(through, None).dials == 0
+    assert after(direct, None).dials == 1
