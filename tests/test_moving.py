@@ -18,6 +18,7 @@ from tests.harness import eventually
 from tests.mosquitto import Mosquitto
 from tests.pages import files_of
 from tests.ports import free_port
+from tests.tools import stop_paho
 
 FILES = files_of("moving.md")
 
@@ -46,7 +47,7 @@ def client(port: int, name: str, topic: str) -> Iterator[tuple[mqtt.Client, list
         yield client, received
     finally:
         client.disconnect()
-        client.loop_stop()
+        stop_paho(client)
 
 
 Run = Callable[[str, Path, Mosquitto, int], ExitStack]

@@ -13,6 +13,7 @@ from paho.mqtt.enums import CallbackAPIVersion
 from gateway.config import load_file
 from tests.harness import Broker, RunningGateway, eventually
 from tests.pages import files_of
+from tests.tools import stop_paho
 
 FILES = files_of("recipes.md")
 
@@ -43,6 +44,6 @@ def test_a_controller_of_mqtt_3_1_reaches_a_broker_of_3_1_1(
         eventually(lambda: b"plant/press-1/force" in broker.connection().received, "its message is at the broker")
     finally:
         client.disconnect()
-        client.loop_stop()
+        stop_paho(client)
     assert b"\x00\x04MQTT\x04" in broker.connection().received
     assert b"press-1" in broker.connection().received

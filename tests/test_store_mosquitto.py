@@ -27,7 +27,7 @@ from tests.mosquitto import Mosquitto
 from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
 from tests.ports import free_port
 from tests.stored_world import packets_of, publish
-from tests.tools import require_tool
+from tests.tools import require_tool, stop_paho
 
 HAPROXY_CFG = Path(__file__).resolve().parent.parent / "docs" / "examples" / "haproxy.cfg"
 _TWISTD = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
@@ -96,7 +96,7 @@ class Plant:
     def stop(self) -> None:
         """Stop everything."""
         self.subscriber.disconnect()
-        self.subscriber.loop_stop()
+        stop_paho(self.subscriber)
         self.down()
 
 
@@ -180,7 +180,7 @@ class Sensor:
     def stop(self) -> None:
         """Go."""
         self.client.disconnect()
-        self.client.loop_stop()
+        stop_paho(self.client)
 
 
 def check_arrivals(got: list[str], sensors: list[Sensor], doubled: int = 0) -> int:

@@ -24,7 +24,7 @@ from tests import mqtt_packets as mqtt
 from tests.harness import RunningGateway, eventually
 from tests.mosquitto import Mosquitto
 from tests.ports import free_port
-from tests.tools import require_tool
+from tests.tools import require_tool, stop_paho
 
 VERSIONS = [
     pytest.param(paho.MQTTv31, id="3.1"),
@@ -148,13 +148,13 @@ class Client:
         """End the connection without DISCONNECT."""
         self.paho.socket().shutdown(socket.SHUT_RDWR)
         eventually(lambda: self.disconnected, "the end of the connection")
-        self.paho.loop_stop()
+        stop_paho(self.paho)
 
     def disconnect(self) -> None:
         """End the connection with DISCONNECT."""
         self.paho.disconnect()
         eventually(lambda: self.disconnected, "the end of the connection")
-        self.paho.loop_stop()
+        stop_paho(self.paho)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_a_refusal_is_the_brokers_own(
         assert not client.accepted
         assert client.connack is not None
         refused.append(client.connack[1].value)
-        client.paho.loop_stop()
+        stop_paho(client.paho)
     assert refused[0] == refused[1]
     record = last_record(gateway, client.name)
     assert record.reason is EndReason.UPSTREAM_REFUSED
@@ -492,7 +492,7 @@ def told(packet: bytes) -> tuple[list[Any], list[BaseException]]:
         server.sendall(mqtt.connack(version=5) + packet)
         eventually(lambda: client.disconnected or deaths, "a reaction")
         server.close()
-        client.paho.loop_stop()
+        stop_paho(client.paho)
     finally:
         threading.excepthook = before
         listener.close()

@@ -19,6 +19,7 @@ from tests.harness import Broker, BrokerConnection, Device, RunningGateway, Serv
 from tests.mosquitto import open_mosquitto
 from tests.ports import free_port
 from tests.proxies import Tinyproxy
+from tests.tools import stop_paho
 from tests.websockets import WebSocketBroker, WebSocketConnection, WebSocketNginx
 
 StartGateway = Callable[..., RunningGateway]
@@ -85,7 +86,7 @@ def exchange(gateway: RunningGateway, name: str, large: int = 200_000) -> None:
         assert received == sent
     finally:
         client.disconnect()
-        client.loop_stop()
+        stop_paho(client)
 
 
 def test_messages_pass_through_amqtt(start_gateway: StartGateway, amqtt: WebSocketBroker) -> None:

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import NoReturn
 
+import paho.mqtt.client as paho
 import pytest
 
 # The Debian package of each program whose package is named otherwise.
@@ -52,3 +53,12 @@ def as_from_a_terminal() -> None:
     """Undo what `nohup` and a shell's background jobs hand down to a child: signals that are ignored stay ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_paho(client: paho.Client) -> None:
+    """Stop a client's thread, and close the sockets that wake it.
+
+    paho leaves these to the garbage collector, which complains of them during whatever test comes next.
+    """
+    client.loop_stop()
+    client._reset_sockets()
