@@ -130,12 +130,12 @@ class SendsAtOnce(tcp.Connection):
     def startWriting(self) -> None:
         """See FileDescriptor."""
         self._writing = True
-        super().startWriting()
+        self.reactor.addWriter(self)
 
     def stopWriting(self) -> None:
         """See FileDescriptor."""
         self._writing = False
-        super().stopWriting()
+        self.reactor.removeWriter(self)
 
     def limit_reads(self, size: int) -> None:
         """Read at most `size` bytes at a time."""
@@ -492,7 +492,8 @@ class RelayReactor:
 
     def removeReader(self, reader: IReadDescriptor) -> None:
         """Report it no longer."""
-        self._change(reader, 0, _READ)
+        if self._events.get(reader.fileno(), 0) & _READ:
+            self._change(reader, 0, _READ)
 
     def addWriter(self, writer: IWriteDescriptor) -> None:
         """Report when `writer` is writable."""
@@ -500,7 +501,8 @@ class RelayReactor:
 
     def removeWriter(self, writer: IWriteDescriptor) -> None:
         """Report it no longer."""
-        self._change(writer, 0, _WRITE)
+        if self._events.get(writer.fileno(), 0) & _WRITE:
+            self._change(writer, 0, _WRITE)
 
     def replace(self, before: IReadWriteDescriptor, after: IReadWriteDescriptor) -> None:
         """Report when `after` is readable; it has taken over the descriptor of `before`."""

@@ -76,7 +76,7 @@ class LineObserver:
             event = event | {"log_namespace": "twisted"}
         lines = list(self._lines(event))
         if lines:
-            self._output.write("".join(f"{unprintable_escaped(line)}\n" for line in lines))
+            self._output.write("".join([f"{unprintable_escaped(line)}\n" for line in lines]))
 
     def _report_lost(self, count: int) -> None:
         self._log.warn(

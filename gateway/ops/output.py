@@ -35,7 +35,10 @@ class BackgroundOutput:
     def __init__(self, write: Writer, lost: Callable[[int], object] = lambda _: None) -> None:
         self.lost = lost
         self._write = write
-        self._changed = threading.Condition()
+        # `write` takes it without the condition, whose methods are written in Python.  Reentrant, because a signal handler
+        # that logs may interrupt `write`.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting: list[str] = []
         self._calls: list[Callable[[], object]] = []
         # Of all text that is not written yet, including what the thread is writing now.
@@ -73,7 +76,7 @@ class BackgroundOutput:
         if not self._in_background:
             self._write(text)
             return
-        with self._changed:
+        with self._lock:
             if self._size and self._size + len(text) > LIMIT:
                 self._lost += text.count("\n")
                 return

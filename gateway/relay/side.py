@@ -72,6 +72,8 @@ class RelaySide(Protocol):
         self._closing = False
         self._lost = False
         self._socket: socket.socket | None = None
+        # Seconds within which the peer must acknowledge, if it is watched; and who watches, once there was a `check`.
+        self._patience: float | None = None
         self._watch: AcknowledgementWatch | None = None
         self._is_dead = False
 
@@ -134,11 +136,15 @@ class RelaySide(Protocol):
         self._socket = _socket_of(transport)
         if self._socket is not None and not isinstance(transport, UNIXServer):
             _tune(transport, self._socket, user_timeout)
-            self._watch = AcknowledgementWatch(self._socket, user_timeout)
+            self._patience = user_timeout
 
     def check(self, now: float) -> None:
         """Close the connection if the peer no longer acknowledges; `now` is in seconds."""
-        if self._watch is not None and not self._closing and not self._is_dead and self._watch.is_dead(now):
+        if self._patience is None or self._socket is None or self._closing or self._is_dead:
+            return
+        if self._watch is None:
+            self._watch = AcknowledgementWatch(self._socket, self._patience)
+        if self._watch.is_dead(now):
             self._is_dead = True
             self.transport.abortConnection()
 
@@ -195,10 +201,10 @@ class RelaySide(Protocol):
     def _apply(self) -> None:
         if self._closing:
             return
-        if self.reading:
-            self.transport.resumeProducing()
-        else:
+        if self._held or self._choked or self._behind:
             self.transport.pauseProducing()
+        else:
+            self.transport.resumeProducing()
 
     def how_lost(self, reason: Failure) -> str:
         """Return how the connection was lost: `closed`, `reset`, or the kernel's error."""

@@ -76,9 +76,12 @@ class DirectCalls:
     def waiting(self) -> bytes:
         """See `Engine`."""
         waiting = b""
-        while (taken := _bio_read(self._from_ssl, self._buffer, _BUFFER_SIZE)) > 0:
-            waiting += _unpack(self._buffer, taken)
-        return waiting
+        while True:
+            taken = _bio_read(self._from_ssl, self._buffer, _BUFFER_SIZE)
+            if taken > 0:
+                waiting += _unpack(self._buffer, taken)
+            if taken < _BUFFER_SIZE:
+                return waiting
 
     def decrypt(self, ciphertext: bytes, records: int) -> tuple[bytes, SSL.Error | None]:
         """See `Engine`."""
