@@ -35,8 +35,8 @@ class BackgroundOutput:
     def __init__(self, write: Writer, lost: Callable[[int], object] = lambda _: None) -> None:
         self.lost = lost
         self._write = write
-        # `write` takes it without the condition, whose methods are written in Python.  Reentrant, because a signal handler
-        # that logs may interrupt `write`.
+        # `write` takes it without the condition, whose methods are written in Python.  Reentrant, because a signal
+        # handler that logs may interrupt `write`.
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._waiting: list[str] = []
