@@ -111,7 +111,7 @@ class EndReason(StrEnum):
     TOO_MANY_SESSIONS = (
         "too-many-sessions",
         "The gateway has reached its limit of sessions.",
-        "Raise admission.max_sessions and the service's descriptor limit (LimitNOFILE).",
+        "Raise admission.max_sessions and the unit's LimitNOFILE, or set admission.max_sessions_per_address.",
     )
     TOO_MANY_FROM_ADDRESS = (
         "too-many-from-address",

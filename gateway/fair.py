@@ -24,6 +24,11 @@ class FairQueue(Generic[T]):
         """Return the number of waiters."""
         return self._size
 
+    @property
+    def addresses(self) -> int:
+        """The number of addresses that have waiters."""
+        return len(self._lines)
+
     def push(self, address: str, waiter: T) -> None:
         """Add a waiter."""
         self._lines.setdefault(address, OrderedDict())[waiter] = None

@@ -28,6 +28,7 @@ from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import carried_on
 from gateway.drain import Spread
 from gateway.errors import ConfigError, EndReason, Refusal
+from gateway.fair import FairQueue
 from gateway.mqtt.packets import ReasonCode
 from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
@@ -114,6 +115,7 @@ class _Opening:
 
     def dial(self, session: Session) -> Deferred[None]:
         """Dial the broker for the session."""
+        self._gateway.heard(self, session)
         reason = self._gateway.judge_again(self)
         if reason is not None:
             session.refuse(Refusal(reason, "", *_REFUSED_AFTER_RELOAD[reason]))
@@ -188,7 +190,9 @@ class Gateway:
         self._generation = self._built(prepare(config, uniform, helpers.programs), None)
         self._open_store(config)
         self._use_store()
-        self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds)
+        # Sessions whose CONNECT has not come yet, by address.
+        self._silent: FairQueue[Session] = FairQueue()
+        self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds, self._make_room)
         self.doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         # Sessions that this round of the sweep has not reached, and the seconds that they are to be given back.
         self._round: list[tuple[list[Session], float]] = []
@@ -418,7 +422,22 @@ class Gateway:
         )
         self.sessions.add(session)
         self._not_accepted[session] = opening
+        self._silent.push(host_of(opening.address) or "", session)
         return session
+
+    def heard(self, opening: _Opening, session: Session) -> None:
+        """Take note that a session's CONNECT has come."""
+        self._silent.discard(host_of(opening.address) or "", session)
+
+    def _make_room(self, host: str) -> bool:
+        """End a connection without CONNECT of the address that has the most, unless `host` has about as many."""
+        # Where most addresses have one or two, nobody floods, and thousands would be looked at for each connection.
+        session = self._silent.shed(host) if len(self._silent) > 2 * self._silent.addresses else None
+        if session is None:
+            return False
+        session.stop(EndReason.TOO_MANY_SESSIONS, "its address had the most connections without CONNECT")
+        session.abort()  # The newcomer needs the descriptor now.
+        return True
 
     def judge_again(self, opening: _Opening) -> EndReason | None:
         """Return why a connection may not stay whose CONNECT has come: a reload may have taken effect meanwhile."""
@@ -436,6 +455,7 @@ class Gateway:
         """Forget a session whose connections are closed."""
         self.sessions.discard(session)
         self._not_accepted.pop(session, None)
+        self.heard(opening, session)
         self.presence.leave(session)
         self.doorkeeper.leave(host_of(opening.address))
         self._check_all_gone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,37 @@ def test_one_that_leaves_makes_room_for_another(
             assert third.read(4) == mqtt.connack()
     gateway.wait_ended(3)
     gateway.wait_empty()
+
+
+def test_connections_without_connect_of_one_address_make_room_for_others(
+    start_gateway: Callable[..., RunningGateway], start_broker: Callable[..., Broker]
+) -> None:
+    """One host that opens connections and says nothing shuts nobody out; it gets no room itself, nor do strangers."""
+    gateway = start_gateway(
+        upstream=start_broker().port, admission={"max_sessions": 8, "allow": ["127.0.0.1/32", "127.0.0.66/32"]}
+    )
+
+    def connection(source: str) -> socket.socket:
+        return stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 20, (source, 0)))
+
+    with ExitStack() as stack:
+        idle = [connection("127.0.0.66") for _ in range(8)]
+        eventually(lambda: len(gateway.service.gateway.sessions) == 8, "all of them")
+        assert connection("127.0.0.99").recv(1) == b""
+        assert connection("127.0.0.66").recv(1) == b""
+        for count in (1, 2, 3):
+            device = stack.enter_context(Device(gateway.port))
+            device.send(mqtt.connect(f"device-{count}"))
+            assert device.read(4) == mqtt.connack()
+            with suppress(ConnectionResetError):
+                assert idle.pop().recv(1) == b""
+        eventually(lambda: len(gateway.service.gateway.sessions) == 8, "no more and no less than the limit")
+        assert {record.reason for record in gateway.journal.ended} == {EndReason.TOO_MANY_SESSIONS}
+        # Those that have said who they are stay, however many their address has.
+        for waiting in idle:
+            waiting.sendall(mqtt.connect(f"device-{waiting.fileno()}"))
+            assert waiting.recv(4, socket.MSG_WAITALL) == mqtt.connack()
+        assert refused(gateway, gateway.port, 3) is EndReason.TOO_MANY_SESSIONS
 
 
 def test_a_device_may_come_in_by_ipv6_and_by_a_unix_socket(

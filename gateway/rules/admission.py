@@ -25,13 +25,21 @@ _CHECKED_AT_A_TIME = 2_500
 class Doorkeeper:
     """Counts sessions and admits or refuses new connections.
 
-    `max_sessions` is the limit for the whole gateway.  `refused` counts refusals by reason.
+    `max_sessions` is the limit for the whole gateway.  `refused` counts refusals by reason.  `make_room` is asked for
+    room for a connection from an address, "" for a UNIX socket, where the limit is reached.
     """
 
-    def __init__(self, admission: Admission, max_sessions: int, seconds: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        max_sessions: int,
+        seconds: Callable[[], float],
+        make_room: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._admission = admission
         self._max_sessions = max_sessions
         self._seconds = seconds
+        self._make_room = make_room
         self.sessions = 0
         self.by_address: Counter[str] = Counter()
         # Token buckets (address: tokens left, time of that count); a full bucket is the same as none.
@@ -51,7 +59,7 @@ class Doorkeeper:
         `host` is `None` for a UNIX socket, whose file mode controls access.  Call `leave` once for each admitted
         connection.
         """
-        reason = self._judge_number() or self._judge_address(host)
+        reason = self._judge_number(host) or self._judge_address(host)
         if reason is not None:
             self.refused[reason] += 1
             return reason
@@ -66,7 +74,7 @@ class Doorkeeper:
         connection ends before that, call `leave(None)`.
         """
         reason = None if _is_one_of(host, proxies) else EndReason.PROXY_NOT_TRUSTED
-        reason = reason or self._judge_number()
+        reason = reason or self._judge_number(None)
         if reason is not None:
             self.refused[reason] += 1
             return reason
@@ -94,9 +102,7 @@ class Doorkeeper:
         proxies = door.listener.proxies
         if not (_is_one_of(balancer, proxies) if is_proxied else not proxies):
             return EndReason.PROXY_NOT_TRUSTED
-        # A UNIX socket's mode decides who may connect there.
-        is_allowed = host is None or _is_one_of(host, self._admission.allow)
-        return None if is_allowed else EndReason.NETWORK_NOT_ALLOWED
+        return None if self._is_allowed(host) else EndReason.NETWORK_NOT_ALLOWED
 
     def leave(self, host: str | None) -> None:
         """Remove a session from the counts."""
@@ -120,13 +126,19 @@ class Doorkeeper:
         if host is not None:
             self.by_address[host] += 1
 
-    def _judge_number(self) -> EndReason | None:
-        return EndReason.TOO_MANY_SESSIONS if self.sessions >= self._max_sessions else None
+    def _judge_number(self, host: str | None) -> EndReason | None:
+        if self.sessions < self._max_sessions or (self._is_allowed(host) and self._make_room(host or "")):
+            return None
+        return EndReason.TOO_MANY_SESSIONS
+
+    def _is_allowed(self, host: str | None) -> bool:
+        # A UNIX socket's mode decides who may connect there.
+        return host is None or _is_one_of(host, self._admission.allow)
 
     def _judge_address(self, host: str | None) -> EndReason | None:
         if host is None:
             return None
-        if not _is_one_of(host, self._admission.allow):
+        if not self._is_allowed(host):
             return EndReason.NETWORK_NOT_ALLOWED
         limit = self._admission.max_sessions_per_address
         if limit and self.by_address[host] >= limit:
