@@ -142,6 +142,15 @@ def test_the_words_of_the_troubleshooting_are_those_of_the_gateway() -> None:
     assert words - {str(reason) for reason in EndReason} - {"device-17"} == set()
 
 
+def test_the_troubleshooting_has_every_word_of_the_way_to_a_broker() -> None:
+    """Proxy, TLS, WebSocket and what they are given: each reason for which a broker is not reached."""
+    named = set(re.findall(r"`([^`\n]+)`", TROUBLESHOOTING.read_text()))
+    inbound = {"proxy-not-trusted"}
+    way = {str(each) for each in EndReason if re.match("(dns|tcp|proxy|tls|websocket)-|credentials-unavail", each)}
+    assert len(way - inbound) > 25
+    assert way - inbound - named == set()
+
+
 @pytest.mark.slow
 def test_the_questions_of_the_troubleshooting_are_answered(plant: Plant) -> None:
     """The three commands, and the one about a device, with a gateway that runs."""
