@@ -397,6 +397,26 @@ def test_sessions_that_go_on_have_the_rest_of_the_turn(make: Callable[[], Descri
     relay.stop()
 
 
+def test_messages_that_only_the_core_has_to_do_with_cost_python_two_calls_each(work: Work) -> None:
+    """One to wait and one for the time, until the turn has lasted long enough."""
+
+    class Alone(Reports):
+        def poll(self, epoll: int, milliseconds: int, most: int) -> tuple[int, list[Any], list[tuple[int, int]]]:
+            polled.append(milliseconds)
+            work.some(0.0001)
+            return 1, [], []
+
+    polled: list[int] = []
+    relay = RelayReactor(Clocked(), Alone())
+    relay.start()
+    cost = calls(relay.doRead)
+    assert 35 <= len(polled) <= 41
+    assert polled[:3] == [0, 1, 1]
+    # Two calls in each `poll` are the test's own.
+    assert cost <= (2 + 2) * len(polled) + 30
+    relay.stop()
+
+
 @pytest.mark.parametrize(("took", "read"), [(0.0, 7), (0.0009, 4), (0.0017, 2), (0.003, 2)])
 def test_what_the_core_did_counts(make: Callable[[], Descriptor], work: Work, took: float, read: int) -> None:
     """It relays before it tells of other events; these get what it left of the turn, and half a millisecond always."""

@@ -59,6 +59,7 @@ _BATCH = 64
 # turn may last before waiting stops; the reactor's timers and threads are delayed by at most that.
 _SMALL_BATCH = 16
 _LINGER = 0.001
+_LINGER_MS = int(_LINGER * 1000)
 _TURN = 0.004
 # Seconds of work in a turn after which what is left waits for the next one: of events, and of calls of `later`.
 _WORK, _LATER_WORK = 0.002, 0.001
@@ -570,7 +571,7 @@ class RelayReactor:
     def doRead(self) -> None:
         """Process the pending events, and those that follow soon, as far as there is time."""
         epoll, selectables, fresh, core, left = self._epoll, self._selectables, self._fresh, self.core, self._left
-        began = monotonic()
+        number, began = epoll.fileno(), monotonic()
         allowed = work = max(_WORK - self._spent, _LEAST_WORK)
         wait, until = 0.0, began + _TURN
         self._spent = 0.0
@@ -582,8 +583,12 @@ class RelayReactor:
                 count = len(batch) or len(left)
                 stop = min(monotonic() + work, until)
             else:
-                count, handed_over, batch = core.poll(epoll.fileno(), int(wait * 1000), _BATCH)
+                count, handed_over, batch = core.poll(number, int(wait * 1000), _BATCH)
                 now = monotonic()
+                while wait and 0 < count <= _SMALL_BATCH and now < until and not (batch or handed_over or left):
+                    # Only the core has something to do, and all else is as it was.
+                    count, handed_over, batch = core.poll(number, _LINGER_MS, _BATCH)
+                    now = monotonic()
                 # The core has worked in there, and later also waited, which is no work.
                 stop = min(now + (work if wait else max(work - (now - began), _LEAST_WORK)), until)
                 for lent in handed_over:

@@ -106,7 +106,12 @@ class UpstreamProtocol(RelaySide):
         if self._closing:
             return
         try:
-            self._receive(data)
+            try:
+                plaintext = self._channel.receive(data)
+            except UpstreamFailure as failure:
+                self._broken(failure)
+            else:
+                self._deliver(plaintext)
         except Exception as problem:  # noqa: BLE001  an error in one session must not affect the others
             self._internal_error(problem)
         if self._carrier is not None:
@@ -151,14 +156,6 @@ class UpstreamProtocol(RelaySide):
             self._session.fail(type(problem).__name__)
         else:
             self._refuse(UpstreamFailure(EndReason.INTERNAL_ERROR, type(problem).__name__))
-
-    def _receive(self, data: bytes) -> None:
-        try:
-            plaintext = self._channel.receive(data)
-        except UpstreamFailure as failure:
-            self._broken(failure)
-        else:
-            self._deliver(plaintext)
 
     def _broken(self, failure: UpstreamFailure) -> None:
         """End what a channel that has just failed was for."""
