@@ -65,7 +65,7 @@ _TURN = 0.004
 _WORK, _LATER_WORK = 0.002, 0.001
 # And what is left of either where the other has taken all of it.
 _LEAST_WORK = 0.0005
-# Connections accepted in one turn, and the seconds after which no more are.
+# Connections accepted at a time, and the seconds after which no more are.
 _ACCEPTED_AT_ONCE, _ACCEPT_WORK = 5, 0.0005
 # Host, port, flow and scope.
 _IPV6_ADDRESS_SIZE = 4
@@ -251,8 +251,9 @@ class UNIXServer(SendsAtOnce, unix.Server):
 class _AcceptsFew(tcp.Port):
     """Mixin for Twisted's ports, which accept a hundred and more connections in one event.
 
-    Here they accept a few in each turn until nobody waits.  With a few in each event, a flood would be spread over more
-    turns; but sessions that begin together cost a quarter less, because they take the same steps one after the other.
+    Here they accept a few in each event, and more in each turn until nobody waits.  With events alone, which take
+    turns, a flood would be spread over more turns; but sessions that begin together cost less, because they take the
+    same steps one after the other.
     """
 
     # Whether more are to be accepted in a later turn.
@@ -260,16 +261,15 @@ class _AcceptsFew(tcp.Port):
 
     def doRead(self) -> None:
         """See IReadDescriptor."""
-        if self._goes_on:
-            return
         until = monotonic() + _ACCEPT_WORK
         for _ in range(_ACCEPTED_AT_ONCE):
             if self.disconnecting or not self._accept():
                 return
             if monotonic() >= until:
                 break
-        self._goes_on = True
-        self.reactor.later(self._go_on)  # type: ignore[attr-defined]  # it is a RelayReactor
+        if not self._goes_on:
+            self._goes_on = True
+            self.reactor.later(self._go_on)  # type: ignore[attr-defined]  # it is a RelayReactor
 
     def _go_on(self) -> None:
         self._goes_on = False
