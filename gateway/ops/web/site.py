@@ -103,7 +103,8 @@ class StatusSite(protocol.ServerFactory):
         self.any_host = False
         self.tls: ServerSide | None = None
         self.port: Any = None
-        self.protocols: set[_Connection] = set()
+        # The oldest first.
+        self.protocols: dict[_Connection, None] = {}
         self._tokens = _BURST
         self._tokens_at = reactor.seconds()
         self._resume: IDelayedCall | None = None
@@ -119,7 +120,7 @@ class StatusSite(protocol.ServerFactory):
         }
 
     def buildProtocol(self, addr: IAddress | None) -> protocol.Protocol | None:
-        """Accept a connection, unless there are too many; stop accepting for a while if they come too fast."""
+        """Accept a connection, in place of another if there are too many; stop for a while if they come too fast."""
         del addr
         now = self._reactor.seconds()
         rate, burst = (_RATE, _BURST) if self.tls is None else (_TLS_RATE, _TLS_BURST)
@@ -129,12 +130,18 @@ class StatusSite(protocol.ServerFactory):
             self.port.stopReading()
             self._resume = self._reactor.callLater((2 - self._tokens) / rate, self._accept_again)
         if len(self.protocols) >= _MOST_CONNECTIONS:
-            return None
+            self._make_room()
         connection = _Connection(self, self._reactor, is_plain=self.tls is None)
         if self.tls is None:
             return connection
         wrapping: Any = TLSMemoryBIOFactory(self.tls, isClient=False, wrappedFactory=self)
         return _Encrypted(wrapping, connection)
+
+    def _make_room(self) -> None:
+        """Close the connection that has had the most time for its request: a health check must get an answer."""
+        oldest = next((each for each in self.protocols if not each.has_asked), next(iter(self.protocols)))
+        del self.protocols[oldest]
+        oldest.abort()
 
     def _accept_again(self) -> None:
         self._resume = None
@@ -403,13 +410,18 @@ class _Connection(protocol.Protocol):
         self._done: Done | None = None
         self._end: IDelayedCall | None = None
 
+    @property
+    def has_asked(self) -> bool:
+        """Whether the request has come."""
+        return self._answered or self._done is not None
+
     def connectionMade(self) -> None:
-        self._site.protocols.add(self)
+        self._site.protocols[self] = None
         self._end = self._reactor.callLater(_LIFETIME, self._expire)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         del reason
-        self._site.protocols.discard(self)
+        self._site.protocols.pop(self, None)
         if self._done is not None:
             self._site.forget(self._done)
             self._done = None
@@ -430,7 +442,7 @@ class _Connection(protocol.Protocol):
         if self._reads > _MOST_READS:
             self.abort()
             return
-        if self._answered or self._done is not None:
+        if self.has_asked:
             return
         try:
             self._request.receive_data(data)
