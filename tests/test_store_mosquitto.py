@@ -26,6 +26,7 @@ from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGat
 from tests.mosquitto import Mosquitto
 from tests.pki import CLIENT, SERVER, Certified, certify, certify_ca
 from tests.ports import free_port
+from tests.proxies import Tinyproxy
 from tests.stored_world import packets_of, publish
 from tests.tools import require_tool, stop_paho
 
@@ -42,9 +43,9 @@ def root() -> Certified:
 
 
 class Plant:
-    """A mosquitto that comes and goes, and a subscriber whose session it keeps."""
+    """A mosquitto that comes and goes, and a subscriber whose session it keeps; it may have MQTT over WebSocket."""
 
-    def __init__(self, directory: Path, root: Certified, more: str = "") -> None:
+    def __init__(self, directory: Path, root: Certified, more: str = "", *, websocket: bool = False) -> None:
         require_tool("mosquitto")
         self.tls, self.plain = free_port(), free_port()
         self.directory = directory
@@ -59,6 +60,7 @@ class Plant:
             f"persistence_location {directory}/\nmax_queued_messages 0\nmax_inflight_messages 0\n{more}"
             f"listener {self.plain} 127.0.0.1\nlistener {self.tls} 127.0.0.1\ncafile {self.ca_file}\n"
             f"certfile {directory / 'own.pem'}\nkeyfile {directory / 'own-key.pem'}\n"
+            + ("protocol websockets\n" if websocket else "")
         )
         self.got: list[str] = []
         self.broker: Mosquitto | None = None
@@ -101,9 +103,9 @@ class Plant:
 
 
 @pytest.fixture
-def plant(tmp_path: Path, root: Certified) -> Iterator[Plant]:
-    """A broker that lets anybody in."""
-    made = Plant(tmp_path, root, "allow_anonymous true\n")
+def plant(tmp_path: Path, root: Certified, request: pytest.FixtureRequest) -> Iterator[Plant]:
+    """A broker that lets anybody in, with WebSocket if the parameter says so."""
+    made = Plant(tmp_path, root, "allow_anonymous true\n", websocket=getattr(request, "param", False))
     yield made
     made.stop()
 
@@ -202,10 +204,32 @@ def store(tmp_path: Path, **more: Any) -> dict[str, Any]:
     return {"store": {"directory": str(tmp_path / "store"), "after": 2}, "device": [rule], "failover": _QUICK}
 
 
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Tinyproxy]:
+    """An HTTP proxy."""
+    proxy = Tinyproxy(tmp_path)
+    yield proxy
+    proxy.stop()
+
+
 @pytest.mark.slow
 def test_a_device_notices_nothing_of_an_outage(reactor: Any, plant: Plant, tmp_path: Path) -> None:
     """It publishes on; the subscriber gets everything in order."""
-    gateway = RunningGateway(reactor, plant.tls, ca_file=plant.ca_file, **store(tmp_path, store_qos0="confirm"))
+    go_through_an_outage(reactor, plant, tmp_path, [{"host": "localhost", "port": plant.tls}])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", [True], ids=["websocket"], indirect=True)
+def test_nor_over_websocket_through_a_proxy(reactor: Any, plant: Plant, proxy: Tinyproxy, tmp_path: Path) -> None:
+    """Stored devices have the ways out that others have."""
+    way = {"host": "localhost", "port": plant.tls, "transport": "websocket", "path": "/mqtt", "proxy": proxy.url}
+    go_through_an_outage(reactor, plant, tmp_path, [way])
+    assert f"CONNECT localhost:{plant.tls}" in proxy.log
+
+
+def go_through_an_outage(reactor: Any, plant: Plant, tmp_path: Path, upstream: list[dict[str, Any]]) -> None:
+    """Have a device publish before, during and after an outage."""
+    gateway = RunningGateway(reactor, upstream, ca_file=plant.ca_file, **store(tmp_path, store_qos0="confirm"))
     sensor = Sensor("one", gateway.port)
     try:
         for phase in ("before", "outage", "after"):
