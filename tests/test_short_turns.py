@@ -27,6 +27,7 @@ from gateway.net.transport import RelayReactor
 from gateway.net.websocket import FrameReader
 from tests import mqtt_packets as mqtt
 from tests.fuzz.tools import calls
+from tests.harness import PATIENCE
 from tests.test_relay_reactor import Descriptor, Idle, make
 
 __all__ = ["make"]
@@ -572,10 +573,13 @@ def test_an_error_in_one_new_connection_leaves_the_others(
     accepting: tuple[Any, list[Any]], logged_errors: list[dict[str, Any]]
 ) -> None:
     port, built = accepting
-    with socket.create_connection(("::1", port.getHost().port)), socket.create_connection(("::1", port.getHost().port)):
+    where = ("::1", port.getHost().port)
+    with socket.create_connection(where, PATIENCE) as first, socket.create_connection(where, PATIENCE) as second:
         port.factory.buildProtocol = Mock(side_effect=[ZeroDivisionError, None])
         port.doRead()
         assert port.factory.buildProtocol.call_count == 2
+        # Both are closed.
+        assert first.recv(1) == second.recv(1) == b""
     assert not built
     assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
     logged_errors.clear()

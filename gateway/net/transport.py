@@ -297,11 +297,15 @@ class _AcceptsFew(tcp.Port):
         return True
 
     def _begin(self, accepted: socket.socket, address: Any) -> None:
-        if len(address) == _IPV6_ADDRESS_SIZE:
-            # With its scope, which is not part of `address`.
-            host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
-            address = (host, *address[1:])
-        protocol = self.factory.buildProtocol(self._buildAddr(address))  # type: ignore[union-attr]  # it listens
+        try:
+            if len(address) == _IPV6_ADDRESS_SIZE:
+                # With its scope, which is not part of `address`.
+                host, _ = socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+                address = (host, *address[1:])
+            protocol = self.factory.buildProtocol(self._buildAddr(address))  # type: ignore[union-attr]  # it listens
+        except Exception:
+            accepted.close()  # What is logged would keep it open.
+            raise
         if protocol is None:
             accepted.close()
             return
