@@ -102,3 +102,59 @@ def test_without_a_limit_nobody_waits() -> None:
     paced.pace.rate = 0
     paced.tick()
     assert len(paced.sent) == 10_000
+
+
+def test_a_rate_below_a_tick_sends_one_at_a_time() -> None:
+    """One at once, and one each second."""
+    paced = Paced()
+    paced.pace = DrainPace(1, lambda: paced.now, lambda: None)
+    paced.backlog("d", 10)()
+    assert len(paced.sent) == 1
+    assert paced.tick(0.5) == 0
+    assert paced.tick(0.5) == 1
+
+
+def test_after_a_rest_a_message_leaves_at_once() -> None:
+    """It need not wait for the next tick: the time that passed counts."""
+    paced = Paced()
+    paced.backlog("before", 20)()
+    assert len(paced.sent) == 20
+    paced.now += 1
+    paced.asked = 0
+    paced.backlog("after", 20)()
+    assert len(paced.sent) == 40
+    assert not paced.asked
+
+
+def test_a_clock_that_goes_back_takes_nothing() -> None:
+    """Nor does it give."""
+    paced = Paced()
+    paced.now -= 100
+    paced.backlog("d", 30)()
+    assert len(paced.sent) == 20
+
+
+def test_nobody_overtakes_after_a_turn() -> None:
+    """A turn ends with those that had it."""
+    paced = Paced()
+    paced.backlog("first", 100)()
+    paced.tick()
+    sent = len(paced.sent)
+    paced.now += TICK
+    paced.backlog("second", 100)()
+    assert len(paced.sent) == sent
+
+
+def test_when_nobody_waits_no_turn_is_asked_for() -> None:
+    """Otherwise the event loop would wake up for nothing a hundred times a second."""
+    paced = Paced()
+    paced.backlog("d", 25)()
+    paced.asked = 0
+    assert paced.tick() == 5
+    assert not paced.asked
+
+
+def test_without_a_rate_there_is_no_limit() -> None:
+    """As where nothing is said of one."""
+    pace = DrainPace()
+    assert all(pace.may_send(lambda: None) for _ in range(10))
