@@ -9,7 +9,7 @@ import pytest
 from gateway.errors import EndReason, PacketError
 from gateway.mqtt import message as mqtt
 from gateway.mqtt.message import Message, Subscription
-from gateway.mqtt.packets import PacketType, ProtocolVersion
+from gateway.mqtt.packets import PacketType, ProtocolVersion, decode_remaining_length
 from gateway.mqtt.whole import WholePackets
 
 V31, V311, V5 = ProtocolVersion.MQTT_3_1, ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
@@ -168,3 +168,19 @@ def test_thirty_packets_are_returned_at_a_time():
     assert whole.error is checker.error
     checker.behind = True
     assert whole.behind
+
+
+def test_a_packet_is_not_read_anew_with_each_of_its_bytes(monkeypatch: pytest.MonkeyPatch):
+    """Its size is known once its header is."""
+    read: list[int] = []
+
+    def decode(data: bytes, offset: int) -> tuple[int, int] | None:
+        read.append(len(data))
+        return decode_remaining_length(data, offset)
+
+    monkeypatch.setattr("gateway.mqtt.whole.decode_remaining_length", decode)
+    checker: Any = Passes()
+    whole = WholePackets(checker)
+    packet = b"\x30\x7e" + bytes(126)
+    assert [each for byte in packet for each in whole.feed(bytes((byte,)))] == [packet]
+    assert len(read) == 3
