@@ -20,7 +20,10 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_der_publ
 from gateway.errors import EndReason
 from tests import mqtt_packets as mqtt
 from tests.balancers import Program
+from tests.fleet import Fleet, refused
 from tests.harness import Broker, Device, RunningGateway, eventually
+from tests.leftovers import Leftovers
+from tests.mosquitto import Mosquitto
 from tests.pages import files_of
 from tests.pki import CLIENT, Certified, certify, certify_ca
 from tests.ports import free_port
@@ -192,6 +195,54 @@ def test_a_broker_that_is_not_the_right_one_gets_no_byte(
     assert gateway.wait_ended().reason is EndReason.UPSTREAM_CLOSED
     program.wait_for("upstream SSL certificate ")
     assert (wrong.accepted, wrong.received) == (1, b"")
+
+
+def test_a_hundred_devices_through_reload_and_outages(
+    site: Site, start: Callable[[int], Program], start_gateway: Callable[..., RunningGateway]
+) -> None:
+    """Mosquitto demands the token's certificate; what ends with nginx or mosquitto comes back with it."""
+    chain, key = site.directory / "broker.pem", site.directory / "broker.key"
+    own = certify(ROOT)
+    chain.write_bytes(own.pem)
+    key.write_bytes(own.key_pem)
+    port = free_port()
+
+    def start_mosquitto() -> Mosquitto:
+        lines = [f"listener {port} 127.0.0.1", "require_certificate true", "use_identity_as_username true"]
+        lines += [f"cafile {site.token / 'broker-ca.pem'}", f"certfile {chain}", f"keyfile {key}"]
+        return Mosquitto(site.directory, "\n".join([*lines, "allow_anonymous false", ""]), port)
+
+    broker = start_mosquitto()
+    try:
+        nginx = start(port)
+        listens(site, nginx)
+        gateway = start_gateway(**site.settings(), failover={"retry_first": 0.1, "retry_max": 0.1})
+        leftovers = Leftovers(gateway)
+        fleet = Fleet(gateway)
+        fleet.connect()
+        gateway.change(limits={"max_packet_size": 100_000})
+        fleet.publish()
+        assert not gateway.ended
+
+        nginx.stop()
+        fleet.lose(EndReason.UPSTREAM_LOST)
+        eventually(lambda: refused(gateway) is EndReason.TCP_REFUSED, lambda: f"so far {gateway.ended[-1]}")
+        listens(site, start(port))
+        fleet.connect()
+        fleet.publish()
+
+        broker.stop()
+        fleet.lose(EndReason.UPSTREAM_LOST)
+        eventually(lambda: refused(gateway) is EndReason.UPSTREAM_CLOSED, lambda: f"so far {gateway.ended[-1]}")
+        broker = start_mosquitto()
+        fleet.connect()
+        # For the gateway, nginx is the broker: it was verified in sessions that ended before CONNACK, too.
+        gateway.ended.clear()
+        fleet.publish()
+        fleet.disconnect()
+        leftovers.check()
+    finally:
+        broker.stop()
 
 
 def test_nobody_else_on_the_machine_can_use_the_token(
