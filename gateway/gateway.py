@@ -190,7 +190,7 @@ class Gateway:
         self._generation = self._built(prepare(config, uniform, helpers.programs), None)
         self._open_store(config)
         self._use_store()
-        # Sessions whose CONNECT has not come yet, by address.
+        # Sessions whose CONNECT has not come yet, and those that were refused and are not closed yet, by address.
         self._silent: FairQueue[Session] = FairQueue()
         self.doorkeeper = Doorkeeper(config.admission, self.max_sessions, clock.seconds, self._make_room)
         self.doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
@@ -430,7 +430,7 @@ class Gateway:
         self._silent.discard(host_of(opening.address) or "", session)
 
     def _make_room(self, host: str) -> bool:
-        """End a connection without CONNECT of the address that has the most, unless `host` has about as many."""
+        """End a connection without a session, of the address that has most of them, unless `host` has about as many."""
         # Where most addresses have one or two, nobody floods, and thousands would be looked at for each connection.
         session = self._silent.shed(host) if len(self._silent) > 2 * self._silent.addresses else None
         if session is None:
@@ -584,7 +584,11 @@ class Gateway:
 
     def _forget_accepted(self) -> None:
         for session in [each for each in self._not_accepted if each.state is State.ENDED or each.state in _ESTABLISHED]:
-            del self._not_accepted[session]
+            opening = self._not_accepted.pop(session)
+            if session.state is State.ENDED:
+                # Its device does not close: this, too, makes room for others.
+                self.heard(opening, session)
+                self._silent.push(host_of(opening.address) or "", session)
 
     def _drain_some(self) -> bool:
         """End some of the sessions that are due, and the others in the next turns; return whether there are others."""

@@ -354,6 +354,34 @@ def test_connections_without_connect_of_one_address_make_room_for_others(
         assert refused(gateway, gateway.port, 3) is EndReason.TOO_MANY_SESSIONS
 
 
+def test_connections_that_were_refused_and_stay_open_make_room_for_others(
+    start_gateway: Callable[..., RunningGateway], start_broker: Callable[..., Broker]
+) -> None:
+    """The gateway waits for their devices to close them, but not while others are kept out."""
+    gateway = start_gateway(
+        upstream=start_broker().port,
+        admission={"max_sessions": 4},
+        timeouts={"close": 60.0},
+        device=[{"match_client_id": "no", "enabled": False}],
+    )
+    with ExitStack() as stack:
+        for _ in range(4):
+            source = ("127.0.0.66", 0)
+            refused_one = stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 20, source))
+            refused_one.sendall(mqtt.connect("no"))
+        eventually(lambda: len(gateway.journal.ended) == 4, "their end")
+        assert len(gateway.service.gateway.sessions) == 4
+
+        def is_served() -> bool:
+            device = stack.enter_context(Device(gateway.port))
+            with suppress(OSError):
+                device.send(mqtt.connect())
+                return device.socket.recv(4) == mqtt.connack()
+            return False
+
+        eventually(is_served, "room")
+
+
 def test_a_device_may_come_in_by_ipv6_and_by_a_unix_socket(
     start_gateway: Callable[..., RunningGateway], start_broker: Callable[..., Broker], tmp_path: Path
 ) -> None:
