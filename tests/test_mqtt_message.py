@@ -184,3 +184,22 @@ def test_a_packet_is_not_read_anew_with_each_of_its_bytes(monkeypatch: pytest.Mo
     packet = b"\x30\x7e" + bytes(126)
     assert [each for byte in packet for each in whole.feed(bytes((byte,)))] == [packet]
     assert len(read) == 3
+
+
+def test_what_was_fed_and_not_passed_comes_with_a_later_turn():
+    """Not before the packets that wait already: what is held stays bounded."""
+
+    class Hesitates(Passes):
+        fed = 0
+
+        def feed(self, data: bytes) -> bytes:
+            """Return a packet more, each time."""
+            self.fed += 1
+            return data + b"\xe0\0"
+
+    checker: Any = Hesitates()
+    whole = WholePackets(checker)
+    assert len(whole.feed(b"\xc0\0" * 40)) == 30
+    assert len(whole.feed(b"")) == 11
+    assert checker.fed == 1
+    assert whole.feed(b"") == [b"\xe0\0"]
