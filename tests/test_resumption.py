@@ -519,6 +519,15 @@ def test_suspended_tickets_come_back_after_an_hour(world: World) -> None:
     assert world.tickets.suspend()
 
 
+def test_a_clock_that_is_set_back_does_not_suspend_tickets_for_longer(world: World) -> None:
+    """By years, it may be: a box without a clock of its own starts with any time."""
+    world.watch.now += 365 * 86_400
+    assert world.tickets.suspend()
+    world.watch.now -= 365 * 86_400
+    assert world.resumed()
+    assert world.tickets.suspend()
+
+
 def test_each_target_has_tickets_of_its_own(tmp_path: Path) -> None:
     """Brokers at other ports, other names or under another policy share none; resumption = false has none at all."""
     world = World(tmp_path)

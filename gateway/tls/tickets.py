@@ -95,7 +95,7 @@ class Tickets:
         """Return the ticket to resume with, if there is a valid one."""
         if self._ticket is not None and not self.holds(self._ticket.verified):
             self._ticket = None
-        return None if self._now() < self._resumes_from else self._ticket
+        return None if self._is_suspended(self._now()) else self._ticket
 
     def keep(self, ticket: Ticket) -> None:
         """Keep a ticket of a channel that is VERIFIED, replacing the previous one."""
@@ -104,9 +104,13 @@ class Tickets:
     def suspend(self) -> bool:
         """Offer no tickets for `SUSPENDED_FOR` seconds; return whether that is news."""
         now = self._now()
-        is_news = now >= self._resumes_from
+        is_news = not self._is_suspended(now)
         self._resumes_from = now + SUSPENDED_FOR
         return is_news
+
+    def _is_suspended(self, now: float) -> bool:
+        # If the clock is set back meanwhile, the suspension is over, too.
+        return 0 < self._resumes_from - now <= SUSPENDED_FOR
 
 
 def good_until(policy: TLSPolicy, chain: Sequence[x509.Certificate], since: float) -> float:
