@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -73,28 +74,30 @@ def test_another_qos_is_another_message():
     assert mqtt.with_qos(message, 1) == Message(b"t", b"x", 1, retain=True)
 
 
-# Packets, and what the gateway writes for them.
-WRITTEN = [
-    (b"\x40\2\1\2", mqtt.acknowledgement(PacketType.PUBACK, 0x102)),
-    (b"\x50\3\0\7\x97", mqtt.acknowledgement(PacketType.PUBREC, 7, 0x97)),
-    (b"\x62\2\0\7", mqtt.acknowledgement(PacketType.PUBREL, 7)),
-    (b"\x70\2\0\7", mqtt.acknowledgement(PacketType.PUBCOMP, 7)),
-    (b"\x82\x06\1\2\0\1t\2", mqtt.subscribe(V311, 0x102, [Subscription("t", 2)])),
-    (b"\x82\x0b\1\2\0\0\1t\2\0\1u\1", mqtt.subscribe(V5, 0x102, [Subscription("t", 2), Subscription("u", 1)])),
-    (b"\x82\x0a\0\7\3\x0b\x80\1\0\1t\0", mqtt.subscribe(V5, 7, [Subscription("t", 0, 128)])),
-    (b"\xa2\5\1\2\0\1t", mqtt.unsubscribe(V311, 0x102, ["t"])),
-    (b"\xa2\x09\0\7\0\0\1t\0\1u", mqtt.unsubscribe(V5, 7, ["t", "u"])),
-    (b"\x90\4\1\2\1\x80", mqtt.suback(V311, 0x102, [1, 0x80])),
-    (b"\x90\4\0\7\0\2", mqtt.suback(V5, 7, [2])),
-    (b"\xb0\2\1\2", mqtt.unsuback(V311, 0x102, 2)),
-    (b"\xb0\5\0\7\0\0\0", mqtt.unsuback(V5, 7, 2)),
+# Packets, and what writes them.
+WRITTEN: list[tuple[bytes, Callable[..., bytes], tuple[Any, ...]]] = [
+    (b"\x40\2\1\2", mqtt.acknowledgement, (PacketType.PUBACK, 0x102)),
+    (b"\x50\3\0\7\x97", mqtt.acknowledgement, (PacketType.PUBREC, 7, 0x97)),
+    (b"\x62\2\0\7", mqtt.acknowledgement, (PacketType.PUBREL, 7)),
+    (b"\x70\2\0\7", mqtt.acknowledgement, (PacketType.PUBCOMP, 7)),
+    (b"\x82\x06\1\2\0\1t\2", mqtt.subscribe, (V311, 0x102, [Subscription("t", 2)])),
+    (b"\x82\x0b\1\2\0\0\1t\2\0\1u\1", mqtt.subscribe, (V5, 0x102, [Subscription("t", 2), Subscription("u", 1)])),
+    (b"\x82\x0a\0\7\3\x0b\x80\1\0\1t\0", mqtt.subscribe, (V5, 7, [Subscription("t", 0, 128)])),
+    (b"\xa2\5\1\2\0\1t", mqtt.unsubscribe, (V311, 0x102, ["t"])),
+    (b"\xa2\x09\0\7\0\0\1t\0\1u", mqtt.unsubscribe, (V5, 7, ["t", "u"])),
+    (b"\x90\4\1\2\1\x80", mqtt.suback, (V311, 0x102, [1, 0x80])),
+    (b"\x90\4\0\7\0\2", mqtt.suback, (V5, 7, [2])),
+    (b"\xb0\2\1\2", mqtt.unsuback, (V311, 0x102, 2)),
+    (b"\xb0\5\0\7\0\0\0", mqtt.unsuback, (V5, 7, 2)),
 ]
 
 
-@pytest.mark.parametrize(("packet", "written"), WRITTEN)
-def test_packets_are_written_as_the_standard_has_them(packet: bytes, written: bytes):
+@pytest.mark.parametrize(("packet", "write", "values"), WRITTEN)
+def test_packets_are_written_as_the_standard_has_them(
+    packet: bytes, write: Callable[..., bytes], values: tuple[Any, ...]
+):
     """MQTT 3.1.1 §3.4 to §3.11, and MQTT 5.0's."""
-    assert written == packet
+    assert write(*values) == packet
 
 
 def test_an_identifier_is_read_and_replaced():
