@@ -167,6 +167,14 @@ def test_an_answer_stays_where_no_prefix_is_for_it() -> None:
     assert without_prefixes(V5, 0x30, plain, 0, b"in/", b"in/") is None
 
 
+@pytest.mark.parametrize("answer", ["in/", "in", "out/a"])
+def test_an_answer_that_is_not_below_its_prefix_is_removed(answer: str) -> None:
+    """The prefix itself would leave an empty Response Topic, which is malformed."""
+    body = mqtt.publish("t", b"x", version=5, properties=mqtt.text(0x03, "c") + mqtt.text(0x08, answer))[2:]
+    without = mqtt.publish("t", b"x", version=5, properties=mqtt.text(0x03, "c"))
+    assert without_prefixes(V5, 0x30, body, 0, b"", b"in/") == without
+
+
 @pytest.mark.parametrize("first", [0x30, 0x32])
 def test_a_publish_is_written_with_other_topics(first: int) -> None:
     """All else stays byte for byte; the rest of the payload follows."""

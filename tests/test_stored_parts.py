@@ -323,3 +323,20 @@ def test_a_disk_that_fails_is_told_to_the_device() -> None:
     desk.error = ZeroDivisionError("disk")
     desk.subscribe(visit, "a", is_up=False)
     assert (visit.unstored, visit.got) == (["disk"], [])
+
+
+def test_of_a_new_device_nothing_is_known() -> None:
+    """It has no session, no Will, and has not left."""
+    state = DeviceState()
+    known = [state.connect, state.had_password, state.address, state.listener, state.has_session, state.clean_pending]
+    known += [state.connack_missing, state.limits, state.will, state.will_delay, state.has_left]
+    assert not any(known)
+
+
+def test_subscriptions_that_cannot_be_read_leave_the_rest() -> None:
+    """The session is not forgotten for them."""
+    values = json.loads(state_with(has_session=True).dumped())
+    values["subscriptions"] = []
+    state = DeviceState.load(json.dumps(values))
+    assert state.has_session
+    assert state.subscriptions.table == {}
