@@ -180,6 +180,7 @@ class GatewayService(Service):
             stores_all=lambda: stores_all(gateway.config),
             log=lambda: self.lost_lines,
             renewals=lambda: self.renewals,
+            weak_ciphers=lambda: weak_ciphers(gateway.config),
         )
 
     @property

@@ -20,6 +20,8 @@ from gateway.cli.report import Report, Status, Step
 from gateway.config import TLS, from_mapping, weak_ciphers
 from gateway.config.algorithms import Algorithms
 from gateway.errors import ConfigError
+from gateway.ops.status_words import Level, Verdict, verdict
+from gateway.pieces import at_once
 from gateway.tls import direct
 from gateway.tls.channel import make_policies, make_policy
 from gateway.tls.devices import DevicePolicies
@@ -338,14 +340,22 @@ def test_sessions_use_what_their_upstream_is_offered(
         assert served(gateway, "sensor-2").startswith("TLS_")
         assert served(gateway, "sensor-3") == "AES256-SHA"
         assert [words.partition(" ")[0] for words in warned] == ["AES256-SHA"]
+        assert any("weaker than the defaults: AES256-SHA (no forward" in line for line in shown(gateway).reasons)
+        assert shown(gateway).level is Level.WELL
         # Without the list, the same broker is refused, and the next one serves.
         gateway.change(upstream=[{key: value for key, value in table.items() if key != "ciphers"} for table in tables])
         assert served(gateway, "sensor-1").startswith("TLS_")
         assert len(warned) == 1
+        assert not any("weaker" in line for line in shown(gateway).reasons)
         gateway.change(upstream=tables)
         assert served(gateway, "sensor-1") == "AES256-SHA"
     finally:
         globalLogPublisher.removeObserver(observe)
+
+
+def shown(gateway: RunningGateway) -> Verdict:
+    """Return the headline of the status page and of `status`, with the lines below it."""
+    return verdict(gateway.call(lambda: at_once(gateway.service.sight.document())))
 
 
 def served(gateway: RunningGateway, client_id: str) -> str:

@@ -725,7 +725,7 @@ def test_the_parts_of_the_document_are_described(
     ]
     upstream = [
         {"host": "localhost", "port": start_broker().port},
-        {"host": "localhost", "port": 1, "name": "gone", "default": False},
+        {"host": "localhost", "port": 1, "name": "gone", "default": False, "ciphers": "AES128-SHA"},
     ]
     gateway = start(upstream=upstream, device=rules, store={"directory": str(tmp_path / "store"), "after": 2})
     with Device(gateway.port) as well, Device(gateway.port) as broken, Device(gateway.port) as kept:

@@ -89,7 +89,8 @@ class Sources:
     """Queries to the gateway.
 
     `listeners` are (name, address); `host` is the name of this machine; `refused_rules` are (rule, problem);
-    `refused_reloads` says why the current configuration files are not in use.  `log` gives how many lines of the log
+    `refused_reloads` says why the current configuration files are not in use; `weak_ciphers` are (key, cipher with its
+    weakness).  `log` gives how many lines of the log
     were lost, and whether lines are being lost now.
     """
 
@@ -109,6 +110,7 @@ class Sources:
     stores_all: Callable[[], bool] = lambda: False
     log: Callable[[], tuple[int, bool]] = lambda: (0, False)
     renewals: Callable[[], Renewals | None] = lambda: None
+    weak_ciphers: Callable[[], Sequence[tuple[str, str]]] = lambda: ()
 
 
 @frozen(kw_only=True)
@@ -225,6 +227,7 @@ class Sight:
             "device_certificates": self._device_certificates(now),
             "refused_rules": self._refused_rules(),
             "renewals": self._renewals(),
+            "weak_ciphers": [{"key": key, "cipher": cipher} for key, cipher in self.sources.weak_ciphers()],
             "sessions": {
                 "open": sum(steps[step] for step in STEPS),
                 "limit": self.sources.max_sessions(),

@@ -89,6 +89,8 @@ def verdict(document: Part) -> Verdict:
     is_new = not document["sessions"]["started"] and not connected(document)
     if is_new:
         absent.append(f"Point a device at {where_devices_connect(document)}, with plain MQTT (no TLS).")
+    # The configuration permits them by name, so they are shown, but are no problem to look at.
+    absent += weak_cipher_lines(document)
     if not document["alive"]:
         return Verdict(Level.DOWN, "The event loop is stuck; timeouts are not enforced", reasons)
     stored, steps = document.get("store"), document["sessions"]["by_step"]
@@ -219,6 +221,12 @@ def renewal_lines(document: Part) -> list[str]:
     ]
     more = renewals["failing"] - len(lines)
     return [*lines, f"{number(more)} more certificates cannot be renewed."] if more > 0 else lines
+
+
+def weak_cipher_lines(document: Part) -> list[str]:
+    """Name the configured ciphers that are weaker than the defaults."""
+    weak = document.get("weak_ciphers", ())  # a gateway of an earlier version has none
+    return [f"{each['key']}: weaker than the defaults: {each['cipher']}." for each in weak]
 
 
 def _absent(document: Part) -> list[str]:
