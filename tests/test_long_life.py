@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +34,7 @@ FEW_HOURS, MANY_HOURS = 4, 72
 
 
 def test_a_life_of_a_few_hours_leaves_nothing_behind(identities: Identities) -> None:
-    """Reloads, expiring tokens and certificates, names that change, brokers that flap, a process that is stopped."""
+    """Reloads, expiring tokens and certificates, names and clocks that change, flapping brokers, a stopped process."""
     outcome = live_long(1, identities, FEW_HOURS)
     assert not outcome.violations, report(outcome)
 
@@ -128,6 +129,20 @@ def lets_sessions_outlive_their_tokens(patch: pytest.MonkeyPatch) -> None:
 def never_reads_on_after_a_pause(patch: pytest.MonkeyPatch) -> None:
     """A device that was too fast once is not read any more."""
     patch.setattr(Pace, "recovered", lambda *_: False)
+
+
+@mutant("end-to-end", "liveness", "truth")
+def measures_timeouts_by_the_time_of_day(patch: pytest.MonkeyPatch) -> None:
+    """A clock that is set makes devices look silent, or heard in the future."""
+    begin = Session.__init__
+    offsets: list[float] = []
+
+    def begin_by_the_day(self: Session, *arguments: Any, **more: Any) -> None:
+        begin(self, *arguments, **more)
+        offsets.append(time.time() - self._seconds())
+        self._seconds = lambda: time.time() - offsets[0]
+
+    patch.setattr(Session, "__init__", begin_by_the_day)
 
 
 @pytest.mark.slow

@@ -1,8 +1,8 @@
 """One gateway that lives for days: devices come and go while everything around it changes.
 
 In: a seed, a number of virtual hours.  Out: an `Outcome`, as of the short runs.  Each hour has a reload, with rules
-that come and go; certificates and tokens expire, names lead elsewhere, brokers flap, and the process is stopped for
-minutes.
+that come and go; certificates and tokens expire, names lead elsewhere, brokers flap, the process is stopped for
+minutes, and the time of day jumps.
 The oracles watch all the time as in the short runs; at the end nothing may be left: no session, descriptor, count,
 delayed call, and no generation but the last.
 """
@@ -10,8 +10,10 @@ delayed call, and no generation but the last.
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
+from unittest.mock import patch
 
 import attrs
 
@@ -19,7 +21,9 @@ from gateway.config import TLS, Config, Drain, Failover, Listener, Pacing, Upstr
 from gateway.errors import EndReason
 from gateway.gateway import Gateway
 from gateway.prepared import free
+from gateway.reception import Helpers
 from gateway.session.record import SessionRecord
+from gateway.tls.tickets import Tickets
 from tests import mqtt_packets as mqtt
 from tests.simulation.identities import Identities
 from tests.simulation.models import Broker, Device
@@ -33,11 +37,16 @@ _DEVICES_AN_HOUR = 10
 _SOON = 9.0
 # The longest that what a device has sent may take to its broker, paces included, in seconds.
 _ARRIVES_WITHIN = 60.0
+# The furthest that the time of day jumps, in seconds: a box without a clock starts years ago.
+_FURTHEST_JUMP = 5 * 365 * 86_400.0
 
 
 def live_long(seed: int, identities: Identities, hours: int) -> Outcome:
     """Run one life."""
-    return judge(LongLife(seed, identities, hours))
+    life = LongLife(seed, identities, hours)
+    # Whoever asks for the time of day gets that of the life; what is asked by default was chosen at the import.
+    with patch("time.time", life.time_of_day), patch.object(Tickets.__init__, "__defaults__", (life.time_of_day,)):
+        return judge(life)
 
 
 class LongLife(World):
@@ -45,6 +54,8 @@ class LongLife(World):
 
     def __init__(self, seed: int, identities: Identities, hours: int) -> None:
         super().__init__(seed, identities)
+        # The time of day when it begins, which the certificates are made for, and by how much it is wrong now.
+        self._dawn, self._jumped = time.time(), 0.0
         self.hours = hours
         self.most_steps *= hours
         # What a short run leaves to its seed.
@@ -79,9 +90,19 @@ class LongLife(World):
 
     # ---- what there is
 
+    def time_of_day(self) -> float:
+        """Return what the machine takes for the time, in seconds since the epoch."""
+        return self._dawn + self.now + self._jumped
+
     def _gateway(self) -> Gateway:
         return Gateway(
-            self.config, self.clock, self.network, self.journal, 1000, uniform=self.fork("life's jitter").random
+            self.config,
+            self.clock,
+            self.network,
+            self.journal,
+            1000,
+            uniform=self.fork("life's jitter").random,
+            helpers=Helpers(now=self.time_of_day),
         )
 
     def _configured(self, hour: int) -> Config:
@@ -146,6 +167,9 @@ class LongLife(World):
             self.clock.schedule((hour + random.random()) * _HOUR, self._reload, hour)
             self.clock.schedule((hour + random.random()) * _HOUR, self._trouble, hour)
             self.clock.schedule((hour + random.random()) * _HOUR, self._stop_for, 200.0)
+            # Set wrong in one hour, and right in the next.
+            jumped = 0.0 if hour % 2 else random.uniform(-1, 1) * _FURTHEST_JUMP
+            self.clock.schedule((hour + random.random()) * _HOUR, self._set_clock, jumped)
         self.clock.schedule(1.0, self._watch_deadlines)
         self._run(self.settled + 3 * _HOUR)
         self._leave()
@@ -193,6 +217,10 @@ class LongLife(World):
         else:
             for each in self.brokers:
                 each.be_away(120.0)
+
+    def _set_clock(self, jumped: float) -> None:
+        self.note("world", f"the time of day is wrong by {jumped:.0f} s")
+        self._jumped = jumped
 
     def _stop_for(self, seconds: float) -> None:
         """Stop the process; devices go on, so that what they have said meanwhile waits in the kernel."""
