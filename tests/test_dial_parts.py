@@ -82,6 +82,16 @@ def test_lines_of_the_file_and_of_the_program_are_put_together(tmp_path: Path) -
     assert programs.asked[0][:3] == (("/bin/token",), {}, 10.0)
 
 
+def test_a_route_shows_no_secret(tmp_path: Path) -> None:
+    """What a log or a traceback shows of it has neither the lines nor the program's arguments."""
+    file = tmp_path / "lines"
+    file.write_text("A: secret")
+    keys = {"transport": "websocket", "request_file": file, "request_command": ("/bin/token", "secret")}
+    (route,) = routes(Programs(), keys)
+    assert "secret" in route.lines
+    assert "secret" not in repr(route)
+
+
 @pytest.mark.parametrize(
     ("output", "words"),
     [

@@ -318,3 +318,30 @@ def test_all_else_is_the_sockets(policy: TLSPolicy) -> None:
         *answers,
     ]
     assert not layer.disconnecting
+
+
+def test_a_producer_that_was_unregistered_does_not_count(policy: TLSPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows any more whether its transport is full."""
+
+    class Producer:
+        choked = True
+
+    bench = Bench(policy).opened()
+    producer: Any = Producer()
+    bench.layer.registerProducer(producer, True)
+    bench.layer.unregisterProducer()
+    monkeypatch.setattr(TLSChannel, "receive", lambda *_: b"")
+    monkeypatch.setattr(TLSChannel, "outgoing", lambda *_: b"answer")
+    for _ in range(MAX_UNREAD_ANSWERS + 1):
+        bench.layer.dataReceived(b"x")
+    assert "abortConnection" not in bench.socket.done
+
+
+def test_the_channel_is_disposed_of_with_its_connection(policy: TLSPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be kept alive by what OpenSSL calls back."""
+    bench = Bench(policy).opened()
+    disposed: list[TLSChannel] = []
+    monkeypatch.setattr(TLSChannel, "dispose", lambda channel: disposed.append(channel))
+    bench.layer.connectionLost(Failure(ConnectionDone()))
+    assert len(disposed) == 1
+    assert bench.broker.lost == 1

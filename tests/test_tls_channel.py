@@ -25,7 +25,7 @@ from OpenSSL import SSL, crypto
 
 from gateway import MADE
 from gateway.config import TLS
-from gateway.errors import ConfigError, EndReason, UpstreamFailure
+from gateway.errors import ConfigError, EndReason, UnknownIssuer, UpstreamFailure
 from gateway.tls import channel as channel_module
 from gateway.tls import failures, trust
 from gateway.tls.alt_names import shown_names
@@ -812,7 +812,7 @@ def test_an_entry_that_cannot_be_used_does_not_hide_the_others(tag: int, content
 
 @pytest.mark.parametrize(
     "contents",
-    [b"\x82", b"\x82\x80", b"\x82\x89" + bytes(9), b"\x82\x0cbroker.test", b"\x82\x82\x00"],
+    [b"\x82", b"\x82\x80", b"\x82\x85\0\0\0\0\1x", b"\x82\x0cbroker.test", b"\x82\x82\x00"],
     ids=["no length", "indefinite length", "long length", "too short", "half a length"],
 )
 def test_a_malformed_extension_is_a_refusal(contents: bytes) -> None:
@@ -845,6 +845,32 @@ def test_a_name_is_escaped_once() -> None:
     names = [rb"a\b", rb"\xff", b"\xff", "ü".encode(), b"\x1b"]
     certificate = with_alt_names(b"".join(element(0x82, name) for name in names))
     assert shown_names(certificate) == r"DNS:a\\b, DNS:\\xff, DNS:\xff, DNS:ü, DNS:\x1b"
+
+
+def test_an_unknown_issuer_is_told_apart() -> None:
+    """A proxy that intercepts TLS shows one; other untrusted chains have a trusted root."""
+    unknown = [code for code in range(1, 100) if isinstance(verification_failure(code, 0, NOW), UnknownIssuer)]
+    assert unknown == [2, 18, 19, 20, 21]
+
+
+def test_after_approval_a_failed_handshake_is_the_client_certificates() -> None:
+    """Before, it is about ciphers or extensions, and what was offered is told."""
+    queue = [("SSL routines", "", "sslv3 alert handshake failure")]
+    after = handshake_failure(queue, approved=True, offered="ciphers")
+    before = handshake_failure(queue, approved=False, offered="ciphers")
+    assert after.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED
+    assert (before.reason, "offered: ciphers" in before.detail) == (EndReason.TLS_HANDSHAKE_FAILED, True)
+    assert "offered" not in after.detail
+
+
+def test_the_first_eight_names_are_shown() -> None:
+    """Each with its kind; of the others their number."""
+    names = ["email:a@b.test", "URI:mqtts://b.test", "IP:10.0.0.1", *(f"DNS:{number}.test" for number in range(7))]
+    shown = (
+        "email:a@b.test, URI:mqtts://b.test, IP:10.0.0.1, DNS:0.test, DNS:1.test, DNS:2.test, DNS:3.test, DNS:4.test"
+    )
+    assert shown_names(certify(names=names).certificate) == f"{shown} and 2 more"
+    assert shown_names(certify(names=names[:8]).certificate) == shown
 
 
 def test_a_hostile_certificate_cannot_write_into_the_log() -> None:
