@@ -11,9 +11,11 @@ from gateway.errors import EndReason, PacketError
 from gateway.mqtt.message import Message, Subscription, suback, subscribe, unsuback, unsubscribe
 from gateway.mqtt.packets import PacketType, ProtocolVersion
 from gateway.session.requests import Requests
+from gateway.session.saving import Saving
 from gateway.session.stored_connect import are_readable, integer_of, is_persistent, limits_of, packet_of, will_of
 from gateway.session.stored_state import DeviceState
 from gateway.session.subscriptions import MOST, MOST_BYTES, Subscriptions
+from gateway.store.database import StoreError
 
 V311, V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
 
@@ -340,3 +342,85 @@ def test_subscriptions_that_cannot_be_read_leave_the_rest() -> None:
     state = DeviceState.load(json.dumps(values))
     assert state.has_session
     assert state.subscriptions.table == {}
+
+
+# ---- saving
+
+
+class Shelf:
+    """A store that writes when told to."""
+
+    def __init__(self) -> None:
+        self.writes: list[Any] = []
+        self.forgotten: list[bool] = []
+        self.told: list[str] = []
+        self.state = DeviceState()
+        shelf: Any = self
+        self.saving = Saving(shelf, shelf, self.state)
+
+    def save(self, backlog: Any, text: str, done: Any, *, forget_received: bool) -> None:
+        """See `Store.save`."""
+        del backlog, text
+        self.writes.append(done)
+        self.forgotten.append(forget_received)
+
+    def change(self, name: str, **how: bool) -> None:
+        """Have a change written."""
+        self.saving.save(lambda: self.told.append(name), lambda error: self.told.append(f"{name}: {error}"), **how)
+
+
+def test_changes_during_a_write_are_written_together_after_it() -> None:
+    """Each is told when the write that has it is done."""
+    shelf = Shelf()
+    for name in ("a", "b", "c"):
+        shelf.change(name)
+    assert len(shelf.writes) == 1
+    shelf.writes.pop()(None)
+    assert shelf.told == ["a"]
+    assert len(shelf.writes) == 1
+    shelf.writes.pop()(StoreError("full"))
+    assert shelf.told == ["a", "b: full", "c: full"]
+    assert shelf.writes == []
+    shelf.saving.save()
+    shelf.writes.pop()(None)
+    shelf.saving.save()
+    shelf.writes.pop()(StoreError("full"))
+    assert (shelf.writes, shelf.forgotten) == ([], [False] * 4)
+
+
+def test_a_state_that_forgets_identifiers_does_not_wait() -> None:
+    """The device may use them again at once.  What comes then waits until both are written."""
+    shelf = Shelf()
+    shelf.change("a")
+    shelf.change("b", forget_received=True)
+    shelf.change("c")
+    assert shelf.forgotten == [False, True]
+    shelf.writes.pop(0)(None)
+    assert len(shelf.writes) == 1
+    shelf.writes.pop(0)(None)
+    assert (shelf.told, shelf.forgotten) == (["a", "b"], [False, True, False])
+
+
+def test_when_the_gateway_stops_nothing_waits() -> None:
+    """There may be no later turn."""
+    shelf = Shelf()
+    shelf.change("a")
+    shelf.change("b")
+    shelf.saving.stop()
+    shelf.change("c")
+    assert len(shelf.writes) == 3
+    for done in list(shelf.writes):
+        done(None)
+    assert shelf.told == ["a", "b", "c"]
+    assert len(shelf.writes) == 3
+
+
+def test_an_error_of_who_is_told_does_not_end_the_writing() -> None:
+    """What waited is written."""
+    shelf = Shelf()
+    shelf.saving.save(lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+    shelf.change("b")
+    with pytest.raises(ZeroDivisionError):
+        shelf.writes.pop()(None)
+    shelf.writes.pop()(None)
+    assert shelf.told == ["b"]
