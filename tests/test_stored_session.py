@@ -2241,3 +2241,18 @@ def test_what_could_not_be_stored_of_a_session_that_ended_overtakes_nothing(benc
     bench.settle()
     assert upstream.payloads == []
     assert device.got == []
+
+
+@pytest.mark.parametrize("qos", [1, 2])
+def test_a_message_after_a_long_rest_has_its_time(bench: Bench, qos: int) -> None:
+    """The broker acknowledged nothing meanwhile because there was nothing."""
+    bench.connect(keep_alive=600)
+    upstream = bench.online()
+    for _ in range(100):
+        bench.sweep()
+    bench.up(b"x", qos)
+    bench.settle()
+    for _ in range(3):
+        bench.sweep()
+    assert upstream.payloads == [b"x"]
+    assert not upstream.aborted

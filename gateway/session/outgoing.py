@@ -549,8 +549,14 @@ class Outgoing:
         while self._copies and self.connected and not self._finishing and self.in_flight < self._window:
             copy = self._copies.popleft()
             copy.identifier = self._low_identifier()
+            self._note_first_in_flight()
             self._sent_copies[copy.identifier] = copy
             self._send(write_message(self.facts.version, copy.message, copy.identifier))
+
+    def _note_first_in_flight(self) -> None:
+        """Start the time that the broker has to acknowledge something; it had nothing to acknowledge before."""
+        if not self.in_flight:
+            self.last_progress = self._seconds()
 
     def _check_refused(self) -> None:
         """Send what the disk does not take, once it cannot overtake anything."""
@@ -691,6 +697,7 @@ class Outgoing:
         if self.facts.max_packet_size and len(packet) > self.facts.max_packet_size:
             self._store.set_aside(self._backlog, number, f"{len(packet)} bytes are more than the broker takes")
             return
+        self._note_first_in_flight()
         self._flights[identifier] = _Flight(row, identifier, awaits, self._seconds(), is_marking=is_released)
         if self.pace is not None:
             self._sent += 1
