@@ -2256,3 +2256,16 @@ def test_a_message_after_a_long_rest_has_its_time(bench: Bench, qos: int) -> Non
         bench.sweep()
     assert upstream.payloads == [b"x"]
     assert not upstream.aborted
+
+
+def test_a_broker_that_acknowledges_steadily_is_not_stuck(bench: Bench) -> None:
+    """Although something is in flight all the time."""
+    bench.connect(keep_alive=600)
+    upstream = bench.online()
+    for number in range(1, 30):
+        bench.up(b"x", identifier=number)
+        if number > 1:
+            bench.ack(PUBACK, read_publish(4, upstream.sent[-2])[3])
+        bench.sweep(3)
+    assert not upstream.aborted
+    assert bench.stored.phase is Phase.LIVE

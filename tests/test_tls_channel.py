@@ -861,6 +861,9 @@ def test_after_approval_a_failed_handshake_is_the_client_certificates() -> None:
     assert after.reason is EndReason.TLS_CLIENT_CERTIFICATE_REFUSED
     assert (before.reason, "offered: ciphers" in before.detail) == (EndReason.TLS_HANDSHAKE_FAILED, True)
     assert "offered" not in after.detail
+    other = [("SSL routines", "", "tlsv1 alert internal error")]
+    assert "offered" not in handshake_failure(other, approved=True, offered="ciphers").detail
+    assert "offered" not in handshake_failure(other, approved=False).detail
 
 
 def test_the_first_eight_names_are_shown() -> None:
