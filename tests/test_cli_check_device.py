@@ -143,8 +143,13 @@ def test_a_device_that_is_connected_is_not_disturbed(
     cloud = start_cloud()
     rule = rule_of(cloud, "d1")
     gateway = start_gateway(
-        upstream=cloud.port, ca_file=cloud.ca_file, device=[rule], status={"endpoint": "127.0.0.1:0"}
+        upstream=cloud.port,
+        ca_file=cloud.ca_file,
+        device=[rule],
+        status={"endpoint": "127.0.0.1:0", "password": hash_password(b"page", bytes(16))},
     )
+    (password := tmp_path / "page-password").write_text("page")
+    password.chmod(0o600)
     port = gateway.service.status_port.port.getHost().port
     path = configured(
         tmp_path, cloud, written(rule), devices=f'unknown = "refuse"\n[status]\nendpoint = "127.0.0.1:{port}"'
@@ -155,6 +160,9 @@ def test_a_device_that_is_connected_is_not_disturbed(
         device.send(mqtt.connect("d1"))
         assert device.read(4) == b"\x20\2\0\0"
         report = check(path, "--device", "d1")
+        assert (report["connack"]["status"], report["status"]["status"]) == ("SKIP", "WARN")
+        assert "--status-password-file" in report["connack"]["message"]
+        report = check(path, "--device", "d1", "--status-password-file", str(password))
         assert report["tls"]["status"] == "PASS"
         assert report["connack"]["status"] == "SKIP"
         assert "connected now" in report["connack"]["message"]

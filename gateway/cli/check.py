@@ -74,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     login.add_argument(
         "--connect", action="store_true", help="send CONNECT also if the device is connected, which ends its session"
     )
+    login.add_argument(
+        "--status-password-file",
+        type=Path,
+        metavar="FILE",
+        help="the file with the password of the running gateway's status, which says what is connected",
+    )
     login.add_argument("--username", metavar="NAME", help="its user name (default: none)")
     login.add_argument("--password-file", metavar="FILE", help="the file with its password (default: none)")
     output = parser.add_argument_group("the report")
@@ -103,7 +109,14 @@ def run(arguments: argparse.Namespace) -> int:
         examine_files(given, report, running=True)
     else:
         coroutine = examine(
-            reactor, given, login, report, worn, offline=arguments.offline, connect_anyway=arguments.connect
+            reactor,
+            given,
+            login,
+            report,
+            worn,
+            offline=arguments.offline,
+            connect_anyway=arguments.connect,
+            status_password_file=arguments.status_password_file,
         )
         run_in_reactor(reactor, coroutine)
     view.end()
@@ -213,10 +226,12 @@ async def examine(
     *,
     offline: bool = False,
     connect_anyway: bool = False,
+    status_password_file: Path | None = None,
 ) -> None:
     """Run all steps; if `offline`, only those that need no broker; with `worn`, as that device.
 
-    With `connect_anyway`, CONNECT is sent also for a device that has a session.
+    With `connect_anyway`, CONNECT is sent also for a device that has a session; what has one, and which ports are the
+    running gateway's own, is asked with the password in `status_password_file`.
     """
     config, policies = examine_files(given, report)
     if config is None:
@@ -236,7 +251,9 @@ async def examine(
         for name, listener in endpoints:
             step, in_use = await _listen(relay, listener, name)
             if in_use:
-                known = await deferToThread(listeners_of_gateway, config) if known is None else known
+                known = (
+                    await deferToThread(listeners_of_gateway, config, status_password_file) if known is None else known
+                )
                 if listening_at(listener.endpoint) in known:
                     step = Step(name, Status.PASS, f"{listener.endpoint}: the running gateway listens there")
             report.add(step)
@@ -270,7 +287,7 @@ async def examine(
             for problem in error.problems:
                 report.add(Step("upstream", Status.FAIL, problem, "Correct the key, or the file that it names."))
             return
-        stops = await _why_not_to_connect(config, login, worn, connect_anyway=connect_anyway)
+        stops = await _why_not_to_connect(config, login, worn, status_password_file, connect_anyway=connect_anyway)
         for upstream in _led_to(config, guise):
             if policies is None or shown is None:
                 _skip(upstream_steps(config.tls), "the files cannot be used", report, upstream.address)
@@ -299,10 +316,12 @@ async def examine(
         relay.stop()
 
 
-async def _why_not_to_connect(config: Config, login: Login, worn: _Worn | None, *, connect_anyway: bool) -> str:
+async def _why_not_to_connect(
+    config: Config, login: Login, worn: _Worn | None, status_password_file: Path | None, *, connect_anyway: bool
+) -> str:
     """Say why the test ends before CONNECT; empty if it does not."""
     if login.chose_identifier and not connect_anyway:
-        why: str = await deferToThread(why_not_to_connect, config, login.client_identifier)
+        why: str = await deferToThread(why_not_to_connect, config, login.client_identifier, status_password_file)
         return f"{why}; with --connect it is sent all the same" if why else ""
     own = [device for device in config.device if device.enabled]
     only_own = config.devices.unknown == "refuse" and config.tls.client_cert is None and bool(own)
