@@ -282,7 +282,9 @@ def test_under_systemd_twistd_writes_priorities(
     tmp_path: Path, start_broker: Callable[..., Broker], ca_file: Path
 ) -> None:
     """From the first line on, by itself; a reload may ask for another format."""
-    lines = twistd(tmp_path, start_broker, ca_file, "auto").splitlines()
+    text = twistd(tmp_path, start_broker, ca_file, "auto")
+    assert not re.search(r"starting on|Port \d+ Closed", text)
+    lines = text.splitlines()
     changed = next(index for index, line in enumerate(lines) if line.startswith("{"))
     assert changed > 5
     assert all(re.match(r"<\d>", line) for line in lines[:changed])
@@ -314,7 +316,7 @@ def test_twisteds_words_about_ports_are_left_out() -> None:
     """The gateway says in its own what it listens on; other old-style messages are told as Twisted's."""
     written = Written("text")
     observer = LineObserver(BackgroundOutput(written._write), "text")
-    observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "_HTTP (StatusSite) starting", "eventSource": 1})
+    observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "_HTTP (StatusSite) starting on 9883"})
     observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "(TCP Port 9883 Closed)"})
     assert written.text == ""
     observer({"log_namespace": "log_legacy", "log_format": "{x}", "x": "Received SIGTERM, shutting down."})

@@ -37,7 +37,7 @@ _PRIORITIES = {
     LogLevel.error: 3,
     LogLevel.critical: 2,
 }
-_PORT_CLOSED = re.compile(r"\(.* Port .* Closed\)")
+_PORT_WORDS = re.compile(r".+ starting on .+|\(.* Port .* Closed\)")
 _MAX_LINE = 4096  # characters of a line and of a JSON field; a session record has a few hundred
 # Event fields that repeat others, or are internal to Twisted.
 _OF_TWISTED = frozenset({"message", "time", "system", "isError", "format", "line", "shown"})
@@ -71,7 +71,7 @@ class LineObserver:
     def __call__(self, event: LogEvent) -> None:
         """See `twisted.logger.ILogObserver`."""
         if event.get("log_namespace") == "log_legacy":
-            if "eventSource" in event or _PORT_CLOSED.fullmatch(formatEvent(event)):
+            if _PORT_WORDS.fullmatch(formatEvent(event)):
                 return  # Twisted's own words about ports, which the gateway reports in its own
             event = event | {"log_namespace": "twisted"}
         lines = list(self._lines(event))
