@@ -143,7 +143,7 @@ class EndReason(StrEnum):
     DEVICE_UNKNOWN = (
         "device-unknown",
         "No rule matches this device, and unknown devices are refused.",
-        "If the device is yours, add a [[device]] rule for its Client Identifier.",
+        "If it is yours, run `mqtts-gateway device add ID` (with `--ca-cert` if it needs a certificate), then reload.",
     )
     DEVICE_RULE_BROKEN = (
         "device-rule-broken",

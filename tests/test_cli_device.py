@@ -495,6 +495,56 @@ def test_a_certificate_is_renewed_without_a_renew_command(
         assert site.do("renew", "d1", *options) == 1
 
 
+def test_a_rule_without_a_certificate_gets_its_first_one_from_renew(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The command that `add` prints where other rules have a certificate; elsewhere `add` prints nothing of it."""
+    assert site.do("add", "d1") == 0
+    assert site.do("add", "d2", *site.issuing) == 0
+    assert "warning" not in capfd.readouterr().err
+    assert site.do("add", "d3", "--set", "max_qos=1") == 0
+    warning = capfd.readouterr().err
+    assert "--csr" in warning
+    words = shlex.split(warning.partition("mqtts-gateway device ")[2].partition(". For")[0])
+    files = {"ca.pem": str(site.ca_cert), "ca-key.pem": str(site.ca_key)}
+    assert site.do("renew", "d3", "--cert", str(site.ca_cert)) == 1
+    assert "`device remove d3`" in capfd.readouterr().err
+    assert console(["device", *(files.get(word, word) for word in words), "--days", "20"]) == 0
+    assert "next: mqtts-gateway reload" in capfd.readouterr().out
+    rule = site.rule("d3")
+    assert (rule.client_cert, rule.max_qos) == (site.directory / "d3.pem", 1)
+    assert stat.S_IMODE((site.directory / "d3-key.pem").stat().st_mode) == 0o600
+    x509.load_pem_x509_certificate((site.directory / "d3.pem").read_bytes()).verify_directly_issued_by(
+        site.ca.certificate
+    )
+    assert site.do("add", "d4", "--set", "password_file=p") == 0
+    assert site.do("add", "d5", "--set", "enabled=false") == 0
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_files_that_a_new_rule_does_not_use_are_named(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """With commands that make it use them."""
+    site.do("add", "d1", *site.issuing)
+    site.do("remove", "d1")
+    capfd.readouterr()
+    assert site.do("add", "d1") == 0
+    remove, add = capfd.readouterr().err.partition("To use them: ")[2].split(", then ")
+    for command in (remove, add):
+        assert console(shlex.split(command)[1:]) == 0
+    rule = site.rule("d1")
+    assert (rule.client_cert, rule.client_key) == (site.directory / "d1.pem", site.directory / "d1-key.pem")
+
+
+def test_a_table_without_certificates_is_warned_of_once(
+    site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where other rules have one."""
+    site.do("add", "d1", *site.issuing)
+    (tmp_path / "devices.csv").write_text("id\nd2\nd3\n")
+    assert site.do("import", str(tmp_path / "devices.csv")) == 0
+    assert capfd.readouterr().err.count("device renew ID --ca-cert") == 1
+
+
 def test_a_device_is_moved(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """To another broker and address, and back; not to a broker that does not exist."""
     text = site.config.read_text()

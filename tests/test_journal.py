@@ -217,7 +217,8 @@ def test_a_remedy_names_the_device_in_a_command_that_can_be_typed(
     for name in ("pump 3", "x\x1b[2J", "-x", "", "y" * 300):
         journal.session_ended(unfinished(EndReason.DEVICE_UNKNOWN, client_identifier=name))
     first, *others = lines(events)
-    assert "`mqtts-gateway device add 'pump 3'`" in first
+    assert EndReason.DEVICE_UNKNOWN.remedy.replace("add ID`", "add 'pump 3'`") in first
+    assert "--ca-cert" in first
     assert all(line.endswith(EndReason.DEVICE_UNKNOWN.remedy) for line in others)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -18,8 +19,7 @@ import attrs
 from gateway.cli import device_change, renew
 from gateway.cli.device_files import (
     KEY_TYPES,
-    SECRET,
-    SECRET_OF_GROUP,
+    PUBLIC,
     Authority,
     DeviceProblem,
     Files,
@@ -28,14 +28,12 @@ from gateway.cli.device_files import (
     certificate_pem,
     check_common_name,
     exact_pattern,
-    key_pem,
-    make_key,
-    now,
     request_pem,
     rule_text,
     sync_directories,
 )
 from gateway.cli.device_list import identity_words, list_devices
+from gateway.cli.device_reissue import issue_identity, write_key
 from gateway.cli.device_rules import Rules
 from gateway.cli.device_table import SALT_SIZE, NewDevice, Problems, read_table, value_of
 from gateway.cli.report import complain
@@ -49,7 +47,6 @@ from gateway.text import capitalized, printable
 from gateway.tls.trust import read_certificates, read_private_key
 
 _CONFIG = "/etc/mqtts-gateway/gateway.toml"
-_PUBLIC = 0o644
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +158,8 @@ def _add(rules: Rules, arguments: argparse.Namespace) -> int:
         rules.check_all()
     for path in writer.written:
         print(f"wrote {path}")
+    if issuer is None and not arguments.csr:
+        _tell_missing(rules, [new])
     _tell_next(rules, arguments, "have the *.csr.pem signed, then run", as_argument(identifier))
     return 0
 
@@ -177,6 +176,8 @@ def _import(rules: Rules, arguments: argparse.Namespace) -> int:
         _each(devices, arguments, lambda new: _with_identity(rules, new, issuer, arguments, writer))
         rules.check_all()
     print(f"{len(devices)} devices added; wrote {len(writer.written)} files in {rules.directory}")
+    if issuer is None and not arguments.csr:
+        _tell_missing(rules, [new for _, new in devices])
     _tell_next(rules, arguments, "have each *.csr.pem signed, then run for each", "ID")
     return 0
 
@@ -231,17 +232,14 @@ def _with_identity(
     if issuer is None and not arguments.csr:
         _write_rule(rules, new, files, {}, writer)
         return
-    key = make_key(arguments.key_type)
-    group = rules.key_group
-    writer.write(files.key, key_pem(key), SECRET if group is None else SECRET_OF_GROUP, group)
     if issuer is None:
-        writer.write(files.request, request_pem(key, new.common_name), _PUBLIC)
+        key = write_key(rules, files, arguments.key_type, writer)
+        writer.write(files.request, request_pem(key, new.common_name), PUBLIC)
         # No rule yet: without its certificate, the device would use the gateway's.
         _check_rule(rules, new, new.table)
         return
-    certificate = issuer.issue(key, new.common_name, arguments.days, now())
-    writer.write(files.certificate, certificate_pem(certificate), _PUBLIC)
-    _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
+    identity = issue_identity(rules, files, issuer, new.common_name, arguments.days, arguments.key_type, writer)
+    _write_rule(rules, new, files, identity, writer)
 
 
 def _with_certificate(rules: Rules, new: NewDevice, source: Path, writer: Writer) -> None:
@@ -259,13 +257,13 @@ def _with_certificate(rules: Rules, new: NewDevice, source: Path, writer: Writer
         raise DeviceProblem(f"{files.key} {error}. Use `device add {named} --csr` to make it") from None
     if chain[0].public_key() != key.public_key():
         raise DeviceProblem(f"the first certificate in {source} does not match the key in {files.key}")
-    writer.write(files.certificate, b"".join(certificate_pem(each) for each in chain), _PUBLIC)
+    writer.write(files.certificate, b"".join(certificate_pem(each) for each in chain), PUBLIC)
     _write_rule(rules, new, files, {"client_cert": files.certificate.name, "client_key": files.key.name}, writer)
 
 
 def _write_rule(rules: Rules, new: NewDevice, files: Files, identity: Mapping[str, Any], writer: Writer) -> None:
     table = {**identity, **new.table}
-    writer.write(files.rule, _check_rule(rules, new, table).encode(), _PUBLIC)
+    writer.write(files.rule, _check_rule(rules, new, table).encode(), PUBLIC)
 
 
 def _check_rule(rules: Rules, new: NewDevice, table: Mapping[str, Any]) -> str:
@@ -366,6 +364,32 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     if rules.config.devices.unknown == "pass":
         print("the device can still connect, as one without a rule; to refuse it, use `device disable` instead")
     return 0
+
+
+def _tell_missing(rules: Rules, devices: list[NewDevice]) -> None:
+    """Warn of new rules without a certificate where others have one, and of files that such a rule does not use."""
+    config, at = rules.config, f"--config {shlex.quote(str(rules.file))}"
+    bare = []
+    for new in devices:
+        device = structure_device(rules.filled(new.table))
+        if device.client_cert is not None or device.sources or not device.enabled:
+            continue
+        files, name = Files.of(rules.directory, new.client_identifier), as_argument(new.client_identifier)
+        if files.certificate.exists() and files.key.exists():
+            complain(
+                f"warning: the rule does not use {files.certificate} and its key. To use them: mqtts-gateway device "
+                f"remove {name} {at}, then mqtts-gateway device add {name} {at} --set client_cert="
+                f"{shlex.quote(files.certificate.name)} --set client_key={shlex.quote(files.key.name)}"
+            )
+        else:
+            bare.append(name)
+    if bare and config.tls.client_cert is None and any(device.client_cert is not None for device in config.device):
+        name, which = (bare[0], "this one has") if len(bare) == 1 else ("ID", "these have")
+        complain(
+            f"warning: other rules have a certificate and {which} none: a broker that requires one refuses the device. "
+            f"To issue one: mqtts-gateway device renew {name} --ca-cert ca.pem --ca-key ca-key.pem {at}. For an "
+            f"external CA: `device remove {name}`, then `device add {name} --csr`"
+        )
 
 
 def _tell_next(rules: Rules, arguments: argparse.Namespace, first: str, name: str) -> None:

@@ -43,6 +43,7 @@ _LONGEST_COMMON_NAME = 64
 _BACKDATED = timedelta(hours=1)
 # The modes of keys and passwords: for their owner alone; for the service's group, too.
 SECRET, SECRET_OF_GROUP = 0o600, 0o640
+PUBLIC = 0o644
 KEY_TYPES = ("p256", "rsa2048")
 
 
@@ -181,7 +182,9 @@ class Writer:
             finally:
                 part.unlink(missing_ok=True)
         except FileExistsError:
-            remedy = "If no device uses it any more, delete it. To replace the device, use `device remove` first"
+            remedy = (
+                "If no device uses it any more, delete it. To replace the device, use `device remove ID --keys` first"
+            )
             raise DeviceProblem(f"{path} already exists. {remedy}") from None
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None

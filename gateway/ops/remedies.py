@@ -6,14 +6,12 @@ for this device where there is one.
 
 from __future__ import annotations
 
+import re
 import shlex
 
 from gateway.errors import EndReason
 
-_COMMANDS = {
-    EndReason.DEVICE_DISABLED: "To let the device connect again, run `mqtts-gateway device enable {}`, then reload.",
-    EndReason.DEVICE_UNKNOWN: "If the device is yours, run `mqtts-gateway device add {}`, then reload.",
-}
+_COMMAND = re.compile("(`mqtts-gateway device [a-z]+ )ID`")
 
 
 def remedy_for(reason: EndReason, client_identifier: str) -> str:
@@ -22,6 +20,7 @@ def remedy_for(reason: EndReason, client_identifier: str) -> str:
     An identifier that is empty, escaped or cut cannot be typed, and one that begins with `-` would be an option: the
     remedy then names no device.
     """
-    command = _COMMANDS.get(reason)
     is_typed = client_identifier and not client_identifier.startswith("-") and not {"\\", "…"} & set(client_identifier)
-    return command.format(shlex.quote(client_identifier)) if command and is_typed else reason.remedy
+    if not is_typed:
+        return reason.remedy
+    return _COMMAND.sub(lambda match: f"{match[1]}{shlex.quote(client_identifier)}`", reason.remedy)
