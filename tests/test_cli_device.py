@@ -361,12 +361,31 @@ def test_a_device_is_removed(site: Site, capfd: pytest.CaptureFixture[str]) -> N
     told = capfd.readouterr().out
     assert "kept" in told
     assert "can still connect" in told
-    assert "an established session goes on" in told
     assert site.files() == ["sensor-1-key.pem", "sensor-1.pem"]
     assert site.do("remove", "sensor-1") == 1
     site.do("add", "sensor-2", *site.issuing)
     assert site.do("remove", "sensor-2", "--keys") == 0
     assert site.files() == ["sensor-1-key.pem", "sensor-1.pem"]
+
+
+@pytest.mark.parametrize("unknown", ["pass", "refuse"])
+def test_the_session_of_a_removed_device_is_ended_by_the_command_that_is_named(
+    site: Site, capfd: pytest.CaptureFixture[str], unknown: str
+) -> None:
+    """It works after the rule has gone, and warns of no certificate."""
+    site.config.write_text(site.config.read_text() + f'unknown = "{unknown}"\n')
+    for name in ("d1", "d2"):
+        site.do("add", name, *site.issuing)
+    capfd.readouterr()
+    assert site.do("remove", "d1") == 0
+    told = capfd.readouterr().out
+    assert ("an established session goes on" in told) == (unknown == "refuse")
+    command = told.partition(": mqtts-gateway device ")[2].partition(", then reload")[0]
+    assert console(["device", *shlex.split(command)]) == 0
+    assert not site.rule("d1").enabled
+    assert capfd.readouterr().err == ""
+    assert site.do("remove", "d1") == 0
+    assert "an established session goes on" not in capfd.readouterr().out
 
 
 RULE = """# the boiler in hall 7

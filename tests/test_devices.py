@@ -634,6 +634,19 @@ def test_a_device_that_is_disabled_is_ended_and_refused(
     established(gateway, version=version, client_identifier="d1").close()
 
 
+def test_a_session_whose_rule_was_removed_is_ended_by_a_new_one_that_is_disabled(
+    start_gateway: StartGateway, start_broker: StartBroker
+) -> None:
+    """As `device remove` says."""
+    rule = {"match_client_id": "d1"}
+    gateway = start_gateway(upstream=start_broker().port, device=[rule], devices={"unknown": "refuse"})
+    with established(gateway, client_identifier="d1") as device:
+        gateway.change(device=[], devices={"unknown": "refuse"})
+        gateway.change(device=[{**rule, "enabled": False}], devices={"unknown": "refuse"})
+        assert device.read_to_end() == b""
+        assert gateway.wait_ended().reason is EndReason.DEVICE_DISABLED
+
+
 def test_a_rule_for_user_names_that_is_disabled_ends_the_sessions_under_it(
     start_gateway: StartGateway, start_broker: StartBroker
 ) -> None:

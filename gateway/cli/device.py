@@ -359,10 +359,11 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     )
     revoke = "; then revoke the device's certificate at its CA" if has_certificate else ""
     print(f"next: {rules.next_step}{revoke}")
-    if device.enabled:
-        print("an established session goes on; to end it, disable the device and reload before you remove it")
+    refusing = device_change.refusing_command(rules, arguments.client_id)
     if rules.config.devices.unknown == "pass":
-        print("the device can still connect, as one without a rule; to refuse it, use `device disable` instead")
+        print(f"the device can still connect, as one without a rule; to refuse it: {refusing}, then reload")
+    elif device.enabled:
+        print(f"an established session goes on; to end it: {refusing}, then reload. Then remove this rule, too")
     return 0
 
 

@@ -59,10 +59,12 @@ def _how_to_refuse(rules: Rules, name: str) -> str:
         if not isinstance(device, BrokenRule) and len(name) <= LONGEST_MATCHED and rule.matches_name(name):
             alone = "" if rule.is_exact else "; to refuse this device alone, write a rule for it before that one"
             return f"The rule {printable(device.name)} matches it: set enabled = false there{alone}"
-    return (
-        f"To refuse it, add a rule: mqtts-gateway device add {as_argument(name)} --set enabled=false "
-        f"--config {shlex.quote(str(rules.file))}"
-    )
+    return f"To refuse it, add a rule: {refusing_command(rules, name)}"
+
+
+def refusing_command(rules: Rules, name: str) -> str:
+    """Return the command that has a device without a rule refused, and its session ended, from the next reload on."""
+    return f"mqtts-gateway device add {as_argument(name)} --set enabled=false --config {shlex.quote(str(rules.file))}"
 
 
 def change(rules: Rules, path: Path, changes: Mapping[str, Any]) -> None:
