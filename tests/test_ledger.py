@@ -156,6 +156,19 @@ def test_without_an_identifier_a_device_is_its_address() -> None:
     assert sessions.ledger.last_end("") is None
 
 
+def test_since_when_a_device_is_absent_does_not_move_with_its_attempts() -> None:
+    """From the end of its last established session; its failed attempts are counted from the first in a row."""
+    sessions = Sessions()
+    kept = []
+    for established in (False, False, True, False, False):
+        sessions.clock.advance(10)
+        sessions.end("pump-2", EndReason.TCP_REFUSED, connack_seconds=0.1 if established else None)
+        end = sessions.ledger.last_end("pump-2")
+        assert end is not None
+        kept.append((end.absent_since, end.failing_since, end.ended))
+    assert kept == [(10, 10, 10), (10, 10, 20), (30, 30, 30), (30, 40, 40), (30, 40, 50)]
+
+
 def test_an_end_is_forgotten_after_a_day() -> None:
     """The sweep does that."""
     sessions = Sessions()

@@ -12,6 +12,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
@@ -35,7 +36,7 @@ from gateway.errors import ConfigError, EndReason
 from gateway.ops import metrics as metrics_module
 from gateway.ops import sight as sight_module
 from gateway.ops.metrics import Metrics
-from gateway.ops.status_words import SCHEMA, Level, device_identity, device_state, device_words, verdict
+from gateway.ops.status_words import SCHEMA, Level, Verdict, device_identity, device_state, device_words, verdict
 from gateway.ops.web import page as page_module
 from gateway.ops.web import site as site_module
 from gateway.ops.web.guard import LOGGED, WINDOW, Access, Guard
@@ -44,9 +45,10 @@ from gateway.ops.web.tls import server_side
 from gateway.pieces import at_once
 from gateway.session.session import Session
 from tests import mqtt_packets as mqtt
-from tests.harness import Broker, BrokerConnection, Device, RunningGateway, eventually
+from tests.harness import PATIENCE, Broker, BrokerConnection, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers
 from tests.pki import certify
+from tests.ports import free_port
 from tests.test_floors import ROOT
 from tests.turn_clock import TurnClock
 
@@ -833,6 +835,74 @@ def test_the_headline_names_the_reason_of_the_devices_that_it_counts(
     failed, unserved = verdict(document).reasons
     assert (failed[0], failed.endswith("device-lost.")) == ("3", True)
     assert (unserved[0], unserved.endswith("upstream-refused.")) == ("1", True)
+
+
+def test_after_an_outage_the_gateway_works_although_devices_have_not_come_back(
+    start: StartGateway, start_broker: StartBroker
+) -> None:
+    """One device that was served shows it, and so does a broker that was verified; a new refusal of all does not."""
+
+    def serve(connection: BrokerConnection) -> None:
+        if b"pump-1" in connection.read_packet():
+            connection.send(mqtt.connack())
+        else:
+            connection.send(mqtt.connack(code=5))
+        connection.read_to_end()
+
+    port = free_port()
+    gateway = start(upstream=port, failover={"retry_first": 0.001, "retry_max": 0.001})
+    ended = iter(range(1, 9))
+
+    def refused(name: str) -> Verdict:
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect(name))
+            device.read_to_end()
+        gateway.wait_ended(next(ended))
+        return verdict(ask(gateway).json)
+
+    assert [refused(name).level for name in ("pump-2", "pump-3")] == [Level.DOWN, Level.DOWN]
+    start_broker(serve=serve, port=port)
+    connected(gateway, "pump-1").close()
+    gateway.wait_ended(next(ended))
+    document = ask(gateway).json
+    assert (document["ready"], document["unserved"], document["recovered"], document["failing"]) == (True, 2, 2, 0)
+    judged = verdict(document)
+    assert (judged.level, judged.line[:17]) == (Level.ATTENTION, "The gateway works")
+    assert judged.reasons[0].startswith("3 devices failed")
+    assert verdict({**document, "recovered": 0}).line == "Some devices cannot connect"
+    # Refused since before the last session was established: others are served.
+    assert refused("pump-2").level is Level.ATTENTION
+    # The first of its attempts that fails after that session: none is served as far as is known.
+    assert refused("pump-4").level is Level.DOWN
+
+
+def test_a_broker_that_was_verified_since_can_serve_those_that_could_not_reach_it(
+    start: StartGateway, start_broker: StartBroker
+) -> None:
+    """No session is needed; one that a broker refuses may be refused again."""
+    gateway = start(upstream=(port := free_port()), failover={"retry_first": 0.001, "retry_max": 0.001})
+    for name in ("pump-2", "pump-3"):
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect(name))
+            device.read_to_end()
+    gateway.wait_ended(2)
+    assert verdict(ask(gateway).json).level is Level.DOWN
+
+    asked = threading.Event()
+
+    def hangs_up(connection: BrokerConnection) -> None:
+        connection.read_packet()
+        asked.wait(PATIENCE)
+
+    broker = start_broker(serve=hangs_up, port=port)
+    with Device(gateway.port) as device:
+        device.send(mqtt.connect("pump-1"))
+        eventually(lambda: b"pump-1" in broker.received, "the broker has CONNECT")
+        judged = verdict(ask(gateway).json)
+        asked.set()
+        device.read_to_end()
+    assert (judged.level, judged.line[:17]) == (Level.ATTENTION, "The gateway works")
+    gateway.wait_ended(3)
 
 
 def test_a_disabled_device_is_no_failure(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:

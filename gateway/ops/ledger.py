@@ -65,6 +65,8 @@ class End:
 
     Untrusted text is printable here, and cut.  `client_identifier` is empty if none was read; `key` identifies the
     device.  `times` counts the ends of this device since `since`.  `identity` is as `identity_at_broker` returns it.
+    `absent_since` is when its last established session ended, or of its first attempt if none is known; `failing_since`
+    is the first of the latest attempts that were not established, one after the other.
     """
 
     key: str
@@ -83,6 +85,20 @@ class End:
     duration: float = 0.0
     traffic: Traffic = _NOTHING
     identity: Mapping[str, str] = field(factory=dict)
+    absent_since: float = field(init=False)
+    failing_since: float = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.absent_since = self.failing_since = self.ended
+
+    def follow(self, before: End) -> None:
+        """Carry over from the device's end before this one."""
+        self.since = before.since
+        self.times = before.times + 1
+        if not self.established:
+            self.absent_since = before.absent_since
+            if not before.established:
+                self.failing_since = before.failing_since
 
 
 @frozen(slots=True)
@@ -121,8 +137,9 @@ class Ledger:
 
     Counts are by reason where there is one: `ended` for sessions, `refusals` for refused connections.
     `failures` are all ends that are not in order, and all refusals.  `passes` counts failovers from a broker
-    (`host:port`) by reason; `peers` has the last verified peer of each.  The code that reloads counts `reloads` and
-    `refused_reloads`.  `spread` does the pieces of a sample, by default all at once.
+    (`host:port`) by reason; `peers` has the last verified peer of each.  `served` is when a session was last
+    established (seconds on the injected clock).  The code that reloads counts `reloads` and `refused_reloads`.
+    `spread` does the pieces of a sample, by default all at once.
     """
 
     def __init__(
@@ -143,6 +160,7 @@ class Ledger:
         self._ended_meanwhile: list[set[int]] = []
         self.began = self.swept = seconds()
         self.started = 0
+        self.served: float | None = None
         self.failures = 0
         self.ended: Counter[EndReason] = Counter()
         self.refusals: Counter[EndReason] = Counter()
@@ -163,6 +181,7 @@ class Ledger:
         """See `gateway.session.session.Journal`."""
         self._journal.session_started(record)
         self.started += 1
+        self.served = self._seconds()
         if record.peer is not None:
             self.peers[record.upstream] = record.peer
         self._observe(record)
@@ -309,8 +328,7 @@ class Ledger:
             self.failures += 1
         before = self._ends.pop(end.key, None)
         if before is not None:
-            end.since = before.since
-            end.times = before.times + 1
+            end.follow(before)
         self._ends[end.key] = end
         if len(self._ends) > _MAX_ENDS:
             self._ends.popitem(last=False)

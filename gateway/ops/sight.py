@@ -80,6 +80,10 @@ _OF_DEVICES = frozenset(
         EndReason.RULE_REFUSED,
     }
 )
+# Failures on the way to a broker, which a broker that was verified since has overcome.
+_OF_THE_WAY = frozenset(
+    reason for reason in EndReason if reason.startswith(("dns-", "tcp-", "proxy-", "tls-", "websocket-"))
+) - {EndReason.PROXY_NOT_TRUSTED, EndReason.TLS_CLIENT_CERTIFICATE_REFUSED}
 _NO_IDENTITY = {"upstream_certificate": "", "upstream_username": "", "upstream_client_identifier": ""}
 _ALIVE_WITHIN = 10.0  # seconds; the sweep comes every second
 
@@ -189,7 +193,7 @@ class Sight:
         """
         query = query or Query()
         ledger, sources = self.ledger, self.sources
-        census = _Census(ledger, query, sources.seconds())
+        census = _Census(ledger, query, sources.seconds(), self._reachable_at())
         survey = yield from ledger.survey(census.see)
         for some in slices(list(ledger.ends())):
             census.add(some, sources.seconds())
@@ -209,6 +213,7 @@ class Sight:
         unready = self.unready()
         latest, devices = self._lately(census, at), self._devices(query, census, items, seconds)
         absent, unserved, not_connected = census.absent, census.unserved, census.not_connected
+        recovered, failing = census.recovered, census.failing
         yield from census.free()
         return {
             "schema": SCHEMA,
@@ -260,8 +265,17 @@ class Sight:
             "absent_reasons": _by_reason(absent),
             "unserved": unserved.total(),
             "unserved_reasons": _by_reason(unserved),
+            "recovered": recovered,
+            "failing": failing,
             "devices": devices,
         }
+
+    def _reachable_at(self) -> float:
+        """Return when it was last seen that brokers can be reached; 0 while the gateway is backing off from one."""
+        upstreams = self.sources.upstreams()
+        if not all(each.is_open for each in upstreams):
+            return 0.0
+        return max(each.verified_at or 0.0 for each in upstreams) if upstreams else 0.0
 
     def _device_certificates(self, now: datetime) -> dict[str, Any]:
         certificates = self.sources.device_certificates()
@@ -419,8 +433,10 @@ _GROUPS = ("failed", "connecting", "connected", "left", "sorted")
 class _Census:
     """All devices, connected or not, sorted into groups: who is here, who matches, who failed."""
 
-    def __init__(self, ledger: Ledger, query: Query, seconds: float) -> None:
+    def __init__(self, ledger: Ledger, query: Query, seconds: float, reachable_at: float) -> None:
         self._ledger = ledger
+        self._reachable_at = reachable_at
+        self._served = -inf if ledger.served is None else ledger.served
         self._query = query
         self._silent_since = seconds - SILENT_FOR_LONG
         self._wanted = query.text.casefold()
@@ -436,6 +452,9 @@ class _Census:
         self.not_connected = 0
         self.absent: Counter[EndReason] = Counter()
         self.unserved: Counter[EndReason] = Counter()
+        # Of those not served: how many could be served now, and how many began to fail when no session worked any more.
+        self.recovered = 0
+        self.failing = 0
         self.latest: dict[EndReason, End] = {}
         self.devices: Counter[EndReason] = Counter()
 
@@ -462,8 +481,16 @@ class _Census:
                 continue
             self.not_connected += 1
             self.absent[end.reason] += is_late and end.reason not in IN_ORDER
-            self.unserved[end.reason] += is_late and _is_unserved(end)
+            if is_late and _is_unserved(end):
+                self._count_unserved(end)
             self._sort(end, "left" if end.reason in IN_ORDER else "failed")
+
+    def _count_unserved(self, end: End) -> None:
+        self.unserved[end.reason] += 1
+        if end.reason in _OF_THE_WAY and end.ended < self._reachable_at:
+            self.recovered += 1
+        elif self._served < end.failing_since:
+            self.failing += 1
 
     def _sort(self, each: _Seen | End, group: str) -> None:
         of = each if isinstance(each, End) else each.session
@@ -638,6 +665,8 @@ def _end(end: End, seconds: float, at: Callable[[float], str]) -> dict[str, Any]
         "seconds_ago": max(0, round(seconds - end.ended)),
         "times": end.times,
         "times_seconds": round(seconds - end.since),
+        "absent_since": at(end.absent_since),
+        "absent_seconds": max(0, round(seconds - end.absent_since)),
         "established": end.established,
         "duration": round(end.duration, 1),
         "in_order": end.reason in IN_ORDER,

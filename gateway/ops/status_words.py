@@ -105,13 +105,14 @@ def verdict(document: Part) -> Verdict:
     if not document["ready"]:
         words = document["unready"]
         return Verdict(Level.DOWN, f"Devices cannot connect: {words.partition(':')[0]}", reasons)
-    if document["unserved"] and not connected(document):
+    # A gateway of an earlier version has neither `failing` nor `recovered`.
+    if document.get("failing", document["unserved"]) and not connected(document):
         return Verdict(Level.DOWN, "No device is connected, and sessions fail", reasons + absent)
     if stored is not None and stored["failure"]:
         return Verdict(Level.ATTENTION, "Messages cannot be stored", reasons + absent)
-    if document["unserved"]:
+    if document["unserved"] > document.get("recovered", 0):
         return Verdict(Level.ATTENTION, "Some devices cannot connect", absent + reasons)
-    if reasons:
+    if reasons or document["unserved"]:
         return Verdict(Level.ATTENTION, "The gateway works, but something needs attention", reasons + absent)
     if not is_new:
         return Verdict(Level.WELL, "The gateway works", absent)
