@@ -18,3 +18,18 @@ def free_port() -> int:
     _HELD.append(held)
     port: int = held.getsockname()[1]
     return port
+
+
+def free_port_pair() -> int:
+    """Return a port as `free_port` does, of which the same is true of the next one."""
+    while True:
+        port = free_port()
+        held = socket.socket()
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            held.bind(("127.0.0.1", port + 1))
+        except (OSError, OverflowError):
+            held.close()
+            continue
+        _HELD.append(held)
+        return port

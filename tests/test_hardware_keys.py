@@ -1,4 +1,4 @@
-"""docs/hardware-keys.md: a key in a token (SoftHSM 2) signs through the nginx that the page describes."""
+"""docs/hardware-keys.md: a key in a token (SoftHSM 2, or swtpm) signs through the nginx that the page describes."""
 
 from __future__ import annotations
 
@@ -9,101 +9,196 @@ import ssl
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, load_der_public_key
 
 from gateway.errors import EndReason
 from tests import mqtt_packets as mqtt
 from tests.balancers import Program
-from tests.fleet import Fleet, refused
-from tests.harness import Broker, Device, RunningGateway, eventually
+from tests.fleet import PUBACK, Fleet, refused
+from tests.harness import PATIENCE, Broker, Device, RunningGateway, eventually
 from tests.leftovers import Leftovers
 from tests.mosquitto import Mosquitto
 from tests.pages import files_of
 from tests.pki import CLIENT, Certified, certify, certify_ca
-from tests.ports import free_port
+from tests.ports import free_port, free_port_pair
 from tests.tools import require_file, require_tool
 
 FILES = files_of("hardware-keys.md")
-PIN = "654321"
+PIN, SO_PIN = "654321", "12345678"
 ROOT = certify_ca()
+# TPM 2.0 Library, Part 3: TPM2_Shutdown(TPM_SU_CLEAR), and the response header with TPM_RC_SUCCESS.
+TPM2_SHUTDOWN = bytes.fromhex("8001 0000000c 00000145 0000")
+TPM2_SUCCESS = bytes.fromhex("8001 0000000a 00000000")
 
 pytestmark = pytest.mark.slow
+
+
+class Token:
+    """A token, and how programs get at it."""
+
+    module: Path
+    environment: dict[str, str]
+
+    def make_key(self) -> bytes:
+        """Make a key in the token, and return its public half in DER."""
+        raise NotImplementedError
+
+    def switch_on(self) -> None:
+        """Have the token ready, as after a start of its machine; it is, unless a kind of token says otherwise."""
+
+    def switch_off(self) -> None:
+        """Have it no longer answer, if this kind of token can."""
+
+
+class SoftHSM(Token):
+    """SoftHSM 2 with an EC key."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.module = require_file("/usr/lib/softhsm/libsofthsm2.so", "softhsm2")
+        self.environment = {"SOFTHSM2_CONF": str(directory / "softhsm2.conf")}
+        (directory / "tokens").mkdir()
+        (directory / "softhsm2.conf").write_text(f"directories.tokendir = {directory}/tokens\n")
+
+    def make_key(self) -> bytes:
+        """Make it, with the tools of SoftHSM and OpenSC."""
+        command = [require_tool("softhsm2-util"), "--init-token", "--free", "--label", "plant"]
+        run([*command, "--so-pin", SO_PIN, "--pin", PIN], self.environment)
+        tool = [require_tool("pkcs11-tool"), "--module", str(self.module), "--token-label", "plant"]
+        key = ["--keypairgen", "--key-type", "EC:prime256v1", "--label", "gateway", "--id", "01"]
+        run([*tool, "--login", "--pin", PIN, *key], self.environment)
+        public = self._directory / "public.der"
+        read = ["--read-object", "--type", "pubkey", "--label", "gateway", "--output-file", str(public)]
+        run([*tool, *read], self.environment)
+        return public.read_bytes()
+
+
+class TPM(Token):
+    """A simulated TPM (swtpm), for one program at a time: there is no resource manager, as in /dev/tpmrm0."""
+
+    def __init__(self, directory: Path, key: str = "EC:prime256v1") -> None:
+        self._directory = directory
+        self._key = key
+        self._port = free_port_pair()
+        self._program: Program | None = None
+        require_tool("pkcs11-tool")
+        require_tool("swtpm")
+        self.module = require_file("/usr/lib/*/libtpm2_pkcs11.so.1", "libtpm2-pkcs11-1")
+        self.environment = {
+            "TPM2_PKCS11_STORE": str(directory / "store"),
+            "TPM2_PKCS11_TCTI": f"swtpm:host=127.0.0.1,port={self._port}",
+        }
+        (directory / "tpm").mkdir()
+
+    def make_key(self) -> bytes:
+        """Make it, as the page says."""
+        self.switch_on()
+        commands = FILES["tpm"].replace("/usr/lib/x86_64-linux-gnu/libtpm2_pkcs11.so.1", str(self.module))
+        commands = commands.replace("/var/lib/mqtts-gateway-token", self.environment["TPM2_PKCS11_STORE"])
+        commands = commands.replace("gateway-public.der", str(self._directory / "public.der"))
+        commands = commands.replace("EC:prime256v1", self._key)
+        run(["sh", "-ec", commands], {**self.environment, "PIN": PIN, "SO_PIN": SO_PIN})
+        return (self._directory / "public.der").read_bytes()
+
+    def switch_on(self) -> None:
+        """Start it again, which unloads the keys of programs that were killed."""
+        if self._program is not None and self._program.process.poll() is None:
+            self._shut_down()
+        self.switch_off()
+        pid = self._directory / "swtpm.pid"
+        pid.unlink(missing_ok=True)
+        command = [require_tool("swtpm"), "socket", "--tpm2", "--tpmstate", f"dir={self._directory / 'tpm'}"]
+        command += ["--server", f"type=tcp,port={self._port}", "--ctrl", f"type=tcp,port={self._port + 1}"]
+        command += ["--flags", "not-need-init,startup-clear", "--pid", f"file={pid}"]
+        self._program = Program(command, self._directory / "swtpm.log")
+        self._program.wait_until(pid.exists, "swtpm listens")
+
+    def _shut_down(self) -> None:
+        """Announce the end: each one without TPM2_Shutdown counts as a wrong PIN, and after three it is locked."""
+        with socket.create_connection(("127.0.0.1", self._port), PATIENCE) as connection:
+            connection.sendall(TPM2_SHUTDOWN)
+            assert connection.recv(len(TPM2_SUCCESS), socket.MSG_WAITALL) == TPM2_SUCCESS
+
+    def switch_off(self) -> None:
+        """End it as a power cut does."""
+        if self._program is not None:
+            self._program.stop()
+
+
+class TPMWithRSA(TPM):
+    """A TPM with an RSA key."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, "rsa:2048")
+
+
+def run(command: list[str], environment: dict[str, str]) -> None:
+    """Run a program that must succeed."""
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
 
 class Site:
     """The machine of the page, in a directory: a token with a key, its certificate, the files, a broker."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, hardware: Token) -> None:
         self.directory = directory
         self.port = free_port()
         self.token, self.gateway = directory / "token", directory / "gateway"
-        for each in (self.token, self.gateway / "credentials", directory / "tokens"):
+        for each in (self.token, self.gateway / "credentials"):
             each.mkdir(parents=True)
-        (directory / "softhsm2.conf").write_text(f"directories.tokendir = {directory}/tokens\n")
-        self.environment = {
-            **os.environ,
-            "SOFTHSM2_CONF": str(directory / "softhsm2.conf"),
-            "OPENSSL_CONF": str(self.token / "openssl.cnf"),
-        }
         require_file("/usr/lib/*/engines-3/pkcs11.so", "libengine-pkcs11-openssl")
         require_file("/usr/lib/nginx/modules/ngx_stream_module.so", "libnginx-mod-stream")
         self.nginx = require_tool("nginx")
-        self.module = require_file("/usr/lib/softhsm/libsofthsm2.so", "softhsm2")
-        self.leaf = self._key()
+        self.hardware = hardware
+        self.leaf = self._certify(self.hardware.make_key())
         (self.token / "client.pem").write_bytes(self.leaf.public_bytes(Encoding.PEM))
         (self.token / "broker-ca.pem").write_bytes(ROOT.pem)
         subprocess.run(["sh", "-ec", self._here(FILES["certificates"])], capture_output=True, check=True)
         self.write_openssl(PIN)
 
-    def _key(self) -> x509.Certificate:
-        """Make a key in the token, and have a certificate issued for it."""
-        command = [require_tool("softhsm2-util"), "--init-token", "--free", "--label", "plant"]
-        self._run(*command, "--so-pin", "12345678", "--pin", PIN)
-        tool = [require_tool("pkcs11-tool"), "--module", str(self.module), "--token-label", "plant"]
-        key = ["--keypairgen", "--key-type", "EC:prime256v1", "--label", "gateway", "--id", "01"]
-        self._run(*tool, "--login", "--pin", PIN, *key)
-        public = self.directory / "public.der"
-        self._run(*tool, "--read-object", "--type", "pubkey", "--label", "gateway", "--output-file", str(public))
-        held = load_der_public_key(public.read_bytes())
-        assert isinstance(held, ec.EllipticCurvePublicKey)
+    @staticmethod
+    def _certify(public: bytes) -> x509.Certificate:
+        """Issue the certificate for the token's key."""
+        held = load_der_public_key(public)
+        assert isinstance(held, ec.EllipticCurvePublicKey | rsa.RSAPublicKey)
         like = certify(ROOT, subject="gateway", names=(), purposes=(CLIENT,)).certificate
         builder = x509.CertificateBuilder(like.issuer, like.subject, held, like.serial_number)
         builder = builder.not_valid_before(like.not_valid_before_utc).not_valid_after(like.not_valid_after_utc)
         return builder.sign(ROOT.key, SHA256())
-
-    def _run(self, *command: str) -> None:
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
     def _here(self, text: str) -> str:
         for there, here in (
             ("/etc/mqtts-gateway-token", self.token),
             ("/run/mqtts-gateway-token", self.directory),
             ("/etc/mqtts-gateway", self.gateway),
-            ("/usr/lib/softhsm/libsofthsm2.so", self.module),
+            ("/usr/lib/softhsm/libsofthsm2.so", self.hardware.module),
         ):
             text = text.replace(there, str(here))
         return text
 
     def write_openssl(self, pin: str) -> None:
         """Write OpenSSL's configuration for nginx."""
-        (self.token / "openssl.cnf").write_text(self._here(FILES["openssl.cnf"]).replace("1234", pin))
+        (self.token / "openssl.cnf").write_text(self._here(FILES["openssl.cnf"]).replace("PIN = 1234", f"PIN = {pin}"))
 
     def start(self, broker_port: int) -> Program:
-        """Start nginx."""
+        """Start nginx, at a token that nobody has used since it was switched on."""
+        self.hardware.switch_on()
         text = self._here(FILES["nginx.conf"]).replace("8884", str(self.port))
         # IPv4, where the broker of the tests listens; the name that is verified stays.
         text = text.replace("broker.example.com:8883", f"127.0.0.1:{broker_port}")
         text = text.replace("broker.example.com", "localhost")
         path = self.token / "nginx.conf"
         path.write_text(text)
-        command = ["env", *(f"{key}={self.environment[key]}" for key in ("SOFTHSM2_CONF", "OPENSSL_CONF"))]
+        environment = {**self.hardware.environment, "OPENSSL_CONF": str(self.token / "openssl.cnf")}
+        command = ["env", *(f"{key}={value}" for key, value in environment.items())]
         return Program([*command, self.nginx, "-e", "stderr", "-c", str(path)], self.directory / "nginx.log")
 
     def settings(self) -> dict[str, object]:
@@ -114,9 +209,14 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """Return the site, whose token and certificates the tests share."""
-    return Site(tmp_path_factory.mktemp("site"))
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """Return the site, whose token and certificates the tests share; with SoftHSM, unless a test names another."""
+    directory = tmp_path_factory.mktemp("site")
+    hardware = getattr(request, "param", SoftHSM)(directory)
+    try:
+        yield Site(directory, hardware)
+    finally:
+        hardware.switch_off()
 
 
 @pytest.fixture
@@ -150,6 +250,7 @@ def demanding(certified: Certified, maximum: ssl.TLSVersion = ssl.TLSVersion.TLS
 
 
 @pytest.mark.parametrize("maximum", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("site", [SoftHSM, TPM, TPMWithRSA], indirect=True)
 def test_the_token_signs_for_the_session(
     site: Site,
     start: Callable[[int], Program],
@@ -197,21 +298,24 @@ def test_a_broker_that_is_not_the_right_one_gets_no_byte(
     assert (wrong.accepted, wrong.received) == (1, b"")
 
 
-def test_a_hundred_devices_through_reload_and_outages(
-    site: Site, start: Callable[[int], Program], start_gateway: Callable[..., RunningGateway]
-) -> None:
-    """Mosquitto demands the token's certificate; what ends with nginx or mosquitto comes back with it."""
+def mosquitto_that_demands(site: Site, port: int) -> Mosquitto:
+    """Start a mosquitto that demands TLS 1.3 and a certificate of `ROOT`."""
     chain, key = site.directory / "broker.pem", site.directory / "broker.key"
     own = certify(ROOT)
     chain.write_bytes(own.pem)
     key.write_bytes(own.key_pem)
+    lines = [f"listener {port} 127.0.0.1", "tls_version tlsv1.3", "require_certificate true"]
+    lines += ["use_identity_as_username true"]
+    lines += [f"cafile {site.token / 'broker-ca.pem'}", f"certfile {chain}", f"keyfile {key}"]
+    return Mosquitto(site.directory, "\n".join([*lines, "allow_anonymous false", ""]), port)
+
+
+def test_a_hundred_devices_through_reload_and_outages(
+    site: Site, start: Callable[[int], Program], start_gateway: Callable[..., RunningGateway]
+) -> None:
+    """Mosquitto demands the token's certificate; what ends with nginx or mosquitto comes back with it."""
     port = free_port()
-
-    def start_mosquitto() -> Mosquitto:
-        lines = [f"listener {port} 127.0.0.1", "require_certificate true", "use_identity_as_username true"]
-        lines += [f"cafile {site.token / 'broker-ca.pem'}", f"certfile {chain}", f"keyfile {key}"]
-        return Mosquitto(site.directory, "\n".join([*lines, "allow_anonymous false", ""]), port)
-
+    start_mosquitto = partial(mosquitto_that_demands, site, port)
     broker = start_mosquitto()
     try:
         nginx = start(port)
@@ -241,6 +345,37 @@ def test_a_hundred_devices_through_reload_and_outages(
         fleet.publish()
         fleet.disconnect()
         leftovers.check()
+    finally:
+        broker.stop()
+
+
+@pytest.mark.parametrize("site", [TPM], indirect=True)
+def test_a_message_reaches_mosquitto_only_while_the_tpm_signs(
+    site: Site, start: Callable[[int], Program], start_gateway: Callable[..., RunningGateway]
+) -> None:
+    """It arrives with the certificate of the TPM's key; without the TPM there is no session."""
+    port = free_port()
+    broker = mosquitto_that_demands(site, port)
+    try:
+        nginx = start(port)
+        listens(site, nginx)
+        gateway = start_gateway(**site.settings())
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect("d1"))
+            assert device.read(4) == mqtt.connack()
+            device.send(mqtt.publish(qos=1))
+            assert device.read(4) == PUBACK
+            device.send(mqtt.disconnect())
+        gateway.wait_empty()
+        site.hardware.switch_off()
+        # The new broker has no TLS session that could be resumed without a signature.
+        broker.stop()
+        broker = mosquitto_that_demands(site, port)
+        assert refused(gateway) is EndReason.UPSTREAM_CLOSED
+        nginx.wait_for("SSL_do_handshake() failed")
+        (admitted,) = (line for line in broker.log.read_text().splitlines() if "New client connected" in line)
+        assert "as d1 " in admitted
+        assert "u'gateway'" in admitted
     finally:
         broker.stop()
 
