@@ -111,6 +111,30 @@ def test_openssl_accepts_the_certificate(site: Site) -> None:
     subprocess.run([*command, str(site.directory / "sensor-1.pem")], check=True, capture_output=True)
 
 
+def test_a_pending_request_is_named_and_can_be_removed(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """With its key, and only if that is asked for; what a rule uses stays."""
+    assert site.do("add", "d1", "--csr") == 0
+    assert f"have {site.directory / 'd1.csr.pem'} signed" in capfd.readouterr().out
+    assert site.do("add", "d1", "--csr") == 1
+    assert "`device remove ID --keys`" in capfd.readouterr().err
+    assert site.do("list") == 0
+    assert "requests without a rule: d1.csr.pem\n" in capfd.readouterr().err
+    assert site.do("remove", "d1") == 1
+    assert "--keys: d1-key.pem, d1.csr.pem" in capfd.readouterr().err
+    assert site.files() == ["d1-key.pem", "d1.csr.pem"]
+    assert site.do("remove", "d1", "--keys") == 0
+    assert site.files() == []
+    assert site.do("remove", "d1", "--keys") == 1
+    assert f'there is no rule for "d1" in {site.directory}\n' in capfd.readouterr().err
+    site.do("add", "d2", *site.issuing)
+    (site.directory / "d2.toml").rename(site.directory / "many.toml")
+    rule = (site.directory / "many.toml").read_text()
+    (site.directory / "many.toml").write_text(rule.replace('"d2"', '["d2", "d3"]', 1))
+    before = site.files()
+    assert site.do("remove", "d2", "--keys") == 1
+    assert site.files() == before
+
+
 @pytest.mark.parametrize("key_type", ["p256", "rsa2048"])
 def test_a_request_is_signed_elsewhere(site: Site, tmp_path: Path, key_type: str) -> None:
     """Until its certificate has come there is no rule, so that the device never goes by another's identity."""

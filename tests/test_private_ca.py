@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def reader(tmp_path: Path) -> Reader:
     """Return a reader who has all the files, up to the gateway's configuration."""
     reader = Reader(tmp_path)
     reader.do("ca")
-    for name in ("broker.ext", "tls.conf", "acl"):
+    for name in ("broker.ext", "device.ext", "tls.conf", "acl"):
         (reader.directory / name).write_text(reader.text("file", name))
     assert "broker.pem: OK" in reader.do("broker")
     for name in ("mosquitto", "gateway", "monitor"):
@@ -104,8 +105,14 @@ def test_the_page_leads_to_devices_with_certificates_of_their_own(reader: Reader
     command.write_text(f'#!/bin/sh\nwhat=$1; shift\n[ "$what" != device ] || {{ what="device $1"; shift; }}\n'
                        f'exec {programs}/mqtts-gateway $what --config {reader.config} "$@"\n')  # fmt: skip
     command.chmod(0o755)
-    checked = reader.do("devices", PATH=f"{command.parent}:{os.environ['PATH']}")
-    assert "FAIL" not in checked
+    path = f"{command.parent}:{os.environ['PATH']}"
+    checked = reader.do("devices", PATH=path)
+    reader.do("request", PATH=path)
+    shutil.copy(reader.etc / "mqtts-gateway" / "devices" / "pump-4.csr.pem", reader.directory)
+    signed = reader.do("sign")
+    assert "CN = pump-4" in signed
+    assert "pump-4.pem: OK" in signed
+    assert "FAIL" not in checked + reader.do("issued", PATH=path)
     public = {path for path in reader.etc.rglob("*.pem") if _everyone_can_read(path)}
     certificates = ("mosquitto/certs/ca.pem", "mosquitto/certs/broker.pem", "mqtts-gateway/ca.pem")
     assert {reader.etc / name for name in certificates} <= public
@@ -127,11 +134,11 @@ def test_the_page_leads_to_devices_with_certificates_of_their_own(reader: Reader
             done = subprocess.run([*publish, "-i", device, "-t", f"plant/{device}/t"], capture_output=True, check=False)
             return done.returncode == 0
 
-        for device in ("pump-1", "pump-2", "pump-3"):
+        for device in ("pump-1", "pump-2", "pump-3", "pump-4"):
             eventually(lambda device=device: published(device), f"{device} has published")
         assert not published("stranger")
         reader.do("publish")
-        received = [*(f"plant/pump-{number}/t 21.5" for number in (1, 2, 3)), "plant/pump-1/temperature 21.5"]
+        received = [*(f"plant/pump-{number}/t 21.5" for number in (1, 2, 3, 4)), "plant/pump-1/temperature 21.5"]
         eventually(lambda: watched.read_text().splitlines() == received, "the monitor has received all")
         for words in (["status"], ["device", "list"]):
             shown = subprocess.run([command, *words], capture_output=True, text=True, check=True)
@@ -141,7 +148,7 @@ def test_the_page_leads_to_devices_with_certificates_of_their_own(reader: Reader
             process.terminate()
             process.communicate()
     log = mosquitto.log.read_text()
-    for device in ("pump-1", "pump-2", "pump-3"):
+    for device in ("pump-1", "pump-2", "pump-3", "pump-4"):
         assert re.search(rf"New client connected from \S+ as {device} \(.*u'{device}'\)", log)
         assert f"Received PUBLISH from {device}" in log
     assert "stranger" not in log

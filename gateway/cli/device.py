@@ -160,7 +160,8 @@ def _add(rules: Rules, arguments: argparse.Namespace) -> int:
         print(f"wrote {path}")
     if issuer is None and not arguments.csr:
         _tell_missing(rules, [new])
-    _tell_next(rules, arguments, "have the *.csr.pem signed, then run", as_argument(identifier))
+    request = shlex.quote(str(Files.of(rules.directory, identifier).request))
+    _tell_next(rules, arguments, f"have {request} signed, then run", as_argument(identifier))
     return 0
 
 
@@ -178,7 +179,7 @@ def _import(rules: Rules, arguments: argparse.Namespace) -> int:
     print(f"{len(devices)} devices added; wrote {len(writer.written)} files in {rules.directory}")
     if issuer is None and not arguments.csr:
         _tell_missing(rules, [new for _, new in devices])
-    _tell_next(rules, arguments, "have each *.csr.pem signed, then run for each", "ID")
+    _tell_next(rules, arguments, f"have each *.csr.pem in {rules.directory} signed, then run for each", "ID")
     return 0
 
 
@@ -340,17 +341,15 @@ def _shown(key: str, value: Any) -> str:
 
 
 def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
-    path, device = rules.find(arguments.client_id)
     files = Files.of(rules.directory, arguments.client_id)
     beside = [each for each in (files.key, files.request, files.certificate, files.password) if each.exists()]
-    gone = [path, *beside] if arguments.keys else [path]
-    for each in gone:
-        try:
-            each.unlink()
-        except OSError as error:
-            raise DeviceProblem(f"{each} cannot be removed: {error.strerror}") from None
-        print(f"removed {each}")
-    sync_directories(gone)
+    try:
+        path, device = rules.find(arguments.client_id)
+    except DeviceProblem as problem:
+        if not beside or files.rule.exists():
+            raise
+        return _remove_left(rules, arguments, beside, problem)
+    _delete([path, *beside] if arguments.keys else [path])
     for each in beside if not arguments.keys else []:
         print(f"kept {each}; use --keys to delete it")
     others = [other for file, other in rules.devices() if file != path] if device.client_cert is not None else []
@@ -365,6 +364,29 @@ def _remove(rules: Rules, arguments: argparse.Namespace) -> int:
     elif device.enabled:
         print(f"an established session goes on; to end it: {refusing}, then reload. Then remove this rule, too")
     return 0
+
+
+def _remove_left(rules: Rules, arguments: argparse.Namespace, left: list[Path], problem: DeviceProblem) -> int:
+    """Delete the files of a device without a rule, such as those of a pending request.  Raises `DeviceProblem`."""
+    for device in rules.config.device:
+        for each in (device.client_cert, device.client_key, device.password_file):
+            if each in left:
+                raise DeviceProblem(f"{problem}, and the rule {printable(device.name)} uses {each}")
+    if not arguments.keys:
+        names = ", ".join(each.name for each in left)
+        raise DeviceProblem(f"{problem}. To delete its other files permanently, use --keys: {names}")
+    _delete(left)
+    return 0
+
+
+def _delete(files: list[Path]) -> None:
+    for each in files:
+        try:
+            each.unlink()
+        except OSError as error:
+            raise DeviceProblem(f"{each} cannot be removed: {error.strerror}") from None
+        print(f"removed {each}")
+    sync_directories(files)
 
 
 def _tell_missing(rules: Rules, devices: list[NewDevice]) -> None:

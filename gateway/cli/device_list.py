@@ -44,7 +44,15 @@ def list_devices(rules: Rules, arguments: argparse.Namespace) -> int:
         state = _state_words(device, seen, facts["client_id"])
         print("  ".join(filter(None, (_who(facts["client_id"]), facts["identity"], state))))
     print(f"{len(found)} devices in {rules.directory}", file=sys.stderr)
+    if pending := _pending(rules):
+        print(f"requests without a rule: {printable(', '.join(pending), 400)}", file=sys.stderr)
     return 0
+
+
+def _pending(rules: Rules) -> list[str]:
+    """Return the names of the certificate signing requests whose devices have no rule."""
+    requests = sorted(path.name for path in rules.directory.glob("*.csr.pem"))
+    return [name for name in requests if not (rules.directory / f"{name.removesuffix('.csr.pem')}.toml").exists()]
 
 
 def identity_words(device: DeviceRule) -> str:

@@ -105,4 +105,4 @@ class Rules:
         for path, device in self.devices():
             if path == own and not device.match_client_id:
                 return path, device
-        raise DeviceProblem(f'no rule in {self.directory} is for "{printable(client_identifier)}" only')
+        raise DeviceProblem(f'there is no rule for "{printable(client_identifier)}" in {self.directory}')

@@ -123,7 +123,7 @@ def _chosen(config: Config, client_identifier: str | None) -> tuple[str, Renewab
                     "with --ca-cert and --ca-key"
                 )
             return device.name, device
-    raise DeviceProblem(f'no rule is for "{printable(client_identifier)}" only, and none has this name')
+    raise DeviceProblem(f'there is no rule for "{printable(client_identifier)}", and none has this name')
 
 
 def _due(config: Config) -> list[tuple[str, Renewable]]:
