@@ -573,7 +573,7 @@ def test_the_devices_with_a_rule_are_listed_with_their_state(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Connected, silent since when and why, disabled, not seen; patterns for many have no state."""
+    """Connected, not connected since when and why, disabled, not seen; patterns for many have no state."""
     rules = [{"match_client_id": name, "max_qos": 1} for name in ("here", "gone", "never", "many-*")]
     gateway = start(upstream=start_broker().port, device=[*rules, {"match_client_id": "off", "enabled": False}])
     devices.append(connected(gateway, "here"))
@@ -595,8 +595,8 @@ def test_the_devices_with_a_rule_are_listed_with_their_state(
     assert console(["device", "list", "--config", str(config)]) == 0
     lines = {line.partition("  ")[0]: line for line in capfd.readouterr().out.splitlines()}
     assert "connected for" in lines["here"]
-    assert re.search(r"silent since .*\d\d:\d\d:\d\d [A-Z+-]", lines["gone"])
-    assert "device-lost" in lines["gone"]
+    assert re.search(r"not connected since .*\d\d:\d\d:\d\d [A-Z+-]+.* \(.*\): device-lost$", lines["gone"])
+    assert "last try" not in lines["gone"]
     assert "not seen lately" in lines["never"]
     assert re.search("  disabled, last refused .* ago$|  disabled, last refused just now$", lines["off"])
     assert lines["every many-*"].endswith("credentials")
@@ -604,3 +604,32 @@ def test_the_devices_with_a_rule_are_listed_with_their_state(
     facts = {each["client_id"][0]: each for each in json.loads(capfd.readouterr().out)}
     assert [facts[name]["connected"] for name in ("here", "gone", "never", "many-*")] == [True, False, False, None]
     assert [facts[name]["enabled"] for name in ("here", "off")] == [True, False]
+
+
+def test_the_time_since_when_a_device_is_not_connected_does_not_move_with_its_tries(
+    start: StartGateway, tmp_path: Path, ask: Ask, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the list of rules and in what `status --device` says; the last try is shown apart."""
+    gateway = start(upstream=1, device=[{"match_client_id": "pump-2"}])
+    silent(gateway, "pump-2")
+    gateway.wait_ended()
+    (end,) = gateway.service.ledger.ends()
+    end.ended, end.absent_since = end.ended - 60, end.absent_since - 3660  # as if it had tried for an hour
+    silent(gateway, "pump-2")
+    gateway.wait_ended(2)
+    (tmp_path / "devices").mkdir()
+    (tmp_path / "devices/pump-2.toml").write_text("enabled = true\n")
+    config = tmp_path / "gateway.toml"
+    config.write_text(
+        f'[[upstream]]\nhost = "b.example"\n[devices]\ndirectory = "devices"\n'
+        f'[status]\nendpoint = "127.0.0.1:{status_port(gateway)}"\n'
+    )
+    assert console(["device", "list", "--config", str(config)]) == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    since = datetime.now().astimezone() - timedelta(seconds=3660)
+    assert re.search(r"not connected since .*\(last try (just now|\d+ s ago)\): tcp-refused$", line)
+    assert any(f"{since - timedelta(minutes=minutes):%H:%M:}" in line for minutes in (0, 1))
+    _, out, _ = ask("--device", "pump-2", gateway=gateway)
+    words = " ".join(out.split())
+    assert ", 1 h 1 min ago (" in words
+    assert "Its last try was " in words

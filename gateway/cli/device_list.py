@@ -19,7 +19,7 @@ from gateway.cli.report import complain
 from gateway.cli.status import CannotAsk, endpoint_at, fetch, with_password
 from gateway.config import DeviceRule
 from gateway.config.secret_files import SecretUnavailable
-from gateway.ops.status_words import CONNECTED, Part, ago, clock, device_state, duration, is_shut_out
+from gateway.ops.status_words import CONNECTED, Part, ago, clock, device_state, duration, in_state_since, is_shut_out
 from gateway.text import printable
 from gateway.tls.trust import read_chain
 
@@ -95,7 +95,7 @@ def _facts(path: Path, device: DeviceRule, seen: Mapping[str, Part] | None) -> d
         "certificate_days": days,
         "enabled": device.enabled,
         "connected": None if seen is None or not _is_one(patterns) else item is not None and item["step"] in CONNECTED,
-        "since": None if item is None else item["since"],
+        "since": None if item is None else in_state_since(item)[0],
         "heard_seconds_ago": None if item is None else item["heard_seconds_ago"],
     }
 
@@ -108,8 +108,10 @@ def _state_words(device: DeviceRule, seen: Mapping[str, Part] | None, patterns: 
         refused = "last refused as disabled" if device.enabled else "last refused"
         words.append(f"{refused} {ago(item['seconds'])}")
     elif item is not None and item["step"] in {"ended", "refused"}:
-        since = clock(item["since"], now().isoformat(), None)
-        words.append(f"silent since {since} ({ago(item['seconds'])}), {device_state(item)}")
+        end, (moment, _) = item["end"], in_state_since(item)
+        last = "" if end["established"] else "last try "
+        when = f"{clock(moment, now().isoformat(), None)} ({last}{ago(end['seconds_ago'])})"
+        words.append(f"not connected since {when}: {end['reason']}")
     elif item is not None:
         heard = item["heard_seconds_ago"]
         last = "" if heard is None else f", last heard {ago(heard)}"

@@ -50,6 +50,7 @@ from gateway.ops.status_words import (
     device_state,
     device_words,
     duration,
+    in_state_since,
     is_untried,
     number,
     store_lines,
@@ -455,15 +456,10 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
     shown = named or devices["items"][:_MATCHES]
     for each in shown:
         yield _coloured(_safe(f"{device_name(each)}: {device_state(each)}"), _kind(each))
-        since = (
-            f"{ago(each['seconds'])}"
-            if each["end"] and each["step"] in {"ended", "refused"}
-            else (f"for {duration(each['seconds'])}")
-        )
         traffic = each["traffic"]
         facts = [
             f"at {each['device_address']}",
-            f"{since} ({clock(each['since'], document['time'], None)})",
+            f"{_when(each)} ({clock(in_state_since(each)[0], document['time'], None)})",
             f"upstream {each['upstream']}" if each["upstream"] else "",
             f"there as {identity}" if (identity := device_identity(each)) else "",
             f"{_packets(traffic['packets_up'])} to the broker and {number(traffic['packets_down'])} from it",
@@ -500,8 +496,12 @@ def _device(device: Part, width: int) -> str:
     name = _safe(device_name(device))
     name = name if len(name) <= width else f"{name[: width - 1]}…"
     state = _coloured(_safe(device_state(device)), _kind(device))
-    when = ago(device["seconds"]) if device["step"] in {"ended", "refused"} else f"for {duration(device['seconds'])}"
-    return f"  {name:<{width}}  {state}, {when}, {_safe(device['device_address'])}"
+    return f"  {name:<{width}}  {state}, {_when(device)}, {_safe(device['device_address'])}"
+
+
+def _when(device: Part) -> str:
+    _, seconds = in_state_since(device)
+    return ago(seconds) if device["step"] in {"ended", "refused"} else f"for {duration(seconds)}"
 
 
 def _times(count: int) -> str:

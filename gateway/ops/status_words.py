@@ -307,6 +307,14 @@ def device_state(device: Part) -> str:
     return _STEPS[device["step"]]
 
 
+def in_state_since(device: Part) -> tuple[str, int]:
+    """Return since when a device is connected, connecting or not connected: the moment, and how many seconds ago."""
+    end = device["end"]
+    if device["step"] not in {"ended", "refused"} or end is None or "absent_since" not in end:
+        return device["since"], device["seconds"]  # a gateway of an earlier version has no `absent_since`
+    return end["absent_since"], end["absent_seconds"]
+
+
 def is_shut_out(device: Part) -> bool:
     """Whether a device is not connected because an operator has disabled it."""
     return bool(device["step"] == "ended" and device["end"]["reason"] == _DISABLED)
@@ -321,6 +329,9 @@ def device_words(device: Part) -> list[str]:
             lines.append(end["remedy"])
         elif not end["in_order"]:
             lines.append(f"What to do: {end['remedy']}")
+        _, absent = in_state_since(device)
+        if absent > end["seconds_ago"]:
+            lines.append(f"Its last try was {ago(end['seconds_ago'])}.")
         lines += _times(end)
         return lines
     if device["held_back"]:

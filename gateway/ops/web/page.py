@@ -28,6 +28,7 @@ from gateway.ops.status_words import (
     device_state,
     device_words,
     duration,
+    in_state_since,
     is_untried,
     number,
     size,
@@ -364,6 +365,7 @@ def _device(device: Part, now: str, *, is_open: bool) -> Sequence[Child]:
         *(element("p", line, class_="remedy" if line.startswith("What to do") else None) for line in lines if line)
     )
     data = device["last_data"]
+    since, seconds = in_state_since(device)
     return [
         together(
             element("b", name if len(name) <= _NAME else f"{name[:_NAME]}…", class_="name", title=name),
@@ -371,8 +373,8 @@ def _device(device: Part, now: str, *, is_open: bool) -> Sequence[Child]:
         ),
         _fold(f"device {name}", _badge(device_state(device), kind), more, is_open=is_open),
         together(
-            element("b", ago(device["seconds"]) if kind in {"failing", "idle"} else duration(device["seconds"])),
-            element("small", _time(device["since"], now)),
+            element("b", ago(seconds) if kind in {"failing", "idle"} else duration(seconds)),
+            element("small", _time(since, now)),
         ),
         together(element("b", ago(device["data_seconds_ago"])), element("small", _time(data, now))) if data else None,
         device["upstream"] or "none yet",
@@ -384,7 +386,7 @@ def _device(device: Part, now: str, *, is_open: bool) -> Sequence[Child]:
 def _kinds(devices: Part) -> Markup:
     links = []
     for name, word in _SHOWN.items():
-        # Of those that are silent, the longest silence is what matters.
+        # Of devices that are connected but silent, the longest silence is what matters.
         sort = "data" if name == "quiet" else devices["sort"] if devices["show"] != "quiet" else "state"
         current = "page" if devices["show"] == name else None
         target = _target(devices, show=name, sort=sort)
