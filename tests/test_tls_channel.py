@@ -234,22 +234,37 @@ def raise_mistake(*_: object) -> str:
 
 @BOTH_TLS_VERSIONS
 @pytest.mark.parametrize(
-    ("owner", "name", "broken"),
+    ("owner", "name", "broken", "words"),
     [
-        (Identity, "match", raise_mistake),
-        (TLSChannel, "judge", raise_mistake),
-        (SSL.Connection, "get_app_data", lambda *_: None),
+        (Identity, "match", raise_mistake, "ZeroDivisionError"),
+        (TLSChannel, "judge", raise_mistake, "ZeroDivisionError"),
+        (SSL.Connection, "get_app_data", lambda *_: None, "certificate verify failed"),
     ],
     ids=["match raises", "judge raises", "no channel found"],
 )
 def test_a_mistake_in_the_callback_fails_the_handshake_itself(
-    policy: TLSPolicy, monkeypatch: pytest.MonkeyPatch, maximum: ssl.TLSVersion, owner: type, name: str, broken: object
+    policy: TLSPolicy,
+    monkeypatch: pytest.MonkeyPatch,
+    maximum: ssl.TLSVersion,
+    owner: type,
+    name: str,
+    broken: object,
+    words: str,
 ) -> None:
     """The callback refuses on any exception, though a second look would follow: the broker sees no handshake's end."""
     monkeypatch.setattr(owner, name, broken)
     server = Server(maximum=maximum)
-    assert refused(TLSChannel(policy, LOCALHOST), server).reason is EndReason.TLS_VERIFICATION_ERROR
+    failure = refused(TLSChannel(policy, LOCALHOST), server)
+    assert failure.reason is EndReason.TLS_VERIFICATION_ERROR
+    assert words in failure.detail
     assert "alert" in str(server.error).lower()
+
+
+def test_a_handshake_without_a_certificate_is_refused(policy: TLSPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever OpenSSL says of it."""
+    monkeypatch.setattr(SSL.Connection, "get_peer_certificate", lambda *_: None)
+    failure = refused(TLSChannel(policy, LOCALHOST), Server())
+    assert (failure.reason, "without a certificate" in failure.detail) == (EndReason.TLS_VERIFICATION_ERROR, True)
 
 
 @pytest.mark.parametrize("end", [TLSChannel.close, TLSChannel.dispose])
@@ -503,6 +518,7 @@ def test_alerts_are_named(policy: TLSPolicy, description: int, reason: EndReason
     failure = answered(policy, alert(description))
     assert failure.reason is reason
     assert failure.detail
+    assert not set(failure.detail) & set("[('")
 
 
 def test_close_notify_in_the_handshake_is_a_close(policy: TLSPolicy) -> None:
