@@ -55,6 +55,25 @@ def test_a_wrong_command_line_is_status_1(capfd: pytest.CaptureFixture[str], arg
     assert words in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "usage", "hint"),
+    [
+        (["device", "list", "d1"], "device list", "device show ID"),
+        (["device", "renew", "d1", "d2"], "device renew", ""),
+        (["store", "show", "d1", "d2"], "store show", ""),
+        (["status", "--nope"], "status", ""),
+    ],
+)
+def test_the_usage_of_the_command_is_shown(
+    capfd: pytest.CaptureFixture[str], arguments: list[str], usage: str, hint: str
+) -> None:
+    """Not that of the whole program."""
+    assert console(arguments) == 1
+    err = capfd.readouterr().err
+    assert f"usage: mqtts-gateway {usage} [-h]" in err
+    assert hint in err
+
+
 def test_descriptions_keep_capital_letters(capfd: pytest.CaptureFixture[str]) -> None:
     """Only their first letter is made one."""
     assert console(["device", "import", "--help"]) == 0

@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def command(name: str, action: Callable[[Rules, argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
         each = commands.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
         each.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
-        each.set_defaults(run_device=lambda arguments: action(Rules.of(Path(arguments.config)), arguments))
+        each.set_defaults(
+            run_device=lambda arguments: action(Rules.of(Path(arguments.config)), arguments), own_parser=each
+        )
         return each
 
     add = command("add", _add, "write a device's rule, optionally with a key and a certificate")
@@ -77,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument(
         "--password-file", metavar="FILE", type=Path, help="read the status endpoint's password from this file"
     )
+    listing.set_defaults(hint=". To show one device: mqtts-gateway device show ID")
     show = command("show", _show, "show one device's rule and certificate")
     _identifier(show)
     disabling = command("disable", device_change.disable, "refuse a device and end its session, and keep its rule")
@@ -114,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     renewing = commands.add_parser("renew", help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
     renewing.add_argument("--config", default=_CONFIG, metavar="FILE", help=f"the configuration (default: {_CONFIG})")
     renew.add_arguments(renewing)
-    renewing.set_defaults(run_device=renew.run)
+    renewing.set_defaults(run_device=renew.run, own_parser=renewing)
 
 
 def _identifier(parser: argparse.ArgumentParser) -> None:

@@ -75,6 +75,7 @@ def command_line(loaded: Collection[str] = COMMANDS) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
+        command.set_defaults(own_parser=command, hint="")
         if name in loaded:
             module = import_module(f"gateway.cli.{name}")
             module.add_arguments(command)
@@ -87,7 +88,10 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         if arguments and arguments[0].partition("=")[0] in {flag.option for flag in FLAGS}:
             parser.error(f"name a command first, such as: mqtts-gateway run {shlex.join(arguments)}")
-        parsed = parser.parse_args(arguments)
+        parsed, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            # argparse itself shows the usage of the whole program.
+            parsed.own_parser.error(f"unrecognized arguments: {shlex.join(unknown)}{parsed.hint}")
     except SystemExit as end:
         # argparse has printed its answer already.
         return int(end.code or 0)

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("drop", "delete all messages of a device"),
     ):
         action = actions.add_parser(name, help=summary, description=f"{capitalized(summary)}.", allow_abbrev=False)
+        action.set_defaults(own_parser=action)
         if name != "list":
             action.add_argument("device", metavar="ID", help="the Client Identifier at the broker")
         place = action.add_mutually_exclusive_group()
