@@ -124,6 +124,27 @@ def test_only_a_valid_response_that_says_good_is_accepted(name: str, required: b
     assert caught.value.reason is reason
 
 
+def test_a_response_holds_from_five_minutes_before_it_begins_until_it_ends() -> None:
+    """The responder's clock may be ahead; at its nextUpdate a response is outdated."""
+    begins, ends, second = timedelta(hours=-1), timedelta(days=1), timedelta(seconds=1)
+    staple = response(begins=begins, ends=ends)
+    for moment in (NOW + begins - timedelta(minutes=5), NOW + ends - second):
+        assert judge(staple, CHAIN, moment, required=True) == NOW + ends
+    for moment, words in (
+        (NOW + begins - timedelta(minutes=5) - second, "not valid before"),
+        (NOW + ends, "was valid until"),
+    ):
+        with pytest.raises(UpstreamFailure, match=words):
+            judge(staple, CHAIN, moment, required=True)
+
+
+def test_a_root_answers_for_itself() -> None:
+    """A broker's certificate may be the root itself; the chain is then that alone."""
+    assert judge(response(about=ROOT), [ROOT.certificate], NOW, required=True) == NOW + timedelta(days=1)
+    with pytest.raises(UpstreamFailure, match="signed"):
+        judge(response(about=ROOT, signer=OTHER_ROOT), [ROOT.certificate], NOW, required=True)
+
+
 def test_a_certificate_may_require_a_response() -> None:
     """RFC 7633: a thief of the key cannot leave it out."""
     key = LEAF.key
