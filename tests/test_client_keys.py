@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
@@ -23,8 +26,8 @@ from gateway.errors import ConfigError
 from gateway.rules.credentials import key_files, read_keys
 from gateway.tls.channel import make_policy
 from gateway.tls.devices import DevicePolicies
-from gateway.tls.trust import ClientIdentity, policy_files, read_client_identity
-from tests.pki import CLIENT, Certified, certify, certify_ca
+from gateway.tls.trust import ClientIdentity, policy_files, read_client_identity, read_private_key
+from tests.pki import CLIENT, Certified, certify, certify_ca, rsa_key
 from tests.tools import require_tool
 
 PASSPHRASE = b"correct horse"
@@ -225,3 +228,49 @@ def test_devices_have_their_own_certificates_beside_an_encrypted_one_of_the_gate
     assert policy is not None
     assert policy.client is None
     assert policy.own is not None
+
+
+# ---- RSA keys, which the gateway checks itself
+
+
+def of_der(tag: int, content: bytes) -> bytes:
+    """Encode a value of less than 64 KiB, in DER."""
+    size = len(content)
+    length = bytes((size,)) if size < 128 else b"\x81%c" % size if size < 256 else b"\x82" + size.to_bytes(2, "big")
+    return bytes((tag,)) + length + content
+
+
+def written(path: Path, p: int, q: int, **wrong: int) -> Path:
+    """Write an RSA key of these primes (RFC 8017 A.1.2); numbers in `wrong` are not what belongs to them."""
+    d = wrong.get("d") or pow(65537, -1, (p - 1) * (q - 1))
+    right = {"n": p * q, "e": 65537, "d": d, "p": p, "q": q}
+    right |= {"dmp1": d % (p - 1), "dmq1": d % (q - 1), "iqmp": pow(q, -1, p)}
+    numbers = [0, *(right | wrong).values()]
+    content = b"".join(of_der(2, each.to_bytes(each.bit_length() // 8 + 1, "big")) for each in numbers)
+    encoded = base64.encodebytes(of_der(0x30, content)).decode()
+    path.write_text(f"-----BEGIN RSA PRIVATE KEY-----\n{encoded}-----END RSA PRIVATE KEY-----\n")
+    return path
+
+
+def test_an_rsa_key_whose_numbers_do_not_belong_together_is_damaged(tmp_path: Path) -> None:
+    """Each of them counts, and the primes must be primes: such a key would fail in the handshake, or leak itself."""
+    numbers = rsa_key().private_numbers()
+    p, q, d, n = numbers.p, numbers.q, numbers.d, numbers.public_numbers.n
+    file = tmp_path / "key.pem"
+    read = read_private_key(written(file, p, q))
+    assert isinstance(read, rsa.RSAPrivateKey)
+    assert read.private_numbers().p == p
+    for wrong in (
+        {"n": n + 2},
+        {"d": d + 2},
+        {"d": d + (p - 1)},
+        {"d": d + (q - 1)},
+        {"dmp1": numbers.dmp1 + 2},
+        {"dmq1": numbers.dmq1 + 2},
+        {"iqmp": numbers.iqmp - 1},
+    ):
+        with pytest.raises(ValueError, match="contains a damaged private key"):
+            read_private_key(written(file, p, q, **wrong))
+    composite = next(number for number in range(p + 2, p + 2000, 2) if math.gcd(65537 * q, (number - 1) * number) == 1)
+    with pytest.raises(ValueError, match="contains a damaged private key"):
+        read_private_key(written(file, composite, q))
