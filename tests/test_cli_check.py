@@ -269,6 +269,17 @@ def test_an_untrusted_chain_shows_what_was_presented(offered: Callable[..., tupl
         assert broker.received == b""
 
 
+@pytest.mark.parametrize("has_identifiers", [True, False])
+def test_a_trusted_ca_of_the_same_name_has_another_key(
+    offered: Callable[..., tuple[Checked, Broker]], has_identifiers: bool
+) -> None:
+    """It was made a second time; to trust "the CA that issued it" would be no help."""
+    leaf = certify(certify_ca(), authority_key_identifier=has_identifiers)
+    done, broker = offered(leaf)
+    done.failed("chain", "tls-untrusted-chain", "issued by CN=Root CA", "key does not match", remedy="another key")
+    assert broker.received == b""
+
+
 @pytest.mark.parametrize(
     ("names", "settings", "words", "remedy"),
     [

@@ -12,6 +12,7 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -661,6 +662,22 @@ def test_every_verification_code_refuses_with_its_reason() -> None:
 def test_an_untrusted_chain_says_what_is_wrong_with_it(code: int, word: str) -> None:
     """Each of OpenSSL's codes has the words that belong to it."""
     assert word in verification_failure(code, 0, NOW).detail
+
+
+def test_an_unknown_issuer_is_named() -> None:
+    """Escaped and cut; if a trusted CA has the same name, its key is not the issuer's."""
+    ca = certify_ca(subject="Example\x1b Plant CA")
+    leaf = crypto.X509.from_cryptography(certify(ca).certificate)
+    details = {code: verification_failure(code, 0, NOW, leaf).detail for code in range(1, 100)}
+    assert [code for code, detail in details.items() if "issued by" in detail] == [2, 7, 18, 19, 20, 21]
+    assert details[21].endswith(r"issued by CN=Example\x1b Plant CA")
+    again = certify_ca(subject="Example\x1b Plant CA").certificate
+    assert "its key does not match" in verification_failure(20, 0, NOW, leaf, [again]).detail
+    other = certify_ca(subject="Other").certificate
+    assert verification_failure(20, 0, NOW, leaf, [other]).detail == details[20]
+    long = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x" * 64)] * 9)
+    hostile: Any = SimpleNamespace(to_cryptography=lambda: SimpleNamespace(issuer=long))
+    assert len(verification_failure(20, 0, NOW, hostile).detail) < 300
 
 
 def test_the_clock_is_shown_where_it_matters() -> None:

@@ -19,6 +19,7 @@ from gateway.tls.algorithms import Offer
 from gateway.tls.alt_names import shown_names, subject_alt_names
 from gateway.tls.broker_identity import Identity
 from gateway.tls.channel import TLSChannel
+from gateway.tls.failures import OTHER_KEY
 from gateway.tls.survey import advice
 from gateway.tls.trust import TLSPolicy
 
@@ -29,6 +30,10 @@ _LATE_STEPS = {
     EndReason.TLS_PIN_MISMATCH: "pin",
     EndReason.TLS_STRICT_REFUSED: "strict",
 }
+_OTHER_KEY_REMEDY = (
+    "The CA in tls.ca_file has the right name, but another key: it was made a second time, or another CA has the same "
+    "name. Replace it with the certificate of the CA that issued the broker's."
+)
 
 
 def failed(name: str, failure: UpstreamFailure, remedy: str = "") -> Step:
@@ -106,10 +111,12 @@ def _not_approved(chain: Sequence[x509.Certificate], identity: Identity, failure
         yield Step("chain", Status.PASS, f"ends at a trusted root; the broker sent {_count(len(chain))}")
         yield _identity(chain[0], identity)
         return
+    remedy = ""
     if failure.reason is EndReason.TLS_UNTRUSTED_CHAIN and chain:
         last = f"; the last of {_count(len(chain))} from the broker is {subject(chain[-1])}, issuer {issuer(chain[-1])}"
+        remedy = _OTHER_KEY_REMEDY if OTHER_KEY in failure.detail else ""
         failure = UpstreamFailure(failure.reason, failure.detail + last)
-    yield failed("chain", failure)
+    yield failed("chain", failure, remedy)
     if chain:
         # A session stops before this, but this is the next thing to fix.
         yield _identity(chain[0], identity)

@@ -359,7 +359,9 @@ class TLSChannel:
         """
         self._asked = True
         if not accepted:
-            self._failure = self._failure or verification_failure(error, depth, datetime.now(UTC), certificate)
+            self._failure = self._failure or verification_failure(
+                error, depth, datetime.now(UTC), certificate, self._policy.roots
+            )
             return False
         if depth == 0:
             self._matched = self._identity.match(certificate.to_cryptography())

@@ -6,13 +6,15 @@ In: verification codes, error queues, alerts.  Out: an `UpstreamFailure` with a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from cryptography import x509
 from OpenSSL import crypto
 
 from gateway import MADE
 from gateway.errors import EndReason, UnknownIssuer, UpstreamFailure
+from gateway.text import printable
 
 # X509_V_ERR_* (openssl/x509_vfy.h) with their own reason or words; any other is an untrusted chain with OpenSSL's
 # number, which fails closed.
@@ -75,6 +77,10 @@ _VERIFY_ERRORS: dict[int, tuple[EndReason, str]] = {
 
 # No trusted root issued the chain; other untrusted chains have one, but break a rule.
 _UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
+# With the signature that no key fits: a CA that was made again has the same name, but another key.
+_OF_ISSUER = _UNKNOWN_ISSUER | {7}
+_MOST_ISSUER = 128  # characters shown of an issuer's name
+OTHER_KEY = "a trusted CA has this name, but its key does not match"
 # Errors that depend on the clock: certificates not yet valid or expired, then CRLs.
 _OF_CERTIFICATES_TIME = frozenset({9, 10})
 _OF_TIME = _OF_CERTIFICATES_TIME | {11, 12}
@@ -104,12 +110,17 @@ _HANDSHAKE_ERRORS: tuple[tuple[str, EndReason], ...] = (
 
 
 def verification_failure(
-    code: int, depth: int, now: datetime, certificate: crypto.X509 | None = None
+    code: int,
+    depth: int,
+    now: datetime,
+    certificate: crypto.X509 | None = None,
+    roots: Iterable[x509.Certificate] = (),
 ) -> UpstreamFailure:
     """Return the failure for X509_V_ERR_* `code` at `depth` of the chain (0: the broker's own certificate).
 
     `now` is the time of this machine's clock.  A machine without a clock battery starts in the past: this gets its own
-    reason, different from a `certificate` that starts too late, and is still a refusal.
+    reason, different from a `certificate` that starts too late, and is still a refusal.  `roots` are the configured
+    ones.
     """
     reason, words = _VERIFY_ERRORS.get(code, (EndReason.TLS_UNTRUSTED_CHAIN, "verification failed"))
     whose = "the broker's certificate" if depth == 0 else f"the CA certificate at depth {depth}"
@@ -121,9 +132,19 @@ def verification_failure(
         with contextlib.suppress(ValueError):
             own = certificate.to_cryptography()
             detail += f"; it is valid from {_shown(own.not_valid_before_utc)} to {_shown(own.not_valid_after_utc)}"
+    if code in _OF_ISSUER and certificate is not None:
+        # As above; a hostile certificate may make the parser raise anything.
+        with contextlib.suppress(Exception):
+            detail += f"; {_issued_by(certificate.to_cryptography(), roots)}"
     if code in _OF_TIME:
         detail += f"; this machine's clock says {_shown(now)}"
     return UnknownIssuer(reason, detail) if code in _UNKNOWN_ISSUER else UpstreamFailure(reason, detail)
+
+
+def _issued_by(certificate: x509.Certificate, roots: Iterable[x509.Certificate]) -> str:
+    name = certificate.issuer
+    words = f"issued by {printable(name.rfc4514_string(), _MOST_ISSUER) or 'an empty name'}"
+    return f"{words}: {OTHER_KEY}" if any(root.subject == name for root in roots) else words
 
 
 def handshake_failure(queue: Sequence[object], *, approved: bool, offered: str = "") -> UpstreamFailure:
