@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shlex
 import ssl
 import stat
@@ -85,6 +86,7 @@ def test_a_rotated_key_is_new_and_of_the_same_kind(key: Any) -> None:
         assert new.key_size == key.key_size
     if isinstance(key, ec.EllipticCurvePrivateKey):
         assert new.curve.name == key.curve.name
+    assert x509.load_pem_x509_csr(request_for(OLD.certificate, new)).is_signature_valid
 
 
 def test_what_the_ca_should_give_back_is_accepted() -> None:
@@ -180,6 +182,35 @@ def test_the_file_of_another_user_is_replaced(tmp_path: Path, monkeypatch: pytes
     replace(read_held(table), [new.certificate], None)
     assert pair_of(table)[0] == [new.certificate]
     assert (tmp_path / "client.pem.old").read_bytes() == OLD.pem
+
+
+def test_a_file_keeps_its_owner_and_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is given back separately: a process may be allowed the one and not the other."""
+    table = held_in(tmp_path, one_file=True)
+    held = read_held(table)
+    given: list[tuple[int, int]] = []
+    real = os.fstat
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fstat", lambda each: os.stat_result((*real(each)[:4], -7, -7, *real(each)[6:])))
+        patch.setattr("os.fchown", lambda _, uid, gid: given.append((uid, gid)))
+        replace(held, [renewed().certificate], None)
+    like = held.file.stat()
+    assert given == [(like.st_uid, -1), (-1, like.st_gid)] * 2
+
+
+def test_a_replacement_that_fails_leaves_no_file_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt would leave another private key in the directory."""
+    table = held_in(tmp_path, one_file=True)
+    held = read_held(table)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(RenewalFailed, match="cannot be replaced: Input/output error"):
+        replace(held, [renewed().certificate], None)
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
 def test_a_rotated_key_replaces_the_old_one_in_the_same_moment(tmp_path: Path) -> None:
