@@ -10,7 +10,7 @@ from gateway.mqtt.connect import Connect, parse_connect
 from gateway.mqtt.packets import PacketType, ProtocolVersion
 from gateway.mqtt.properties import PropertyId
 from gateway.mqtt.reader import Packet, PacketReader
-from gateway.mqtt.rewrite import KEPT, ConnectChanges, rewrite_connect
+from gateway.mqtt.rewrite import KEPT, ConnectChanges, rewrite_connect, will_properties
 from tests.mqtt_packets import connect, string, text, user_property, with_length
 from tests.test_mqtt_connect import CONNECT_PROPERTY_LISTS, WILL_PROPERTY_LISTS, mqtt_text
 
@@ -200,3 +200,22 @@ def test_a_connect_may_be_as_large_as_the_limit() -> None:
     assert rewrite(connect("a"), len(whole), client_identifier="longer") == whole
     with pytest.raises(ValueError, match="limit"):
         rewrite(connect("a"), len(whole) - 1, client_identifier="longer")
+
+
+def test_the_properties_that_a_rule_gives_are_those_of_the_connect() -> None:
+    """Before 5.0 there are none to replace."""
+    data = connect(version=5, properties=user_property())
+    given = with_length(user_property("c", "d"))
+    assert rewrite(data, properties=given) == connect(version=5, properties=user_property("c", "d"))
+    assert rewrite(data, keep_alive=7) == connect(version=5, properties=user_property(), keep_alive=7)
+    assert rewrite(connect(version=4), properties=given) == connect(version=4)
+
+
+def test_the_properties_of_a_will_are_returned_with_their_length() -> None:
+    """Nothing without a Will, or before 5.0."""
+    assert will_properties(*read(connect(version=5, will_topic="t", will_properties=user_property()))) == with_length(
+        user_property()
+    )
+    assert will_properties(*read(connect(version=5, will_topic="t"))) == b"\0"
+    assert will_properties(*read(connect(version=5))) == b""
+    assert will_properties(*read(connect(version=4, will_topic="t"))) == b""
