@@ -36,7 +36,7 @@ from gateway.tls.trust import ClientIdentity, TLSPolicy, policy_files
 _FREED_AT_A_TIME = 20
 # The sections that sessions are judged by, and what follows a section's name in a key.
 _TO_JUDGE_BY = frozenset({"upstream", "devices", "device", "limits"})
-_SECTION = re.compile(r"[.\[]")
+_SECTION = re.compile(r"[.\[ :]")
 
 
 @frozen(eq=False, kw_only=True)

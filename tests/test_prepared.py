@@ -107,6 +107,18 @@ def test_a_changed_rule_is_read_again(files: Files) -> None:
     assert {device.name: device.max_qos for device in config.device} == {"d1": 1, "d2": 2, "d3": 2, "d4": 2, "d9": 0}
 
 
+def test_sessions_are_not_judged_as_before_if_a_named_broker_changed(files: Files) -> None:
+    """What changed is told by its name; it is a broker all the same."""
+    path = files.directory / "gateway.toml"
+    named = path.read_text().replace("[[upstream]]", '[[upstream]]\nname = "cloud"')
+    path.write_text(named)
+    before = files.prepare()
+    path.write_text(named.replace('name = "cloud"', 'name = "cloud"\nport = 1'))
+    after = files.prepare(before)
+    assert after.changed == ['upstream "cloud".port']
+    assert not after.is_equivalent
+
+
 def test_a_rule_that_was_just_written_is_read_again(tmp_path: Path) -> None:
     """It could be written once more within the precision of its times, with the same size."""
     files = Files(tmp_path)

@@ -232,6 +232,30 @@ def test_what_differs_is_named_by_its_key() -> None:
     assert changed(admission={"allow": ["10.0.0.0/8"]}) == ["admission.allow"]
 
 
+def test_devices_that_come_and_go_are_named() -> None:
+    """And whether one was disabled or enabled: that is what a person did."""
+
+    def ruled(*names: str, off: str = "") -> Config:
+        rules = [{"match_client_id": name, "name": name, "enabled": name != off} for name in names]
+        return from_mapping({"upstream": [{"host": "a"}], "device": rules})
+
+    before = ruled("pump-1", "pump-2", "pump-3")
+    assert changed_keys(before, ruled("pump-1", "pump-2", "pump-4")) == [
+        'device "pump-3" removed',
+        'device "pump-4" added',
+    ]
+    off = ruled("pump-1", "pump-2", "pump-3", off="pump-2")
+    assert changed_keys(before, off) == ['device "pump-2" disabled']
+    assert changed_keys(off, before) == ['device "pump-2" enabled']
+    assert changed_keys(off, ruled("pump-1", "pump-2")) == ['device "pump-3" removed', 'device "pump-2" enabled']
+    assert changed_keys(before, ruled("pump-2", "pump-1", "pump-3")) == ["device"]
+    many = changed_keys(before, ruled(*(f"new-{number}" for number in range(40))))
+    assert len(many) == 14
+    assert many[-1] == "device: 30 more added"
+    first = changed_keys(ruled(), ruled("pump-1"))
+    assert first == ['device "pump-1" added']
+
+
 RULE: dict[str, Any] = {
     "password_file": "/p",
     "client_cert": "/c",
