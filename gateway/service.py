@@ -244,11 +244,8 @@ class GatewayService(Service):
         """Close the listeners and end the sessions, spread over `drain.seconds`; fires when all are closed."""
         super().stopService()
         config = self.gateway.config
-        _log.info(
-            "stopping: closing {sessions} sessions over {seconds:g} s; a second signal closes them at once",
-            sessions=len(self.gateway.sessions),
-            seconds=config.drain.seconds,
-        )
+        count, seconds = len(self.gateway.sessions), config.drain.seconds
+        _log.info("stopping: {shown}", shown=_shown_drain(count, seconds), sessions=count, seconds=seconds)
         self.renewals.stop()
         if self._reload_port is not None:
             self._reload_port.close()
@@ -501,6 +498,13 @@ class GatewayService(Service):
                 carried=carried,
             )
         _log.info("session limit: {carried}", carried=carried)
+
+
+def _shown_drain(count: int, seconds: float) -> str:
+    if not count:
+        return "no session is open"
+    sessions = f"{count} session{'' if count == 1 else 's'}"
+    return f"closing {sessions} over {seconds:g} s; a second signal closes them at once"
 
 
 def _listed(changed: Sequence[str]) -> str:

@@ -159,7 +159,7 @@ def test_why_is_device_17_silent(start: StartGateway, start_broker: StartBroker,
     assert "device-17: not connected: tls-untrusted-chain" in words
     assert "chain does not end at a trusted root" in words
     assert "What to do: Set tls.ca_file" in words
-    assert "It has ended 2 times in the last " in words
+    assert "2 sessions ended in the last " in words
     assert "device-170" not in words
     assert "1 more matches by name or address" in words
 
@@ -203,7 +203,7 @@ def test_a_device_that_is_connected_is_status_0(
     assert " 1 packet to the broker and 1 from it" in words
     assert "last heard " in words
     assert "Its last session ended" in words
-    assert "It has ended 2 times in the last " in words
+    assert "2 sessions ended in the last " in words
 
 
 def test_a_device_that_the_broker_does_not_take_from(

@@ -159,4 +159,4 @@ def test_a_message_passes_without_any_rights(podman: Podman, started: tuple[Prog
         os.kill(process, signal.SIGTERM)
         assert device.read_to_end() == b""
     assert program.wait_ended() == 0
-    assert "stopping: closing 1 sessions over 1 s" in program.log
+    assert "stopping: closing 1 session over 1 s" in program.log

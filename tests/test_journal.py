@@ -613,3 +613,12 @@ def test_starts_and_orderly_ends_can_be_limited_or_switched_off(clock: Clock, ev
     wanted = "all"
     fleet()
     assert len(events) == 601
+
+
+@pytest.mark.parametrize(("count", "shown"), [(0, "0 packets"), (1, "1 packet "), (2, "2 packets")])
+def test_one_packet_is_no_packets(journal: Journal, events: list[dict[str, Any]], count: int, shown: str) -> None:
+    """A number and its noun agree in the line of an end."""
+    journal.session_ended(attrs.evolve(RECORD, packets_up=count, packets_down=count))
+    (line,) = lines(events)
+    assert f"up {shown}" in line
+    assert f"down {shown}" in line

@@ -830,6 +830,8 @@ def test_the_headline_names_the_reason_of_the_devices_that_it_counts(
     devices.append(connected(gateway, "flapping"))
     document = ask(gateway).json
     assert document["lately"][0]["reason"] == "malformed-packet"
+    assert (document["lately"][0]["count"], document["lately"][0]["devices"]) == (4, 1)
+    assert "Devices (last end)" in ask(gateway, "/").text
     assert document["absent_reasons"] == {"device-lost": 2, "upstream-refused": 1}
     assert document["unserved_reasons"] == {"upstream-refused": 1}
     failed, unserved = verdict(document).reasons
@@ -903,6 +905,22 @@ def test_a_broker_that_was_verified_since_can_serve_those_that_could_not_reach_i
         device.read_to_end()
     assert (judged.level, judged.line[:17]) == (Level.ATTENTION, "The gateway works")
     gateway.wait_ended(3)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "stopping: no session is open"), (1, "closing 1 session over ")])
+def test_the_line_of_a_stop_counts_in_words_that_fit(
+    start: StartGateway, start_broker: StartBroker, devices: list[Device], count: int, words: str
+) -> None:
+    """None, one or more sessions."""
+    lines = list[dict[str, Any]]()
+    gateway = start(upstream=start_broker().port, drain={"seconds": 0})
+    devices += [connected(gateway, f"d{index}") for index in range(count)]
+    globalLogPublisher.addObserver(lines.append)
+    try:
+        gateway.stop()
+    finally:
+        globalLogPublisher.removeObserver(lines.append)
+    assert any(words in str(formatEvent(line)) for line in lines)
 
 
 def test_a_disabled_device_is_no_failure(start: StartGateway, start_broker: StartBroker, devices: list[Device]) -> None:

@@ -320,14 +320,18 @@ def _identity(record: SessionRecord) -> str:
     return f" as {words}" if words else ""
 
 
+def _packets(count: int) -> str:
+    return f"{count} packet{'' if count == 1 else 's'}"
+
+
 def _end_line(record: SessionRecord) -> str:
     reason = record.reason
     detail = f" ({unprintable_escaped(record.detail, 400)})" if record.detail else ""
     line = f"{_who(record)} ended: {reason}{detail}"
     if record.established:
         line += (
-            f"; {record.duration or 0.0:.1f} s, up {record.packets_up} packets {record.bytes_up} bytes, "
-            f"down {record.packets_down} packets {record.bytes_down} bytes"
+            f"; {record.duration or 0.0:.1f} s, up {_packets(record.packets_up)} {record.bytes_up} bytes, "
+            f"down {_packets(record.packets_down)} {record.bytes_down} bytes"
         )
         if record.withheld:
             line += f", {record.withheld} messages withheld by rule"

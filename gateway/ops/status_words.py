@@ -387,7 +387,7 @@ def unknown_words(document: Part) -> list[str]:
     """Describe what it means that a device is unknown."""
     remembered = duration(document["devices"]["remembered_seconds"])
     lines = [
-        f"No matching session is open, and none has ended within the last {remembered}.",
+        f"No matching session is open, and none has ended within the last {_one_left_out(remembered)}.",
         "The device does not reach this gateway, or uses another name.",
         "Check its power, its network, and that it is configured with this gateway's address.",
         f"Devices must connect to {where_devices_connect(document)}.",
@@ -446,4 +446,11 @@ def _detail(end: Part) -> str:
 def _times(end: Part) -> list[str]:
     if end["times"] < 2:
         return []
-    return [f"It has ended {end['times']} times in the last {duration(max(1, end['times_seconds']))}."]
+    return [
+        f"{number(end['times'])} sessions ended in the last {_one_left_out(duration(max(1, end['times_seconds'])))}."
+    ]
+
+
+def _one_left_out(words: str) -> str:
+    """Say `minute` for `1 min`."""
+    return {"1 s": "second", "1 min": "minute", "1 h": "hour", "1 day": "day"}.get(words, words)

@@ -198,7 +198,7 @@ def _why(document: Part) -> Markup:
         [
             together(_badge(each["reason"], "failing")),
             number(each["count"]),
-            number(each["devices"]) if each["devices"] else "\N{EN DASH}",
+            number(each["devices"]),
             together(
                 element("p", each["meaning"]),
                 element("p", "Latest: ", each["detail"], class_="detail") if each["detail"] else None,
@@ -211,7 +211,7 @@ def _why(document: Part) -> Markup:
         "Why sessions ended in the last 15 minutes",
         ", ".join(f"{each['reason']} {number(each['count'])}" for each in document["lately"][:_FEW])
         or "none, except by the device's own DISCONNECT",
-        _table(("Reason", "Ends", "Devices", "What it means"), rows, numeric=(1, 2)) if rows else None,
+        _table(("Reason", "Ends", "Devices (last end)", "What it means"), rows, numeric=(1, 2)) if rows else None,
         is_open=bool(rows),
     )
 
