@@ -174,7 +174,7 @@ def test_while_the_only_broker_is_left_alone_devices_are_told_at_once(plant: Sta
     session, _ = own.session()
     (failure,) = session.named("upstream_failed")
     assert failure.reason is EndReason.TCP_REFUSED
-    assert failure.detail.endswith("next attempt in 1 s")
+    assert failure.detail.endswith("; backing off")
     assert session.dial.upstream == "one.example:8883"
     assert own.dialled == {"one.example": 1}
     assert own.told == [("one.example:8883 left alone for 1 s", "tcp-refused")]

@@ -313,13 +313,12 @@ class Dialler:
 
         For brokers in back-off, the detail is that of their last failure.
         """
-        now = self._clock.seconds()
         told: list[tuple[str, UpstreamFailure]] = []
         for _, health in route:
             failure = failures.get(health)
             before = health.decisive.last_failure
             if failure is None and before is not None:
-                standing = health.standing(now)
+                standing = health.standing()
                 failure = UpstreamFailure(before.reason, f"{before.detail}; {standing}" if before.detail else standing)
             if failure is not None:
                 told.append((health.address, failure))

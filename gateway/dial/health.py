@@ -124,12 +124,12 @@ class UpstreamHealth:
     def _may_be_tried(self, now: float) -> bool:
         return self.state is UpstreamState.LEFT_ALONE and self.retry_at is not None and now >= self.retry_at
 
-    def standing(self, now: float) -> str:
-        """Return, in words, why it is not tried now."""
+    def standing(self) -> str:
+        """Return, in words, why it is not tried now; no countdown, since the words are kept."""
         if self.decisive is not self:
-            return self.decisive.standing(now)
-        if self.state is UpstreamState.LEFT_ALONE and self.retry_at is not None:
-            return f"next attempt in {max(0.0, self.retry_at - now):.0f} s"
+            return self.decisive.standing()
+        if self.state is UpstreamState.LEFT_ALONE:
+            return "backing off"
         return f"it is {self.state.value}"
 
     def begin(self, now: float) -> Attempt:
