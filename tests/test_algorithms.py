@@ -25,7 +25,7 @@ from gateway.pieces import at_once
 from gateway.tls import direct
 from gateway.tls.channel import make_policies, make_policy
 from gateway.tls.devices import DevicePolicies
-from gateway.tls.survey import Answer, Reader, Survey
+from gateway.tls.survey import Answer, Hello, Reader, Survey
 from gateway.tls.trust import ClientIdentity
 from tests import mqtt_packets as mqtt
 from tests.harness import Broker, Device, RunningGateway, accept_session
@@ -369,3 +369,38 @@ def served(gateway: RunningGateway, client_id: str) -> str:
     record = gateway.wait_ended(count + 1)
     assert record.peer is not None
     return record.peer.cipher
+
+
+def handshake(kind: int, body: bytes) -> bytes:
+    """Return a handshake message in a TLS record."""
+    message = bytes((kind,)) + len(body).to_bytes(3) + body
+    return b"\x16\x03\x03" + len(message).to_bytes(2) + message
+
+
+def test_what_a_broker_chose_in_tls_1_2_is_read() -> None:
+    """The group and the signature algorithm are in its ServerKeyExchange, which differs between ECDHE and DHE."""
+    hello = b"\3\3" + bytes(32) + b"\0%b\0"
+    ecdhe = b"\3\1\2" + b"\5point" + b"\x08\x04"
+    dhe = b"\1\2" + bytes(0x102) + b"\0\1\2" + b"\1\0" + bytes(0x100) + b"\4\1"
+    for cipher, body, group, algorithm in ((0xC02F, ecdhe, 0x102, 0x0804), (0x9E, dhe, 0, 0x0401)):
+        answer = handshake(2, hello % cipher.to_bytes(2)) + handshake(12, body)
+        assert Reader().feed(answer) == (True, Answer(0x303, cipher, group, algorithm))
+
+
+def test_a_broker_without_a_name_is_asked_without_one() -> None:
+    """There is no server_name for an address (RFC 6066 §3)."""
+    hello = Hello(is_1_3=False, ciphers=(0xC02F,), groups=(29,), signature_algorithms=(0x0804,))
+    named, nameless = hello.record("broker.example", ()), hello.record(None, ())
+    assert b"broker.example" in named
+    assert len(named) - len(nameless) == len("broker.example") + 9
+
+
+def test_each_signature_algorithm_of_tls_1_2_is_found() -> None:
+    """A broker with two always chooses the first, until it is not offered."""
+    survey = Survey()
+    while (hello := survey.hello) is not None:
+        chosen = [code for code in (0x0403, 0x0804) if code in hello.signature_algorithms]
+        answers = not hello.is_1_3 and chosen and 0xC02F in hello.ciphers and 29 in hello.groups
+        survey.answered(Answer(0x303, 0xC02F, 29, chosen[0]) if answers else None)
+    assert survey.offer is not None
+    assert len(survey.offer.signature_algorithms) == 2

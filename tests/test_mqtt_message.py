@@ -206,3 +206,11 @@ def test_what_was_fed_and_not_passed_comes_with_a_later_turn():
     assert len(whole.feed(b"")) == 11
     assert checker.fed == 1
     assert whole.feed(b"") == [b"\xe0\0"]
+
+
+def test_a_message_does_not_show_its_content() -> None:
+    """Logs must not have it."""
+    shown = repr(Message(b"topic", b"secret", 0, properties=b"hidden"))
+    assert "topic" in shown
+    assert "secret" not in shown
+    assert "hidden" not in shown
