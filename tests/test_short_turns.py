@@ -372,6 +372,10 @@ def test_events_have_the_rest_of_the_turn(make: Callable[[], Descriptor], work: 
     relay.doRead()
     assert 0 < sum(each.read for each in descriptors) <= 2
     assert work.now - began <= 0.0025
+    # Without calls before them, all of it is theirs.
+    read = sum(each.read for each in descriptors)
+    relay.doRead()
+    assert sum(each.read for each in descriptors) == read + 4
     relay.stop()
 
 
@@ -396,6 +400,158 @@ def test_sessions_that_go_on_have_the_rest_of_the_turn(make: Callable[[], Descri
     reactor.turn()
     assert done == [0, 1, 2]
     relay.stop()
+
+
+def test_time_counts_whenever_the_machine_was_started(make: Callable[[], Descriptor], work: Work) -> None:
+    """Each has what the other left of the turn, in the turn after it; then all of it again."""
+    work.some(1000)
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    descriptors = [make() for _ in range(20)]
+    for each in descriptors[:1]:
+        each.on_read = lambda: work.some(0.0012)
+        relay.addReader(each)
+        each.peer.send(b"x")
+    done: list[int] = []
+    for number in range(20):
+        relay.later(lambda number=number: (work.some(0.0003), done.append(number)))
+    relay.doRead()
+    reactor.turn()
+    assert done == [0, 1, 2]  # 0.8 ms
+    for each in descriptors[1:]:
+        each.on_read = lambda: work.some(0.0003)
+        relay.addReader(each)
+        each.peer.send(b"x")
+    relay.doRead()
+    assert sum(each.read for each in descriptors[1:]) == 4  # 1.1 ms
+    relay.stop()
+
+
+def test_events_that_follow_soon_share_the_limit_of_the_turn(make: Callable[[], Descriptor], work: Work) -> None:
+    work.some(1000)
+    relay = RelayReactor(Clocked())
+    relay.start()
+    endless = make()
+    endless.on_read = lambda: (work.some(0.0007), endless.peer.send(b"again"))
+    relay.addReader(endless)
+    endless.peer.send(b"x")
+    relay.doRead()
+    assert endless.read == 3
+    relay.stop()
+
+
+def test_a_call_that_stops_the_relay_is_the_last(work: Work) -> None:
+    del work  # Time stands still.
+    reactor = Clocked()
+    relay = RelayReactor(reactor)
+    relay.start()
+    done: list[int] = []
+    relay.later(relay.stop)
+    relay.later(lambda: done.append(1))
+    reactor.turn()
+    assert not done
+    assert not reactor.calls
+
+
+def test_an_event_that_was_left_is_not_reported_to_who_waits_for_another(
+    make: Callable[[], Descriptor], work: Work
+) -> None:
+    """A side that is paused still sends."""
+    relay = RelayReactor(Clocked())
+    relay.start()
+    descriptors = [make() for _ in range(10)]
+    for each in descriptors:
+        each.on_read = work.some
+        relay.addReader(each)
+        each.peer.send(b"x")
+    relay.doRead()
+    paused = [each for each in descriptors if not each.read]
+    assert paused
+    for each in paused:
+        each.doWrite = work.some  # type: ignore[assignment,method-assign]
+        relay.addWriter(each)
+        relay.removeReader(each)
+    for _ in range(3):
+        relay.doRead()
+    assert not any(each.read for each in paused)
+    relay.stop()
+
+
+class Tells:
+    """A core that tells what it is given, each event once, and takes some time."""
+
+    HELD, DESCRIPTORS = 0, 0x20000
+    Pair = None
+
+    def __init__(self, work: Work, *told: tuple[float, int, list[Any], list[Descriptor]]) -> None:
+        self.work = work
+        self.told = list(told)
+
+    def poll(self, epoll: int, milliseconds: int, most: int) -> tuple[int, list[Any], list[tuple[int, int]]]:
+        if not self.told:
+            return 0, [], []
+        took, count, handed_over, ready = self.told.pop(0)
+        self.work.some(took)
+        return count, handed_over, [(each.fileno(), select.EPOLLIN) for each in ready]
+
+
+@pytest.fixture
+def told(
+    make: Callable[[], Descriptor], work: Work
+) -> Iterator[tuple[RelayReactor, Tells, list[Descriptor], list[int]]]:
+    """Return a relay's reactor, its core, twenty descriptors, and the numbers of those that have read, in order."""
+    core = Tells(work)
+    relay = RelayReactor(Clocked(), core)
+    relay.start()
+    descriptors = [make() for _ in range(20)]
+    read: list[int] = []
+    for number, each in enumerate(descriptors):
+        each.on_read = lambda number=number: (work.some(0.0003), read.append(number))
+        relay.addReader(each)
+    yield relay, core, descriptors, read
+    relay.stop()
+
+
+Told = tuple[RelayReactor, Tells, list[Descriptor], list[int]]
+
+
+def test_events_are_processed_in_order_whatever_turn_they_come_in(told: Told) -> None:
+    relay, core, descriptors, read = told
+    core.told = [(0, 10, [], descriptors[:10]), (0, 10, [], descriptors[10:])]
+    for _ in range(5):
+        relay.doRead()
+    assert read == list(range(20))
+
+
+def test_events_that_come_while_only_the_core_has_to_do_are_processed(told: Told) -> None:
+    """So are those for which it needs Python."""
+    relay, core, descriptors, read = told
+    lent = [Mock(), Mock()]
+    nobody: list[Descriptor] = []
+    core.told = [(0, 1, [], nobody), (0, 1, lent[:1], nobody), (0, 1, lent[1:], descriptors[:1]), (0, 1, [], nobody)]
+    relay.doRead()
+    relay.doRead()
+    assert read == [0]
+    assert [each.hand_over.call_count for each in lent] == [1, 1]
+
+
+def test_waiting_for_the_core_is_no_work(told: Told) -> None:
+    relay, core, descriptors, read = told
+    core.told = [(0, 1, [], descriptors[:1]), (0.0015, 10, [], descriptors[1:11])]
+    relay.doRead()
+    assert len(read) == 7  # 2 ms
+
+
+def test_a_mistake_while_the_core_hands_over_leaves_the_others(told: Told, logged_errors: list[dict[str, Any]]) -> None:
+    relay, core, descriptors, read = told
+    lent = [Mock(**{"hand_over.side_effect": ZeroDivisionError}), Mock()]
+    core.told = [(0, 3, lent, descriptors[:1])]
+    relay.doRead()
+    assert read == [0]
+    lent[1].hand_over.assert_called_once_with()
+    assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
+    logged_errors.clear()
 
 
 def test_messages_that_only_the_core_has_to_do_with_cost_python_two_calls_each(work: Work) -> None:
@@ -433,6 +589,7 @@ def test_what_the_core_did_counts(make: Callable[[], Descriptor], work: Work, to
 
     relay = RelayReactor(Clocked(), Busy())
     relay.start()
+    work.some(1000)
     descriptors = [make() for _ in range(20)]
     for each in descriptors:
         each.on_read = lambda: work.some(0.0003)
