@@ -560,6 +560,11 @@ def test_a_rule_without_a_certificate_gets_its_first_one_from_renew(
     x509.load_pem_x509_certificate((site.directory / "d3.pem").read_bytes()).verify_directly_issued_by(
         site.ca.certificate
     )
+    assert site.do("add", "d" * 65) == 0
+    capfd.readouterr()
+    assert site.do("renew", "d" * 65, *site.issuing) == 1
+    assert "--common-name" in capfd.readouterr().err.partition("`device add")[2]
+    assert not list(site.directory.glob("d" * 65 + "*.pem"))
     assert site.do("add", "d4", "--set", "password_file=p") == 0
     assert site.do("add", "d5", "--set", "enabled=false") == 0
     assert "warning" not in capfd.readouterr().err

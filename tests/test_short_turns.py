@@ -217,10 +217,8 @@ def test_events_that_cost_much_share_several_turns(make: Callable[[], Descriptor
     relay.stop()
 
 
-def test_an_event_that_was_left_is_not_reported_to_who_waits_for_it_no_longer(
-    make: Callable[[], Descriptor], work: Work
-) -> None:
-    relay = RelayReactor(Clocked())
+def left_waiting(relay: RelayReactor, make: Callable[[], Descriptor], work: Work) -> list[Descriptor]:
+    """Let ten descriptors have something at once; return those for which the turn has no time."""
     relay.start()
     descriptors = [make() for _ in range(10)]
     for each in descriptors:
@@ -228,8 +226,16 @@ def test_an_event_that_was_left_is_not_reported_to_who_waits_for_it_no_longer(
         relay.addReader(each)
         each.peer.send(b"x")
     relay.doRead()
-    paused = [each for each in descriptors if not each.read]
-    assert paused
+    waiting = [each for each in descriptors if not each.read]
+    assert waiting
+    return waiting
+
+
+def test_an_event_that_was_left_is_not_reported_to_who_waits_for_it_no_longer(
+    make: Callable[[], Descriptor], work: Work
+) -> None:
+    relay = RelayReactor(Clocked())
+    paused = left_waiting(relay, make, work)
     for each in paused:
         relay.removeReader(each)
     relay.doRead()
@@ -459,15 +465,7 @@ def test_an_event_that_was_left_is_not_reported_to_who_waits_for_another(
 ) -> None:
     """A side that is paused still sends."""
     relay = RelayReactor(Clocked())
-    relay.start()
-    descriptors = [make() for _ in range(10)]
-    for each in descriptors:
-        each.on_read = work.some
-        relay.addReader(each)
-        each.peer.send(b"x")
-    relay.doRead()
-    paused = [each for each in descriptors if not each.read]
-    assert paused
+    paused = left_waiting(relay, make, work)
     for each in paused:
         each.doWrite = work.some  # type: ignore[assignment,method-assign]
         relay.addWriter(each)

@@ -38,7 +38,7 @@ _UNFIT = re.compile(r"[^A-Za-z0-9_-]+")
 _WILDCARD = re.compile(r"([*?\[])")
 _EXACT = re.compile(r"\[([*?\[])\]")
 # X.520: upper bound of a common name, in characters.
-_LONGEST_COMMON_NAME = 64
+LONGEST_COMMON_NAME = 64
 # The broker's clock may be behind the CA's.
 _BACKDATED = timedelta(hours=1)
 # The modes of keys and passwords: for their owner alone; for the service's group, too.
@@ -339,9 +339,9 @@ def _subject(common_name: str) -> x509.Name:
 
 def check_common_name(common_name: str) -> None:
     """Raise `DeviceProblem` if a certificate cannot have this common name."""
-    if not 1 <= len(common_name) <= _LONGEST_COMMON_NAME:
+    if not 1 <= len(common_name) <= LONGEST_COMMON_NAME:
         raise DeviceProblem(
-            f"a common name has 1 to {_LONGEST_COMMON_NAME} characters, this one has {len(common_name)}. "
+            f"a common name has 1 to {LONGEST_COMMON_NAME} characters, this one has {len(common_name)}. "
             "Set another with --common-name"
         )
 

@@ -13,6 +13,7 @@ from cryptography.x509.oid import NameOID
 from gateway.cli.device_change import rewrite
 from gateway.cli.device_files import (
     KEY_TYPES,
+    LONGEST_COMMON_NAME,
     PUBLIC,
     SECRET,
     SECRET_OF_GROUP,
@@ -82,6 +83,13 @@ def _issue_first(rules: Rules, path: Path, arguments: argparse.Namespace) -> int
             f"{path} has no client_cert, so there is no key to which {arguments.cert} could belong. Use `device remove "
             f"{named}`, then `device add {named} --csr`; or let this command issue the certificate, with --ca-cert and "
             "--ca-key"
+        )
+    if len(identifier) > LONGEST_COMMON_NAME:
+        named = as_argument(identifier)
+        raise DeviceProblem(
+            f"a common name has at most {LONGEST_COMMON_NAME} characters, and this device's name has "
+            f"{len(identifier)}. Use `device remove {named}`, then `device add {named} --common-name NAME` with "
+            "--ca-cert and --ca-key"
         )
     authority = Authority.read(Path(arguments.ca_cert), Path(arguments.ca_key))
     files = Files.of(rules.directory, identifier)

@@ -105,12 +105,11 @@ def verdict(document: Part) -> Verdict:
     if not document["ready"]:
         words = document["unready"]
         return Verdict(Level.DOWN, f"Devices cannot connect: {words.partition(':')[0]}", reasons)
-    # A gateway of an earlier version has neither `failing` nor `recovered`.
-    if document.get("failing", document["unserved"]) and not connected(document):
+    if document["failing"] and not connected(document):
         return Verdict(Level.DOWN, "No device is connected, and sessions fail", reasons + absent)
     if stored is not None and stored["failure"]:
         return Verdict(Level.ATTENTION, "Messages cannot be stored", reasons + absent)
-    if document["unserved"] > document.get("recovered", 0):
+    if document["unserved"] > document["recovered"]:
         return Verdict(Level.ATTENTION, "Some devices cannot connect", absent + reasons)
     if reasons or document["unserved"]:
         return Verdict(Level.ATTENTION, "The gateway works, but something needs attention", reasons + absent)
@@ -226,8 +225,7 @@ def renewal_lines(document: Part) -> list[str]:
 
 def weak_cipher_lines(document: Part) -> list[str]:
     """Name the configured ciphers that are weaker than the defaults."""
-    weak = document.get("weak_ciphers", ())  # a gateway of an earlier version has none
-    return [f"{each['key']}: weaker than the defaults: {each['cipher']}." for each in weak]
+    return [f"{each['key']}: weaker than the defaults: {each['cipher']}." for each in document["weak_ciphers"]]
 
 
 def _absent(document: Part) -> list[str]:

@@ -201,10 +201,10 @@ class RelaySide(Protocol):
     def _apply(self) -> None:
         if self._closing:
             return
-        if self._held or self._choked or self._behind:
-            self.transport.pauseProducing()
-        else:
+        if self.reading:
             self.transport.resumeProducing()
+        else:
+            self.transport.pauseProducing()
 
     def how_lost(self, reason: Failure) -> str:
         """Return how the connection was lost: `closed`, `reset`, or the kernel's error."""

@@ -106,6 +106,7 @@ class UpstreamProtocol(RelaySide):
         if self._closing:
             return
         try:
+            # Here and not in a method of its own, which would be a call more for each message.
             try:
                 plaintext = self._channel.receive(data)
             except UpstreamFailure as failure:

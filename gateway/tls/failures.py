@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import islice
 
 from cryptography import x509
 from OpenSSL import crypto
@@ -80,6 +81,8 @@ _UNKNOWN_ISSUER = frozenset({2, 18, 19, 20, 21})
 # With the signature that no key fits: a CA that was made again has the same name, but another key.
 _OF_ISSUER = _UNKNOWN_ISSUER | {7}
 _MOST_ISSUER = 128  # characters shown of an issuer's name
+# Roots whose names are compared, at some 50 µs each in the event loop.  A CA of one's own is one of few.
+_MOST_ROOTS = 20
 OTHER_KEY = "a trusted CA has this name, but its key does not match"
 # Errors that depend on the clock: certificates not yet valid or expired, then CRLs.
 _OF_CERTIFICATES_TIME = frozenset({9, 10})
@@ -144,7 +147,7 @@ def verification_failure(
 def _issued_by(certificate: x509.Certificate, roots: Iterable[x509.Certificate]) -> str:
     name = certificate.issuer
     words = f"issued by {printable(name.rfc4514_string(), _MOST_ISSUER) or 'an empty name'}"
-    return f"{words}: {OTHER_KEY}" if any(root.subject == name for root in roots) else words
+    return f"{words}: {OTHER_KEY}" if any(root.subject == name for root in islice(roots, _MOST_ROOTS)) else words
 
 
 def handshake_failure(queue: Sequence[object], *, approved: bool, offered: str = "") -> UpstreamFailure:
