@@ -187,11 +187,13 @@ class Reception:
         visitor = Visitor(caller.address, lambda: until - self._seconds())
         try:
             matched = self._rules.match(connect, caller)
+            if matched is not None:
+                # Of a rule that cannot be used, not even the identity at the broker is known.
+                self._check_rule(matched.rule.device)
             if matched is None or self.backlog_name(matched, connect) != stored.name:
                 detail = "the rules now give this device another identity, or none"
                 connection.refused(SessionEnd(EndReason.STORED_SESSION_DIFFERS, detail), (3, 0x88))
                 return
-            self._check_rule(matched.rule.device)
             holder = self._holder(matched, connect, caller)
             self._names.check(holder.client_identifier, matched, caller, holder.brokers)
             devices = self._stored()

@@ -11,6 +11,8 @@ import pytest
 
 from gateway import stored_devices
 from gateway.cli.status import overview
+from gateway.config import load_file
+from gateway.config.directory import RuleFiles
 from gateway.errors import EndReason, Refusal
 from gateway.ops.metrics import Metrics
 from gateway.ops.status_words import Level, verdict
@@ -21,6 +23,7 @@ from gateway.store.database import StoreError
 from gateway.store.forecast import Forecast
 from tests import mqtt_packets as mqtt
 from tests.harness import Device, RunningGateway, eventually
+from tests.pki import CLIENT, certify, certify_ca
 from tests.turn_clock import TurnClock
 
 
@@ -107,6 +110,49 @@ def test_a_stored_device_that_is_disabled_is_ended_and_its_messages_wait(
     with Device(gateway.port) as again:
         again.send(mqtt.connect("d<1>"))
         assert again.read(4)[3] == 5
+
+
+@pytest.mark.parametrize("breaks", ["certificate", "rule file"])
+def test_messages_of_a_device_whose_rule_breaks_name_the_rule(
+    reactor: Any, tmp_path: Path, logged_errors: list[Any], breaks: str
+) -> None:
+    """They wait for a repair; that its identity at the broker is not known any more is no more than a consequence."""
+    rules = tmp_path / "rules"
+    rules.mkdir()
+    certificate = rules / "d1.pem"
+    certify(certify_ca(), subject="d1", names=(), purposes=(CLIENT,)).write(certificate)
+    rule = 'match_client_id = "d1"\nclient_cert = "d1.pem"\nstore = true\nbound_to = "127.0.0.0/8"\n'
+    (rules / "d1.toml").write_text(rule)
+    gateway = RunningGateway(
+        reactor,
+        1,
+        ca_file=None,
+        store={"directory": str(tmp_path / "store"), "after": 2},
+        devices={"directory": str(rules)},
+    )
+    main = tmp_path / "gateway.toml"
+    main.write_text(
+        '[[listen]]\nendpoint = "127.0.0.1:0"\n[[upstream]]\nhost = "localhost"\nport = 1\n'
+        f'[store]\ndirectory = "{tmp_path / "store"}"\nafter = 2\n[devices]\ndirectory = "{rules}"\n'
+    )
+    gateway.service.reread = lambda: load_file(main, known=RuleFiles())
+    try:
+        with Device(gateway.port) as device:
+            device.send(mqtt.connect("d1") + mqtt.publish(payload=b"x", qos=1, packet_identifier=1))
+            assert device.read(8)[4:] == b"\x40\2\0\1"
+            broken = certificate if breaks == "certificate" else rules / "d1.toml"
+            broken.write_text("garbage" if breaks == "certificate" else f"{rule}max_qos = 7\n")
+            assert not gateway.call(gateway.service.reload)
+            gateway.call(lambda: gateway.service.gateway.stored.change("retry", "d1"))
+            assert device.read_to_end() == b""
+        ended = gateway.wait_ended()
+        assert ended.reason is EndReason.DEVICE_RULE_BROKEN
+        assert "rule d1: " in ended.detail
+        (backlog,) = seen(gateway)["store"]["backlogs"]
+        assert (backlog["messages"], "device-rule-broken" in backlog["trouble"]) == (1, True)
+        logged_errors.clear()
+    finally:
+        gateway.stop()
 
 
 def test_other_devices_that_are_refused_are_not_passed_over(gateway: RunningGateway, device: Device) -> None:
