@@ -177,9 +177,82 @@ def test_a_rule_that_cannot_be_used_keeps_its_names(tmp_path: Path, mistake: str
         assert reserved_by(config, "plant7-pump-3", **more) == "pump"
         assert reserved_by(config, "valve", **more) == "valve"
         assert reserved_by(config, "pump-4", **more) == ""
-    # Where not even `client_id` can be used, its devices are refused all the same.
-    (tmp_path / "pump.toml").write_text('match_client_id = "pump-3"\nclient_id = "{nothing}"\n')
-    assert load_file(main, known=RuleFiles()).device[0].match_client_id == ("pump-3",)
+
+
+_MISTAKES = {
+    "type": "client_id = 5",
+    "placeholder": 'client_id = "plant{number}"',
+    "template": 'client_id = "plant7-{client_id"',
+    "quote": 'client_id = "plant7-{client_id}',
+    "key": 'cleint_id = "plant7-{client_id}"',
+    "pattern": 'match_pattern = "("\nclient_id = "plant7-{client_id}"',
+}
+
+
+@pytest.fixture
+def broken_plant(tmp_path: Path) -> tuple[Path, Path]:
+    """A configuration, and the file of a rule in it, beside a rule for the names v*."""
+    main, pump = tmp_path / "gateway.conf", tmp_path / "pump.toml"
+    main.write_text('[[upstream]]\nhost = "b"\n[devices]\ndirectory = "."\n')
+    (tmp_path / "valves.toml").write_text('match_client_id = "v*"\n')
+    (tmp_path / "z.toml").write_text('match_client_id = "*"\nmatch_network = "10.0.0.66"\n')
+    pump.write_text('match_client_id = "pump-3"\nclient_id = "plant7-{client_id}"\n')
+    return main, pump
+
+
+@pytest.mark.parametrize("mistake", [*_MISTAKES.values(), "\udcff", ""])
+def test_a_mistake_in_client_id_keeps_the_names_of_before(broken_plant: tuple[Path, Path], mistake: str) -> None:
+    """They are those of the last usable version, however often the broken file is read; the repair gives others."""
+    main, pump = broken_plant
+    known = RuleFiles()
+    load_file(main, known=known)
+    pump.write_text(f'match_client_id = "pump-3"\n{mistake}\n' if mistake else "", "utf-8", "surrogateescape")
+    for _ in range(2):
+        config = load_file(main, known=known)
+        assert reserved_by(config, "plant7-pump-3", listener="yard", address="10.0.0.7") == "pump"
+        assert reserved_by(config, "vast") == ""
+    pump.write_text('match_client_id = "pump-3"\nclient_id = "other"\n')
+    config = load_file(main, known=known)
+    assert reserved_by(config, "plant7-pump-3") == ""
+    assert reserved_by(config, "other") == "pump"
+
+
+def judged(config: Config, name: str, address: str) -> tuple[EndReason, str] | None:
+    """Return why a device with this name is refused, with the beginning of the detail, or None."""
+    rules, caller = Rules(config), Caller(address, "hall")
+    try:
+        Names(config, rules).check(name, rules.match(read(connect(name))[1], caller), caller, brokers(config, ()))
+    except Refusal as refusal:
+        return refusal.reason, refusal.detail.partition(":")[0]
+    return None
+
+
+@pytest.mark.parametrize(
+    ("mistake", "refused", "served"),
+    [
+        ("type", "plant7-pump-3", "valve"),
+        ("placeholder", "plant7-pump-3", "pla"),
+        ("template", "plant7-pump-3", "plant6"),
+        ("quote", "plant7-pump-3", "valve"),
+        ("pattern", "plant7-pump-3", "valve"),
+        ("key", "", "plant7-pump-3"),
+    ],
+)
+def test_at_a_start_a_mistake_in_client_id_reserves_what_it_may_give(
+    broken_plant: tuple[Path, Path], mistake: str, refused: str, served: str
+) -> None:
+    """All names that begin as it does, up to its first placeholder, except those that other rules are for."""
+    main, pump = broken_plant
+    pump.write_text(f'match_client_id = "pump-3"\n{_MISTAKES[mistake]}\n')
+    config = load_file(main, known=RuleFiles())
+    for address in ("10.0.0.66", "10.0.0.7"):
+        assert judged(config, served, address) is None
+        if refused:
+            words = "its Client Identifier at the broker may belong to rule pump"
+            assert judged(config, refused, address) == (EndReason.DEVICE_RULE_BROKEN, words)
+        assert judged(config, "", address) is None
+    # It is its own devices that are refused first.
+    assert config.device[0 if mistake != "pattern" else -1].name == "pump"
 
 
 def test_a_long_name_is_judged_too() -> None:

@@ -224,9 +224,15 @@ class DeviceRule:
 
 @attrs.frozen
 class BrokenRule(DeviceRule):
-    """Stands for a rule that cannot be used: the devices that it matches are refused, for `problem`."""
+    """Stands for a rule that cannot be used: the devices that it matches are refused, for `problem`.
+
+    If the names that it gives at the broker cannot be read, `before` gives those of its last usable version.  Without
+    one, `names_begin` is the text that they begin with, as far as that can be read, or "".
+    """
 
     problem: str = attrs.field(default="", kw_only=True)
+    before: DeviceRule | None = attrs.field(default=None, kw_only=True)
+    names_begin: str | None = attrs.field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, device: DeviceRule, problem: str) -> Self:

@@ -68,7 +68,7 @@ def read_directory(
             if not lenient:
                 problems += found
                 continue
-            broken = _broken(path, "; ".join(found))
+            broken = _broken(path, "; ".join(found), known.last(path))
             # It may concern any device that no other file names; those are refused, too.
             (for_anybody if broken.is_for_everybody else rules).append((path, broken))
     return rules + for_anybody, problems
@@ -111,17 +111,20 @@ class RuleFiles:
     def rule(self, path: Path, read: Callable[[Path], DeviceRule]) -> DeviceRule:
         """Return the rule in a file, with `read` if it is not known.  Raises ConfigError."""
         state = _settled_state(path)
-        known = self._known.pop(path.name, None)
-        if known is None or known.state != state:
-            known = _Known(path, state, read(path))
-        if state:
-            self._known[path.name] = known
+        known = self._known.get(path.name)
+        if known is None or not state or known.state != state:
+            self._known[path.name] = known = _Known(path, state, read(path))
         return known.rule
+
+    def last(self, path: Path) -> DeviceRule | None:
+        """Return the rule that a file had when it could last be read."""
+        known = self._known.get(path.name)
+        return None if known is None else known.rule
 
 
 @attrs.frozen(eq=False)
 class _Known:
-    """A file, its state when it was read, and the rule in it."""
+    """A file, its state when it was read ("" if it must be read again), and the rule in it."""
 
     path: Path
     state: str
@@ -156,15 +159,35 @@ def _read(path: Path, anchor: Anchor, profile: Profile) -> DeviceRule:
     return anchored(attrs.evolve(device, name=device.name or name[:64]), anchor.moved(path.absolute().parent))
 
 
-def _broken(path: Path, problem: str) -> BrokenRule:
-    """Return a rule that refuses the devices that a broken file is for; all, if the file does not say."""
+def _broken(path: Path, problem: str, before: DeviceRule | None) -> BrokenRule:
+    """Return a rule that refuses the devices that a broken file is for; all, if the file does not say.
+
+    The names that it gives at the broker stay reserved; `before` is the rule that the file had before, if it is known.
+    """
     # Escaped where it is shown, as other names are; only what no label may contain is replaced.
     name = "".join(each if each.isprintable() else "\ufffd" for each in path.stem)[:64]
-    # With `client_id`, the names that it gives at the broker stay reserved.
+    broken = BrokenRule(name=name, problem=problem)
     for keys in (("match_", "client_id"), ("match_",)):
         with suppress(ConfigError, ValueError, OSError):
-            return BrokenRule.of(attrs.evolve(structure_device(_part(path, keys)), name=name), problem)
-    return BrokenRule(name=name, problem=problem)
+            broken = BrokenRule.of(attrs.evolve(structure_device(_part(path, keys)), name=name), problem)
+            break
+    if broken.client_id:
+        return broken
+    if before is not None:
+        return attrs.evolve(broken, before=BrokenRule.of(before, problem))
+    return attrs.evolve(broken, names_begin=_beginning(path))
+
+
+def _beginning(path: Path) -> str | None:
+    """Return the text before the first placeholder of a broken file's `client_id`, "" if that cannot be read.
+
+    None if the file has no such key.
+    """
+    try:
+        text = _part(path, ("client_id",)).get("client_id")
+    except (ValueError, OSError):
+        return ""
+    return text if text is None else text.partition("{")[0] if isinstance(text, str) else ""
 
 
 def _part(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:

@@ -165,22 +165,31 @@ class Names:
         self._claims: dict[Rule, _Claim] = {}
         self._listed: dict[str, list[_Claim]] = {}
         self._others: list[_Claim] = []
+        # Of these it is not known which names they give.
+        self._unread: list[tuple[str, BrokenRule]] = []
         for rule in rules:
             pause()
             named = rule.device.upstream
             at = brokers(config, named) if named else everyone
             if isinstance(rule.device, BrokenRule):
                 at = everywhere  # It is not known which of them it named.
-            claim = _Claim(rule, _Template.of(rule.device.client_id), at)
-            if not claim.is_specific:
-                continue
-            self._claims[rule] = claim
-            listed = claim.listed
-            if listed is None:
-                self._others.append(claim)
-            else:
-                for name in listed:
-                    self._listed.setdefault(name, []).append(claim)
+                if rule.device.before is not None:
+                    self._add(Rule.of(rule.device.before, rule.order), at)
+                if rule.device.names_begin is not None:
+                    self._unread.append((rule.device.names_begin, rule.device))
+            self._add(rule, at)
+
+    def _add(self, rule: Rule, at: Brokers) -> None:
+        claim = _Claim(rule, _Template.of(rule.device.client_id), at)
+        if not claim.is_specific:
+            return
+        self._claims[rule] = claim
+        listed = claim.listed
+        if listed is None:
+            self._others.append(claim)
+        else:
+            for name in listed:
+                self._listed.setdefault(name, []).append(claim)
 
     @property
     def parts(self) -> Iterable[object]:
@@ -188,7 +197,10 @@ class Names:
         return [*self._claims.values(), *self._listed.values()]
 
     def check(self, name: str, matched: Matched | None, caller: Caller, at: Brokers) -> None:
-        """Raise Refusal if `name`, which a device has at the brokers `at`, belongs to another rule than its own."""
+        """Raise Refusal if `name`, which a device has at the brokers `at`, belongs to another rule than its own.
+
+        Where that cannot be known, the names that a rule can give are its own, and all others are refused.
+        """
         if not name:
             return
         rule = None if matched is None else matched.rule
@@ -206,6 +218,11 @@ class Names:
             if belongs:
                 detail = f"its Client Identifier at the broker belongs to rule {claim.device.name}"
                 raise Refusal(EndReason.CLIENT_ID_RESERVED, detail, 2, 0x85)
+        if own is None:
+            for begins, broken in self._unread:
+                if name.startswith(begins):
+                    detail = f"its Client Identifier at the broker may belong to rule {broken.name}: {broken.problem}"
+                    raise Refusal(EndReason.DEVICE_RULE_BROKEN, detail, 3, 0x88)
 
     def _claims_to(self, name: str) -> Iterator[_Claim]:
         yield from self._listed.get(name, ())
