@@ -156,7 +156,9 @@ class GatewayService(Service):
         self.status_port = StatusPort(self._relay, self.sight, self._in_thread)
         self._store_port: StorePort | None = None
         self._reload_port = (
-            None if runtime_directory is None else ReloadPort(reactor, runtime_directory / RELOAD_SOCKET, self.reload)
+            None
+            if runtime_directory is None
+            else ReloadPort(reactor, runtime_directory / RELOAD_SOCKET, self.reload, self._refused_rules)
         )
 
     def _sources(self, now: Callable[[], datetime]) -> Sources:
@@ -168,9 +170,7 @@ class GatewayService(Service):
             listeners=lambda: [(name, shown_address(port.getHost())) for name, port in self._listeners.named],
             is_stopping=lambda: gateway.stopping,
             device_certificates=lambda: gateway.generation.prepared.certificates,
-            refused_rules=lambda: [
-                (device.name, problem) for device, problem in gateway.generation.prepared.refused.items()
-            ],
+            refused_rules=self._refused_rules,
             refused_reloads=lambda: [words for words in self._refused.values() if words],
             max_sessions=lambda: gateway.max_sessions,
             engine=self.engine,
@@ -278,6 +278,8 @@ class GatewayService(Service):
     async def _serve_requests(self) -> None:
         requests, self._requests = self._requests, []
         problems = await self._reload(self.reread)
+        if problems is _STOPPING:
+            _log.warn(f"{_REFUSED}: {{problem}}", event="reload-refused", problem=_STOPPING[0])
         for request in requests:
             request.callback(problems)
 
@@ -488,6 +490,9 @@ class GatewayService(Service):
             )
         if len(refused) > _CHANGES_SHOWN:
             _log.error("{count} more rules cannot be used", count=len(refused) - _CHANGES_SHOWN)
+
+    def _refused_rules(self) -> list[tuple[str, str]]:
+        return [(device.name, problem) for device, problem in self.gateway.generation.prepared.refused.items()]
 
     def _tell_limits(self) -> None:
         carried, wanted = self.gateway.max_sessions, self.gateway.config.admission.max_sessions

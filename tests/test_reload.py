@@ -828,7 +828,7 @@ def test_a_request_is_answered_with_what_came_of_it(
     """`systemctl reload` fails if the gateway refuses, and the refusal is seen wherever one may look."""
     gateway = start_gateway(upstream=start_broker().port)
     path = tmp_path / "reload.sock"
-    port = ReloadPort(gateway.reactor, path, gateway.service.reload)
+    port = ReloadPort(gateway.reactor, path, gateway.service.reload, gateway.service.sight.sources.refused_rules)
     assert console(["reload", "--socket", str(path)]) == 1
     assert "cannot reach the gateway" in capfd.readouterr().err
     gateway.call(port.open)
@@ -854,6 +854,47 @@ def test_a_request_is_answered_with_what_came_of_it(
         assert not any("Reload refused" in reason for reason in verdict(document).reasons)
     finally:
         gateway.call(port.close)
+
+
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_reload_warns_of_rules_that_cannot_be_used(
+    start_gateway: StartGateway,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    logged_errors: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+) -> None:
+    """Rule, cause and remedy, ten of them; it succeeds, since the others are served.  The journal has the log's."""
+    gateway = start_gateway(upstream=1)
+    rules = [
+        {"name": f"pump-{number}", "match_client_id": f"p{number}", "client_cert": str(tmp_path / "none.pem")}
+        for number in range(count)
+    ]
+    config = from_mapping({"listen": [{"endpoint": "127.0.0.1:0"}], "upstream": [{"host": "b"}], "device": rules})
+    gateway.service.reread = lambda: config
+    path = tmp_path / "reload.sock"
+    port = ReloadPort(gateway.reactor, path, gateway.service.reload, gateway.service.sight.sources.refused_rules)
+    gateway.call(port.open)
+    try:
+        assert console(["reload", "--socket", str(path)]) == 0
+        *warnings, remedy = capfd.readouterr().err.splitlines()
+        shown = min(count, 10)
+        for number, line in enumerate(warnings[:shown]):
+            assert line.startswith(f'mqtts-gateway: warning: rule "pump-{number}": client_cert: {tmp_path}/none.pem')
+        more = ["mqtts-gateway: warning: … and 2 more, see the status page or the log"] if count > shown else []
+        assert warnings[shown:] == more
+        assert "are refused. Correct what each line names" in remedy
+        told = os.fstat(sys.stderr.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{told.st_dev}:{told.st_ino}")
+        assert console(["reload", "--socket", str(path)]) == 0
+        gateway.service.reread = lambda: from_mapping({"upstream": []})
+        assert console(["reload", "--socket", str(path)]) == 1
+        assert capfd.readouterr().err == ""
+    finally:
+        gateway.call(port.close)
+    assert len([event for event in logged_errors if event["event"] == "reload-refused"]) == 1
+    logged_errors.clear()
 
 
 def test_requests_that_wait_are_answered_together(start_gateway: StartGateway, start_broker: StartBroker) -> None:
@@ -915,12 +956,16 @@ class Told(Notifier):
 
 @pytest.mark.parametrize("is_refused", [False, True])
 def test_a_reload_that_a_stop_overtakes_has_no_effect(
-    start_gateway: StartGateway, start_broker: StartBroker, is_refused: bool, logged_errors: list[Any]
+    start_gateway: StartGateway,
+    start_broker: StartBroker,
+    is_refused: bool,
+    told: list[str],
+    logged_errors: list[Any],
 ) -> None:
     """Whoever asked for it is told so; systemd is not told READY=1 after STOPPING=1, and no listener is opened."""
     config, reactor = (running := start_gateway(upstream=start_broker().port)).config, running.reactor
-    told, began, proceed = Told(), threading.Event(), threading.Event()
-    service = running.call(GatewayService, config, reactor, None, told)
+    notifier, began, proceed = Told(), threading.Event(), threading.Event()
+    service = running.call(GatewayService, config, reactor, None, notifier)
     added, answers = free_port(), Queue[Any]()
 
     def read() -> Any:
@@ -931,14 +976,16 @@ def test_a_reload_that_a_stop_overtakes_has_no_effect(
         return from_mapping({"listen": [{"endpoint": f"127.0.0.1:{added}"}], "upstream": [{"host": "localhost"}]})
 
     running.call(service.startService)
-    eventually(lambda: told.states == ["READY"], "it is ready")
+    eventually(lambda: notifier.states == ["READY"], "it is ready")
     service.reread = read
     reactor.callFromThread(lambda: service.reload().addBoth(answers.put))
     assert began.wait(PATIENCE)
     running.call(service.stopService)
     proceed.set()
-    assert answers.get(timeout=PATIENCE) == (["no good"] if is_refused else ["the gateway is stopping"])
-    assert told.states == ["READY", "RELOADING", "STOPPING"]
+    problem = "no good" if is_refused else "the gateway is stopping"
+    assert answers.get(timeout=PATIENCE) == [problem]
+    assert told == [f"reload refused, previous configuration still active: {problem}"]
+    assert notifier.states == ["READY", "RELOADING", "STOPPING"]
     assert service.ledger.reloads == 0
     assert not can_connect(added)
     with pytest.raises(ConfigError, match="stopping"):

@@ -363,13 +363,15 @@ def test_a_configuration_that_cannot_be_used_is_refused_at_reload(plant: Plant, 
     process = box.property(UNIT, "MainPID")
     plant.configure(more="[limits]\nmax_packet_sise = 1000\n")
     assert box.run("systemctl", "reload", UNIT).returncode == 1
-    eventually(lambda: "limits.max_packet_sise: unknown key" in box.log(UNIT), "the reason in the log")
+    problem = "limits.max_packet_sise: unknown key"
+    eventually(lambda: problem in box.log(UNIT), "the reason in the log")
     with plant.session():
         plant.configure(more='[admission]\nallow = "192.0.2.0/24"\n')
         box.do("systemctl", "reload", UNIT)
         with plant.device() as stranger:
             eventually(lambda: "network-not-allowed" in box.log(UNIT), "the new rule holds")
             assert stranger.read_to_end() == b""
+    assert box.log(UNIT).count(problem) == 1
     assert box.property(UNIT, "MainPID") == process
 
 

@@ -1,6 +1,9 @@
 """`mqtts-gateway reload`: have a running gateway read its configuration again, and wait for the result.
 
-In: the gateway's reload socket.  Out: nothing and status 0, or the problems and status 1.
+In: the gateway's reload socket.  Out: status 0 and a warning for each rule that cannot be used, or the problems and
+status 1.
+
+For `systemctl reload`, whose output goes to the journal, the gateway's own lines there say all this.
 """
 
 from __future__ import annotations
@@ -8,9 +11,11 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+import sys
 from pathlib import Path
 
 from gateway.cli.report import complain
+from gateway.ops.logs import is_journal
 from gateway.ops.reload_port import DONE, NAME
 from gateway.text import printable, unprintable_escaped
 
@@ -41,13 +46,25 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         complain(f"cannot reach the gateway at {printable(str(arguments.socket))}: {error.strerror or error}")
         return 1
-    result, *problems = answer.splitlines() or [""]
+    result, *lines = answer.splitlines() or [""]
+    if not result:
+        complain("the gateway gave no answer")
+    elif not is_journal(sys.stderr, os.environ):
+        _tell(result, [unprintable_escaped(line) for line in lines])
+    return 0 if result == DONE else 1
+
+
+def _tell(result: str, lines: list[str]) -> None:
     if result == DONE:
-        return 0
-    complain("reload refused, previous configuration still active" if result else "the gateway gave no answer")
-    for problem in problems:
-        complain(f"  {unprintable_escaped(problem)}")
-    return 1
+        for line in lines:
+            complain(f"warning: {line}")
+        if lines:
+            remedy = "Correct what each line names; after changing a rule, reload again"
+            complain(f"the devices of these rules are refused. {remedy}")
+        return
+    complain("reload refused, previous configuration still active")
+    for line in lines:
+        complain(f"  {line}")
 
 
 def _ask(path: Path) -> str:
