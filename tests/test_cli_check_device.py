@@ -329,6 +329,46 @@ def test_offline_the_identity_is_checked_and_nobody_is_dialled(
 
 
 @pytest.mark.parametrize(
+    ("rule", "whose", "status", "words"),
+    [
+        ("", None, "SKIP", "no rule; the broker gets no client certificate, no user name, no password"),
+        ("", "gateway", "SKIP", "no rule; the broker gets the gateway's client certificate {path}, no user name, "),
+        ("max_qos = 1", None, "SKIP", "its rule has none; the broker gets no client certificate, no user name, "),
+        (
+            "max_qos = 1",
+            "gateway",
+            "SKIP",
+            "its rule has none; the broker gets the gateway's client certificate {path}",
+        ),
+        ('username = "u"', "gateway", "PASS", 'the gateway\'s client certificate {path}; user name "u", no password'),
+        ('username = "u"', None, "PASS", 'no client certificate; user name "u", no password'),
+    ],
+)
+def test_a_device_without_credentials_of_its_own_is_told_which_the_broker_gets(
+    tmp_path: Path, start_cloud: Callable[..., Cloud], rule: str, whose: str | None, status: str, words: str
+) -> None:
+    """That nothing was found wrong with what is not there is no pass."""
+    cloud = start_cloud()
+    path = cloud.device(whose) if whose is not None else None
+    tls = "" if path is None else f'client_cert = "{path}"'
+    rules = f'[[device]]\nmatch_client_id = "d1"\n{rule}\n' if rule else ""
+    report = check(configured(tmp_path, cloud, rules, devices="", tls=tls), "--device", "d1", "--offline")
+    assert report["credentials"]["status"] == status
+    assert report["credentials"]["message"].startswith(words.format(path=path))
+
+
+def test_the_devices_own_password_is_told(tmp_path: Path, start_cloud: Callable[..., Cloud]) -> None:
+    """It passes through a rule without one, and without a rule."""
+    cloud = start_cloud()
+    (tmp_path / "password").write_text("secret\n")
+    arguments = ("--device", "d1", "--username", "anna", "--password-file", str(tmp_path / "password"), "--offline")
+    for rule in ("", '[[device]]\nmatch_client_id = "d1"\n'):
+        report = check(configured(tmp_path, cloud, rule, devices=""), *arguments)
+        assert report["credentials"]["status"] == "SKIP"
+        assert report["credentials"]["message"].endswith('user name "anna", a password (the device\'s own)')
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--device", "d1", "--client-id", "x"], "--client-id cannot be used with --device"),

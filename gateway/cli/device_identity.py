@@ -91,8 +91,8 @@ async def put_on(
         return None
     if matched is None:
         told("rule", Status.PASS, "no rule matches; the device passes unchanged")
-        for each in list(left):
-            told(each, Status.SKIP, "no rule")
+        told("lan-password", Status.SKIP, "no rule")
+        told("credentials", Status.SKIP, f"no rule; the broker gets {_shared(config)}, {_words(None, connect)}")
         return Guise(connect)
     device = matched.rule.device
     told("rule", Status.PASS, f"{printable(device.name)}, from {caller.address}")
@@ -117,13 +117,22 @@ async def put_on(
         told("credentials", Status.FAIL, f"rule {printable(device.name)}: {error}")
         return None
     _, presented = _read(treatment.connect, config)
-    status, parts = Status.PASS, []
+    login_words = _words(device, presented, lives)
     if client is not None:
         status, words = expiry(client.chain[0])
-        parts.append(f"client certificate {subject(client.chain[0])}, {words}")
-    parts.append(_words(device, presented, lives))
-    told("credentials", status, "; ".join(parts), "Renew it." if status is not Status.PASS else "")
+        remedy = "Renew it." if status is not Status.PASS else ""
+        told("credentials", status, f"client certificate {subject(client.chain[0])}, {words}; {login_words}", remedy)
+    elif device.sources or device.username:
+        told("credentials", Status.PASS, f"{_shared(config)}; {login_words}")
+    else:
+        told("credentials", Status.SKIP, f"its rule has none; the broker gets {_shared(config)}, {login_words}")
     return Guise(presented, treatment, policies, device)
+
+
+def _shared(config: Config) -> str:
+    """Name the client certificate that devices without their own share."""
+    path = config.tls.client_cert
+    return "no client certificate" if path is None else f"the gateway's client certificate {path}"
 
 
 def _policies(config: Config, client: ClientIdentity) -> Mapping[Algorithms, TLSPolicy]:
@@ -145,10 +154,10 @@ def _lan_password(matched: Matched, connect: Connect) -> tuple[Status, str] | tu
     return Status.PASS, "the password is correct"
 
 
-def _words(device: DeviceRule, presented: Connect, lives: float | None) -> str:
+def _words(device: DeviceRule | None, presented: Connect, lives: float | None = None) -> str:
     """Describe the credentials in CONNECT, without secrets."""
     name = "no user name" if presented.username is None else f'user name "{printable(presented.username)}"'
-    source = device.sources[0].removesuffix("_file") if device.sources else "the device's own"
+    source = device.sources[0].removesuffix("_file") if device is not None and device.sources else "the device's own"
     password = "no password" if presented.password is None else f"a password ({source})"
     until = f"; the session would end after {lives:.0f} s" if lives is not None else ""
     return f"{name}, {password}{until}"
