@@ -273,6 +273,20 @@ def test_the_token_signs_for_the_session(
     gateway.wait_empty()
 
 
+@pytest.mark.parametrize("site", [SoftHSM, TPM, TPMWithRSA], indirect=True)
+def test_the_token_signs_a_request_for_its_certificate(site: Site) -> None:
+    """As the page says; it is for the token's key."""
+    site.hardware.switch_on()
+    request = site.directory / "gateway.csr"
+    commands = FILES["csr"].replace("/usr/lib/x86_64-linux-gnu/libtpm2_pkcs11.so.1", str(site.hardware.module))
+    environment = {**site.hardware.environment, "PIN": PIN}
+    run(["sh", "-ec", commands.replace("gateway.csr", str(request))], environment)
+    made = x509.load_pem_x509_csr(request.read_bytes())
+    assert made.is_signature_valid
+    assert made.subject.rfc4514_string() == "CN=gateway"
+    assert made.public_key() == site.leaf.public_key()
+
+
 @pytest.mark.parametrize(
     "broker",
     [certify(ROOT, names=["DNS:other.test"]), certify(certify_ca()), certify(ROOT, valid_from=-10, valid_for=5)],
