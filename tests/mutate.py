@@ -1,11 +1,16 @@
-"""Mutation: change one thing in a module at a time, and see whether its tests notice.
+"""Mutation: change one thing in a module at a time, and see whether a test notices.
 
-python -m tests.mutate gateway/mqtt/connack.py tests/test_mqtt_connack.py tests/test_mqtt_framer.py --sample 100
+python -m tests.mutate gateway/mqtt/connack.py                          all tests that run one of its lines
+python -m tests.mutate gateway/mqtt/connack.py tests/test_mqtt_connack.py --lines 30-60
 
-Nothing is written into the tree: each mutant is loaded in a forked process in place of the module, and the given tests
-run there until the first fails. The unchanged module runs first, and must pass. Mutants of which no test takes notice
-are printed with their line; each is a test that is missing, or code that has no effect. What a test starts in another
-process (`mqtts-gateway run`) runs the unchanged module.
+The tests run once, unchanged, which records the lines that each of them executes and the time that it takes. For each
+change, a forked process then runs the tests that execute its line until the first fails: those that noticed most so far
+first, then the quickest. Changes of which no test takes notice are printed with their line; each is a test that is
+missing, or code that has no effect.
+
+Nothing is written into the tree. In the forked process, which has collected the tests already, the changed function
+takes the place of the loaded one. What is executed when a module is loaded (constants, classes, defaults) is changed as
+it is loaded, which takes longer. What a test starts in another process (`mqtts-gateway run`) runs the unchanged module.
 """
 
 # ruff: noqa: T201  a command line tool prints
@@ -21,138 +26,234 @@ import importlib.util
 import os
 import random
 import signal
+import subprocess
 import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import hypothesis
 import pytest
+from coverage import CoverageData
 
-# Loaded once, before forking, because it takes longest. Not the reactor: its epoll descriptor must not be shared.
-for _heavy in ("OpenSSL.SSL", "attrs", "cryptography.x509", "twisted.internet.base", "twisted.logger", "trustme"):
-    importlib.import_module(_heavy)
+from tests.mutants import Change, Places, changes, mutant, replace
 
-_SWAPPED: dict[type[ast.AST], type[ast.AST]] = {
-    ast.Lt: ast.LtE,
-    ast.LtE: ast.Lt,
-    ast.Gt: ast.GtE,
-    ast.GtE: ast.Gt,
-    ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot,
-    ast.IsNot: ast.Is,
-    ast.In: ast.NotIn,
-    ast.NotIn: ast.In,
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.FloorDiv,
-    ast.FloorDiv: ast.Mult,
-    ast.And: ast.Or,
-    ast.Or: ast.And,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-    ast.LShift: ast.RShift,
-    ast.RShift: ast.LShift,
-}
 _EXAMPLES = 10  # of each Hypothesis test, unless `--thorough`
+_HERE = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]  # options, in this process
+_NOTICED, _ALIVE, _UNTRIED = 1, 98, 99  # exit statuses of a forked process
 
 
-class Change:
-    """One change to one node of a module. `apply` returns the new node."""
+class Trial:
+    """One change to a module, the function it is in (None: it acts when the module is loaded), and its lines."""
 
-    def __init__(self, node: ast.AST, apply: Callable[[], ast.AST]) -> None:
-        self.node = node
-        self.apply = apply
-        self.line: int = getattr(node, "lineno", 0)
+    def __init__(self, module: Path, index: int, change: Change, places: Places) -> None:
+        self.module = module
+        self.index = index
+        self.change = change
+        self.function = places.function(change.node)
+        self.lines = places.lines(change.node)
 
-    def words(self) -> str:
-        """Return the line, and what it says before and after."""
-        before = ast.unparse(self.node).partition("\n")[0]
-        return f"{self.line}: {before[:100]}  →  {ast.unparse(self.apply()).partition(chr(10))[0][:100]}"
+    def replace(self) -> bool:
+        """Change the function that is loaded. Returns False if that cannot be done."""
+        path = str(self.module.resolve())
+        assert self.function
+        return replace(self.function, compile(mutant(self.module.read_text(), self.index), path, "exec"), path)
 
-
-def _copy(node: ast.AST, **fields: Any) -> ast.AST:
-    """Return a copy of the node with other fields."""
-    kept = {name: getattr(node, name) for name in node._fields if hasattr(node, name)}
-    return ast.copy_location(type(node)(**kept | fields), node)
-
-
-def _swap(operator: ast.AST) -> ast.AST:
-    return _SWAPPED[type(operator)]()
+    def __str__(self) -> str:
+        return f"{self.module}:{self.change.words()}"
 
 
-def _changes(node: ast.AST) -> Iterator[Change]:
-    """Yield every change that can be made at a node."""
-    match node:
-        case ast.Compare(ops=[operator]) if type(operator) in _SWAPPED:
-            yield Change(node, lambda: _copy(node, ops=[_swap(operator)]))
-        case ast.BoolOp(op=operator) | ast.BinOp(op=operator) if type(operator) in _SWAPPED:
-            yield Change(node, lambda: _copy(node, op=_swap(operator)))
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            yield Change(node, lambda: operand)
-        case ast.If() | ast.IfExp() | ast.While():
-            yield Change(node, lambda: _copy(node, test=ast.Constant(value=False)))
-            if not isinstance(node, ast.While):
-                yield Change(node, lambda: _copy(node, test=ast.Constant(value=True)))
-        case ast.Constant(value=bool(value)):
-            yield Change(node, lambda: _copy(node, value=not value))
-        case ast.Constant(value=(int() | float()) as value):
-            yield Change(node, lambda: _copy(node, value=value + 1))
-        case ast.Expr(value=ast.Call() | ast.Await()) | ast.Raise() | ast.Break() | ast.Continue() | ast.AugAssign():
-            yield Change(node, lambda: ast.copy_location(ast.Pass(), node))
-        case ast.Assign(targets=[ast.Attribute() | ast.Subscript()]):
-            yield Change(node, lambda: ast.copy_location(ast.Pass(), node))
-        case ast.Return(value=ast.expr() as returned) if not (
-            isinstance(returned, ast.Constant) and returned.value is None
-        ):
-            yield Change(node, lambda: _copy(node, value=ast.Constant(value=None)))
+class Coverage:
+    """Which tests execute which lines of the modules, and how long each test takes, from one run without any change."""
+
+    def __init__(self, modules: list[Path], tests: list[str], jobs: int) -> None:
+        with TemporaryDirectory(prefix="mutate-") as scratch:
+            data, junit, settings = (Path(scratch, name) for name in ("coverage", "junit.xml", "settings"))
+            settings.write_text("[run]\ninclude =" + "".join(f"\n    {module}" for module in modules) + "\n")
+            options = ["-q", "-n", str(jobs), "--dist", "loadfile", f"--junitxml={junit}", "-p", "no:cacheprovider"]
+            options += ["--cov", "--cov-context=test", f"--cov-config={settings}", "--cov-report="]
+            environment = os.environ | {"COVERAGE_FILE": str(data)}
+            subprocess.run([sys.executable, "-m", "pytest", *options, *tests], env=environment, check=False)
+            self.seconds, self.failed = _times(junit)
+            self._tests = {module: self._of_lines(data, module) for module in modules}
+
+    def tests(self, trial: Trial) -> set[str]:
+        """Return the tests that execute what is changed."""
+        of_lines = self._tests[trial.module]
+        if trial.function:
+            return set().union(*(of_lines.get(line, set()) for line in trial.lines))
+        return set().union(*of_lines.values())
+
+    def _of_lines(self, path: Path, module: Path) -> dict[int, set[str]]:
+        data = CoverageData(basename=str(path))
+        data.read()
+        of_lines = defaultdict[int, set[str]](set)
+        for line, contexts in data.contexts_by_lineno(str(module.resolve())).items():
+            for context in contexts:
+                test, _, phase = context.rpartition("|")
+                if phase == "setup":  # perhaps of a fixture that other tests of the file share
+                    file = test.partition("::")[0] + "::"
+                    of_lines[line] |= {other for other in self.seconds if other.startswith(file)}
+                elif test in self.seconds:
+                    of_lines[line].add(test)
+        return of_lines
 
 
-def _without_effect(node: ast.AST) -> list[ast.AST]:
-    """Return the parts of a node that no test can see: annotations, formatted text, imports, slots."""
-    match node:
-        case ast.FunctionDef() | ast.AsyncFunctionDef():
-            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            return [part for part in (node.returns, *(argument.annotation for argument in arguments)) if part]
-        case ast.AnnAssign():
-            return [node.annotation]
-        case ast.FormattedValue() | ast.ImportFrom() | ast.Import():
-            return [node]
-        case ast.Assign(targets=[ast.Name(id="__slots__")]):
-            return [node]
-        case ast.If(test=ast.Name(id="TYPE_CHECKING")):
-            return [node]
-    return []
+def _times(junit: Path) -> tuple[dict[str, float], list[str]]:
+    """Return the seconds of each test that passed, and the names of those that failed."""
+    seconds: dict[str, float] = {}
+    failed = []
+    for case in ElementTree.parse(junit).iter("testcase"):  # noqa: S314 - pytest wrote it
+        test = f"{case.attrib['classname'].replace('.', '/')}.py::{case.attrib['name']}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            failed.append(test)
+        elif case.find("skipped") is None:
+            seconds[test] = float(case.attrib["time"])
+    return {test: took for test, took in seconds.items() if test not in failed}, failed
 
 
-def changes(tree: ast.Module) -> list[Change]:
-    """Return every change that can be made to a module, in a fixed order."""
-    hidden = {id(inner) for node in ast.walk(tree) for part in _without_effect(node) for inner in ast.walk(part)}
-    return [change for node in ast.walk(tree) if id(node) not in hidden for change in _changes(node)]
+Testing = Callable[[Trial | None, list[str], Path], int]
 
 
-class _Replace(ast.NodeTransformer):
-    def __init__(self, change: Change) -> None:
-        self._change = change
+class Trials:
+    """Runs the tests of each trial in a forked process, some at a time, and prints what came of it."""
 
-    def visit(self, node: ast.AST) -> Any:
-        return self._change.apply() if node is self._change.node else self.generic_visit(node)
+    def __init__(self, coverage: Coverage, jobs: int) -> None:
+        self.counts = Counter[str]()
+        self._coverage = coverage
+        self._jobs = jobs
+        self._noticed = Counter[str]()  # by test
+        self._useless: set[str] = set()  # tests that fail in a forked process without any change, too
+        self._running: dict[int, tuple[Trial, TemporaryDirectory[str]]] = {}
+
+    def run(self, trials: Iterable[Trial], test: Testing) -> None:
+        """Call `test` in a forked process for each trial, its tests, best first, and a scratch directory.
+
+        It returns an exit status. It is called without a trial to see that nothing but the change makes a test fail.
+        """
+        waiting = deque(trials)
+        while waiting or self._running:
+            if waiting and len(self._running) < self._jobs:
+                self._start(waiting.popleft(), test)
+            elif again := self._wait(test):
+                waiting.append(again)
+
+    def hurry(self, test: str) -> None:
+        """Have a test end this process if it takes far longer than it did without a change."""
+        signal.alarm(int(20 + 10 * self._coverage.seconds.get(test, 0.0)))
+
+    def _start(self, trial: Trial, test: Testing) -> None:
+        tests = self._coverage.tests(trial) - self._useless
+        if tests:
+            seconds = self._coverage.seconds
+            order = sorted(tests, key=lambda name: (-self._noticed[name], seconds[name], name))
+            self._fork(trial, order, test)
+        else:
+            self._tell(trial, "alive (no test executes it)")
+
+    def _fork(self, trial: Trial | None, tests: list[str], test: Testing) -> int:
+        scratch = TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True)
+        child = os.fork()
+        if not child:
+            status = _NOTICED
+            try:
+                os.setpgid(0, 0)
+                _silence()
+                status = test(trial, tests, Path(scratch.name))
+            finally:
+                os._exit(status)
+        if trial:
+            self._running[child] = trial, scratch
+            return 0
+        _, waited = os.waitpid(child, 0)
+        return self._clean_up(child, waited, scratch)
+
+    def _wait(self, test: Testing) -> Trial | None:
+        """Wait for a process to end. Returns its trial if that must run again."""
+        child, waited = os.waitpid(-1, 0)
+        trial, scratch = self._running.pop(child)
+        path = Path(scratch.name, "noticed")
+        noticed = path.read_text() if path.exists() else ""
+        status = self._clean_up(child, waited, scratch)
+        if noticed:
+            if not self._noticed[noticed] and self._fork(None, [noticed], test) != _ALIVE:
+                self._useless.add(noticed)
+                print(f"\n{noticed} fails in a forked process without any change, too, and is left out")
+                return trial
+            self._noticed[noticed] += 1
+        self._tell(trial, {_ALIVE: "alive", _UNTRIED: "untried", -signal.SIGALRM: "hung"}.get(status, "noticed"))
+        return None
+
+    @staticmethod
+    def _clean_up(child: int, waited: int, scratch: TemporaryDirectory[str]) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # brokers that a test which was cut short left behind
+        scratch.cleanup()
+        return os.waitstatus_to_exitcode(waited)
+
+    def _tell(self, trial: Trial, outcome: str) -> None:
+        self.counts[outcome.partition(" ")[0]] += 1
+        if outcome == "noticed":
+            print(".", end="", flush=True)
+        else:
+            print(f"\n{outcome} {trial}", flush=True)
 
 
-def mutant(source: str, index: int) -> ast.Module:
-    """Return the module with one of its `changes` made."""
-    tree = ast.parse(source)
-    changed: ast.Module = _Replace(changes(tree)[index]).visit(tree)
-    return ast.fix_missing_locations(changed)
+def _silence() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
-class _Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _Noticing:
+    """A plugin of pytest: the first test that fails is written down, and ends the process."""
+
+    def __init__(self, trials: Trials, scratch: Path) -> None:
+        self._trials = trials
+        self._scratch = scratch
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._trials.hurry(nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            (self._scratch / "noticed").write_text(report.nodeid)
+            os._exit(_NOTICED)
+
+
+class _Collected:
+    """A plugin of pytest: runs trials of functions, each in a fork of this process, in place of the collected tests."""
+
+    def __init__(self, trials: Trials, chosen: list[Trial]) -> None:
+        self._trials = trials
+        self._chosen = chosen
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+
+        def test(trial: Trial | None, tests: list[str], scratch: Path) -> int:
+            if "twisted.internet.reactor" in sys.modules:  # its epoll descriptor must not be shared
+                reactor: Any = sys.modules["twisted.internet.reactor"]
+                type(reactor).__init__(reactor)
+            os.environ["PYTEST_DEBUG_TEMPROOT"] = str(scratch)
+            if trial and not trial.replace():
+                return _UNTRIED
+            session.config.pluginmanager.register(_Noticing(self._trials, scratch))
+            chosen = [items[name] for name in tests if name in items]
+            for item, following in zip(chosen, [*chosen[1:], None], strict=True):
+                item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            return _ALIVE
+
+        self._trials.run(self._chosen, test)
+        return True
+
+
+class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the module under test, and loads the changed one."""
 
     def __init__(self, path: Path, tree: ast.Module) -> None:
@@ -175,8 +276,22 @@ class _Mutant(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self._code, module.__dict__)  # noqa: S102 - running it is the purpose
 
 
+def _load_changed(trials: Trials, chosen: list[Trial]) -> None:
+    """Run trials of what is executed when a module is loaded. Nothing of the gateway may be loaded by now."""
+
+    def test(trial: Trial | None, tests: list[str], scratch: Path) -> int:
+        if trial:
+            sys.meta_path.insert(0, _Changed(trial.module, mutant(trial.module.read_text(), trial.index)))
+        signal.alarm(120)  # until the first test starts
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(scratch)
+        status = pytest.main([*_HERE, *tests], plugins=[_Noticing(trials, scratch)])
+        return _ALIVE if status == pytest.ExitCode.OK else _NOTICED
+
+    trials.run(chosen, test)
+
+
 def _quick_hypothesis() -> None:
-    """Try few examples of each property: most mutants fail in the first."""
+    """Try few examples of each property: most changes fail in the first."""
     from hypothesis.internal.conjecture.engine import ConjectureRunner
 
     began = ConjectureRunner.__init__
@@ -193,71 +308,18 @@ def _quick_hypothesis() -> None:
     ConjectureRunner.__init__ = begin  # type: ignore[assignment,method-assign]
 
 
-def _test(path: Path, index: int | None, arguments: argparse.Namespace, scratch: str) -> int:
-    """Run the tests over one mutant, or the unchanged module, in this process. Returns pytest's exit status."""
-    output = os.open(f"{scratch}/output", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    if index is not None:
-        sys.meta_path.insert(0, _Mutant(path, mutant(path.read_text(), index)))
-    if not arguments.thorough:
-        _quick_hypothesis()
-    only = ["-k", arguments.only] if arguments.only else []
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
-    return int(pytest.main([*options, f"--basetemp={Path(scratch, 'tmp')}", *only, *arguments.tests]))
-
-
-def _judge(path: Path, index: int | None, arguments: argparse.Namespace, seconds: float) -> tuple[str, str]:
-    """Fork, test, and return "killed", "alive" or "hung", and what the tests wrote."""
-    with TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as scratch:
-        child = os.fork()
-        if not child:
-            status = 99
-            try:
-                os.setpgid(0, 0)
-                signal.alarm(int(seconds))
-                status = _test(path, index, arguments, scratch)
-            finally:
-                os._exit(status)
-        _, waited = os.waitpid(child, 0)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # brokers that a test which was cut short left behind
-        output = Path(scratch, "output")
-        written = output.read_text(errors="replace") if output.exists() else ""
-    status = os.waitstatus_to_exitcode(waited)
-    return {0: "alive", -signal.SIGALRM: "hung"}.get(status, "killed"), written
-
-
-def main() -> int:
-    """Test the mutants of a module. Returns 1 if one is alive."""
-    parser = argparse.ArgumentParser(description="Change a module in one place at a time; does a test fail?")
-    parser.add_argument("module", type=Path, help="gateway/mqtt/connack.py")
-    parser.add_argument("tests", nargs="+", help="test files, or single tests, that must notice")
-    parser.add_argument("--sample", type=int, help="try so many changes, chosen at random but always the same")
-    parser.add_argument("--lines", help="try only changes to these lines: 34,150-160")
-    parser.add_argument("--only", help="an expression for pytest's -k")
-    parser.add_argument("--thorough", action="store_true", help="run Hypothesis tests with all their examples")
-    arguments = parser.parse_args()
-    began = time.monotonic()
-    verdict, written = _judge(arguments.module, None, arguments, 3600)
-    if verdict != "alive":
-        print(written, "The tests fail without any change.", file=sys.stderr)
-        return 2
-    patience = 30 + 3 * (time.monotonic() - began)
-    found = changes(ast.parse(arguments.module.read_text()))
-    chosen = [index for index, change in enumerate(found) if _wanted(change.line, arguments.lines)]
-    if arguments.sample and arguments.sample < len(chosen):
-        chosen = sorted(random.Random(1).sample(chosen, arguments.sample))  # noqa: S311 - not for security
-    counts = Counter[str]()
-    for index in chosen:
-        verdict, _ = _judge(arguments.module, index, arguments, patience)
-        counts[verdict] += 1
-        if verdict == "killed":
-            print(".", end="", flush=True)
-        else:
-            print(f"\n{verdict} {arguments.module}:{found[index].words()}", flush=True)
-    print(f"\n{arguments.module}: {len(chosen)} of {len(found)} changes tried: {dict(counts)}")
-    return 1 if counts["alive"] else 0
+def _trials(modules: list[Path], lines: str | None, sample: int | None) -> list[Trial]:
+    """Return what is to be tried, in the order of the modules."""
+    found = []
+    for module in modules:
+        tree = ast.parse(module.read_text())
+        places = Places(tree)
+        made = [Trial(module, index, change, places) for index, change in enumerate(changes(tree))]
+        found += [trial for trial in made if _wanted(trial.change.line, lines)]
+    if sample and sample < len(found):
+        kept = set(random.Random(1).sample(range(len(found)), sample))  # noqa: S311 - not for security
+        found = [trial for number, trial in enumerate(found) if number in kept]
+    return found
 
 
 def _wanted(line: int, lines: str | None) -> bool:
@@ -266,6 +328,41 @@ def _wanted(line: int, lines: str | None) -> bool:
         return True
     spans = [part.partition("-") for part in lines.split(",")]
     return any(int(first) <= line <= int(last or first) for first, _, last in spans)
+
+
+def main() -> int:
+    """Test the changes of modules. Returns 1 if one is alive."""
+    parser = argparse.ArgumentParser(description="Change a module in one place at a time; does a test fail?")
+    parser.add_argument(
+        "paths", nargs="+", help="modules or directories of gateway/, and tests that must notice (none: all)"
+    )
+    parser.add_argument("--sample", type=int, help="try so many changes, chosen at random but always the same")
+    parser.add_argument("--lines", help="try only changes to these lines: 34,150-160")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="so many processes (default: one a processor)"
+    )
+    parser.add_argument("--thorough", action="store_true", help="run Hypothesis tests with all their examples")
+    arguments = parser.parse_args()
+    tests = [path for path in arguments.paths if path.startswith("tests")]
+    given = [Path(path) for path in arguments.paths if path not in tests]
+    modules = [module for path in given for module in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
+    chosen = _trials(modules, arguments.lines, arguments.sample)
+    coverage = Coverage(modules, tests, arguments.jobs + 1)
+    if coverage.failed:
+        print("These fail without any change, and are left out:", *coverage.failed, sep="\n  ")
+    if not coverage.seconds:
+        print("No test passes without any change.", file=sys.stderr)
+        return 2
+    if not arguments.thorough:
+        _quick_hypothesis()
+    trials = Trials(coverage, arguments.jobs)
+    _load_changed(trials, [trial for trial in chosen if not trial.function])
+    inner = [trial for trial in chosen if trial.function]
+    files = sorted({name.partition("::")[0] for trial in inner for name in coverage.tests(trial)})
+    if files:
+        pytest.main([*_HERE, "-s", *files], plugins=[_Collected(trials, inner)])
+    print(f"\n{len(chosen)} changes tried: {dict(trials.counts)}")
+    return 1 if trials.counts["alive"] else 0
 
 
 if __name__ == "__main__":

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
-from tests.mutate import changes, mutant
+import pytest
+
+from tests.mutants import Places, changes, mutant, replace
 
 SOURCE = """
 class A:
@@ -51,3 +58,44 @@ def test_a_change_is_told_by_its_line() -> None:
     """As people look for it."""
     words = [change.words() for change in changes(ast.parse(SOURCE))]
     assert "9: x < 3  \u2192  x <= 3" in words
+
+
+def test_a_change_is_made_in_the_loaded_functions_that_have_it() -> None:
+    """Whoever refers to one, also under another name, gets the change; what runs at loading is no function's."""
+    source = "LIMIT = 3\n\nclass A:\n    def f(self, x: int = 1) -> bool:\n        return (lambda: x < 4)()\n"
+    loaded: dict[str, Any] = {}
+    exec(compile(source, "made.py", "exec"), loaded)  # noqa: S102 - it is written above
+    tree = ast.parse(source)
+    places = Places(tree)
+    words = {change.words(): (index, change) for index, change in enumerate(changes(tree))}
+    assert places.function(words["1: 3  \u2192  4"][1].node) is None
+    assert places.function(words["4: 1  \u2192  2"][1].node) is None
+    index, change = words["5: x < 4  \u2192  x <= 4"]
+    assert (places.function(change.node), places.lines(change.node)) == (("A.f", 4), range(5, 6))
+    known = loaded["A"].f
+    assert not known(None, 4)
+    assert replace(("A.f", 4), compile(mutant(source, index), "made.py", "exec"), "made.py")
+    assert known(None, 4)
+
+
+@pytest.mark.slow
+def test_what_no_test_notices_is_printed(tmp_path: Path) -> None:
+    """With its line, whether it acts in a function or when the module is loaded."""
+    (tmp_path / "tests").mkdir()
+    for name in ("__init__", "mutate", "mutants"):
+        shutil.copy(Path("tests", f"{name}.py"), tmp_path / "tests")
+    (tmp_path / "made.py").write_text(
+        "MOST = 7\n\n\ndef few(number):\n    return number < MOST\n\n\ndef unused():\n    return 1\n"
+    )
+    (tmp_path / "tests" / "test_made.py").write_text("from made import few\n\n\ndef test_few():\n    assert few(1)\n")
+    command = [sys.executable, "-m", "tests.mutate", "made.py", "tests/test_made.py", "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    told = [line for line in done.stdout.splitlines() if line.startswith("alive")]
+    assert sorted(told) == [
+        "alive (no test executes it) made.py:9: 1  \u2192  2",
+        "alive (no test executes it) made.py:9: return 1  \u2192  return None",
+        "alive made.py:1: 7  \u2192  8",
+        "alive made.py:5: number < MOST  \u2192  number <= MOST",
+    ]
+    assert done.stdout.splitlines()[-1] == "5 changes tried: {'alive': 4, 'noticed': 1}"
