@@ -349,6 +349,23 @@ def test_devices_are_listed_and_shown(
     assert '"sensor-3"' in capfd.readouterr().err
 
 
+def test_what_does_not_reach_the_broker_is_not_listed_as_credentials(
+    site: Site, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the device pass only through a rule that neither checks nor drops them."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("s3cret\n"))
+    site.do("add", "passes", "--set", "max_qos=1")
+    site.do("add", "drops", "--set", "credentials=drop")
+    site.do("add", "checks", "--lan-password")
+    capfd.readouterr()
+    assert site.do("list") == 0
+    assert [line.split("  ")[:2] for line in capfd.readouterr().out.splitlines()] == [
+        ["checks", "no credentials of its own"],
+        ["drops", "no credentials of its own"],
+        ["passes", "the device's own credentials"],
+    ]
+
+
 def test_the_list_shows_client_identifiers(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     """Not the patterns that match them; patterns for several devices are told apart."""
     for name in ("*", "a[b]?", "[x]"):

@@ -73,7 +73,11 @@ def _identity(device: DeviceRule) -> tuple[str, int | None]:
             days = (certificate.not_valid_after_utc - now()).days
             parts.append(f"certificate {printable(certificate.subject.rfc4514_string())}, {words}")
     parts += [words for key, words in _SOURCES.items() if getattr(device, key)]
-    return " and ".join(parts) or "the device's own credentials", days
+    if not parts:
+        # A password that the gateway checks is not meant for the broker.
+        passes = not device.lan_password and device.credentials == "pass"
+        parts.append("the device's own credentials" if passes else "no credentials of its own")
+    return " and ".join(parts), days
 
 
 def _who(patterns: list[str]) -> str:
