@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -127,18 +128,28 @@ class Places:
     def __init__(self, tree: ast.Module) -> None:
         self._functions: dict[int, tuple[str, int]] = {}
         self._lines: dict[int, range] = {}
+        self._constants: dict[int, str] = {}
+        self._reads = defaultdict[str, list[ast.AST]](list)
         self._find_functions(tree, ())
-        for statement in ast.walk(tree):
-            if isinstance(statement, ast.stmt):
-                self._find_lines(statement)
+        for node in ast.walk(tree):
+            match node:
+                case ast.stmt():
+                    self._find_lines(node)
+                case ast.Name(id=name, ctx=ast.Load()) | ast.Attribute(attr=name, ctx=ast.Load()):
+                    self._reads[name].append(node)
 
     def function(self, node: ast.AST) -> tuple[str, int] | None:
         """Return the qualified name and the first line of the function whose body has the node; None: no function's."""
         return self._functions.get(id(node))
 
-    def lines(self, node: ast.AST) -> range:
-        """Return the lines of the statement that the node is in; of a compound one, such as `if`, those of its head."""
-        return self._lines[id(node)]
+    def lines(self, node: ast.AST) -> set[int]:
+        """Return the lines of the statement that the node is in; of a compound one, such as `if`, those of its head.
+
+        Of the value of a constant of the module or a class, the lines of the functions that use it here.
+        """
+        if name := self._constants.get(id(node)):
+            return {line for read in self._reads[name] if self.function(read) for line in self._lines[id(read)]}
+        return set(self._lines[id(node)])
 
     def _find_functions(self, parent: ast.AST, names: tuple[str, ...]) -> None:
         for child in ast.iter_child_nodes(parent):
@@ -150,6 +161,10 @@ class Places:
                 self._find_functions(child, (*names, child.name) if isinstance(child, ast.ClassDef) else names)
 
     def _find_lines(self, statement: ast.stmt) -> None:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                if not self.function(statement):
+                    self._constants |= {id(node): name for node in ast.walk(statement)}
         head = [part for part in ast.iter_child_nodes(statement) if not isinstance(part, ast.stmt | ast.excepthandler)]
         compound = any(isinstance(part, ast.stmt) for part in ast.iter_child_nodes(statement))
         last = max((getattr(part, "end_lineno", 0) for part in head), default=0) if compound else statement.end_lineno

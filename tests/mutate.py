@@ -85,9 +85,8 @@ class Coverage:
     def tests(self, trial: Trial) -> set[str]:
         """Return the tests that execute what is changed."""
         of_lines = self._tests[trial.module]
-        if trial.function:
-            return set().union(*(of_lines.get(line, set()) for line in trial.lines))
-        return set().union(*of_lines.values())
+        found = set[str]().union(*(of_lines.get(line, set()) for line in trial.lines))
+        return found if found or trial.function else found.union(*of_lines.values())
 
     def _of_lines(self, path: Path, module: Path) -> dict[int, set[str]]:
         data = CoverageData(basename=str(path))
