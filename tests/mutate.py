@@ -23,6 +23,7 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.util
+import json
 import os
 import random
 import signal
@@ -124,7 +125,7 @@ class Trials:
 
     def __init__(self, coverage: Coverage, jobs: int) -> None:
         self.counts = Counter[str]()
-        self._coverage = coverage
+        self.coverage = coverage
         self._jobs = jobs
         self._noticed = Counter[str]()  # by test
         self._useless: set[str] = set()  # tests that fail in a forked process without any change, too
@@ -144,12 +145,12 @@ class Trials:
 
     def hurry(self, test: str) -> None:
         """Have a test end this process if it takes far longer than it did without a change."""
-        signal.alarm(int(20 + 10 * self._coverage.seconds.get(test, 0.0)))
+        signal.alarm(int(20 + 10 * self.coverage.seconds.get(test, 0.0)))
 
     def _start(self, trial: Trial, test: Testing) -> None:
-        tests = self._coverage.tests(trial) - self._useless
+        tests = self.coverage.tests(trial) - self._useless
         if tests:
-            seconds = self._coverage.seconds
+            seconds = self.coverage.seconds
             order = sorted(tests, key=lambda name: (-self._noticed[name], seconds[name], name))
             self._fork(trial, order, test)
         else:
@@ -275,6 +276,22 @@ class _Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self._code, module.__dict__)  # noqa: S102 - running it is the purpose
 
 
+def _change_loaded(trials: Trials, chosen: list[Trial]) -> None:
+    """Run trials of functions, in a process of its own that has collected the tests."""
+    files = sorted({test.partition("::")[0] for trial in chosen for test in trials.coverage.tests(trial)})
+    mine, its = os.pipe()
+    child = os.fork()
+    if not child:
+        # Without a test that executes one of them there is nothing to collect.
+        pytest.main([*_HERE, "-s", *(files or ["--ignore-glob=*"])], plugins=[_Collected(trials, chosen)])
+        os.write(its, json.dumps(trials.counts).encode())
+        os._exit(0)
+    os.close(its)
+    with os.fdopen(mine) as counts:
+        trials.counts.update(json.load(counts))
+    os.waitpid(child, 0)
+
+
 def _load_changed(trials: Trials, chosen: list[Trial]) -> None:
     """Run trials of what is executed when a module is loaded. Nothing of the gateway may be loaded by now."""
 
@@ -355,11 +372,8 @@ def main() -> int:
     if not arguments.thorough:
         _quick_hypothesis()
     trials = Trials(coverage, arguments.jobs)
+    _change_loaded(trials, [trial for trial in chosen if trial.function])
     _load_changed(trials, [trial for trial in chosen if not trial.function])
-    inner = [trial for trial in chosen if trial.function]
-    files = sorted({name.partition("::")[0] for trial in inner for name in coverage.tests(trial)})
-    if files:
-        pytest.main([*_HERE, "-s", *files], plugins=[_Collected(trials, inner)])
     print(f"\n{len(chosen)} changes tried: {dict(trials.counts)}")
     return 1 if trials.counts["alive"] else 0
 
