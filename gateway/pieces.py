@@ -19,6 +19,8 @@ Pause: TypeAlias = Callable[[], None]
 _WORK, _REST = 0.001, 0.001
 # So many things are sorted in a fraction of a millisecond.
 _SORTED_AT_A_TIME = 500
+# So many are freed between two looks at the clock.
+_FREED_AT_A_TIME = 20
 # The event loop looks at so many things in a turn; a few microseconds each.
 AT_A_TIME = 250
 # mallopt(3): chunks of up to so many bytes are not merged when they are freed; and the default.
@@ -87,6 +89,13 @@ def merging_at_once() -> Iterator[None]:
 
 def no_pause() -> None:
     """Do not pause: nothing else has to run meanwhile."""
+
+
+def let_go(things: list[Any], pause: Pause) -> None:
+    """Empty a list a few things at a time: no other thread runs Python while thousands are freed in one go."""
+    while things:
+        del things[-_FREED_AT_A_TIME:]
+        pause()
 
 
 def in_order(things: Iterable[_T], pause: Pause) -> list[_T]:

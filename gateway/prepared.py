@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gateway.dial.proxy import ProxyRoute, proxy_routes
 from gateway.dial.websocket import WebSocketRoute, websocket_routes
 from gateway.ops.expiry import DeviceCertificates
 from gateway.ops.watch import FileState, differing, states
-from gateway.pieces import Pause, merging_at_once, no_pause
+from gateway.pieces import Pause, let_go, merging_at_once, no_pause
 from gateway.rules.credentials import DeviceKeys, key_files, read_keys
 from gateway.rules.names import Names
 from gateway.rules.rules import Rule, Rules
@@ -32,8 +33,6 @@ from gateway.tls.channel import make_policies
 from gateway.tls.devices import DevicePolicies
 from gateway.tls.trust import ClientIdentity, TLSPolicy, policy_files
 
-# Objects freed between two looks at the clock.
-_FREED_AT_A_TIME = 20
 # The sections that sessions are judged by, and what follows a section's name in a key.
 _TO_JUDGE_BY = frozenset({"upstream", "devices", "device", "limits"})
 _SECTION = re.compile(r"[.\[ :]")
@@ -130,10 +129,10 @@ def free(prepared: Prepared, pause: Pause = no_pause) -> None:
     """Free the configuration before a few parts at a time: thousands in one go would hold up the event loop."""
     with merging_at_once():
         # To free a container frees no part, since these are still held.
-        for size, parts in ((1, prepared.containers), (_FREED_AT_A_TIME, prepared.leftovers)):
-            while parts:
-                del parts[-size:]
-                pause()
+        while prepared.containers:
+            del prepared.containers[-1]
+            pause()
+        let_go(prepared.leftovers, pause)
 
 
 def upstream_files(config: Config) -> list[Path]:
@@ -182,7 +181,7 @@ def _certificates(keys: Mapping[DeviceRule, DeviceKeys], before: Prepared | None
         if read.client is not None:
             named.append((device.name, read.client))
         pause()
-    if before is not None and before.certificates.are_of(named):
+    if before is not None and before.certificates.are_of(named, pause):
         return before.certificates
     return DeviceCertificates(named, pause)
 
@@ -212,15 +211,19 @@ def _compared(after: Prepared, before: Prepared, pause: Pause) -> Prepared:
         and all(after.files[path] == before.files.get(path) for path in upstream_files(new))
         and _are_keys_kept(after, before, pause)
     )
-    leftovers: list[Any] = [*old.device, *before.keys.values(), *before.policies.all, *before.other_files]
-    leftovers += [
-        *before.files.values(),
-        *(before.certificates.parts if before.certificates is not after.certificates else ()),
-    ]
-    leftovers += before.names.parts
-    leftovers += before.rules.parts
-    for rule in before.rules:
-        leftovers += _parts(rule)
+    leftovers: list[Any] = []
+    for part in chain(
+        old.device,
+        before.keys.values(),
+        before.policies.all,
+        before.other_files,
+        before.files.values(),
+        before.certificates.parts if before.certificates is not after.certificates else (),
+        before.names.parts,
+        before.rules.parts,
+        chain.from_iterable(map(_parts, before.rules)),
+    ):
+        leftovers.append(part)
         pause()
     # From the end, so what holds all others comes last.
     containers: list[Any] = [old, before.other_files, before.files, before.keys, before.policies, before.refused]

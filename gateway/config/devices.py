@@ -298,4 +298,7 @@ def cross_problems(
         if match in seen:
             problems.append(f"{label}: {seen[match]} matches the same devices, so this rule would never be used")
         seen.setdefault(match, label)
+    while seen:
+        seen.popitem()
+        pause()
     return problems

@@ -23,7 +23,7 @@ from gateway.config.schema import TLS, Config, Upstream
 from gateway.config.structure import structure, structure_device
 from gateway.config.tables import read_table
 from gateway.errors import ConfigError
-from gateway.pieces import no_pause
+from gateway.pieces import Pause, let_go, no_pause
 
 
 def load_file(path: Path, environment: Mapping[str, str] = os.environ, known: RuleFiles | None = None) -> Config:
@@ -185,7 +185,7 @@ def _with_devices(config: Config, anchor: Anchor, known: RuleFiles | None) -> Co
     for path, device in in_files:
         rules.append((file_label(path), device))
         pause()
-    labels = {label for label, _ in rules}
+    of_files = len(rules)
     rules += own
     everybody = with_profile(*profile, {})
     if everybody and config.devices.unknown == "pass" and not any(device.is_for_everybody for _, device in rules):
@@ -194,13 +194,19 @@ def _with_devices(config: Config, anchor: Anchor, known: RuleFiles | None) -> Co
         rules.append((name, attrs.evolve(structure_device(everybody), name=name)))
     names = ([upstream.name for upstream in config.upstream], [listener.name for listener in config.listen])
     problems += cross_problems(rules, *names, pause)
-    problems += _default_problems(config, rules)
-    if known is not None:
-        rules, problems = _set_aside(rules, labels, problems)
+    problems += _default_problems(config, rules, pause)
+    if known is not None and problems:
+        rules, problems = _set_aside(rules, {label for label, _ in rules[:of_files]}, problems)
     if problems:
         raise ConfigError(problems)
     devices = attrs.evolve(config.devices, directory=directory and anchor(directory))
-    return attrs.evolve(config, devices=devices, device=tuple(device for _, device in rules))
+    found: list[DeviceRule] = []
+    for _, device in rules:
+        found.append(device)
+        pause()
+    let_go(in_files, pause)
+    let_go(rules, pause)
+    return attrs.evolve(config, devices=devices, device=tuple(found))
 
 
 def _set_aside(
@@ -222,10 +228,14 @@ def _set_aside(
     return aside, others
 
 
-def _default_problems(config: Config, rules: list[tuple[str, DeviceRule]]) -> list[str]:
+def _default_problems(config: Config, rules: list[tuple[str, DeviceRule]], pause: Pause) -> list[str]:
     if any(upstream.default for upstream in config.upstream):
         return []
-    lost = [label for label, device in rules if not device.upstream and not isinstance(device, BrokenRule)]
+    lost: list[str] = []
+    for label, device in rules:
+        if not device.upstream and not isinstance(device, BrokenRule):
+            lost.append(label)
+        pause()
     if config.devices.unknown == "pass":
         lost.append("devices.unknown")
     return [f"{label}: no upstream has default = true, so these devices have no broker: name one" for label in lost]

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from enum import StrEnum
-from itertools import islice, takewhile
+from itertools import chain, islice, takewhile
 
 from attrs import frozen
 from cryptography import x509
@@ -133,17 +133,20 @@ class DeviceCertificates:
         self._ends = in_order(ends, pause)
         self._not_yet = in_order(self._not_yet, pause)[::-1]
 
-    def are_of(self, identities: Sequence[tuple[str, ClientIdentity]]) -> bool:
+    def are_of(self, identities: Sequence[tuple[str, ClientIdentity]], pause: Pause = no_pause) -> bool:
         """Whether they were made of the same certificates."""
-        return len(identities) == len(self._identities) and all(
-            name == known_name and identity is known
-            for (name, identity), (known_name, known) in zip(identities, self._identities, strict=True)
-        )
+        if len(identities) != len(self._identities):
+            return False
+        for (name, identity), (known_name, known) in zip(identities, self._identities, strict=True):
+            if name != known_name or identity is not known:
+                return False
+            pause()
+        return True
 
     @property
     def parts(self) -> Iterable[object]:
         """All that it is made of, to be freed bit by bit."""
-        return [*self._identities, *self._named, *self._ends, *self._not_yet]
+        return chain(self._identities, self._named, self._ends, self._not_yet)
 
     def counts(self, now: datetime) -> dict[Validity, int]:
         """Return how many there are in each state."""

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-from gateway.pieces import Pause, no_pause
+from gateway.pieces import Pause, let_go, no_pause
 
 FileState: TypeAlias = str
 """Changes with the content, with the identity of the file (device, inode), and with who may read it (ctime).
@@ -65,7 +65,11 @@ class Watch:
 
     def look(self, seen: Mapping[Path, FileState], pause: Pause = no_pause) -> list[Path]:
         """Take the current states; return the files that changed and are stable now, and remember these states."""
-        self._forgotten.clear()
+        while self._forgotten:
+            files = self._forgotten.pop()
+            parts = [*files, *files.values()]
+            del files
+            let_go(parts, pause)
         if differing(self._seen, seen, pause):
             self._seen = seen
             return []

@@ -13,6 +13,7 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from itertools import chain
 from typing import TypeAlias
 
 from attrs import field, frozen
@@ -194,7 +195,7 @@ class Names:
     @property
     def parts(self) -> Iterable[object]:
         """All that it is made of, to be freed bit by bit."""
-        return [*self._claims.values(), *self._listed.values()]
+        return chain(self._claims.values(), self._listed.values())
 
     def check(self, name: str, matched: Matched | None, caller: Caller, at: Brokers) -> None:
         """Raise Refusal if `name`, which a device has at the brokers `at`, belongs to another rule than its own.

@@ -10,6 +10,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address
+from itertools import chain
 
 import attrs
 from attrs import field, frozen
@@ -149,34 +150,41 @@ class Rules:
 
     def __init__(self, config: Config, known: Iterable[Rule] = (), pause: Pause = no_pause) -> None:
         """Those of the `known` rules that are configured are used again; `pause` is called between two rules."""
+        self._all: list[Rule] = []
         self._exact: dict[str, list[Rule]] = {}
         self._others: list[Rule] = []
         self.disables_any = False
         self._unknown_pass = config.devices.unknown == "pass"
-        compiled = {id(rule.device): rule for rule in known}
+        compiled: dict[int, Rule] = {}
+        for rule in known:
+            compiled[id(rule.device)] = rule
+            pause()
         for order, device in enumerate(config.device):
             pause()
-            rule = compiled.get(id(device))
-            if rule is None:
+            before = compiled.get(id(device))
+            if before is None:
                 rule = Rule.of(device, order)
-            elif rule.order != order:
-                rule = attrs.evolve(rule, order=order)
+            else:
+                rule = before if before.order == order else attrs.evolve(before, order=order)
+            self._all.append(rule)
             self.disables_any = self.disables_any or not device.enabled
             if rule.is_exact:
                 for text in set(device.match_client_id):
                     self._exact.setdefault(text, []).append(rule)
             else:
                 self._others.append(rule)
+        while compiled:
+            compiled.popitem()
+            pause()
 
     def __iter__(self) -> Iterator[Rule]:
-        """Iterate over all rules, each once."""
-        yield from {rule.order: rule for rules in self._exact.values() for rule in rules}.values()
-        yield from self._others
+        """Iterate over all rules, in order."""
+        return iter(self._all)
 
     @property
     def parts(self) -> Iterable[object]:
         """What holds the rules, to be freed bit by bit."""
-        return [*self._exact.values(), self._others]
+        return chain(self._exact.values(), [self._others])
 
     def match(self, connect: Connect, caller: Caller) -> Matched | None:
         """Return the first rule that matches a device; None for an unknown device that may pass.
