@@ -8,7 +8,8 @@ session takes the generation of the moment when its dial begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from random import random
@@ -34,7 +35,7 @@ from gateway.net.listening import ListenerFactory
 from gateway.net.network import Network, shown_address
 from gateway.net.patience import PatientClock
 from gateway.ops.journal import GatewayJournal
-from gateway.pieces import Pause, Pieces, at_once, in_turns, no_pause, slices
+from gateway.pieces import Chores, Pause, Pieces, at_once, in_turns, no_pause, slices
 from gateway.prepared import Prepared, prepare
 from gateway.reception import Helpers, Reception, is_over, password_turns
 from gateway.relay.device import DeviceProtocol
@@ -52,8 +53,9 @@ _log = Logger(namespace="gateway")
 
 SWEEP_INTERVAL = 1.0  # seconds; the precision of timeouts
 _LATE = 1.0  # seconds; by which a sweep must be late to give the time back
-# This many sessions take a few tenths of a millisecond.
+# This many sessions take a few tenths of a millisecond; as do these, if the kernel is asked about their peers.
 _SWEPT_AT_A_TIME = 250
+_CHECKED_AT_A_TIME = 50
 _ESTABLISHED = frozenset({State.RELAYING, State.STORED})
 # To end a session costs far more than to look at it, so this many end in a turn.
 _ENDED_AT_A_TIME = 20
@@ -159,6 +161,7 @@ class Gateway:
         uniform: Callable[[], float] = random,
         helpers: Helpers = Helpers(),  # noqa: B008  frozen
         patience: PatientClock | None = None,
+        chores: Chores | None = None,
     ) -> None:
         self.sessions: set[Session] = set()
         # Sessions that the broker has not accepted yet, and some others until the next sweep.
@@ -166,6 +169,8 @@ class Gateway:
         self._clock = clock
         # For everything in which somebody else's silence counts.
         self._patience = patience or PatientClock(clock)
+        # What is done every second or so.
+        self._chores = chores or Chores(clock.callLater)
         self._network = network
         self._journal = journal
         self._carried = carried
@@ -196,7 +201,8 @@ class Gateway:
         self.doorstep = Doorstep(self.doorkeeper, self._enter, journal.refused, self._check_all_gone, clock.seconds)
         # Sessions that this round of the sweep has not reached, and the seconds that they are to be given back.
         self._round: list[tuple[list[Session], float]] = []
-        self._sweeping: IDelayedCall | None = None
+        self._sweeping: Pieces[None] | None = None
+        self._steps: Pieces[None] | None = None
         self._swept_at: float | None = None
         self._sweeper = LoopingCall(self._sweep)
         self._drainer = LoopingCall(self._drain_some)
@@ -486,6 +492,7 @@ class Gateway:
                 self._uniform,
                 self._helpers.now,
                 lambda: self._helpers.now() >= MADE.timestamp(),
+                self._chores,
             )
 
     def _check_all_gone(self) -> None:
@@ -497,9 +504,9 @@ class Gateway:
             for loop in (self._sweeper, self._drainer):
                 if loop.running:
                     loop.stop()
-            for under_way in (self._sweeping, self._draining):
-                if under_way is not None and under_way.active():
-                    under_way.cancel()
+            self._chores.drop()
+            if self._draining is not None and self._draining.active():
+                self._draining.cancel()
             self._drain = self._undrained = None
             self._journal.flush()
             waiting, self._all_gone = self._all_gone, []
@@ -507,28 +514,37 @@ class Gateway:
                 gone.callback(None)
 
     def _sweep(self) -> None:
-        now = self._clock.seconds()
-        lost = self._lost_time(now)
+        """Begin what is done every second; give lost time back at once, since nobody may be judged before that."""
+        lost = self._lost_time(self._clock.seconds())
+        with _contained():
+            self._give_back(lost)
+        with _contained():
+            self._sweep_all(lost)
+        if self._steps not in self._chores:
+            self._steps = self._swept_steps()
+            self._chores.add(self._steps)
+
+    def _swept_steps(self) -> Pieces[None]:
+        """Do all but the sessions, a little in each turn."""
         steps: list[Callable[[], object]] = [
-            partial(self._give_back, lost),
-            partial(self._sweep_all, lost),
-            self._forget_accepted,
-            partial(in_turns, self._clock.callLater, self.doorstep.sweep(now, self.config.timeouts.connect_packet)),
-            self.doorkeeper.sweep,
-            partial(self.presence.sweep, self.config.devices),
-            self.generation.dialler.sweep,
-            self._journal.sweep,
             self._swept,
+            self.doorkeeper.sweep,
+            self._journal.sweep,
         ]
+        if not self.stopping:
+            steps.append(self.generation.dialler.sweep)
         if self.stored is not None:
             steps.append(partial(self.stored.sweep, self.config.timeouts.close))
-        if self.stopping:
-            steps.remove(self.generation.dialler.sweep)
         for step in steps:
-            try:
+            with _contained():
                 step()
-            except Exception:  # noqa: BLE001  without the sweep no timeout would be enforced
-                _log.failure("internal error in the periodic sweep")
+            yield
+        with _contained():
+            yield from self.presence.sweep(self.config.devices)
+        with _contained():
+            yield from self._forget_accepted()
+        with _contained():
+            yield from self.doorstep.sweep(self._clock.seconds(), self.config.timeouts.connect_packet)
 
     def _lost_time(self, now: float) -> float:
         """Return for how many seconds this process did not run, or by how many the clock has jumped; usually 0.
@@ -550,45 +566,52 @@ class Gateway:
     def _sweep_all(self, lost: float) -> None:
         """Begin a round; a late one gives each session the `lost` seconds back right before it judges it."""
         # A round that takes longer than a second goes on: starting over would leave out the same sessions each time.
-        is_under_way = self._sweeping is not None and self._sweeping.active()
+        is_under_way = self._sweeping in self._chores
         if is_under_way and not lost:
             return
-        unfinished = self._round if is_under_way else []
-        if self._sweeping is not None and is_under_way:
-            self._sweeping.cancel()
-        left = [(sessions, owed + lost) for sessions, owed in unfinished]
+        left = [(sessions, owed + lost) for sessions, owed in self._round] if is_under_way else []
         others = self.sessions.difference(*(sessions for sessions, _ in left))
         self._round = [*left, (list(others), lost)]
-        self._sweep_sessions()
+        if not is_under_way:
+            self._sweeping = self._sweep_sessions()
+            self._chores.add(self._sweeping)
 
-    def _sweep_sessions(self) -> None:
-        """Sweep some sessions now and the rest in the next reactor turns, so that messages do not wait."""
+    def _sweep_sessions(self) -> Pieces[None]:
+        while self._round:
+            self._sweep_some()
+            yield
+
+    def _sweep_some(self) -> None:
+        """Sweep some sessions now and the rest in later turns, so that messages do not wait."""
         now = self._clock.seconds()
         sessions, lost = self._round.pop(0)
-        swept = ended = 0
+        swept = checked = ended = 0
         # Without `_guarded`: its two calls per session would be most of the cost.
         for session in sessions[:_SWEPT_AT_A_TIME]:
             try:
                 if lost:
                     session.give_back(lost, now)
-                session.sweep(now)
+                checked += session.sweep(now)
             except Exception as error:  # noqa: BLE001  an internal error in one session must not affect the others
                 self._mistaken(session, error)
             swept += 1
             ended += session.state is State.ENDED
-            if ended == _ENDED_AT_A_TIME:
+            if ended == _ENDED_AT_A_TIME or checked == _CHECKED_AT_A_TIME:
                 break
         if rest := sessions[swept:]:
             self._round.insert(0, (rest, lost))
-        self._sweeping = self._clock.callLater(0, self._sweep_sessions) if self._round else None
 
-    def _forget_accepted(self) -> None:
-        for session in [each for each in self._not_accepted if each.state is State.ENDED or each.state in _ESTABLISHED]:
-            opening = self._not_accepted.pop(session)
-            if session.state is State.ENDED:
-                # Its device does not close: this, too, makes room for others.
-                self.heard(opening, session)
-                self._silent.push(host_of(opening.address) or "", session)
+    def _forget_accepted(self) -> Pieces[None]:
+        for some in slices(list(self._not_accepted), _SWEPT_AT_A_TIME):
+            for session in some:
+                if session.state is not State.ENDED and session.state not in _ESTABLISHED:
+                    continue
+                opening = self._not_accepted.pop(session, None)
+                if opening is not None and session.state is State.ENDED:
+                    # Its device does not close: this, too, makes room for others.
+                    self.heard(opening, session)
+                    self._silent.push(host_of(opening.address) or "", session)
+            yield
 
     def _drain_some(self) -> bool:
         """End some of the sessions that are due, and the others in the next turns; return whether there are others."""
@@ -630,6 +653,14 @@ class Gateway:
             session.fail(type(error).__name__)
         except Exception:  # noqa: BLE001  the sweep must go on, and the other sessions
             _log.failure("session {number}: internal error while ending it", number=session.record.number)
+
+
+@contextmanager
+def _contained() -> Iterator[None]:
+    try:
+        yield
+    except Exception:  # noqa: BLE001  without the sweep no timeout would be enforced
+        _log.failure("internal error in the periodic sweep")
 
 
 class _DeviceFactory(ListenerFactory):

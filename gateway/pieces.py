@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from heapq import merge
@@ -49,6 +50,47 @@ def in_turns(call_later: Callable[..., object], pieces: Pieces[None]) -> None:
     for _ in pieces:
         call_later(0, in_turns, call_later, pieces)
         return
+
+
+class Chores:
+    """Work that is never urgent: one piece of all of it in each turn of the event loop, in rotation.
+
+    What begins at the same time, such as the parts of a sweep, would otherwise make one long turn together.
+    """
+
+    def __init__(self, call_later: Callable[..., object]) -> None:
+        self._call_later = call_later
+        self._waiting: deque[Pieces[None]] = deque()
+        self._is_due = False
+
+    def __contains__(self, pieces: object) -> bool:
+        """Whether some of these pieces are left to do."""
+        return pieces in self._waiting
+
+    def add(self, pieces: Pieces[None]) -> None:
+        """Do these pieces from the next turn on."""
+        self._waiting.append(pieces)
+        self._go_on_later()
+
+    def drop(self) -> None:
+        """Forget all that waits."""
+        self._waiting.clear()
+
+    def _go_on_later(self) -> None:
+        if self._waiting and not self._is_due:
+            self._is_due = True
+            self._call_later(0, self._go_on)
+
+    def _go_on(self) -> None:
+        self._is_due = False
+        try:
+            if self._waiting:
+                pieces = self._waiting.popleft()
+                for _ in pieces:
+                    self._waiting.append(pieces)
+                    break
+        finally:
+            self._go_on_later()
 
 
 def slices(things: Sequence[_T], size: int = 0) -> Iterator[Sequence[_T]]:

@@ -46,7 +46,7 @@ from gateway.ops.status_words import shown_state
 from gateway.ops.store_port import StorePort
 from gateway.ops.watch import Watch
 from gateway.ops.web.port import StatusPort
-from gateway.pieces import Pauses, in_turns
+from gateway.pieces import Chores, Pauses
 from gateway.prepared import Prepared, free, look
 from gateway.reception import Helpers
 from gateway.relay.core import engine
@@ -112,7 +112,8 @@ class GatewayService(Service):
         self._notifier = notifier or Notifier()
         self.reread = reread or (lambda: config)
         journal = journal or Journal(reactor.seconds, sessions=lambda: self.gateway.config.log.sessions)
-        self.ledger = Ledger(journal, reactor.seconds, partial(in_turns, reactor.callLater))
+        chores = Chores(reactor.callLater)
+        self.ledger = Ledger(journal, reactor.seconds, chores.add)
         patience = PatientClock(reactor)
         self.gateway = Gateway(
             config,
@@ -127,6 +128,7 @@ class GatewayService(Service):
                 partial(_open_store, reactor),
             ),
             patience=patience,
+            chores=chores,
         )
         self.renewals = Renewals(
             Renewer(

@@ -19,7 +19,7 @@ from gateway.config import Config
 from gateway.dial.dialler import Route
 from gateway.errors import EndReason, Refusal, SessionEnd, UpstreamFailure, let_frames_go
 from gateway.mqtt.reader import Packet
-from gateway.pieces import Pieces, in_turns, slices
+from gateway.pieces import Chores, Pieces, in_turns, slices
 from gateway.relay.device import DeviceProtocol
 from gateway.relay.side import Gauge
 from gateway.relay.upstream import UpstreamProtocol
@@ -224,6 +224,7 @@ class StoredDevices:
         uniform: Callable[[], float],
         now: Callable[[], float] = time.time,
         is_plausible: Callable[[], bool] = lambda: True,
+        chores: Chores | None = None,
     ) -> None:
         self.store = store
         self.uniform = uniform
@@ -232,6 +233,7 @@ class StoredDevices:
         # Under which name each was last known at the broker, or was about to be.
         self.holders: Holders[StoredSession] = Holders()
         self._clock = clock
+        self._chores = chores or Chores(clock.callLater)
         self._lead = lead
         self._changed = changed
         self._now = now
@@ -239,8 +241,8 @@ class StoredDevices:
         self._config = config
         self._current: dict[str, StoredConnection] = {}
         self._connections: set[StoredConnection] = set()
-        self._sweeping: IDelayedCall | None = None
-        self._checking: IDelayedCall | None = None
+        self._sweeping: Pieces[None] | None = None
+        self._checking: Pieces[None] | None = None
         # The seconds that were lost since the start, all together.
         self._lost = 0.0
         self._are_known = False
@@ -461,22 +463,24 @@ class StoredDevices:
         """Do what is due; closed connections have `patience` seconds to end.  Called every second or so."""
         now = self.seconds()
         late = (each for each in self._connections if each.closed_at is not None and now - each.closed_at >= patience)
-        in_turns(self._clock.callLater, self._abort_all(list(late)))
+        self._chores.add(self._abort_all(list(late)))
         if now >= self._check_at:
             self._check_at = now + min(_CHECK_INTERVAL, self._config.timeouts.tcp_user / _CHECKS_PER_TIMEOUT)
-            if self._checking is None or not self._checking.active():
-                self._check_some(list(self._connections))
-        in_turns(self._clock.callLater, self.store.sweep())
+            if self._checking not in self._chores:
+                self._checking = self._check_all()
+                self._chores.add(self._checking)
+        self._chores.add(self.store.sweep())
         self._tell(now)
         if self._stopping:
             return
         if self.forecast.is_due(now):
-            in_turns(self._clock.callLater, self._take_sample(now))
+            self._chores.add(self._take_sample(now))
         if not self._are_known and not self.store.loading:
             self._are_known = True
-            in_turns(self._clock.callLater, self._begin_waiting())
-        if self._sweeping is None or not self._sweeping.active():
-            self._sweep_some(list(self.sessions.values()))
+            self._chores.add(self._begin_waiting())
+        if self._sweeping not in self._chores:
+            self._sweeping = self._sweep_all()
+            self._chores.add(self._sweeping)
 
     def _abort_all(self, connections: list[StoredConnection]) -> Pieces[None]:
         for some in slices(connections, _CHANGED_AT_A_TIME):
@@ -554,9 +558,8 @@ class StoredDevices:
         if self._stopping:
             return
         self._stopping = True
-        for under_way in (self._sweeping, self._checking, self._draining):
-            if under_way is not None and under_way.active():
-                under_way.cancel()
+        if self._draining is not None and self._draining.active():
+            self._draining.cancel()
         in_turns(self._clock.callLater, self._stop_all(discard_wills=discard_wills))
 
     def _stop_all(self, *, discard_wills: bool) -> Pieces[None]:
@@ -574,14 +577,23 @@ class StoredDevices:
         if turns > 1:
             self._changed()
 
-    def _check_some(self, left: list[StoredConnection]) -> None:
-        now = self.seconds()
-        for connection in left[:_CHECKED_AT_A_TIME]:
-            connection.check(now)
-        rest = left[_CHECKED_AT_A_TIME:]
-        self._checking = self._clock.callLater(0, self._check_some, rest) if rest else None
+    def _check_all(self) -> Pieces[None]:
+        for some in slices(list(self._connections), _CHECKED_AT_A_TIME):
+            if self._stopping:
+                return
+            now = self.seconds()
+            for connection in some:
+                connection.check(now)
+            yield
 
-    def _sweep_some(self, left: list[StoredSession]) -> None:
+    def _sweep_all(self) -> Pieces[None]:
+        left = list(self.sessions.values())
+        while left and not self._stopping:
+            left = self._sweep_some(left)
+            yield
+
+    def _sweep_some(self, left: list[StoredSession]) -> list[StoredSession]:
+        """Sweep some of them; return the others."""
         now = self.seconds()
         swept = changed = 0
         for stored in left[:_SWEPT_AT_A_TIME]:
@@ -597,8 +609,7 @@ class StoredDevices:
             changed += before != (stored.visit, self._current.get(stored.name))
             if changed == _CHANGED_AT_A_TIME:
                 break
-        rest = left[swept:]
-        self._sweeping = self._clock.callLater(0, self._sweep_some, rest) if rest else None
+        return left[swept:]
 
     def _begin_waiting(self) -> Pieces[None]:
         """Begin to deliver for devices that are away."""

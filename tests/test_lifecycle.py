@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 from twisted.internet.defer import succeed
-from twisted.internet.task import Clock
 from twisted.logger import Logger
 
 from benchmarks.blackhole import drop_packets
@@ -23,6 +22,7 @@ from gateway.errors import ConfigError, EndReason
 from gateway.gateway import Gateway
 from gateway.net.network import ReactorNetwork
 from gateway.ops.journal import FULL_RECORDS
+from gateway.pieces import Chores
 from gateway.relay.upstream import UpstreamProtocol
 from gateway.service import GatewayService
 from gateway.session.session import Session, State
@@ -503,10 +503,10 @@ def test_a_mistake_in_one_sweep_leaves_the_deadlines_of_the_others(
     unwell = established(gateway, client_identifier="unwell", keep_alive=0)
     sweep = Session.sweep
 
-    def mistaken(session: Session, now: float) -> None:
+    def mistaken(session: Session, now: float) -> bool:
         if session.record.client_identifier == "unwell" and session.record.reason is None:
             raise ZeroDivisionError
-        sweep(session, now)
+        return sweep(session, now)
 
     monkeypatch.setattr(Session, "sweep", mistaken)
     silent = established(gateway, client_identifier="silent", keep_alive=1)
@@ -691,21 +691,21 @@ def test_a_sweep_that_takes_long_reaches_everybody(
     swept: set[int] = set()
     sweep = Session.sweep
 
-    def remembered(session: Session, now: float) -> None:
+    def remembered(session: Session, now: float) -> bool:
         swept.add(session.record.number)
-        sweep(session, now)
+        return sweep(session, now)
 
     monkeypatch.setattr(Session, "sweep", remembered)
     monkeypatch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 1)
     gateway = start_gateway(upstream=start_broker().port)
-    clock = gateway.service.gateway._clock
-    call_later = clock.callLater
+    chores = gateway.service.gateway._chores
+    call_later = chores._call_later
 
     def later(delay: float, function: Any, *rest: Any) -> Any:
         # So that a second is not enough for all of them.
-        return call_later(0.3 if getattr(function, "__name__", "") == "_sweep_sessions" else delay, function, *rest)
+        return call_later(0.3 if getattr(function, "__name__", "") == "_go_on" else delay, function, *rest)
 
-    monkeypatch.setattr(clock, "callLater", later)
+    monkeypatch.setattr(chores, "_call_later", later)
     devices = [established(gateway, client_identifier=f"sensor-{number}") for number in range(7)]
     eventually(lambda: len(swept) == len(devices), "each session is swept")
     for device in devices:
@@ -718,14 +718,14 @@ def test_many_sessions_are_swept_a_few_at_a_time(
 ) -> None:
     """Messages have their turn in between, and none of the sessions is forgotten."""
     left: list[int] = []
-    sweep = Gateway._sweep_sessions
+    sweep = Gateway._sweep_some
 
     def counted(gateway: Gateway) -> None:
         left.append(sum(len(sessions) for sessions, _ in gateway._round))
         sweep(gateway)
 
     monkeypatch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 2)
-    monkeypatch.setattr(Gateway, "_sweep_sessions", counted)
+    monkeypatch.setattr(Gateway, "_sweep_some", counted)
     gateway = start_gateway(upstream=start_broker().port)
     devices = [Device(gateway.port) for _ in range(5)]
     for number, device in enumerate(devices):
@@ -742,18 +742,20 @@ def test_many_sessions_are_swept_a_few_at_a_time(
 class Swept:
     """Stands for a session; notes what the sweep does with it."""
 
-    def __init__(self, told: list[list[str]], name: str) -> None:
-        self.told, self.name, self.state = told, name, State.RELAYING
+    def __init__(self, told: list[list[str]], name: str, asks: str = "") -> None:
+        """`asks` names those that ask the kernel about their peers."""
+        self.told, self.name, self.state, self.asks = told, name, State.RELAYING, asks
 
     def give_back(self, seconds: float, now: float) -> None:
         """See `Session`."""
         del now
         self.told[-1].append(f"{self.name} +{seconds:g}")
 
-    def sweep(self, now: float) -> None:
+    def sweep(self, now: float) -> bool:
         """See `Session`."""
         del now
         self.told[-1].append(f"{self.name} swept")
+        return self.name in self.asks
 
 
 def test_lost_time_is_given_back_a_few_sessions_at_a_time(
@@ -765,19 +767,22 @@ def test_lost_time_is_given_back_a_few_sessions_at_a_time(
     told: list[list[str]] = [[]]
 
     def swept() -> None:
-        clock = Clock()
+        clock = TurnClock()
         with monkeypatch.context() as patch:
             patch.setattr(gateway_module, "_SWEPT_AT_A_TIME", 2)
-            patch.setattr(gateway, "_clock", clock)
+            patch.setattr(gateway, "_chores", Chores(clock.callLater))
             patch.setattr(gateway, "sessions", {Swept(told, name) for name in "abcd"})
             gateway._sweep_all(60.0)
+            clock.turn()
             told.append([])
             gateway._sweep_all(5.0)
-            while clock.getDelayedCalls():
+            while clock.calls:
+                clock.turn()
                 told.append([])
-                clock.advance(0)
 
     running.call(swept)
+    assert not any(told[3:])
+    del told[3:]
     first, second, third = ({each[0] for each in turn} for turn in told)
     assert [[each[1:] for each in turn] for turn in told] == [[owed, " swept"] * 2 for owed in (" +60", " +65", " +5")]
     assert (len(first), second, third) == (2, set("abcd") - first, first)
@@ -788,26 +793,39 @@ def test_few_sessions_end_in_a_turn_of_the_sweep(start_gateway: StartGateway, mo
     running = start_gateway(upstream=1)
     gateway = running.service.gateway
     told: list[list[str]] = [[]]
-    clock = TurnClock()
     monkeypatch.setattr(gateway_module, "_ENDED_AT_A_TIME", 2)
 
     class Ending(Swept):
-        def sweep(self, now: float) -> None:
-            super().sweep(now)
+        def sweep(self, now: float) -> bool:
             self.state = State.ENDED
+            return super().sweep(now)
 
     def swept() -> None:
         sessions = [(Ending if name.isupper() else Swept)(told, name) for name in "abCDEfGh"]
         with monkeypatch.context() as patch:
-            patch.setattr(gateway, "_clock", clock)
             patch.setattr(gateway, "_round", [(sessions, 0.0)])
-            gateway._sweep_sessions()
-            while clock.calls:
-                told.append([])
-                clock.turn()
+            told.extend([] for _ in gateway._sweep_sessions())
 
     running.call(swept)
-    assert [[each[0] for each in turn] for turn in told] == [list("abCD"), list("EfG"), ["h"]]
+    assert [[each[0] for each in turn] for turn in told] == [list("abCD"), list("EfG"), ["h"], []]
+
+
+def test_few_sessions_ask_the_kernel_in_a_turn_of_the_sweep(
+    start_gateway: StartGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That takes much longer than the rest, and after a pause of the process all of them ask."""
+    running = start_gateway(upstream=1)
+    gateway = running.service.gateway
+    told: list[list[str]] = [[]]
+    monkeypatch.setattr(gateway_module, "_CHECKED_AT_A_TIME", 2)
+
+    def swept() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway, "_round", [([Swept(told, name, "bdef") for name in "abcdefgh"], 0.0)])
+            told.extend([] for _ in gateway._sweep_sessions())
+
+    running.call(swept)
+    assert [[each[0] for each in turn] for turn in told] == [list("abcd"), list("ef"), list("gh"), []]
 
 
 def greet(connection: BrokerConnection) -> None:

@@ -15,6 +15,7 @@ from gateway.mqtt.framer import Framer
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector
 from gateway.mqtt.packets import ProtocolVersion
 from gateway.mqtt.rewrite import KEPT
+from gateway.pieces import at_once
 from gateway.rules import presence as presence_module
 from gateway.rules.names import Brokers
 from gateway.rules.presence import Holder, Presence
@@ -429,7 +430,7 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(world.presence._buckets) <= 100
     assert max(len(name) for name, _ in world.presence._buckets) <= 64
     world.now += 1.5
-    world.presence.sweep(world.devices)
+    at_once(world.presence.sweep(world.devices))
     assert not world.presence._buckets
     assert not world.presence.holders
 
@@ -442,7 +443,7 @@ def test_a_sweep_looks_at_some_names_and_the_next_at_the_others(monkeypatch: pyt
         world.enter(number, name=f"n{number}")
     world.now += 1.5
     for left in (25, 15, 5, 0, 0):
-        world.presence.sweep(world.devices)
+        at_once(world.presence.sweep(world.devices))
         assert len(world.presence._buckets) == left
 
 
@@ -489,7 +490,7 @@ def test_wrong_passwords_are_counted_for_all_names_together() -> None:
     world.now += 20.1
     world.presence.attempt("d", "10.0.0.66", world.devices)
     world.now += 3600
-    world.presence.sweep(world.devices)
+    at_once(world.presence.sweep(world.devices))
     assert not world.presence._attempts
 
 

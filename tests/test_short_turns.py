@@ -8,6 +8,8 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ from twisted.internet.address import IPv6Address
 from twisted.internet.protocol import Factory, Protocol
 
 from gateway.config import Listener
+from gateway.fair import FairQueue
 from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
@@ -25,10 +28,13 @@ from gateway.mqtt.packets import ProtocolVersion
 from gateway.net.listening import listen
 from gateway.net.transport import RelayReactor
 from gateway.net.websocket import FrameReader
+from gateway.pieces import Chores, Pieces
+from gateway.session.session import State
 from tests import mqtt_packets as mqtt
 from tests.fuzz.tools import calls
 from tests.harness import PATIENCE
 from tests.test_relay_reactor import Descriptor, Idle, make
+from tests.turn_clock import TurnClock
 
 __all__ = ["make"]
 
@@ -152,6 +158,100 @@ def test_frames_of_a_websocket_are_taken_a_thousand_at_a_time() -> None:
         payloads.append(reader.feed(b""))
     assert max(map(len, payloads)) <= 1000
     assert b"".join(payloads) == wire[2::3]
+
+
+# ---- what is done every second
+
+
+def test_of_all_chores_one_piece_is_done_in_a_turn() -> None:
+    """In rotation, so that a long one keeps no other waiting; one that fails is over, and the others go on."""
+    clock, told = TurnClock(), list[str]()
+
+    def chore(name: str, pieces: int) -> Pieces[None]:
+        for number in range(pieces):
+            told.append(f"{name}{number}")
+            yield
+        if name == "b":
+            raise ZeroDivisionError
+
+    chores = Chores(clock.callLater)
+    long = chore("a", 4)
+    for pieces in (long, chore("b", 1), chore("c", 2)):
+        chores.add(pieces)
+    assert not told
+    counts = []
+    while clock.calls:
+        assert long in chores
+        with suppress(ZeroDivisionError):
+            clock.turn()
+        counts.append(len(told))
+        if len(told) == 7:
+            break
+    assert told == ["a0", "b0", "c0", "a1", "c1", "a2", "a3"]
+    assert max(after - before for before, after in pairwise([0, *counts])) == 1
+    chores.drop()
+    clock.turn()
+    assert long not in chores
+    assert not clock.calls
+
+
+class Looked:
+    """Stands for a session that has ended; notes when it is looked at."""
+
+    def __init__(self, told: list[object]) -> None:
+        self._told = told
+
+    @property
+    def state(self) -> State:
+        """See `Session`."""
+        self._told.append(self)
+        return State.ENDED
+
+    def sweep(self, now: float) -> bool:
+        """See `Session`."""
+        del now
+        return False
+
+
+def test_a_sweep_does_one_thing_in_a_turn(start_gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at 250 sessions, or does one of its other steps; a device that floods makes thousands of sessions."""
+    running = start_gateway(upstream=1)
+    gateway, clock = running.service.gateway, TurnClock()
+    turns: list[set[object]] = []
+    told: list[object] = []
+
+    def step(name: str) -> Callable[..., list[None]]:
+        def called(*_: object) -> list[None]:
+            told.append(name)
+            return [None]
+
+        return called
+
+    def swept() -> None:
+        sessions = {Looked(told): Mock(address=None) for _ in range(1000)}
+        with monkeypatch.context() as patch:
+            patch.setattr(gateway, "_chores", Chores(clock.callLater))
+            patch.setattr(gateway, "sessions", set(sessions))
+            patch.setattr(gateway, "_not_accepted", sessions)
+            patch.setattr(gateway, "_silent", FairQueue())
+            patch.setattr(gateway, "_swept", step("swept"))
+            for name in ("doorkeeper", "doorstep", "presence", "_journal"):
+                patch.setattr(getattr(gateway, name), "sweep", step(name))
+            patch.setattr(gateway.generation.dialler, "sweep", step("dialler"))
+            gateway._sweep()
+            assert not told
+            while clock.calls:
+                clock.turn()
+                turns.append(set(told))
+                told.clear()
+
+    running.call(swept)
+    steps = [{each for each in turn if isinstance(each, str)} for turn in turns]
+    assert sorted(name for names in steps for name in names) == [
+        *("_journal", "dialler", "doorkeeper", "doorstep", "presence", "swept")
+    ]
+    assert all(len(turn) == 1 for names, turn in zip(steps, turns, strict=True) if names)
+    assert max(map(len, turns)) <= 250
 
 
 # ---- in one turn of the reactor

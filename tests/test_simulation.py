@@ -369,9 +369,9 @@ def keeps_no_keep_alive(patch: pytest.MonkeyPatch) -> None:
     """A silent device is not noticed."""
     sweep = Session.sweep
 
-    def lenient(self: Session, now: float) -> None:
+    def lenient(self: Session, now: float) -> bool:
         self._heard = True
-        sweep(self, now)
+        return sweep(self, now)
 
     patch.setattr(Session, "sweep", lenient)
 

@@ -17,6 +17,7 @@ from attrs import Factory, field, frozen
 
 from gateway.config import Devices
 from gateway.errors import EndReason, Refusal
+from gateway.pieces import Pieces
 from gateway.rules.names import Brokers
 
 # Names whose rate is kept; the least recently used are forgotten first.
@@ -158,10 +159,12 @@ class Presence(Generic[_S]):
         """Return the sessions that have not ended and have this name at one of these brokers."""
         return {session: each for session, each in self.holders.at(holder).items() if not self._ended(session)}
 
-    def sweep(self, devices: Devices) -> None:
+    def sweep(self, devices: Devices) -> Pieces[None]:
         """Forget names whose rate has recovered: of some thousand names each time, since there may be many."""
         self._unchecked = self._checked(self._buckets, self._unchecked, devices)
+        yield
         self._unchecked_attempts = self._checked(self._attempts, self._unchecked_attempts, devices)
+        yield
 
     def _checked(self, buckets: _Buckets, unchecked: list[_Key], devices: Devices) -> list[_Key]:
         """Forget those of the next names whose buckets are full; return the names that are still to be checked."""

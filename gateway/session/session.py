@@ -608,8 +608,12 @@ class Session:
 
     # ---- from the gateway
 
-    def sweep(self, now: float) -> None:
-        """Check the deadlines; called about once a second, with `now` in seconds on the injected clock."""
+    def sweep(self, now: float) -> bool:
+        """Check the deadlines; called about once a second, with `now` in seconds on the injected clock.
+
+        Return whether the kernel was asked about the peers, which takes most of the time.
+        """
+        check_at = self._check_at
         if self._state is _RELAYING:
             if self._loan is not None:
                 self._loan.settle()
@@ -632,6 +636,7 @@ class Session:
             self._sweep_stored(now)
         elif now >= self._deadline:
             self._deadline_passed()
+        return self._check_at != check_at
 
     def _sweep_stored(self, now: float) -> None:
         if now >= self._lives_until:
