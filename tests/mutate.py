@@ -29,9 +29,11 @@ import random
 import signal
 import subprocess
 import sys
+from bisect import bisect
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -58,6 +60,8 @@ class Trial:
         self.change = change
         self.function = places.function(change.node)
         self.lines = places.lines(change.node)
+        self.left_out = 0
+        """So many tests that execute what is changed did not run."""
 
     def replace(self) -> bool:
         """Change the function that is loaded. Returns False if that cannot be done."""
@@ -123,10 +127,12 @@ Testing = Callable[[Trial | None, list[str], Path], int]
 class Trials:
     """Runs the tests of each trial in a forked process, some at a time, and prints what came of it."""
 
-    def __init__(self, coverage: Coverage, jobs: int) -> None:
+    def __init__(self, coverage: Coverage, jobs: int, most: float) -> None:
+        """Take how many processes run at a time, and how long the tests of one took without a change, in seconds."""
         self.counts = Counter[str]()
         self.coverage = coverage
         self._jobs = jobs
+        self._most = most
         self._noticed = Counter[str]()  # by test
         self._useless: set[str] = set()  # tests that fail in a forked process without any change, too
         self._running: dict[int, tuple[Trial, TemporaryDirectory[str]]] = {}
@@ -152,7 +158,10 @@ class Trials:
         if tests:
             seconds = self.coverage.seconds
             order = sorted(tests, key=lambda name: (-self._noticed[name], seconds[name], name))
-            self._fork(trial, order, test)
+            took = list(accumulate(seconds[name] for name in order))
+            some = order[: 1 + bisect(took, self._most)]
+            trial.left_out = len(order) - len(some)
+            self._fork(trial, some, test)
         else:
             self._tell(trial, "alive (no test executes it)")
 
@@ -186,7 +195,8 @@ class Trials:
                 print(f"\n{noticed} fails in a forked process without any change, too, and is left out")
                 return trial
             self._noticed[noticed] += 1
-        self._tell(trial, {_ALIVE: "alive", _UNTRIED: "untried", -signal.SIGALRM: "hung"}.get(status, "noticed"))
+        alive = f"alive ({trial.left_out} slower tests did not run)" if trial.left_out else "alive"
+        self._tell(trial, {_ALIVE: alive, _UNTRIED: "untried", -signal.SIGALRM: "hung"}.get(status, "noticed"))
         return None
 
     @staticmethod
@@ -357,6 +367,9 @@ def main() -> int:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="so many processes (default: one a processor)"
     )
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="run only the quickest tests of a change, for so long"
+    )
     parser.add_argument("--thorough", action="store_true", help="run Hypothesis tests with all their examples")
     arguments = parser.parse_args()
     tests = [path for path in arguments.paths if path.startswith("tests")]
@@ -371,7 +384,7 @@ def main() -> int:
         return 2
     if not arguments.thorough:
         _quick_hypothesis()
-    trials = Trials(coverage, arguments.jobs)
+    trials = Trials(coverage, arguments.jobs, arguments.seconds)
     _change_loaded(trials, [trial for trial in chosen if trial.function])
     _load_changed(trials, [trial for trial in chosen if not trial.function])
     print(f"\n{len(chosen)} changes tried: {dict(trials.counts)}")
