@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import socket
@@ -15,9 +16,10 @@ from twisted.internet import tcp
 from twisted.internet.address import IPv4Address, UNIXAddress
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
 from twisted.python.failure import Failure
 
-from gateway.net.transport import RelayReactor, SendsAtOnce
+from gateway.net.transport import RelayReactor, SendsAtOnce, tune_socket
 
 
 class Idle:
@@ -27,6 +29,26 @@ class Idle:
         pass
 
     def removeReader(self, reader: Any) -> None:  # noqa: N802  the interface's name
+        pass
+
+
+class Lending:
+    """A core that takes what it is lent, reports nothing, and remembers who took something back."""
+
+    HELD = 0
+    DESCRIPTORS = 1000
+    Pair = None
+
+    def __init__(self) -> None:
+        self.recalled = 0
+
+    def poll(self, epoll: int, milliseconds: int, most: int, /) -> tuple[int, list[Any], list[tuple[int, int]]]:
+        return 0, [], []
+
+    def recall(self) -> None:
+        self.recalled += 1
+
+    def hand_over(self) -> None:
         pass
 
 
@@ -261,6 +283,106 @@ def test_a_stop_ends_all_connections(make: Make) -> None:
     assert all(len(each.lost) == 1 for each in descriptors)
 
 
+def test_a_stop_drops_calls_for_later_turns_and_takes_back_what_is_lent(transport_of: TransportOf) -> None:
+    class Calling(Idle):
+        def callLater(self, delay: float, call: Callable[[], object]) -> Any:
+            made.append(Clock().callLater(delay, call))
+            return made[-1]
+
+    made: list[Any] = []
+    core, called = Lending(), []
+    relay = RelayReactor(Calling(), core)
+    relay.start()
+    transport = transport_of(relay)
+    assert relay.lend(core, transport)
+    relay.later(lambda: called.append(True))
+    relay.stop()
+    assert [call.active() for call in made] == [False]
+    assert core.recalled == 1
+    assert len(transport.ended) == 1
+    relay.start()
+    relay.later(lambda: called.append(False))
+    made[-1].func()
+    relay.stop()
+    assert called == [False]
+
+
+def test_only_a_connection_that_waits_to_be_read_is_lent(transport_of: TransportOf) -> None:
+    """All else is Python's matter: what waits to be sent, what is not read, what has failed, what is too many."""
+    core = Lending()
+    relay = RelayReactor(Idle(), core)
+    relay.start()
+    one, two = transport_of(relay), transport_of(relay)
+    two.stopReading()
+    assert not relay.lend(core, one, two)
+    two.startReading()
+    assert relay.lend(core, one, two)
+    relay.reclaim(one.fileno(), two.fileno())
+    two.startWriting()
+    assert not relay.lend(core, one, two)
+    two.stopWriting()
+    two._send_failed = True
+    assert not relay.lend(core, one, two)
+    two._send_failed = False
+    core.DESCRIPTORS = max(one.fileno(), two.fileno())
+    assert not relay.lend(core, one, two)
+    core.DESCRIPTORS += 1
+    relay.core = None
+    assert not relay.lend(core, one, two)
+    relay.core = core
+    assert relay.lend(core, one, two)
+    relay.reclaim(one.fileno(), two.fileno())
+    relay.stop()
+    assert not relay.lend(core, one, two)
+    assert not core.recalled
+
+
+def test_what_is_lent_is_taken_back_before_it_is_watched_otherwise(transport_of: TransportOf) -> None:
+    """And is left where it is if nothing changes."""
+    core = Lending()
+    relay = RelayReactor(Idle(), core)
+    relay.start()
+    transport = transport_of(relay)
+    assert relay.lend(core, transport)
+    relay.removeWriter(transport)
+    assert not core.recalled
+    relay.addWriter(transport)
+    assert core.recalled == 1
+    relay.reclaim(transport.fileno())
+    relay.removeWriter(transport)
+    assert relay.lend(core, transport)
+    relay.removeReader(transport)
+    assert core.recalled == 2
+    relay.reclaim(transport.fileno())
+    assert relay.lend(core, transport) is False
+    relay.removeReader(transport)
+    assert core.recalled == 2
+    relay.stop()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [
+        (0, ConnectionDone, "Connection was closed cleanly"),
+        (
+            errno.ECONNRESET,
+            ConnectionLost,
+            "Connection to the other side was lost in a non-clean fashion: Connection lost.",
+        ),
+        (errno.ETIMEDOUT, ConnectionLost, "Connection timed out"),
+    ],
+)
+def test_an_end_that_the_core_found_is_as_if_python_had(
+    relay: RelayReactor, transport: Transport, number: int, kind: type, words: str
+) -> None:
+    relay.end(transport, number)
+    (end,) = transport.ended
+    assert end.check(kind)
+    assert words in str(end.value)
+    relay.end(transport, number)
+    assert len(transport.ended) == 1
+
+
 def test_a_reactor_that_stops_ends_all_connections(relay: RelayReactor, make: Make) -> None:
     """It tells what it watches that it is over, and the relay's set is one descriptor among others."""
     descriptor = make()
@@ -294,6 +416,82 @@ def test_a_socket_that_listens_already_is_adopted(
         port.connectionLost(Failure(ConnectionDone()))
 
 
+@pytest.mark.parametrize("timeout", [None, 60.0])
+def test_connections_inherit_how_their_listener_is_tuned(timeout: float | None) -> None:
+    """A device that is gone is found by TCP keepalive, from the first moment of its connection."""
+    relay = RelayReactor(Idle(), None, timeout)
+    relay.start()
+    accepted: list[Any] = []
+
+    class Accepting(Factory):
+        def buildProtocol(self, address: Any) -> Protocol:
+            protocol = Protocol()
+            protocol.connectionMade = lambda: accepted.append(protocol.transport)  # type: ignore[method-assign]
+            return protocol
+
+    port: Any = relay.listenTCP(0, Accepting(), interface="127.0.0.1")
+    assert port.tuned_for == timeout
+    with socket.create_connection(("127.0.0.1", port.getHost().port)):
+        relay.doRead()
+        (connection,) = accepted
+        options = [
+            connection.socket.getsockopt(level, option)
+            for level, option in [
+                (socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+                (socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+            ]
+        ]
+        assert (options == [1, 30, 10, 3]) == (timeout is not None)
+        relay.stop()
+
+
+@pytest.mark.parametrize(("timeout", "idle", "interval"), [(60.0, 30, 10), (9.0, 4, 1), (1.0, 1, 1)])
+def test_a_dead_peer_is_found_within_the_timeout(timeout: float, idle: int, interval: int) -> None:
+    """Half of it is silence, the other half three probes; the kernel counts whole seconds, one at least."""
+    with socket.socket() as handle:
+        tune_socket(handle, timeout)
+        names = (socket.TCP_NODELAY, socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        assert [handle.getsockopt(socket.IPPROTO_TCP, name) for name in names] == [1, idle, interval, 3]
+        assert handle.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+
+
+def test_the_address_of_a_device_has_its_scope(relay: RelayReactor) -> None:
+    """`fe80::1` alone may be a device at each interface."""
+    built: list[Any] = []
+
+    class Accepting(Factory):
+        def buildProtocol(self, address: Any) -> None:
+            built.append(address)
+
+    port: Any = relay.listenTCP(0, Accepting(), interface="::1")
+    port._begin(socket.socket(socket.AF_INET6), ("fe80::1", 1883, 0, socket.if_nametoindex("lo")))
+    assert [(address.host, address.port) for address in built] == [("fe80::1%lo", 1883)]
+
+
+def test_a_connection_that_cannot_begin_does_not_keep_others_waiting(
+    relay: RelayReactor, logged_errors: list[dict[str, Any]]
+) -> None:
+    """It is closed and logged; those that wait behind it are accepted in the same turn."""
+    built: list[Any] = []
+
+    class Accepting(Factory):
+        def buildProtocol(self, address: Any) -> None:
+            built.append(address)
+            if len(built) == 1:
+                raise ZeroDivisionError
+
+    port: Any = relay.listenTCP(0, Accepting(), interface="127.0.0.1")
+    with contextlib.ExitStack() as devices:
+        for _ in range(3):
+            devices.enter_context(socket.create_connection(("127.0.0.1", port.getHost().port)))
+        relay.doRead()
+        assert len(built) == 3
+    assert [event["log_failure"].type for event in logged_errors] == [ZeroDivisionError]
+    logged_errors.clear()
+
+
 # ---- a transport that sends at once
 
 
@@ -312,22 +510,80 @@ class Transport(SendsAtOnce, tcp.Connection):
         protocol.makeConnection(self)
 
 
+TransportOf = Callable[[RelayReactor], Transport]
+
+
 @pytest.fixture
-def transport(relay: RelayReactor) -> Iterator[Transport]:
-    transport = Transport(relay)
-    yield transport
-    transport.peer.close()
-    if not transport.ended:
-        transport.connectionLost(Failure(ConnectionDone()))
+def transport_of() -> Iterator[TransportOf]:
+    """Return a function that makes a transport of a relay's reactor, which reads; it ends with the test."""
+    made: list[Transport] = []
+
+    def make(relay: RelayReactor) -> Transport:
+        made.append(Transport(relay))
+        made[-1].startReading()
+        return made[-1]
+
+    yield make
+    for transport in made:
+        transport.peer.close()
+        if not transport.ended:
+            transport.connectionLost(Failure(ConnectionDone()))
 
 
-def test_nothing_is_sent_after_a_half_close(transport: Transport) -> None:
+@pytest.fixture
+def transport(relay: RelayReactor, transport_of: TransportOf) -> Transport:
+    return transport_of(relay)
+
+
+def test_nothing_is_sent_after_a_half_close(relay: RelayReactor, transport: Transport) -> None:
     transport.write(b"before")
     assert transport.is_ordinary
     transport.loseWriteConnection()
     assert not transport.is_ordinary
     transport.write(b"after")
+    relay.doRead()
     assert (transport.peer.recv(100), transport.peer.recv(100)) == (b"before", b"")
+    assert not transport.ended
+
+
+def test_a_half_close_waits_for_what_is_not_sent_yet(relay: RelayReactor, transport: Transport) -> None:
+    """FIN comes after the last byte."""
+    while transport.is_ordinary:
+        transport.write(bytes(20_000))
+    transport.write(b"the end")
+    transport.loseWriteConnection()
+    received = bytearray()
+    while piece := transport.peer.recv(65536):
+        received += piece
+        relay.doRead()
+    assert received.endswith(b"the end")
+    assert not transport.ended
+
+
+def test_nothing_is_sent_after_an_abort(transport: Transport) -> None:
+    transport.write(b"before")
+    transport.reactor.callLater = lambda *_: None  # type: ignore[method-assign]  # it closes in a later turn
+    transport.abortConnection()
+    transport.write(b"after")
+    transport.socket.shutdown(socket.SHUT_WR)
+    assert (transport.peer.recv(100), transport.peer.recv(100)) == (b"before", b"")
+
+
+def test_who_sends_much_is_read_in_larger_pieces(relay: RelayReactor, transport: Transport) -> None:
+    """Until it sends little again: large pieces cost more to ask for."""
+    sizes: list[int] = []
+    transport.protocol.dataReceived = lambda data: sizes.append(len(data))
+    for sent in (10_000, 20_000, 100, 10_000):
+        transport.peer.send(bytes(sent))
+        for _ in range(2):
+            transport.doRead()
+    assert sizes == [4096, 5904, 20_000, 100, 4096, 5904]
+
+
+def test_an_orderly_end_stays_one(transport: Transport) -> None:
+    transport.connectionLost(Failure(ConnectionDone()))
+    (end,) = transport.ended
+    assert end.check(ConnectionDone)
 
 
 def test_what_the_kernel_does_not_take_is_sent_when_it_does(relay: RelayReactor, transport: Transport) -> None:
