@@ -124,7 +124,7 @@ class GatewayService(Service):
             self._swept,
             helpers=Helpers(
                 Programs(reactor, patience),
-                partial(deferToThreadPool, reactor, reactor.getThreadPool()),
+                self._checked_in_thread,
                 partial(_open_store, reactor),
             ),
             patience=patience,
@@ -413,6 +413,12 @@ class GatewayService(Service):
 
     def _in_thread(self, work: Callable[[], _T]) -> Deferred[_T]:
         return deferToThreadPool(self._reactor, self._reactor.getThreadPool(), work)
+
+    def _checked_in_thread(self, check: Callable[[], bool]) -> Deferred[bool]:
+        """Do this for a session; what the result leads to shares the limit on the work of a turn."""
+        checked: Deferred[bool] = Deferred()
+        self._in_thread(check).addBoth(lambda result: self._relay.later(partial(checked.callback, result)))
+        return checked
 
     def _swept(self) -> None:
         self._notifier.alive(self.status, SWEEP_INTERVAL)

@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 from twisted.internet.address import IPv6Address
 from twisted.internet.protocol import Factory, Protocol
+from twisted.python.failure import Failure
 
 from gateway.config import Listener
 from gateway.fair import FairQueue
@@ -32,7 +33,7 @@ from gateway.pieces import Chores, Pieces
 from gateway.session.session import State
 from tests import mqtt_packets as mqtt
 from tests.fuzz.tools import calls
-from tests.harness import PATIENCE
+from tests.harness import PATIENCE, eventually
 from tests.test_relay_reactor import Descriptor, Idle, make
 from tests.turn_clock import TurnClock
 
@@ -252,6 +253,28 @@ def test_a_sweep_does_one_thing_in_a_turn(start_gateway: Any, monkeypatch: pytes
     ]
     assert all(len(turn) == 1 for names, turn in zip(steps, turns, strict=True) if names)
     assert max(map(len, turns)) <= 250
+
+
+def test_results_of_password_checks_share_the_limit_of_the_turn(
+    start_gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each begins the next check and ends a session, in the same turn as events and sessions that go on."""
+    service = start_gateway(upstream=1).service
+    later: list[Callable[[], object]] = []
+    results: list[object] = []
+    monkeypatch.setattr(service._relay, "later", later.append)
+
+    def check(*outcomes: Callable[[], bool]) -> None:
+        for outcome in outcomes:
+            service.gateway._helpers.in_thread(outcome).addBoth(results.append)
+
+    service._reactor.callFromThread(check, lambda: True, lambda: bool(1 / 0))
+    eventually(lambda: len(later) == 2, "both checks are done")
+    assert not results
+    for call in later:
+        call()
+    assert True in results
+    assert any(isinstance(each, Failure) and each.check(ZeroDivisionError) for each in results)
 
 
 # ---- in one turn of the reactor
