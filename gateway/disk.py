@@ -1,12 +1,64 @@
-"""Makes changes to a directory last.
+"""Reads files whole, and makes changes to a directory last.
 
-In: a directory in which files were created, renamed or removed.  Out: the changes on disk, after a power failure too.
+In: a path that someone has configured, which can lead anywhere; a directory in which files were created, renamed or
+removed.  Out: the file's bytes; the changes on disk, after a power failure too.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from pathlib import Path
+
+MEBIBYTE = 1_048_576
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def read_file(path: Path, limit: int = MEBIBYTE, *, from_pipe: bool = False) -> bytes:
+    """Return the content of a regular file of at most `limit` bytes.
+
+    `from_pipe` permits anything that can be read to its end, and waits for it: only for what a user names on the
+    command line, as in `--password-file <(pass show broker)`.
+
+    Raises `OSError`, whose `strerror` says what is wrong and what to do; `ValueError` for a NUL character in the path.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY) if from_pipe else open_file(path)
+    try:
+        parts, left = [], limit + 1
+        # One read returns everything of a regular file, but not of a pipe or a file in /proc.
+        while left and (part := os.read(descriptor, left)):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(descriptor)
+    if not left:
+        words = f"it is larger than {limit // MEBIBYTE} MiB: replace it, or correct the path"
+        raise OSError(errno.EFBIG, words, str(path))
+    return b"".join(parts)
+
+
+def open_file(path: Path) -> int:
+    """Open a regular file for reading; return its descriptor.  Raises as `read_file`.
+
+    Anything else is refused: a FIFO would block its reader for ever, and some devices act when they are opened.
+    """
+    _check_regular(path, os.stat(path))  # noqa: PTH116  Path.stat is slower
+    # It may have been replaced since.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        _check_regular(path, os.fstat(descriptor))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def sync_directory(path: Path) -> None:
@@ -16,3 +68,9 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file: replace it, or correct the path", str(path))

@@ -468,13 +468,20 @@ def test_the_login_is_the_users(offered: Callable[..., tuple[Checked, Broker]], 
         ((None, "x", "/nonexistent"), "cannot be read: No such file"),
         ((None, "x" * 70000, None), "--username: a string of 70000 bytes"),
         (("\udcff", None, None), "--client-id: it is not UTF-8"),
-        ((None, "x", "/dev/zero"), "longer than the 65535 bytes"),
+        ((None, "x", "/dev/zero"), "larger than 1 MiB"),
     ],
 )
 def test_a_login_that_no_connect_can_carry(arguments: tuple[Any, ...], words: str) -> None:
     """The option is named."""
     with pytest.raises(ValueError, match=re.escape(words)):
         make_login(*arguments)
+
+
+def test_a_password_that_no_connect_can_carry(tmp_path: Path) -> None:
+    """It is not cut."""
+    (tmp_path / "password").write_bytes(bytes(65_536))
+    with pytest.raises(ValueError, match="is longer than the 65535 bytes that MQTT can carry"):
+        make_login(None, "x", str(tmp_path / "password"))
 
 
 # ---- what needs no broker

@@ -87,6 +87,10 @@ def break_it(site: Site, root: Certified, name: str) -> tuple[Status, str]:
         case "missing certificate":
             (site.directory / "d1.pem").unlink()
             return Status.FAIL, "d1.pem: cannot be read: No such file"
+        case "FIFO for a certificate":
+            (site.directory / "d1.pem").unlink()
+            os.mkfifo(site.directory / "d1.pem")
+            return Status.FAIL, "d1.pem: cannot be read: it is a FIFO, not a regular file"
         case "garbage key":
             site.write("d1.key", b"garbage", 0o600)
             return Status.FAIL, "d1.key: "
@@ -133,6 +137,7 @@ def break_it(site: Site, root: Certified, name: str) -> tuple[Status, str]:
     "name",
     [
         "missing certificate",
+        "FIFO for a certificate",
         "garbage key",
         "key of another",
         "world-readable key",
@@ -160,6 +165,13 @@ def test_a_file_of_a_rule_that_is_not_right(
     command = ["check", "--files", "--quiet", "--config", str(site.config)]
     assert (console(command), console([*command, "--strict"])) == expected
     assert words in capfd.readouterr().out
+
+
+def test_nobody_is_told_to_read_a_fifo_as_another_user(site: Site, root: Certified) -> None:
+    """What is wrong with it says what to do."""
+    break_it(site, root, "FIFO for a certificate")
+    (step,) = site.problems()
+    assert (step.message.endswith("replace it, or correct the path"), step.remedy) == (True, "")
 
 
 @pytest.mark.parametrize("name", ["missing certificate", "world-readable key", "missing SAS key", "missing program"])

@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_written_ends_in_words(tmp_path: Path, capfd: pyte
     """The file and the cause, status 1, nothing unfinished left."""
     (tmp_path / UNIT).mkdir(parents=True)
     assert console(["install", "--root", str(tmp_path)]) == 1
-    assert "Is a directory" in capfd.readouterr().err
+    assert "it is a directory" in capfd.readouterr().err
     assert not list(tmp_path.rglob(".*.new"))
 
 

@@ -641,7 +641,7 @@ def test_a_byte_order_mark_and_carriage_returns_do_no_harm(tmp_path: Path) -> No
         (b"a = 1\n\na = 2\n", "is not TOML: line 3, "),
         (b"a = " + b"9" * 5000, "absurdly long"),
         (b"a = " + b"[" * 100_000, "nested too deeply"),
-        (b"#" * 1_048_577, "larger than 1048576 bytes"),
+        (b"#" * 1_048_577, "larger than 1 MiB"),
     ],
 )
 def test_files_that_are_no_configuration_have_one_clear_line(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -657,7 +657,9 @@ def test_files_that_cannot_be_read_have_one_clear_line(tmp_path: Path) -> None:
     """Missing files and directories are told apart."""
     missing = "cannot be read: No such file or directory; `mqtts-gateway init FILE` writes one"
     assert file_problem(tmp_path / "none.toml").endswith(missing)
-    assert file_problem(tmp_path).endswith("cannot be read: Is a directory")
+    assert file_problem(tmp_path).endswith(
+        "cannot be read: it is a directory, not a regular file: replace it, or correct the path"
+    )
     assert file_problem(Path("a\0b")).startswith(r'"a\x00b" cannot be read: ')
 
 

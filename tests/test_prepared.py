@@ -18,7 +18,7 @@ from attrs import evolve
 from gateway.config import Config, DeviceRule, changed_keys, from_mapping, load_file
 from gateway.config import directory as rule_files
 from gateway.config.directory import RuleFiles
-from gateway.errors import ConfigError, EndReason
+from gateway.errors import ConfigError, EndReason, Refusal
 from gateway.mqtt.connect import parse_connect
 from gateway.mqtt.packets import PacketType
 from gateway.mqtt.reader import PacketReader
@@ -202,6 +202,22 @@ def test_a_rule_file_that_breaks_is_no_reason_to_refuse_a_reload(files: Files, t
     assert rule.publish == ("a/#",)
     assert broken.changed[0].startswith("device")
     assert repaired.changed[0].startswith("device")
+
+
+@pytest.mark.parametrize("name", ["d1.toml", "d1.pem"])
+def test_what_is_no_regular_file_is_its_own_devices_matter(files: Files, name: str) -> None:
+    """A FIFO in the place of a rule or a certificate does not block the reload."""
+    before = files.prepare()
+    path = files.directory / "devices" / name
+    path.unlink()
+    os.mkfifo(path)
+    (files.directory / "devices" / "d2.toml").write_text("enabled = false")
+    prepared = files.prepare(before)
+    assert [f"{path}" in problem and "it is a FIFO" in problem for problem in prepared.refused.values()] == [True]
+    assert matched(prepared, "d0") not in prepared.refused
+    assert matched(prepared, "d1") in prepared.refused
+    with pytest.raises(Refusal, match="device-disabled"):
+        matched(prepared, "d2")
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"match_client_id = [", b"match_client_id = 5\n"])

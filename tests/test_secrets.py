@@ -52,7 +52,7 @@ def test_what_could_keep_the_gateway_waiting_is_not_read(tmp_path: Path) -> None
     """A FIFO that nobody writes to, a device, a directory; and what is not there."""
     os.mkfifo(tmp_path / "fifo")
     for path in (tmp_path / "fifo", Path("/dev/zero"), tmp_path, tmp_path / "nothing"):
-        with pytest.raises(SecretUnavailable, match=r"regular file|cannot be read"):
+        with pytest.raises(SecretUnavailable, match="cannot be read: "):
             read_secret(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import ssl
 import weakref
 from base64 import b64encode
@@ -982,6 +983,28 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, key: str, content: 
     assert problem.startswith(f"tls.{key}: {path} " if "key" not in words else "tls.client_key: ")
     assert words in problem
     assert "c2VjcmV0" not in problem
+
+
+@pytest.mark.parametrize("key", ["ca_file", "ca_dir", "crl_file", "client_cert", "client_key"])
+@pytest.mark.parametrize("kind", ["fifo", "huge"])
+def test_a_file_that_cannot_be_read_to_its_end_is_named(tmp_path: Path, key: str, kind: str) -> None:
+    """A FIFO would block the reload and all after it; a disk image would fill the memory."""
+    path = tmp_path / "file.pem"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.touch()
+        os.truncate(path, 3 << 30)
+    values: dict[str, Any] = {key: path if key.startswith("client") else (path,)}
+    if key == "client_key":
+        (tmp_path / "own").write_bytes(ROOT.pem)
+        values["client_cert"] = tmp_path / "own"
+    if key == "ca_dir":
+        values = {"ca_dir": tmp_path}
+    found = problems(**values)
+    words = "it is a FIFO, not a regular file" if kind == "fifo" else "it is larger than "
+    assert all(f"{path} cannot be read: {words}" in problem for problem in found)
+    assert found
 
 
 def test_all_files_are_complained_of_at_once(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from gateway.cli.device_table import SALT_SIZE
 from gateway.config import DeviceRule
 from gateway.config.devices import BrokenRule
 from gateway.config.passwords import hash_password
+from gateway.disk import read_file
 from gateway.rules.rules import LONGEST_MATCHED, Rule
 from gateway.text import printable
 
@@ -81,7 +82,7 @@ def change(rules: Rules, path: Path, changes: Mapping[str, Any]) -> None:
 def rewrite(path: Path, changes: Mapping[str, Any], writer: Writer) -> None:
     """Set keys of a rule.  Raises `DeviceProblem`."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_file(path).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DeviceProblem(f"{path} cannot be read: {error}") from None
     try:

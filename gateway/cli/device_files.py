@@ -27,7 +27,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from gateway.disk import sync_directory
+from gateway.disk import read_file, sync_directory
 from gateway.errors import GatewayError
 from gateway.text import printable
 from gateway.tls.renewal import signing_hash
@@ -152,7 +152,7 @@ class Writer:
         """Replace a file atomically; it keeps its mode, owner and group.  Raises `DeviceProblem`."""
         path = path.resolve()
         try:
-            before = path.read_bytes()
+            before = read_file(path)
             _replace(path, data)
         except OSError as error:
             raise DeviceProblem(f"{path} cannot be written: {error.strerror}") from None

@@ -20,12 +20,14 @@ from attrs import frozen
 from gateway.cli.device_files import DeviceProblem
 from gateway.config import DeviceRule
 from gateway.config.passwords import hash_password
+from gateway.disk import MEBIBYTE, read_file
 from gateway.text import printable
 
 SALT_SIZE = 16
 _LONGEST_ROW = 65_536
 _LONGEST_SHOWN = 100  # characters
 _GUESSES_SHOWN = 10
+_LARGEST_TABLE = 64 * MEBIBYTE
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # CSV columns that are not keys of a rule.
 _ID, _COMMON_NAME, _PASSWORD = "id", "common_name", "password"
@@ -63,7 +65,7 @@ def read_table(path: Path) -> tuple[list[tuple[int, NewDevice]], list[str]]:
     Raises `Problems` and `DeviceProblem`.
     """
     try:
-        text, is_guessed = _decoded(path, path.read_bytes())
+        text, is_guessed = _decoded(path, read_file(path, _LARGEST_TABLE, from_pipe=True))
         remarks = [*_guesses(path, text)] if is_guessed else []
         return list(_rows(path, text)), remarks
     except OSError as error:

@@ -31,11 +31,13 @@ from gateway.cli.service_view import KEY_GROUP, ServiceView
 from gateway.config import TLS, Config, DeviceRule, weak_ciphers
 from gateway.config import Status as StatusEndpoint
 from gateway.config.secret_files import Passphrase, SecretUnavailable, read_secret
+from gateway.disk import read_file
 from gateway.rules.tokens import check_signing_key, sas_key
 from gateway.text import printable
 from gateway.tls.file_kinds import is_pkcs12
 from gateway.tls.renewal import obstacle
 from gateway.tls.trust import (
+    LARGEST_PEM,
     ca_dir_files,
     platform_bundle,
     read_certificates,
@@ -237,7 +239,7 @@ def _blank_step(path: Path, what: str) -> Step | None:
 
 def _exposed_key(path: Path) -> Step | None:
     """Return a failure if a file with certificates, which everyone may read, has a private key in it, too."""
-    if not path.stat().st_mode & stat.S_IROTH or b"PRIVATE KEY-----" not in path.read_bytes():
+    if not path.stat().st_mode & stat.S_IROTH or b"PRIVATE KEY-----" not in read_file(path, LARGEST_PEM):
         return None
     remedy = "Move the key to a file of its own with mode 0600, and replace it, because anyone can have read it."
     return _step(Status.FAIL, path, "contains a private key and is world-readable", remedy)
@@ -267,7 +269,7 @@ def _renewal(table: TLS | DeviceRule, view: ServiceView | None) -> Iterator[Step
         remedy = "Keep it in /var/lib/mqtts-gateway, or run `mqtts-gateway device renew --due` from a timer."
         yield _step(Status.WARN, file, f"the gateway cannot replace it when it is renewed: {problem}", remedy)
     with contextlib.suppress(OSError):
-        if is_pkcs12(file.read_bytes()):
+        if is_pkcs12(read_file(file, LARGEST_PEM)):
             yield _step(Status.FAIL, file, "renew_command cannot renew PKCS #12", "Convert it to PEM files.")
 
 
@@ -312,7 +314,7 @@ def _platform_roots() -> Step:
     try:
         bundle = platform_bundle()
         # Counted, not parsed: platform bundles contain old certificates that parsers warn about.
-        count = bundle.read_bytes().count(b"-----BEGIN CERTIFICATE-----")
+        count = read_file(bundle, LARGEST_PEM).count(b"-----BEGIN CERTIFICATE-----")
     except (OSError, ValueError) as error:
         return Step(_STEP, Status.FAIL, str(error), "Without CA certificates no broker is trusted.")
     return _step(Status.PASS, bundle, f"{count} certificates (the platform's: neither ca_file nor ca_dir is set)")
@@ -423,7 +425,7 @@ def _unreadable(path: Path) -> str:
     """Return what to do about a file that cannot be read."""
     try:
         if path.exists():
-            return _reader()
+            return "" if os.access(path, os.R_OK) else _reader()
         above = next(parent for parent in path.parents if parent.exists())
         if above != path.parent:
             return f"Correct the path: there is no {path.parent}; {above} exists."

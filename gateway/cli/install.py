@@ -34,6 +34,7 @@ from gateway.cli.places import (
 )
 from gateway.cli.service_view import HIDDEN, KEY_GROUP
 from gateway.config import Upstream, from_flags, template_text
+from gateway.disk import read_file
 from gateway.errors import ConfigError
 
 _REMEDY = "create the environment in /opt: python3 -m venv /opt/mqtts-gateway, and pip install there"
@@ -136,7 +137,7 @@ def _make_group() -> None:
 def _unit(path: Path, text: str) -> Change:
     if not path.exists():
         return Change(f"write {path}", lambda: write(path, text))
-    if path.read_text(errors="replace") == text:
+    if read_file(path).decode(errors="replace") == text:
         return Change(f"keep {path}, which is up to date")
     return Change(f"replace {path}", lambda: write(path, text))
 

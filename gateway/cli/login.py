@@ -11,6 +11,7 @@ from pathlib import Path
 
 from attrs import field, frozen
 
+from gateway.disk import read_file
 from gateway.mqtt.packets import MAX_STRING_BYTES, PacketType, encode_remaining_length, encode_string
 
 _ALPHABET = string.ascii_lowercase + string.digits
@@ -75,8 +76,7 @@ def make_login(client_identifier: str | None, username: str | None, password_fil
 
 def _read_password(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_STRING_BYTES + 3)
+        content = read_file(path, from_pipe=True)
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise ValueError(f"--password-file: {path} cannot be read: {reason}") from None

@@ -16,7 +16,7 @@ from attrs import frozen
 
 import gateway
 from gateway.cli.report import complain
-from gateway.disk import sync_directory
+from gateway.disk import read_file, sync_directory
 
 UNITS = ("mqtts-gateway.service", "mqtts-gateway.socket", "mqtts-gateway@.service", "mqtts-gateway@.socket")
 # Both forms for systemctl, which ignores a pattern that matches nothing.
@@ -92,7 +92,7 @@ def unit_text(name: str, programs: Path) -> str:
 
 def is_ours(unit: Path) -> bool:
     """Return whether `install` wrote a unit file."""
-    return not unit.is_symlink() and unit.read_text(errors="replace").startswith(_MARK)
+    return not unit.is_symlink() and read_file(unit).decode(errors="replace").startswith(_MARK)
 
 
 def write(path: Path, text: str, mode: int = 0o644) -> None:

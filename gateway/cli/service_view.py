@@ -21,6 +21,7 @@ from pathlib import Path
 from attrs import frozen
 
 from gateway.cli.places import systemd_runs
+from gateway.disk import read_file
 
 UNIT = "mqtts-gateway.service"
 KEY_GROUP = "mqtts-gateway-keys"  # `install` makes it, and the service is in it
@@ -140,7 +141,7 @@ class ServiceView:
 
 def _sees_all_groups() -> bool:
     try:
-        return Path("/proc/self/gid_map").read_text().split() == ["0", "0", "4294967295"]
+        return read_file(Path("/proc/self/gid_map")).split() == [b"0", b"0", b"4294967295"]
     except OSError:
         return False
 
@@ -166,7 +167,7 @@ def _settings(root: Path, unit: str) -> dict[str, list[str]] | None:
     settings: dict[str, list[str]] = {}
     for file in files:
         try:
-            lines = file.read_text(errors="replace").replace("\\\n", " ").splitlines()
+            lines = read_file(file).decode(errors="replace").replace("\\\n", " ").splitlines()
         except OSError:
             continue
         for line in lines:

@@ -25,9 +25,10 @@ from gateway.cli.places import Places, is_debian_package, systemd_runs
 from gateway.cli.report import Status, Step, TextView, complain
 from gateway.cli.service_view import ServiceView
 from gateway.config import from_flags, load_file, template_text
+from gateway.disk import read_file
 from gateway.errors import ConfigError, EndReason
 from gateway.text import unprintable_escaped
-from gateway.tls.trust import lacks_passphrase
+from gateway.tls.trust import LARGEST_PEM, lacks_passphrase
 
 _CONFIG = Places(Path("/")).config
 _PUBLIC = 0o644
@@ -283,7 +284,7 @@ def _check_place(config: Path, *, for_service: bool) -> None:
 
 def _is_as_shipped(config: Path) -> bool:
     """Whether a configuration is as `init`, `install` or the Debian package wrote it."""
-    text, template = config.read_text(encoding="utf-8", errors="replace"), template_text()
+    text, template = read_file(config).decode(errors="replace"), template_text()
     if text == template:
         return True
     try:
@@ -344,9 +345,9 @@ def _placed(source: Path, directory: Path, name: str, mode: int, writer: Writer)
     """
     if source.absolute().is_relative_to(directory):
         return source.absolute()
-    data, target = public_pem(source) if mode == _PUBLIC else source.read_bytes(), directory / name
+    data, target = public_pem(source) if mode == _PUBLIC else read_file(source, LARGEST_PEM), directory / name
     if target.exists():
-        if target.read_bytes() != data:
+        if read_file(target, LARGEST_PEM) != data:
             raise SetupFailed(f"{target} already exists with other content than {source}: move it away, or name it")
     else:
         writer.write(target, data, mode)

@@ -16,6 +16,7 @@ from time import monotonic
 from gateway.cli.report import Status, Step
 from gateway.cli.service_view import OWN, ServiceView
 from gateway.config import Config
+from gateway.disk import MEBIBYTE, open_file
 from gateway.store.database import RESERVE, SCHEMA_VERSION
 from gateway.store.opening import store_directory, store_is_wanted
 
@@ -27,7 +28,6 @@ _SLOW = 0.05  # seconds of an fsync above which a device notices
 _FILES_PER_BYTE, _FILES = 1.2, RESERVE + 4 * 1024 * 1024
 # The header of an SQLite file has its user version here (fileformat2.html §1.3.12).
 _USER_VERSION = slice(60, 64)
-_MEBIBYTE = 1_048_576
 
 
 def store_step(
@@ -119,7 +119,7 @@ def _is_locked(path: Path) -> bool:
 def _newer_version(path: Path) -> int:
     """Return the schema version of a file that this program cannot use, else 0."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path), "rb") as file:
             version = int.from_bytes(file.read(_USER_VERSION.stop)[_USER_VERSION], "big")
     except OSError:
         return 0
@@ -127,4 +127,4 @@ def _newer_version(path: Path) -> int:
 
 
 def _mebibytes(size: int) -> str:
-    return f"{size / _MEBIBYTE:,.0f} MiB"
+    return f"{size / MEBIBYTE:,.0f} MiB"

@@ -22,6 +22,7 @@ from gateway.config.profiles import with_profile
 from gateway.config.structure import structure_device
 from gateway.config.tables import read_table
 from gateway.config.value_words import quoted
+from gateway.disk import read_file
 from gateway.errors import ConfigError
 from gateway.pieces import Pause, in_order, no_pause
 
@@ -29,7 +30,6 @@ _WILDCARDS = frozenset("*?[")
 _RULE_FILE = re.compile(r"[^.].*\.toml", re.DOTALL)
 # Seconds; file systems' times are more precise than that.
 _UNSETTLED = 2.0
-_MOST_READ = 1_048_576  # bytes
 
 Profile: TypeAlias = tuple[str, str]
 """A profile's name, and the first broker's host; see `profiles.with_profile`."""
@@ -195,8 +195,7 @@ def _part(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
 
     Raises OSError, and ValueError if they cannot be read.
     """
-    with path.open("rb") as file:
-        text = file.read(_MOST_READ).decode("utf-8-sig")
+    text = read_file(path).decode("utf-8-sig")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from attrs import frozen
 
 from gateway.config.value_words import quoted
+from gateway.disk import read_file
 from gateway.errors import GatewayError
 
 LARGEST_SECRET = 65_535
@@ -58,21 +58,12 @@ def check_credential_name(text: str) -> None:
 def read_secret(path: Path) -> bytes:
     """Read a password from a file; one line end (LF or CRLF) at the end of the file is removed.
 
-    Raises SecretUnavailable. Only regular files are read: anything else could block the event loop.
+    Raises SecretUnavailable.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        data = read_file(path)
     except OSError as problem:
         raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise SecretUnavailable(f"{path} is not a regular file")
-        # One read returns everything of a regular file.
-        data = os.read(descriptor, LARGEST_SECRET + 3)
-    except OSError as problem:
-        raise SecretUnavailable(f"{path} cannot be read: {problem.strerror}") from None
-    finally:
-        os.close(descriptor)
     return checked_secret(data, str(path))
 
 

@@ -11,26 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from gateway.config.value_words import quoted
+from gateway.disk import read_file
 from gateway.errors import ConfigError
 from gateway.text import printable
-
-_LARGEST_FILE = 1_048_576  # bytes; guards against a device or a disk image named by mistake
 
 
 def read_table(path: Path, when_empty: str) -> dict[str, Any]:
     """Read a TOML file (UTF-8); `when_empty` is the remedy for an empty file.  Raises ConfigError."""
     shown = quoted(str(path), limit=4096)
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
+        content = read_file(path)
     except FileNotFoundError as error:
         remedy = "`mqtts-gateway init FILE` writes one"
         raise ConfigError([f"{shown} cannot be read: {error.strerror}; {remedy}"]) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError([f"{shown} cannot be read: {reason}"]) from None
-    if len(content) > _LARGEST_FILE:
-        raise ConfigError([f"{shown} is not a configuration: it is larger than {_LARGEST_FILE} bytes"])
     try:
         text = content.decode("utf-8-sig")  # some editors write a byte order mark
     except UnicodeDecodeError as error:

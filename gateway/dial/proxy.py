@@ -25,6 +25,7 @@ from gateway.config import TLS, Config, Failover, Upstream
 from gateway.config.proxies import ENVIRONMENT, ProxyServer, check_credential, from_environment, is_direct
 from gateway.dial.health import UpstreamHealth
 from gateway.dial.tunnel import Tunnel, other_protocol, tunnel_to
+from gateway.disk import read_file
 from gateway.errors import ConfigError, EndReason, UpstreamFailure
 from gateway.net.network import Address
 from gateway.relay.side import RelayTransport, how_lost, tune
@@ -125,7 +126,7 @@ def _server(upstream: Upstream, environment: Mapping[str, str]) -> ProxyServer |
 
 def _password(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig").strip("\r\n")
+        text = read_file(path).decode("utf-8-sig").strip("\r\n")
         check_credential(text)
     except UnicodeDecodeError:
         raise ValueError(f"proxy_password_file {path}: not UTF-8; write it again as UTF-8") from None

@@ -25,11 +25,11 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from gateway import MADE
 from gateway.config import TLS, DeviceRule
-from gateway.disk import sync_directory
+from gateway.disk import read_file, sync_directory
 from gateway.errors import GatewayError
 from gateway.text import printable
 from gateway.tls.file_kinds import is_pkcs12
-from gateway.tls.trust import ClientIdentity, PrivateKey, public_key_bytes, read_client_identity
+from gateway.tls.trust import LARGEST_PEM, ClientIdentity, PrivateKey, public_key_bytes, read_client_identity
 
 Renewable: TypeAlias = TLS | DeviceRule
 """The table of the configuration that names the certificate."""
@@ -63,7 +63,7 @@ def read_held(table: Renewable) -> Held:
         raise RenewalFailed("client_cert is not set")
     try:
         file = table.client_cert.resolve(strict=True)
-        content = file.read_bytes()
+        content = read_file(file, LARGEST_PEM)
     except OSError as error:
         raise RenewalFailed(f"{table.client_cert} cannot be read: {error.strerror}") from None
     if is_pkcs12(content):
@@ -182,7 +182,7 @@ def replace(held: Held, chain: list[x509.Certificate], new_key: PrivateKey | Non
         content += new_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     part, kept = (held.file.with_name(f".{held.file.name}.{secrets.token_hex(8)}{end}") for end in (".new", ".old"))
     try:
-        if held.file.read_bytes() != held.content:
+        if read_file(held.file, LARGEST_PEM) != held.content:
             raise RenewalFailed(f"{held.file} has been changed meanwhile")
         like = held.file.stat()
         _write(part, content, like)

@@ -30,6 +30,7 @@ from OpenSSL import SSL, crypto
 from gateway.config import TLS
 from gateway.config.algorithms import is_of_tls_1_3
 from gateway.config.secret_files import SecretUnavailable
+from gateway.disk import MEBIBYTE, read_file
 from gateway.errors import ConfigError
 from gateway.tls.algorithms import Offer, client_hello
 from gateway.tls.file_kinds import CERTIFICATE, CRL, KEY, described, is_pkcs12, is_truncated, names_a_token
@@ -41,6 +42,10 @@ StapleCallback = Callable[[SSL.Connection, bytes, Any], bool]
 _T = TypeVar("_T")
 _LISTS = ("ciphers", "groups", "signature_algorithms")
 _LARGEST_HELLO = 0x4000
+LARGEST_PEM = 16 * MEBIBYTE
+"""Of a file with certificates or keys: many times a bundle of all public roots."""
+# Those of large CAs have some 10 MiB each, and one file may have several.
+_LARGEST_CRLS = 64 * MEBIBYTE
 
 # @SECLEVEL=2 refuses RSA below 2048 bits and SHA-1 signatures in the chain, whatever the platform's default is.
 # TLS 1.2 is limited to what TLS 1.3 always has: forward secrecy and authenticated encryption.
@@ -118,7 +123,7 @@ def read_certificates(path: Path) -> list[x509.Certificate]:
 def read_crls(path: Path, *, strict: bool = False) -> list[x509.CertificateRevocationList]:
     """Read all PEM CRLs of a file, which must have CRL numbers if `strict`.  Raises `ValueError` with the problem."""
     begin = b"-----BEGIN X509 CRL-----"
-    data = _read(path)
+    data = _read(path, _LARGEST_CRLS)
     parts = data.split(begin)[1:]
     if not parts:
         raise ValueError(described(data, CRL))
@@ -499,9 +504,9 @@ def public_key_bytes(public_key: PublicKeyTypes) -> bytes:
     return public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int = LARGEST_PEM) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path, limit)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
