@@ -84,7 +84,7 @@ class EndReason(StrEnum):
     MALFORMED_PACKET = (
         "malformed-packet",
         "The device sent a packet that its MQTT version does not allow.",
-        'Update the device\'s firmware, or try conformance = "lenient" in its rule.',
+        'Correct the settings or firmware of the device; after CONNECT, conformance = "lenient" in its rule may help.',
     )
     PROTOCOL_ERROR = (
         "protocol-error",

@@ -15,6 +15,7 @@ from twisted.internet.task import Clock
 from twisted.logger import Logger, LogLevel, formatEvent, globalLogPublisher, jsonFileLogObserver
 
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.mqtt.packets import describe_disconnect
 from gateway.ops.journal import FULL_RECORDS, FULL_RECORDS_OF_STANDING, WINDOW, Journal
 from gateway.ops.ledger import Ledger
 from gateway.session.record import SessionRecord
@@ -337,6 +338,13 @@ def test_a_standing_session_that_ends_by_a_fault_warns_and_says_what_to_do(
     assert (reason.remedy in lines(events)[0]) is remedy
 
 
+def test_a_lenient_rule_is_no_remedy_for_a_connect() -> None:
+    """It is always read strictly: a remedy that names such a rule says for what."""
+    remedies = [reason.remedy for reason in EndReason if "lenient" in reason.remedy]
+    assert remedies
+    assert all("after" in remedy.partition('conformance = "lenient"')[0] for remedy in remedies)
+
+
 def test_a_broker_that_was_passed_over_is_told_once_a_minute_or_so(
     journal: Journal, events: list[dict[str, Any]]
 ) -> None:
@@ -381,6 +389,35 @@ def test_a_broker_that_ends_all_its_sessions_is_one_line(
     assert any(line.startswith("upstream a:8883 ") for line in lines(events))
     end(7)
     assert lost() == [3]
+
+
+@pytest.mark.parametrize(
+    ("codes", "is_told"),
+    [
+        ((0x8B, 0x8B), True),
+        ((0x00, 0x98), True),
+        ((0x80, 0x9D), True),
+        ((0x82, 0x94), False),
+        ((0x8B, 0x82, 0x81), False),
+        ((0x8B, 0x8B, 0x82), False),
+        ((0x8E, 0x8E), False),
+        ((0x87, 0x97), False),
+        ((0xA0, 0xA0), False),
+    ],
+)
+def test_a_broker_that_blames_its_clients_has_not_gone_away(
+    journal: Journal, clock: Clock, events: list[dict[str, Any]], codes: tuple[int, ...], is_told: bool
+) -> None:
+    """Its sessions end one after the other, each by its own fault."""
+    for number in range(len(codes)):
+        journal.session_started(attrs.evolve(RECORD, number=number))
+    for number, code in enumerate(codes):
+        detail = f"0x{code:02X}, {describe_disconnect(code)} (a DISCONNECT of MQTT 5.0, which 3.x does not have)"
+        reason = EndReason.UPSTREAM_DISCONNECT
+        journal.session_ended(attrs.evolve(RECORD, number=number, reason=reason, detail=detail))
+    clock.advance(1)
+    journal.sweep()
+    assert any(event.get("event") == "upstream-sessions-lost" for event in events) is is_told
 
 
 def test_a_hostile_client_identifier_cannot_forge_a_line(journal: Journal, events: list[dict[str, Any]]) -> None:

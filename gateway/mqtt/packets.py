@@ -156,6 +156,11 @@ def describe_disconnect(code: int) -> str:
     return REASON_WORDS_5.get(code, f"unknown code 0x{code:02X}")
 
 
+def disconnect_detail(code: int) -> str:
+    """Return the detail of a session that the broker ended with this reason code: the code, and its words."""
+    return f"0x{code:02X}, {describe_disconnect(code)}"
+
+
 def encode_remaining_length(length: int) -> bytes:
     """Encode a Remaining Length, or any Variable Byte Integer, in the fewest bytes (MQTT 5.0 §1.5.5).
 

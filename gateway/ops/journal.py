@@ -18,6 +18,7 @@ from twisted.logger import Logger, LogLevel
 
 from gateway.dial.dialler import DialJournal
 from gateway.errors import EndReason, UpstreamFailure
+from gateway.mqtt.packets import disconnect_detail
 from gateway.ops.remedies import remedy_for
 from gateway.ops.status_words import identity_words
 from gateway.session.record import Peer, SessionRecord
@@ -47,8 +48,10 @@ _USUAL = IN_ORDER | {
     EndReason.UPSTREAM_LOST,
 }
 
-# How the sessions end whose broker goes away.  If all at one broker do within so many seconds, a line says so.
-_BROKER_LEFT = frozenset({EndReason.UPSTREAM_LOST, EndReason.UPSTREAM_DISCONNECT})
+# The details of a DISCONNECT from a broker that goes away.  All other codes are about that one client: what it did
+# wrong, that it may no longer do something, that another one has its name.
+_LEAVING = tuple(map(disconnect_detail, (0x00, 0x80, 0x83, 0x88, 0x89, 0x8B, 0x98, 0x9C, 0x9D)))
+# If all sessions at one broker end within so many seconds, a line says so.
 _TOGETHER = 10.0
 
 _MAX_TEXT = 256  # characters of a Client Identifier or a detail in an event; MQTT allows 65,535 bytes
@@ -188,7 +191,7 @@ class Journal:
             if self._is_due(f"times that all sessions of {upstream} ended", EndReason.UPSTREAM_LOST):
                 self._log.warn(
                     "upstream {upstream} ended all its {count} sessions within {window:.0f} s: "
-                    "the broker went away or was restarted. See its log.",
+                    "the broker may have gone away or restarted. See its log.",
                     event="upstream-sessions-lost",
                     upstream=upstream,
                     count=count,
@@ -236,13 +239,14 @@ class Journal:
         if record.offline or not upstream:
             return
         self._established[upstream] -= 1
-        if record.reason in _BROKER_LEFT:
+        has_left = _has_broker_left(record)
+        if has_left:
             self._left[upstream] += 1
         if self._established[upstream] > 0:
             return
         del self._established[upstream]
         # One session alone may have been taken over, or its network may have failed.
-        if record.reason in _BROKER_LEFT and self._left[upstream] > 1:
+        if has_left and self._left[upstream] > 1:
             self._all_left[upstream] = self._left.pop(upstream)
 
     def _write(self, level: Any, line: str, event: str, record: SessionRecord) -> None:
@@ -264,6 +268,13 @@ class Journal:
             return True
         self._withheld[what, reason] += 1
         return False
+
+
+def _has_broker_left(record: SessionRecord) -> bool:
+    """Whether a session may have ended because its broker went away."""
+    if record.reason is EndReason.UPSTREAM_DISCONNECT:
+        return record.detail.startswith(_LEAVING)
+    return record.reason is EndReason.UPSTREAM_LOST
 
 
 def _fields(record: SessionRecord) -> dict[str, object]:

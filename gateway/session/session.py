@@ -49,7 +49,7 @@ from gateway.mqtt.packets import (
     ProtocolVersion,
     ReasonCode,
     describe_connack,
-    describe_disconnect,
+    disconnect_detail,
 )
 from gateway.mqtt.reader import Packet, PacketReader
 from gateway.mqtt.rewrite import announce_packet_size
@@ -977,13 +977,13 @@ class Session:
             is_5 = self._connect is None or self._connect.version is ProtocolVersion.MQTT_5_0
             code = None if is_5 else _disconnect_of_5(framer.rejected)
             if code is not None:
-                words = f"0x{code:02X}, {describe_disconnect(code)} (a DISCONNECT of MQTT 5.0, which 3.x does not have)"
+                words = f"{disconnect_detail(code)} (a DISCONNECT of MQTT 5.0, which 3.x does not have)"
                 self._end(EndReason.UPSTREAM_DISCONNECT, words)
             else:
                 self._end(framer.error.reason, framer.error.detail)
         elif framer.disconnected:
             code = framer.disconnect_code or 0
-            self._end(EndReason.UPSTREAM_DISCONNECT, f"0x{code:02X}, {describe_disconnect(code)}", answered=True)
+            self._end(EndReason.UPSTREAM_DISCONNECT, disconnect_detail(code), answered=True)
         else:
             if framer.behind and self._upstream is not None:
                 self._upstream.go_on_later()

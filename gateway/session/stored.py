@@ -45,7 +45,7 @@ from gateway.mqtt.packets import (
     ProtocolVersion,
     ReasonCode,
     describe_connack,
-    describe_disconnect,
+    disconnect_detail,
 )
 from gateway.mqtt.properties import (
     PropertyId,
@@ -957,7 +957,7 @@ class StoredSession:
         elif packet_type is PacketType.DISCONNECT:
             body = body_of(packet)
             code = body[0] if body else 0
-            words = f"0x{code:02X}, {describe_disconnect(code)}"
+            words = disconnect_detail(code)
             visit = self.visit
             self._drop_upstream(SessionEnd(EndReason.UPSTREAM_DISCONNECT, words))
             if code == _TAKEN_OVER and visit is not None:
