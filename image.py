@@ -25,7 +25,7 @@ from gateway import MADE, __version__
 from package import ARCHITECTURES, LIBRARY, NAME, ROOT, run, write
 
 SUITE, PYTHON = "bookworm", "3.11"
-PACKAGES = ("base-files", "ca-certificates", "libgcc-s1", "libpython3-stdlib", "python3-minimal")
+PACKAGES = ("base-files", "ca-certificates", "libgcc-s1", "libpython3-stdlib", "libstdc++6", "python3-minimal")
 USER = 65532
 # All else that the packages bring is left out.
 KEPT = (

@@ -56,6 +56,7 @@ LEFT_OUT = re.compile(
 # Licences of distributions whose metadata have no License-Expression, as SPDX expressions.
 LICENSES = {
     **dict.fromkeys(("automat", "cattrs", "constantly", "h11", "hyperlink", "incremental"), "MIT"),
+    "google-re2": "BSD-3-Clause AND Apache-2.0",  # with Abseil inside
     "pyopenssl": "Apache-2.0",
 }
 
@@ -71,7 +72,7 @@ class Architecture:
 ARCHITECTURES = {
     each.debian: Architecture(each.debian, each.wheel) for each in wheels.MACHINES if each.debian != "armhf"
 }
-# armhf is left out: cffi and zope.interface have no wheels for it.
+# armhf is left out: cffi, google-re2 and zope.interface have no wheels for it.
 
 
 def run(*command: str | Path, **environment: str) -> str:
@@ -355,8 +356,8 @@ def copyright_text(archives: list[Path]) -> str:
         # Each distribution has a licence paragraph of its own, for the words differ.
         short = re.sub(r"\s+(OR|AND)\s+", lambda match: f"-{match[1].lower()}-", expression) + f"-{name.lower()}"
         words = [text if "Apache License" not in text or len(text) < 5000 else APACHE for text in texts.values()]
-        if name == "cryptography":
-            words.append(OPENSSL)
+        if name in INSIDE:
+            words.append(INSIDE[name])
         files = " ".join(
             f"{LIBRARY}/python/{top}{'/*' if '.' not in top or '.dist-info' in top else ''}" for top in tops
         )
@@ -367,10 +368,17 @@ def copyright_text(archives: list[Path]) -> str:
 
 
 APACHE = "On Debian systems, the Apache License 2.0 is in /usr/share/common-licenses/Apache-2.0.\n"
-OPENSSL = (
-    "Its compiled module includes OpenSSL, Copyright The OpenSSL Project Authors (Apache License 2.0, in\n"
-    "/usr/share/common-licenses/Apache-2.0), and Rust crates under MIT, Apache-2.0 or BSD-3-Clause.\n"
-)
+# What compiled modules include, by the name of the distribution.
+INSIDE = {
+    "cryptography": (
+        "Its compiled module includes OpenSSL, Copyright The OpenSSL Project Authors (Apache License 2.0, in\n"
+        "/usr/share/common-licenses/Apache-2.0), and Rust crates under MIT, Apache-2.0 or BSD-3-Clause.\n"
+    ),
+    "google-re2": (
+        "Its compiled module includes Abseil, Copyright The Abseil Authors (Apache License 2.0, in\n"
+        "/usr/share/common-licenses/Apache-2.0), and pybind11, Copyright Wenzel Jakob (BSD-3-Clause).\n"
+    ),
+}
 
 
 def copyrights(texts: object) -> list[str]:
@@ -590,6 +598,7 @@ def write_programs(root: Path) -> None:
 def write_control(root: Path, architecture: Architecture, version: str) -> None:
     """Write what dpkg reads (deb-control(5))."""
     control = root / "DEBIAN"
+    libraries = f"libc6 (>= {needed_glibc(root)}), libgcc-s1, libstdc++6"
     size = sum(path.lstat().st_size for path in root.rglob("*") if path.is_file()) // 1024
     oldest, newest = PYTHONS[0], PYTHONS[-1]
     beyond = f"3.{int(newest.partition('.')[2]) + 1}"
@@ -597,7 +606,7 @@ def write_control(root: Path, architecture: Architecture, version: str) -> None:
         control / "control",
         f"Package: {NAME}\nVersion: {version}\nArchitecture: {architecture.debian}\nMaintainer: {MAINTAINER}\n"
         f"Installed-Size: {size}\nSection: net\nPriority: optional\n"
-        f"Depends: python3 (>= {oldest}), python3 (<< {beyond}), libc6 (>= {needed_glibc(root)}), libgcc-s1, passwd\n"
+        f"Depends: python3 (>= {oldest}), python3 (<< {beyond}), {libraries}, passwd\n"
         "Recommends: ca-certificates, systemd (>= 252)\n"
         "Description: verified TLS connections to the broker for plain-MQTT devices\n"
         " Old sensors and controllers speak plain MQTT, brokers accept only MQTT over\n"

@@ -74,7 +74,9 @@ def test_it_has_all_that_belongs_to_a_service(package: Path, listing: dict[str, 
     assert [path for path, entry in listing.items() if entry[0] != "l" and "w" in entry[5] + entry[8]] == []
     control = subprocess.check_output(["dpkg-deb", "--field", package], text=True)
     assert re.search(
-        r"^Depends: python3 \(>= 3\.11\), python3 \(<< 3\.14\), libc6 \(>= 2\.\d+\)", control, re.MULTILINE
+        r"^Depends: python3 \(>= 3\.11\), python3 \(<< 3\.14\), libc6 \(>= 2\.\d+\), libgcc-s1, libstdc\+\+6,",
+        control,
+        re.MULTILINE,
     )
 
 

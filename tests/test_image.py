@@ -112,6 +112,8 @@ def started(
         '[tls]\nca_file = "ca.pem"\nclient_cert = "gateway.pem"\n[status]\n'
         f'endpoint = "{status}"\n[drain]\nseconds = 1\n'
         '[store]\ndirectory = "/var/lib/mqtts-gateway/store"\n'
+        # RE2 is loaded, which needs the C++ library.
+        '[[device]]\nmatch_pattern = "nobody-[0-9]+"\n'
     )
     for path in (directory, *directory.iterdir()):
         os.chown(path, USER, USER)

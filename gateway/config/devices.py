@@ -3,7 +3,6 @@
 In: values.  Out: `DeviceRule` and `Devices`, sections of the configuration; ValueError for invalid values.
 """
 
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,6 +12,7 @@ import attrs
 from gateway.config import profiles
 from gateway.config.anchor import Anchor
 from gateway.config.passwords import check_hash
+from gateway.config.patterns import compile_pattern
 from gateway.config.secret_files import Passphrase, check_credential_name
 from gateway.config.templates import FROM_DEVICE, check_template
 from gateway.config.validators import (
@@ -35,10 +35,8 @@ _SOURCES = ("password_file", "password_credential", "password_command", "sas_key
 
 
 def _check_pattern(text: str) -> None:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{quoted(text)} is not a regular expression: {error}") from None
+    if text:
+        compile_pattern(text)
 
 
 def _check_filters(filters: tuple[str, ...] | None) -> None:
@@ -190,7 +188,7 @@ class DeviceRule:
     @property
     def groups(self) -> list[str]:
         """The named groups of the pattern, which are placeholders in templates."""
-        return list(re.compile(self.match_pattern).groupindex)
+        return list(compile_pattern(self.match_pattern).groups) if self.match_pattern else []
 
     def _template_problems(self) -> Iterable[tuple[str, str]]:
         known = [*FROM_DEVICE, *self.groups]

@@ -17,6 +17,7 @@ from attrs import field, frozen
 
 from gateway.config import Config, DeviceRule, Network
 from gateway.config.passwords import PasswordHash, parse_hash
+from gateway.config.patterns import Pattern, compile_pattern
 from gateway.config.templates import UnusableValueError, expand
 from gateway.errors import EndReason, Refusal
 from gateway.mqtt.connect import Connect
@@ -52,7 +53,7 @@ class Rule:
     device: DeviceRule
     order: int
     globs: tuple[re.Pattern[str], ...] = field(repr=False)
-    pattern: re.Pattern[str] | None = field(repr=False)
+    pattern: Pattern | None = field(repr=False)
     password: PasswordHash | None = field(repr=False)
 
     @property
@@ -68,7 +69,7 @@ class Rule:
             device,
             order,
             tuple(re.compile(fnmatch.translate(text)) for text in device.match_client_id if _WILDCARDS & set(text)),
-            re.compile(device.match_pattern) if device.match_pattern else None,
+            compile_pattern(device.match_pattern) if device.match_pattern else None,
             parse_hash(device.lan_password) if device.lan_password else None,
         )
 
@@ -85,8 +86,7 @@ class Rule:
         if self.pattern is None:
             return {}
         self._check_length(name)
-        found = self.pattern.fullmatch(name)
-        return None if found is None else found.groupdict()
+        return self.pattern.match(name)
 
     def _is_at(self, caller: Caller) -> bool:
         device = self.device
@@ -107,7 +107,7 @@ class Rule:
 
     def matches_name(self, name: str) -> bool:
         """Whether a Client Identifier, of at most `LONGEST_MATCHED` characters, is one that the rule is for."""
-        return self._matches_client_id(name) and (self.pattern is None or self.pattern.fullmatch(name) is not None)
+        return self._matches_client_id(name) and (self.pattern is None or self.pattern.match(name) is not None)
 
     def _matches_client_id(self, name: str) -> bool:
         names = self.device.match_client_id
