@@ -1449,6 +1449,74 @@ def test_nothing_of_a_large_connect_is_kept() -> None:
         will_payload=bytes(10_000),
     )
     assert _texts(large.session) < _texts(small.session) + 1000
+    # What a rule makes of CONNECT has credentials, too.
+    ruled = Bench().connect()
+    ruled.session.treat(Treatment(mqtt.connect(username="u" * 10_000), ProtocolVersion.MQTT_3_1_1))
+    ruled.session.upstream_verified(ruled.upstream, PEER)
+    ruled.upstream.written.clear()
+    assert _texts(ruled.session) < _texts(small.session) + 1000
+
+
+def test_readers_are_let_go_when_their_work_is_done() -> None:
+    """A session may last for months, and ended ones stay until both peers have closed."""
+    bench = Bench().relaying()
+    assert bench.session._upstream_reader is None
+    for ended in (Bench().verified(), Bench().connect()):
+        ended.session.device_gone("closed")
+        assert ended.session._upstream_reader is None
+        assert ended.session._connect_packet is None
+
+
+def test_a_refusal_of_the_broker_promises_nothing() -> None:
+    """No packet size, no Client Identifier: there will be no session."""
+    bench = Bench(limits=Limits(max_packet_size=1000)).verified(version=5)
+    refusal = mqtt.connack(version=5, code=0x87, properties=mqtt.user_property("why", "not authorized"))
+    bench.session.upstream_received(refusal)
+    assert bench.device.bytes == refusal
+
+
+def test_dialling_has_no_deadline_of_its_own() -> None:
+    """Each of its steps has one."""
+    bench = Bench(timeouts=Timeouts(connect_packet=5)).connect()
+    bench.pass_seconds(1000)
+    assert bench.state is State.DIALLING
+
+
+def test_only_who_left_before_connect_may_be_a_port_scan() -> None:
+    scan, device = Bench(), Bench().relaying()
+    for bench in (scan, device):
+        bench.session.device_gone("closed")
+    assert scan.journal.ended[0].detail == "closed, before CONNECT"
+    assert device.journal.ended[0].detail == "closed"
+
+
+def test_what_a_rule_has_set_is_forgotten_when_it_is_judged_again() -> None:
+    """The next rule may be another one, or none."""
+    bench = Bench().connect()
+    assigned: list[str] = []
+    record = bench.session.record
+    record.rule = record.upstream_certificate = record.upstream_username = record.upstream_client_identifier = "before"
+    bench.session.when_assigned(assigned.append)
+    bench.session.treat(Treatment(mqtt.connect(), ProtocolVersion.MQTT_3_1_1, lives=5.0))
+    assert record.rule == "before"
+    bench.session.treat(None)
+    assert {record.rule, record.upstream_certificate, record.upstream_username} == {""}
+    assert record.upstream_client_identifier == ""
+    assert bench.session._assigned is None
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(mqtt.connack())
+    bench.pass_seconds(10)
+    assert bench.state is State.RELAYING
+
+
+def test_a_device_with_a_pace_is_not_left_to_the_core() -> None:
+    """The core counts no packets against a rate."""
+    paced = treated(packets_per_second=100.0)
+    paced.session._from_device, paced.session._from_broker = Bench().relaying().session.framers
+    paced.session._from_device.packets = 1
+    assert paced.session.lend() is None
+    waiting = Bench().verified()
+    assert waiting.session.lend() is None
 
 
 def test_an_inspected_device_is_read_in_small_pieces() -> None:
@@ -1515,47 +1583,12 @@ def test_time_that_was_lost_is_given_back() -> None:
     assert bench.reason is EndReason.KEEPALIVE_TIMEOUT
     bench = Bench(timeouts=Timeouts(connect_packet=5))
     bench.session.give_back(1000, bench.clock.seconds())
-    bench.pass_seconds(7)
+    bench.pass_seconds(4)
+    bench.session.give_back(3, bench.clock.seconds())
+    bench.pass_seconds(3)
+    assert bench.state is State.WAIT_CONNECT
+    bench.pass_seconds(2)
     assert bench.reason is EndReason.CONNECT_TIMEOUT
-
-
-class RememberingStore:
-    """A `Store` that does nothing but remember."""
-
-    def __init__(self) -> None:
-        self.received: list[bytes] = []
-
-    def device_received(self, data: bytes) -> None:
-        self.received.append(data)
-
-    def detached(self, device: Session) -> None:
-        pass
-
-    def settle(self, done: Any) -> None:
-        done()
-
-
-def test_what_a_stored_device_sends_waits_until_it_is_accepted() -> None:
-    """Then it goes to whoever stores for it, what came before first; the record says whether there was a broker."""
-    bench = Bench().connect()
-    store = RememberingStore()
-    bench.session.become_stored(store)
-    bench.session.device_received(mqtt.publish())
-    assert not store.received
-    assert bench.session.admit(mqtt.connack(), offline=True) == mqtt.publish()
-    bench.session.device_received(mqtt.pingreq())
-    assert store.received == [mqtt.pingreq()]
-    assert bench.device.bytes == mqtt.connack()
-    assert [record.offline for record in bench.journal.started] == [True]
-
-
-def test_a_stored_device_is_watched_now_and_then() -> None:
-    """As others; its broker is watched by whoever stores for it."""
-    bench = Bench(timeouts=Timeouts(tcp_user=60)).connect()
-    bench.session.become_stored(RememberingStore())
-    bench.session.admit(mqtt.connack(), offline=False)
-    bench.pass_seconds(60)
-    assert 10 <= len(bench.device.checked) <= 15
 
 
 def test_what_the_core_has_relayed_is_counted() -> None:
