@@ -782,7 +782,12 @@ def test_a_dry_run_finds_what_an_import_would(site: Site, tmp_path: Path, capfd:
     [
         ("id,max_qos\nd1,1\nd2,3\nd3,9\n", ["line 3: max_qos: 3 is out of range", "line 4: max_qos: 9 is"]),
         ("id\nd1\nd1\n", ['line 3: "d1" is in line 2 already']),
-        ("id,color\nd1,red\n", ["column color"]),
+        ("id,color\nd1,red\n", ["unknown column color\n"]),
+        ("id,color,,color\nd1,red,,blue\n", ["unknown columns color, (without a name)\n"]),
+        (f"id,{','.join(f'c{number}' for number in range(500))}\nd1\n", ["c8, c9 and 490 more\n"]),
+        ("id,bound_to,Bound_To\nd1,10.0.0.1,10.0.0.2\n", ["column bound_to occurs 2 times"]),
+        ("id,id\nd1,d2\n", ["column id occurs 2 times"]),
+        ("sep=;\nid;max_qos\nd1;1\n", ["remove the first line, sep="]),
         ("name\nd1\n", ["column id"]),
         ("id,max_qos\nd1\n", ["line 2: "]),
         ("id\n\x81\n", ["is neither UTF-8 nor Windows-1252"]),

@@ -10,6 +10,7 @@ import csv
 import io
 import os
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ SALT_SIZE = 16
 _LONGEST_ROW = 65_536
 _LONGEST_SHOWN = 100  # characters
 _GUESSES_SHOWN = 10
+_COLUMNS_SHOWN = 10
 _LARGEST_TABLE = 64 * MEBIBYTE
 _MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 # CSV columns that are not keys of a rule.
@@ -118,14 +120,28 @@ def _reader(text: str) -> csv.DictReader[str]:
     return reader
 
 
+def _column_problems(columns: list[str]) -> Iterator[str]:
+    known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(DeviceRule))}
+    counted = Counter(columns)
+    if columns and columns[0].startswith("sep="):
+        yield f"remove the first line, {printable(columns[0], _LONGEST_SHOWN)}, which is for Excel alone"
+        return
+    unknown = [printable(column, _LONGEST_SHOWN) or "(without a name)" for column in counted if column not in known]
+    if unknown:
+        more = f" and {len(unknown) - _COLUMNS_SHOWN} more" if len(unknown) > _COLUMNS_SHOWN else ""
+        yield f"unknown column{'s' * (len(unknown) > 1)} {', '.join(unknown[:_COLUMNS_SHOWN])}{more}"
+    for column, count in counted.items():
+        if count > 1 and column in known:
+            yield f"column {column} occurs {count} times: keep one; a list of values goes into one field"
+    if _ID not in counted:
+        yield f"column {_ID} is missing; the first row must name the columns"
+
+
 def _rows(path: Path, text: str) -> Iterator[tuple[int, NewDevice]]:
     reader = _reader(text)
     columns = list(reader.fieldnames or [])
     seen: dict[str, int] = {}
-    known = {_ID, _COMMON_NAME, _PASSWORD, *(field.name for field in attrs.fields(DeviceRule))}
-    problems = [f"{path}: unknown column {printable(str(column))}" for column in columns if column not in known]
-    if _ID not in columns:
-        problems.append(f"{path}: column {_ID} is missing; the first row must name the columns")
+    problems = [f"{path}: {problem}" for problem in _column_problems(columns)]
     if problems:
         raise Problems(problems)
     for row in reader:
