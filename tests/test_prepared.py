@@ -277,6 +277,23 @@ def test_the_configuration_before_is_freed_bit_by_bit(tmp_path: Path) -> None:
     assert max(now - then for then, now in pairwise(reversed(alive))) <= 20
 
 
+def test_the_states_of_files_before_are_freed_bit_by_bit() -> None:
+    """The watch may be the last to hold them: tens of thousands."""
+
+    class File:
+        pass
+
+    files: Any = {File(): "1 2 3" for _ in range(200)}
+    left = [weakref.ref(file) for file in files]
+    watch = Watch(files)
+    del files
+    watch.know({})
+    alive = [len(left)]
+    watch.look({}, lambda: alive.append(sum(each() is not None for each in left)))
+    assert alive[-1] == 0
+    assert max(now - then for then, now in pairwise(reversed(alive))) <= 20
+
+
 class OneByOne(dict[Any, Any]):
     """A dictionary of which each value that is taken is a call of a function."""
 
@@ -306,9 +323,9 @@ def stretches(directory: Path, rules: int) -> dict[str, int]:
         nonlocal calls, blocks, place
         code = sys._getframe(1).f_code
         before, place = place, f"{Path(code.co_filename).name} {code.co_name}"
-        for what, count in (("calls", calls), ("blocks", abs(sys.getallocatedblocks() - blocks))):
+        for what, amount in (("calls", calls), ("blocks", abs(sys.getallocatedblocks() - blocks))):
             key = f"{what} from {before} to {place}"
-            found[key] = max(found.get(key, 0), count)
+            found[key] = max(found.get(key, 0), amount)
         calls, blocks = 0, sys.getallocatedblocks()
 
     def write(text: str) -> None:
@@ -320,7 +337,6 @@ def stretches(directory: Path, rules: int) -> dict[str, int]:
     now = load_file(directory / "gateway.toml", known=known)
     before = prepare(now, lambda: 0.5)
     before = evolve(before, files=OneByOne(before.files), keys=OneByOne(before.keys))
-    watch = Watch(before.files)
     write('client_cert = "../own.pem"  # changed')
     gc.disable()
     pause()
@@ -330,11 +346,8 @@ def stretches(directory: Path, rules: int) -> dict[str, int]:
         config = load_file(directory / "gateway.toml", known=known)
         changed_keys(now, config, pause)
         prepared = prepare(config, lambda: 0.5, before=before, pause=pause)
-        watch.know(prepared.files)
-        pause()
         del before, now
         free(prepared, pause)
-        watch.look(dict(prepared.files), pause)
         pause()
     finally:
         sys.setprofile(None)
@@ -345,8 +358,10 @@ def stretches(directory: Path, rules: int) -> dict[str, int]:
 
 def test_no_stretch_between_two_pauses_grows_with_the_number_of_rules(tmp_path: Path) -> None:
     """The event loop may run only in pauses, and whenever it lets go of the interpreter it waits for the next one."""
-    few, many = stretches(tmp_path / "few", 20), stretches(tmp_path / "many", 400)
-    assert {where: count for where, count in many.items() if count > few.get(where, 0) + 60} == {}
+    few, many = stretches(tmp_path / "few", 20), stretches(tmp_path / "many", 200)
+    # Twice, since other threads of this process allocate memory, too.
+    again = stretches(tmp_path / "again", 200)
+    assert {where for where in many if min(many[where], again.get(where, 0)) > few.get(where, 0) + 60} == set()
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the C library is not glibc")
