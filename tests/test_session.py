@@ -22,6 +22,7 @@ from tests.facts import PEER
 
 UNAVAILABLE = {3: b"\x20\x02\x00\x03", 4: b"\x20\x02\x00\x03", 5: b"\x20"}
 VERSIONS = (3, 4, 5)
+EPOCH = 1000.0
 
 
 class RememberingSide:
@@ -102,6 +103,7 @@ class Bench:
 
     def __init__(self, *, limits: Limits | None = None, timeouts: Timeouts | None = None) -> None:
         self.clock = Clock()
+        self.clock.advance(EPOCH)  # A clock may show anything, and never began at 0.
         self.device = RememberingSide()
         self.upstream = RememberingSide()
         self.journal = RememberingJournal()
@@ -1057,11 +1059,11 @@ def test_it_tells_when_the_device_was_last_heard_and_whether_it_is_held_back() -
     assert not bench.session.held_back
     bench.session.upstream_received(mqtt.connack())
     bench.pass_seconds(5)
-    assert bench.session.last_heard == 0
+    assert bench.session.last_heard == EPOCH
     bench.session.device_received(mqtt.publish())
-    assert bench.session.last_heard == 5
+    assert bench.session.last_heard == EPOCH + 5
     bench.pass_seconds(7)
-    assert bench.session.last_heard == 6
+    assert bench.session.last_heard == EPOCH + 6
     assert not bench.session.held_back
     bench.device.choked = True
     assert bench.session.held_back
@@ -1076,17 +1078,17 @@ def test_it_tells_when_the_device_last_sent_more_than_a_ping() -> None:
     bench.session.upstream_received(mqtt.connack())
     bench.session.device_received(mqtt.pingreq())
     bench.pass_seconds(5)
-    assert (bench.session.last_data, bench.session.last_heard) == (0, 1)
+    assert (bench.session.last_data, bench.session.last_heard) == (EPOCH, EPOCH + 1)
     whole = mqtt.publish()
     bench.session.device_received(whole[:2])
     bench.pass_seconds(5)
-    assert bench.session.last_data == 0
+    assert bench.session.last_data == EPOCH
     bench.session.device_received(whole[2:] + mqtt.pingreq())
     bench.pass_seconds(5)
-    assert bench.session.last_data == 11
+    assert bench.session.last_data == EPOCH + 11
     bench.device.choked = True
     bench.pass_seconds(5)
-    assert bench.session.last_data == 20
+    assert bench.session.last_data == EPOCH + 20
     bench.session.device_gone("closed")
     assert bench.session.last_data is None
 
@@ -1099,10 +1101,10 @@ def test_what_the_gateway_sends_itself_is_not_the_devices_data() -> None:
         bench.pass_seconds(10)
         bench.session.upstream_received(mqtt.pingresp())
     assert bench.upstream.bytes.count(mqtt.pingreq()) == 10
-    assert bench.session.last_data == 0
+    assert bench.session.last_data == EPOCH
     bench.session.device_received(mqtt.publish())
     bench.pass_seconds(1)
-    assert bench.session.last_data == 51
+    assert bench.session.last_data == EPOCH + 51
 
 
 # ---- messages withheld
@@ -1340,6 +1342,8 @@ def test_before_5_there_is_no_packet_size_to_tell(version: int) -> None:
         (1000, 5000, None, 1000 - 10),
         (1000, None, None, 1000 - 10),
         (None, None, None, None),
+        (11, None, None, 1),
+        (5, None, None, 1),
         (None, 5000, 3000, 3000),
         (None, None, 3000, 3000),
         (9000, 5000, 7000, 7000),
@@ -1467,6 +1471,87 @@ def test_readers_are_let_go_when_their_work_is_done() -> None:
         assert ended.session._connect_packet is None
 
 
+def test_without_a_rule_the_brokers_packet_size_is_the_devices() -> None:
+    bench = Bench(limits=Limits(max_packet_size=5000)).verified(version=5)
+    connack = mqtt.connack(version=5, properties=mqtt.number(0x27, 1000, size=4))
+    bench.session.upstream_received(connack)
+    assert bench.device.bytes == connack
+
+
+def test_bodies_are_checked_unless_the_configuration_says_otherwise() -> None:
+    for checked in (True, False):
+        bench = Bench(limits=Limits(check_bodies=checked)).relaying()
+        bench.session.device_received(mqtt.publish("a/+/b"))
+        assert (bench.state is State.RELAYING) is not checked
+        assert (bench.upstream.bytes == mqtt.publish("a/+/b")) is not checked
+
+
+def test_a_disconnect_without_a_code_is_a_normal_one() -> None:
+    """MQTT 5.0 §3.14.2.1."""
+    bench = Bench().relaying(version=5)
+    bench.session.upstream_received(mqtt.disconnect())
+    assert "0x00" in bench.journal.ended[0].detail
+
+
+def test_a_reason_string_that_just_fits_is_sent() -> None:
+    """MQTT 5.0 §3.2.2.3.9."""
+    full = Bench().connect(version=5)
+    fails(full)
+    for size, fits in ((len(full.device.bytes), True), (len(full.device.bytes) - 1, False)):
+        bench = Bench().connect(version=5, properties=mqtt.number(0x27, size, size=4))
+        fails(bench)
+        assert (bench.device.bytes == full.device.bytes) is fits
+
+
+def test_a_disconnect_on_the_devices_behalf_is_counted() -> None:
+    bench = Bench().relaying()
+    before = bench.session.traffic.bytes_up
+    bench.session.stop(EndReason.TOKEN_EXPIRING, discard_will=True)
+    assert bench.upstream.bytes == mqtt.disconnect()
+    assert bench.journal.ended[0].bytes_up == before + len(mqtt.disconnect())
+
+
+def test_a_sweep_says_whether_the_kernel_was_asked() -> None:
+    """That takes most of its time, so who sweeps many sessions must know."""
+    bench = Bench(timeouts=Timeouts(tcp_user=60)).relaying(keep_alive=0)
+    asked = 0
+    for _ in range(60):
+        bench.clock.advance(1)
+        before = len(bench.device.checked)
+        assert bench.session.sweep(bench.clock.seconds()) is (len(bench.device.checked) > before)
+        asked += len(bench.device.checked) - before
+    assert 10 <= asked <= 15
+
+
+def test_the_keep_alive_at_the_broker_is_the_rules() -> None:
+    """Not that of the device, which may be far longer: who withholds must keep the broker patient."""
+    bench = Bench().connect(keep_alive=1000)
+    treatment = Treatment(
+        mqtt.connect(keep_alive=10), ProtocolVersion.MQTT_3_1_1, keep_alive=10, packets_per_second=1.0
+    )
+    bench.session.treat(treatment)
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.session.upstream_received(mqtt.connack())
+    bench.session.device_received(mqtt.publish() * 60)
+    bench.upstream.written.clear()
+    bench.pass_seconds(10)
+    assert mqtt.pingreq() in bench.upstream.written
+
+
+def test_the_record_has_the_times_of_its_steps() -> None:
+    bench = Bench()
+    bench.clock.advance(2)
+    bench.connect()
+    bench.clock.advance(3)
+    bench.session.upstream_verified(bench.upstream, PEER)
+    bench.clock.advance(4)
+    bench.session.upstream_received(mqtt.connack())
+    bench.clock.advance(5)
+    bench.session.device_gone("closed")
+    (record,) = bench.journal.ended
+    assert (record.connect_seconds, record.connack_seconds, record.duration) == (2, 4, 14)
+
+
 def test_a_refusal_of_the_broker_promises_nothing() -> None:
     """No packet size, no Client Identifier: there will be no session."""
     bench = Bench(limits=Limits(max_packet_size=1000)).verified(version=5)
@@ -1517,11 +1602,18 @@ def test_a_device_with_a_pace_is_not_left_to_the_core() -> None:
     assert paced.session.lend() is None
     waiting = Bench().verified()
     assert waiting.session.lend() is None
+    for message, receive in ((mqtt.publish(), "device_received"), (mqtt.suback(), "upstream_received")):
+        bench = Bench().relaying()
+        assert bench.session.lend() is None, "a session without a message is not worth it"
+        getattr(bench.session, receive)(message)
+        assert bench.session.lend() is not None
 
 
 def test_an_inspected_device_is_read_in_small_pieces() -> None:
     """Its packets take longer to pass, and others have their turn in between."""
-    assert treated(topics=TopicRules(max_qos=1)).device.largest_read <= 2048
+    inspected = treated(topics=TopicRules(max_qos=1))
+    assert inspected.device.largest_read <= 2048
+    assert not hasattr(inspected.upstream, "largest_read")
     assert treated().device.largest_read == 65_536
     # So is a broker whose messages are read.
     assert treated(topics=TopicRules(subscribe_prefix="p/")).upstream.largest_read <= 4096
@@ -1538,7 +1630,9 @@ def test_a_device_whose_bytes_wait_is_not_silent() -> None:
     bench.pass_seconds(10)
     assert bench.state is State.RELAYING
     bench.device.unread = False
-    bench.pass_seconds(17)
+    bench.pass_seconds(5)
+    assert bench.state is State.RELAYING
+    bench.pass_seconds(12)
     assert bench.reason is EndReason.KEEPALIVE_TIMEOUT
 
 

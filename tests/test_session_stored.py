@@ -12,7 +12,7 @@ from gateway.session.record import Dial
 from gateway.session.session import Session, State
 from tests import mqtt_packets as mqtt
 from tests.facts import PEER
-from tests.test_session import Bench
+from tests.test_session import EPOCH, Bench
 
 
 class RememberingStore:
@@ -72,7 +72,13 @@ def test_a_device_that_waits_for_its_connack_is_shown_as_dialling() -> None:
     assert (bench.session.shown_state, bench.session.last_heard) == (State.DIALLING, None)
     bench.clock.advance(3)
     bench.session.admit(mqtt.connack(), offline=True)
-    assert (bench.session.shown_state, bench.session.last_heard) == (State.STORED, 3.0)
+    assert (bench.session.shown_state, bench.session.last_heard) == (State.STORED, EPOCH + 3)
+    bench.clock.advance(2)
+    bench.session.device_received(mqtt.pingreq())
+    assert bench.session.last_heard == EPOCH + 5
+    bench.session.device_gone("closed")
+    (record,) = bench.journal.ended
+    assert (record.connect_seconds, record.connack_seconds, record.duration) == (0, 3, 5)
 
 
 def test_what_passes_between_a_device_and_the_store_is_counted() -> None:
