@@ -26,7 +26,7 @@ from gateway.errors import ConfigError
 from gateway.net.network import PatientlessThread
 from gateway.ops.logs import LineObserver, make_observer
 from gateway.ops.notify import Notifier
-from gateway.ops.signals import call_on_signal
+from gateway.ops.signals import call_on_signal, note_early
 from gateway.pieces import Pauses
 from gateway.prepared import Prepared
 from gateway.service import GatewayService
@@ -44,6 +44,8 @@ class Options(usage.Options):
 
     def __init__(self) -> None:
         super().__init__()
+        # A renewed certificate must not end a gateway that is starting.
+        note_early(signal.SIGHUP)
         self.given: dict[str, list[str]] = {}
         self.config: Config
         self.known = RuleFiles()

@@ -197,6 +197,13 @@ def test_a_rule_that_would_not_be_for_its_device_is_not_written(
     assert site.files() == []
 
 
+def test_a_key_is_set_once(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second value would take the place of the first without a word."""
+    assert site.do("add", "d1", "--set", "max_qos=1", "--set", "max_qos = 0") == 1
+    assert "--set max_qos: give it once" in capfd.readouterr().err
+    assert site.files() == []
+
+
 @pytest.mark.parametrize("value", ["upstream=nowhere", "match_listener=nowhere", "client_key=k.pem"])
 def test_a_rule_that_the_gateway_would_refuse_is_not_written(
     site: Site, tmp_path: Path, capfd: pytest.CaptureFixture[str], value: str

@@ -40,6 +40,34 @@ def test_it_serves_devices_until_it_is_told_to_stop(
     assert not Path("twistd.pid").exists()
 
 
+HUNG_UP = """
+import os, signal, sys
+from gateway.config import flags
+read, sent = flags.config_from, []
+def config_from(*arguments):
+    if not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGHUP))
+    return read(*arguments)
+flags.config_from = config_from
+"""
+STARTS = {
+    "run": "from gateway.cli.main import console; sys.exit(console(['run', *sys.argv[1:]]))",
+    "twistd": "sys.argv[1:1] = ['-n', '--pidfile=', 'mqtts-gateway']; from twisted.scripts.twistd import run; run()",
+}
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_sighup_while_it_starts_is_a_reload_and_no_end(tmp_path: Path, start: str) -> None:
+    """A certificate may be renewed at any time."""
+    command = [sys.executable, "-c", HUNG_UP + STARTS[start], "--upstream", "localhost:1"]
+    program = Program([*command, "--listen", f"127.0.0.1:{free_port()}"], tmp_path / "log")
+    try:
+        program.wait_for("listening for plain MQTT")
+        program.wait_for("reloaded")
+    finally:
+        program.stop()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -313,6 +313,8 @@ def _set_keys(pairs: list[str]) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip():
             raise DeviceProblem(f"--set {printable(pair)}: must be KEY=VALUE")
+        if key.strip() in table:
+            raise DeviceProblem(f"--set {printable(key.strip())}: give it once")
         table[key.strip()] = value_of(value.strip())
     return table
 
