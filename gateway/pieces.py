@@ -73,8 +73,8 @@ class Chores:
         self._go_on_later()
 
     def drop(self) -> None:
-        """Forget all that waits."""
-        self._waiting.clear()
+        """Forget all of it, also what calls this."""
+        self._waiting = deque()
 
     def _go_on_later(self) -> None:
         if self._waiting and not self._is_due:
@@ -84,10 +84,11 @@ class Chores:
     def _go_on(self) -> None:
         self._is_due = False
         try:
-            if self._waiting:
-                pieces = self._waiting.popleft()
+            waiting = self._waiting
+            if waiting:
+                pieces = waiting.popleft()
                 for _ in pieces:
-                    self._waiting.append(pieces)
+                    waiting.append(pieces)
                     break
         finally:
             self._go_on_later()

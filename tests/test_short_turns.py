@@ -196,6 +196,26 @@ def test_of_all_chores_one_piece_is_done_in_a_turn() -> None:
     assert not clock.calls
 
 
+def test_a_chore_may_drop_all_chores() -> None:
+    """The end of the last session does, while the gateway stops; it does not go on either."""
+    clock, told = TurnClock(), list[str]()
+    chores = Chores(clock.callLater)
+
+    def chore() -> Pieces[None]:
+        chores.drop()
+        yield
+        told.append("more")
+
+    for _ in range(2):
+        chores.add(chore())
+    while clock.calls:
+        clock.turn()
+    assert not told
+    chores.add(chore())
+    clock.turn()
+    assert not clock.calls
+
+
 class Looked:
     """Stands for a session that has ended; notes when it is looked at."""
 
