@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -95,6 +96,11 @@ class _Service(GatewayService):
 
     def privilegedStartService(self) -> None:
         """Open the listeners; if one cannot be opened, the process ends with status 1."""
+        if threading.current_thread() is threading.main_thread():
+            # As the reactor does, but only once it runs.  Until then they would end the process at once, and log lines
+            # that wait to be written would be lost.
+            signal.signal(signal.SIGTERM, self._reactor.sigTerm)
+            signal.signal(signal.SIGINT, self._reactor.sigInt)
         try:
             super().privilegedStartService()
         except ConfigError as error:

@@ -15,7 +15,7 @@ from typing import Self
 from tests.harness import PATIENCE, eventually
 
 # Runs twistd as its script does, after whatever a test puts in front.
-_TWISTD = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
+TWISTD = "import sys; from twisted.scripts.twistd import run; sys.argv[0] = 'twistd'; run()"
 
 
 class ServiceManager:
@@ -79,7 +79,7 @@ class GatewayProcess:
             environment["WATCHDOG_USEC"] = str(int(watchdog * 1e6))
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", f"{prelude}\n{_TWISTD}", "-n", "--pidfile=", "mqtts-gateway", *options],
+                [sys.executable, "-c", f"{prelude}\n{TWISTD}", "-n", "--pidfile=", "mqtts-gateway", *options],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,

@@ -51,7 +51,7 @@ def config_from(*arguments):
 flags.config_from = config_from
 """
 STARTS = {
-    "run": "from gateway.cli.main import console; sys.exit(console(['run', *sys.argv[1:]]))",
+    "run": "sys.argv[1:1] = ['run']; from gateway.cli.main import console; sys.exit(console())",
     "twistd": "sys.argv[1:1] = ['-n', '--pidfile=', 'mqtts-gateway']; from twisted.scripts.twistd import run; run()",
 }
 
@@ -63,6 +63,27 @@ def test_sighup_while_it_starts_is_a_reload_and_no_end(tmp_path: Path, start: st
     program = Program([*command, "--listen", f"127.0.0.1:{free_port()}"], tmp_path / "log")
     try:
         program.wait_for("listening for plain MQTT")
+        program.wait_for("reloaded")
+    finally:
+        program.stop()
+
+
+# As soon as the command imports the first module that takes long.
+HUNG_UP_AT_ONCE = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "gateway.config":
+            os.kill(os.getpid(), signal.SIGHUP)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_sighup_is_noted_before_the_command_is_loaded(tmp_path: Path) -> None:
+    """On a small machine that takes a second."""
+    command = [sys.executable, "-c", HUNG_UP_AT_ONCE + STARTS["run"], "--upstream", "localhost:1"]
+    program = Program([*command, "--listen", f"127.0.0.1:{free_port()}"], tmp_path / "log")
+    try:
         program.wait_for("reloaded")
     finally:
         program.stop()

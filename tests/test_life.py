@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests import mqtt_packets as mqtt
+from tests.balancers import Program
 from tests.harness import PATIENCE, Broker, Device, eventually
-from tests.processes import GatewayProcess, ServiceManager
+from tests.processes import TWISTD, GatewayProcess, ServiceManager
 
 ENDED_BY_SIGTERM = {0, -signal.SIGTERM}  # systemd takes both for an end in order
 StartBroker = Callable[..., Broker]
@@ -93,6 +94,29 @@ def test_a_whole_life(tmp_path: Path, manager: ServiceManager, start_broker: Sta
         assert gateway.wait() in ENDED_BY_SIGTERM
     assert "Traceback" not in gateway.text
     assert manager.states()[-1] == "STOPPING"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_start_that_is_interrupted_ends_in_order(tmp_path: Path, ca_file: Path, name: str) -> None:
+    """What it has opened is closed, and what it has logged is written."""
+    # The process signals itself when it listens: the reactor does not run yet.
+    code = (
+        "import os, signal, socket\n"
+        "real = socket.socket.listen\n"
+        "def listen(self, *arguments):\n"
+        "    real(self, *arguments)\n"
+        f"    os.kill(os.getpid(), signal.{name})\n"
+        f"socket.socket.listen = listen\n{TWISTD}"
+    )
+    options = ["-n", "--pidfile=", "mqtts-gateway", "--config", str(configured(tmp_path, 1, ca_file))]
+    program = Program([sys.executable, "-c", code, *options], tmp_path / "log")
+    try:
+        assert program.wait_ended() == -signal.Signals[name]  # as twistd always ends
+    finally:
+        program.stop()
+    assert "listening for plain MQTT" in program.log
+    assert "stopping: no session is open" in program.log
+    assert "Traceback" not in program.log
 
 
 def test_it_is_not_ready_when_it_cannot_listen(tmp_path: Path, manager: ServiceManager, ca_file: Path) -> None:

@@ -9,10 +9,17 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Collection, Sequence
 from importlib import import_module
 from typing import Never
+
+from gateway.ops.signals import note_early
+
+if sys.argv[1:2] == ["run"]:
+    # Before the other imports, which can take a second on a small machine: SIGHUP would end the gateway.
+    note_early(signal.SIGHUP)
 
 from gateway import __version__
 from gateway.cli.report import complain

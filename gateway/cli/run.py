@@ -6,12 +6,10 @@ In: a command line.  Out: `twistd -n --pidfile= mqtts-gateway` with the same fla
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 
 from gateway.config.flags import FLAGS, config_from, explained
 from gateway.errors import ConfigError
-from gateway.ops.signals import note_early
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +21,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run until SIGTERM or Ctrl-C.  Returns 1 if the configuration cannot be used; does not return otherwise."""
-    note_early(signal.SIGHUP)
     given = {flag.name: list(getattr(arguments, flag.name)) for flag in FLAGS}
     try:
         config_from(given)
