@@ -1697,6 +1697,55 @@ def test_what_the_core_has_relayed_is_counted() -> None:
     assert (after.packets_up - before.packets_up, after.packets_down - before.packets_down) == (5, 3)
 
 
+class RememberingLoan:
+    """A `Loan` of a session whose device sends one PINGREQ each time that somebody asks, if it sends anything."""
+
+    def __init__(self, session: Session, *, heard: bool = True) -> None:
+        self.session = session
+        self.heard = heard
+        self.recalled = 0
+        session.lent(self)
+
+    def settle(self) -> None:
+        self.session.settled(2 * self.heard, 0, int(self.heard), 0, self.heard)
+
+    def recall(self) -> None:
+        self.recalled += 1
+        self.session.lent(None)
+
+
+def test_whoever_asks_hears_of_what_the_core_has_relayed() -> None:
+    """Traffic, the time that the device was heard, and the sweep that finds silent ones."""
+    bench = Bench().relaying(keep_alive=10)
+    before = bench.session.traffic
+    loan = RememberingLoan(bench.session)
+    bench.clock.advance(5)
+    assert bench.session.last_heard == bench.clock.seconds()
+    assert bench.session.traffic.packets_up == before.packets_up + 2
+    bench.pass_seconds(60)
+    assert bench.state is State.RELAYING
+    loan.heard = False
+    bench.pass_seconds(17)
+    assert bench.reason is EndReason.KEEPALIVE_TIMEOUT
+    assert loan.recalled == 1
+
+
+@pytest.mark.parametrize("reason", [EndReason.GATEWAY_STOPPING, EndReason.TOKEN_EXPIRING])
+def test_a_loan_is_taken_back_before_anything_is_sent(reason: EndReason) -> None:
+    bench = Bench().relaying()
+    loan = RememberingLoan(bench.session)
+    wrote = bench.upstream.write
+
+    def write(data: bytes) -> None:
+        assert loan.recalled == 1
+        wrote(data)
+
+    bench.upstream.write = write  # type: ignore[method-assign]
+    bench.session.stop(reason, discard_will=True)
+    assert bench.upstream.bytes == mqtt.disconnect()
+    assert loan.recalled == 1
+
+
 @pytest.mark.parametrize(("flag", "code"), [(1, 0), (0, 5)])
 def test_a_device_of_3_1_gets_a_connack_of_3_1(flag: int, code: int) -> None:
     """Its first byte was reserved then, and the broker was sent a CONNECT of 3.1.1."""

@@ -854,6 +854,14 @@ def test_an_entry_that_cannot_be_used_does_not_hide_the_others(tag: int, content
         Identity.of("broker.test").match(with_alt_names(odd))
 
 
+def test_a_name_that_is_too_long_for_dns_is_not_read() -> None:
+    """It is no broker's, and reading one of 64 KiB takes longer than a turn may."""
+    long = "DNS:" + "a." * 125 + "test"
+    assert Identity.of("broker.test").match(certify(names=[long, "DNS:broker.test"]).certificate)
+    with pytest.raises(UpstreamFailure, match="no usable subjectAltName"):
+        Identity.of("broker.test").match(certify(names=[long]).certificate)
+
+
 @pytest.mark.parametrize(
     "contents",
     [b"\x82", b"\x82\x80", b"\x82\x85\0\0\0\0\1x", b"\x82\x0cbroker.test", b"\x82\x82\x00"],

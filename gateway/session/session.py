@@ -555,7 +555,6 @@ class Session:
         record.offline = offline
         record.connack_seconds = self._seconds() - record.started - (record.connect_seconds or 0.0)
         self._last_heard = self._last_data = self._seconds()
-        self._beyond_pings = self._count_beyond_pings()
         self.send(connack)
         self._journal.session_started(record)
         rest = self._device_reader.take_rest()

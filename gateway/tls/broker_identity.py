@@ -20,6 +20,8 @@ from gateway.text import printable
 from gateway.tls.alt_names import AltName, alt_names, shown_names
 
 # Stricter than service-identity, which trims white space and takes control characters and wildcards within a label.
+# RFC 1035 §2.3.4, as text. Of what is longer, nothing is read: an alternative name of a certificate can have 64 KiB.
+_LONGEST_NAME = 253
 _DNS_NAME = re.compile(r"(?:\*\.)?(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}", re.ASCII)
 
 
@@ -97,7 +99,7 @@ def _pattern(name: AltName) -> DNSPattern | IPAddressPattern | None:
     """Return what `name` can match; `None` if that is nothing."""
     if name.ip is not None:
         return IPAddressPattern(name.ip)
-    if name.dns is None or not _DNS_NAME.fullmatch(name.dns):
+    if name.dns is None or len(name.dns) > _LONGEST_NAME or not _DNS_NAME.fullmatch(name.dns):
         return None
     try:
         return DNSPattern.from_bytes(name.dns.encode("ascii"))
