@@ -211,7 +211,12 @@ class EndReason(StrEnum):
         "No action: the device reconnects and gets a new token.",
     )
 
-    # Why there is no upstream: DNS and TCP.
+    # Why there is no upstream: this machine, DNS and TCP.
+    OUT_OF_RESOURCES = (
+        "out-of-resources",
+        "This machine had no free descriptor or memory for a connection to the broker.",
+        "Raise the unit's LimitNOFILE, or find what uses up this machine's descriptors or memory.",
+    )
     DNS_FAILED = (
         "dns-failed",
         "The broker's name could not be resolved.",

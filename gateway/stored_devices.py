@@ -45,7 +45,7 @@ _SWEPT_AT_A_TIME = 200
 _CHECKED_AT_A_TIME = 100
 # To begin or end so many takes a few milliseconds at most.
 _CHANGED_AT_A_TIME = 20
-_BUSY = frozenset({EndReason.TOO_MANY_NEW_SESSIONS})
+_BUSY = frozenset({EndReason.TOO_MANY_NEW_SESSIONS, EndReason.OUT_OF_RESOURCES})
 _LATER = 5.0  # seconds until a dial that was not let through is tried again, on average
 _SHOWN = 200  # characters of a name
 _TELL_EVERY = 60.0  # seconds

@@ -5,6 +5,9 @@ The broker at the far end of the memory is real TLS of the standard library's; t
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 import ssl
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +27,8 @@ from twisted.python.failure import Failure
 from gateway.config import Limits, Timeouts, from_mapping
 from gateway.config.proxies import ProxyServer
 from gateway.dial.dialler import Dialler, Target
-from gateway.dial.health import accounts
-from gateway.dial.proxy import ProxyConnection, TLSLayer
+from gateway.dial.health import UpstreamHealth, accounts
+from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer
 from gateway.dial.tunnel import tunnel_to
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.net.network import ReactorNetwork, shown_address
@@ -833,26 +836,36 @@ def test_a_loser_that_connects_although_it_was_given_up_is_cut(world: World) -> 
 
 
 class Resolver:
-    """A name resolver that the test answers."""
+    """A thread pool whose lookups the test answers."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, str, int]] = []
 
-    def resolveHostName(self, receiver: Any, host: str, port: int) -> None:
-        self.asked.append((receiver, host, port))
-        receiver.resolutionBegan(None)
+    def callInThreadWithCallback(self, on_result: Any, function: Any, host: str, port: int, *_: Any) -> None:  # noqa: N802  the interface's name
+        assert function is socket.getaddrinfo
+        self.asked.append((on_result, host, port))
 
     def answer(self, index: int, *hosts: str) -> None:
-        receiver = self.asked[index][0]
-        for address in addresses(*hosts):
-            receiver.addressResolved(address)
-        receiver.resolutionComplete()
+        families = {IPv4Address: socket.AF_INET, IPv6Address: socket.AF_INET6}
+        found = [
+            (families[type(each)], socket.SOCK_STREAM, 6, "", (each.host, each.port)) for each in addresses(*hosts)
+        ]
+        self.asked[index][0](True, found)
+
+    def fail(self, index: int, problem: Exception) -> None:
+        self.asked[index][0](False, Failure(problem))
 
 
 class ResolvingReactor:
     def __init__(self) -> None:
-        self.nameResolver = Resolver()
+        self.resolver = Resolver()
         self.now = 0.0
+
+    def getThreadPool(self) -> Resolver:  # noqa: N802  the interface's name
+        return self.resolver
+
+    def callFromThread(self, function: Any, *arguments: Any) -> None:  # noqa: N802  the interface's name
+        function(*arguments)
 
     def seconds(self) -> float:
         return self.now
@@ -871,8 +884,8 @@ def test_look_ups_of_one_name_at_one_time_are_one_look_up() -> None:
     network = ReactorNetwork(reactor)
     found = [lookup(network)[1] for _ in range(1000)]
     lookup(network, "other.example")
-    assert [host for _, host, _ in reactor.nameResolver.asked] == ["broker.example", "other.example"]
-    reactor.nameResolver.answer(0, "192.0.2.1", "2001:db8::1", "192.0.2.1")
+    assert [host for _, host, _ in reactor.resolver.asked] == ["broker.example", "other.example"]
+    reactor.resolver.answer(0, "192.0.2.1", "2001:db8::1", "192.0.2.1")
     assert all(results == [addresses("192.0.2.1", "2001:db8::1")] for results in found)
     found[0][0].clear()
     assert found[1][0]
@@ -883,11 +896,29 @@ def test_an_answer_is_not_kept() -> None:
     reactor = ResolvingReactor()
     network = ReactorNetwork(reactor)
     lookup(network)
-    reactor.nameResolver.answer(0, "192.0.2.1")
+    reactor.resolver.answer(0, "192.0.2.1")
     _, second = lookup(network)
-    assert len(reactor.nameResolver.asked) == 2
-    reactor.nameResolver.answer(1, "192.0.2.2")
+    assert len(reactor.resolver.asked) == 2
+    reactor.resolver.answer(1, "192.0.2.2")
     assert second == [addresses("192.0.2.2")]
+
+
+def test_a_name_without_an_address_is_told_from_a_machine_that_cannot_ask() -> None:
+    """Python reports EAI_SYSTEM, as without a free descriptor, as an OSError; every caller gets one of its own."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    found = [lookup(network)[1] for _ in range(2)]
+    reactor.resolver.fail(0, socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+    assert found == [[[]], [[]]]
+    found = [lookup(network)[1] for _ in range(2)]
+    reactor.resolver.fail(1, OSError(errno.EMFILE, "Too many open files"))
+    first, second = (results[0].value for results in found)
+    assert (first.errno, second.strerror) == (errno.EMFILE, "Too many open files")
+    assert first is not second
+    _, results = lookup(network)
+    reactor.resolver.fail(2, UnicodeError("label too long"))
+    assert "label too long" in results[0].value.strerror
+    assert not network.under_way
 
 
 def test_a_look_up_that_is_given_up_disturbs_no_one_else() -> None:
@@ -897,7 +928,7 @@ def test_a_look_up_that_is_given_up_disturbs_no_one_else() -> None:
     first, gone = lookup(network)
     _, second = lookup(network)
     first.cancel()
-    reactor.nameResolver.answer(0, "192.0.2.1")
+    reactor.resolver.answer(0, "192.0.2.1")
     assert gone[0].check(CancelledError)
     assert second == [addresses("192.0.2.1")]
     assert not network.under_way
@@ -911,7 +942,7 @@ def test_look_ups_that_are_given_up_do_not_heap_up() -> None:
         answer, _ = lookup(network)
         answer.cancel()
     assert not any(look_up.waiting for look_up in network.under_way.values())
-    assert len(reactor.nameResolver.asked) == 1
+    assert len(reactor.resolver.asked) == 1
 
 
 def test_a_session_may_make_another_give_up_when_it_gets_its_answer() -> None:
@@ -922,7 +953,7 @@ def test_a_session_may_make_another_give_up_when_it_gets_its_answer() -> None:
     second, gone = lookup(network)
     _, third = lookup(network)
     first.addCallback(lambda _: second.cancel())
-    reactor.nameResolver.answer(0, "192.0.2.1")
+    reactor.resolver.answer(0, "192.0.2.1")
     assert gone[0].check(CancelledError)
     assert third == [addresses("192.0.2.1")]
 
@@ -933,7 +964,7 @@ def test_an_address_is_not_looked_up(host: str) -> None:
     reactor = ResolvingReactor()
     _, results = lookup(ReactorNetwork(reactor), host)
     assert results == [addresses(host)]
-    assert not reactor.nameResolver.asked
+    assert not reactor.resolver.asked
 
 
 @pytest.mark.parametrize(
@@ -971,12 +1002,15 @@ class FakeNetwork:
 class Dialling:
     """A session that wants its broker: `one.example`, or else `two.example`."""
 
-    def __init__(self, world: World, *hosts: str, **timeouts: float) -> None:
+    def __init__(self, world: World, *hosts: str, proxy: ProxyServer | None = None, **timeouts: float) -> None:
         hosts = hosts or ("one.example",)
         config = from_mapping(
             {"upstream": [{"host": host, "server_name": "localhost"} for host in hosts], "timeouts": timeouts}
         )
-        targets = [Target(upstream, Identity.of(upstream.verify_name), world.policy) for upstream in config.upstream]
+        via = None
+        if proxy is not None:
+            via = ProxyRoute(proxy, None, UpstreamHealth(proxy.address, "", config.failover, lambda: 1.0))
+        targets = [Target(each, Identity.of(each.verify_name), world.policy, via) for each in config.upstream]
         self.world = world
         self.clock = Clock()
         self.network = FakeNetwork()
@@ -985,9 +1019,10 @@ class Dialling:
         self.passed_over: list[tuple[str, UpstreamFailure]] = []
         journal = Journal(self.clock.seconds)
         journal.passed_over = lambda *told: self.passed_over.append(told)  # type: ignore[method-assign]
-        healths = accounts(config.upstream, config.failover, lambda: 1.0)
-        dialler = Dialler(targets, healths, self.network, self.clock, config, journal, self.clock)
-        self.deferred = dialler.dial(self.session, self.device)
+        vias = [via and via.health] * len(targets)
+        healths = accounts(config.upstream, config.failover, lambda: 1.0, vias=vias)
+        self.dialler = Dialler(targets, healths, self.network, self.clock, config, journal, self.clock)
+        self.deferred = self.dialler.dial(self.session, self.device)
 
     def resolved(self, host: str = "one.example", *hosts: str) -> None:
         self.network.names[host].callback(addresses(*hosts))
@@ -1024,6 +1059,40 @@ def test_a_name_that_does_not_resolve_is_named(world: World) -> None:
     dialling.resolved("one.example")
     assert dialling.failure.reason is EndReason.DNS_FAILED
     assert "one.example" in dialling.failure.detail
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
+@pytest.mark.parametrize("step", ["dns", "tcp"])
+def test_what_this_machine_lacks_does_not_count_against_the_broker(world: World, step: str, number: int) -> None:
+    """Neither with its own words nor with a back-off, which would refuse the next devices."""
+    dialling = Dialling(world)
+    if step == "dns":
+        dialling.network.names["one.example"].errback(OSError(number, os.strerror(number)))
+    else:
+        dialling.resolved("one.example", "192.0.2.1")
+        dialling.network.endpoints["192.0.2.1"].fail(error.getConnectError((number, os.strerror(number))))
+    assert dialling.failure.reason is EndReason.OUT_OF_RESOURCES
+    assert os.strerror(number) in dialling.failure.detail
+    assert dialling.dialler.upstreams[0].is_open
+
+
+def test_what_this_machine_lacks_does_not_count_against_the_proxy(world: World) -> None:
+    """All brokers behind it would be left alone."""
+    dialling = Dialling(world, proxy=ProxyServer.of("http://proxy.example:3128"))
+    dialling.network.names["proxy.example"].errback(OSError(errno.EMFILE, "Too many open files"))
+    assert dialling.failure.reason is EndReason.OUT_OF_RESOURCES
+    assert dialling.dialler.upstreams[0].is_open
+    via = dialling.dialler.upstreams[0].via
+    assert via is not None
+    assert (via.is_open, via.reached_at) == (True, None)
+
+
+def test_a_resolver_that_this_machine_cannot_use_is_named(world: World) -> None:
+    """Its files cannot be read, say."""
+    dialling = Dialling(world)
+    dialling.network.names["one.example"].errback(OSError(errno.EACCES, "Permission denied"))
+    assert dialling.failure.reason is EndReason.DNS_FAILED
+    assert dialling.failure.detail == "one.example: Permission denied"
 
 
 @pytest.mark.parametrize(
@@ -1203,11 +1272,11 @@ def test_a_look_up_that_never_ends_is_joined_for_a_bounded_time_only() -> None:
     lookup(network)
     reactor.now = 29.9
     lookup(network)
-    assert len(reactor.nameResolver.asked) == 1
+    assert len(reactor.resolver.asked) == 1
     reactor.now = 30.0
     _, results = lookup(network)
-    assert len(reactor.nameResolver.asked) == 2
-    reactor.nameResolver.answer(1, "192.0.2.1")
+    assert len(reactor.resolver.asked) == 2
+    reactor.resolver.answer(1, "192.0.2.1")
     assert results == [addresses("192.0.2.1")]
 
 

@@ -46,6 +46,8 @@ _Connection = TypeVar("_Connection", UpstreamProtocol, ProxyConnection | TLSLaye
 LEFT_WHILE_WAITING = "while waiting for its turn"
 """The detail of a session whose device had closed its sending side, or all, when its turn came."""
 
+# They say nothing about the broker.
+_NOT_OF_BROKER = PROXY_FAILURES | {EndReason.OUT_OF_RESOURCES}
 # How a TLS 1.2 broker ends the handshake if it does not accept the client certificate, or the lack of one; not all send
 # an alert.  With TLS 1.3 the client's handshake is done by then.
 _AFTER_APPROVAL = frozenset(
@@ -335,8 +337,7 @@ class Dialler:
         try:
             protocol, peer = await self._reach(target, dial, visitor)
         except UpstreamFailure as failure:
-            if failure.reason in PROXY_FAILURES:
-                # This says nothing about the broker behind the proxy.
+            if failure.reason in _NOT_OF_BROKER:
                 health.given_up(attempt)
                 raise
             now = self._clock.seconds()
@@ -484,11 +485,15 @@ class Dialler:
             try:
                 connection = await self._connect_to(proxy.server.host, proxy.server.port, to_proxy, dial)
             except UpstreamFailure as failure:
+                if failure.reason is EndReason.OUT_OF_RESOURCES:
+                    raise
                 raise unreachable_proxy(proxy.server, failure) from None
             protocol = await open_tunnel(connection, proxy.server, self._patience, self._timeouts)
         except UpstreamFailure as failure:
             now = self._clock.seconds()
-            if failure.reason not in PROXY_FAILURES:
+            if failure.reason is EndReason.OUT_OF_RESOURCES:
+                health.given_up(attempt)
+            elif failure.reason not in PROXY_FAILURES:
                 # The proxy answered, and could not reach the broker.
                 self._proxy_works(health)
             elif health.failed(attempt, failure, now) and health.retry_at is not None:

@@ -6,6 +6,7 @@ In: a configured broker, then its addresses, then a connection.  Out: the result
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -28,6 +29,7 @@ from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Peer
 
 _T = TypeVar("_T")
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 
 
 async def resolve(network: Network, host: str, port: int, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
@@ -36,6 +38,11 @@ async def resolve(network: Network, host: str, port: int, clock: IReactorTime, t
         addresses = await within(timeouts.dns, network.resolve(host, port), clock)
     except TimeoutError:
         raise UpstreamFailure(EndReason.DNS_FAILED, f"{host}: no answer within {timeouts.dns:g} s") from None
+    except OSError as problem:
+        raise UpstreamFailure(
+            EndReason.OUT_OF_RESOURCES if problem.errno in _EXHAUSTED else EndReason.DNS_FAILED,
+            f"{host}: {problem.strerror}",
+        ) from None
     if not addresses:
         raise UpstreamFailure(EndReason.DNS_FAILED, f"{host}: no address")
     return interleave(addresses)
@@ -130,6 +137,8 @@ def _tcp_failure(failures: list[Failure]) -> UpstreamFailure:
 
 
 def _tcp_reason(failure: Failure) -> EndReason:
+    if getattr(failure.value, "osError", None) in _EXHAUSTED:
+        return EndReason.OUT_OF_RESOURCES
     if failure.check(error.ConnectionRefusedError):
         return EndReason.TCP_REFUSED
     if failure.check(error.TimeoutError, error.TCPTimedOutError):

@@ -9,34 +9,40 @@ from __future__ import annotations
 # Import now: the resolver's threads cannot once privileges are dropped or no descriptor is left.
 import encodings.idna  # noqa: F401  imported for its side effect
 import os
+import socket
 from functools import lru_cache, partial
 from ipaddress import ip_address
 from threading import Thread
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from attrs import define, field
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.internet.defer import Deferred, succeed
-from twisted.internet.interfaces import IAddress, IHostResolution, IResolutionReceiver, IStreamClientEndpoint
-from zope.interface import implementer
+from twisted.internet.interfaces import IAddress, IStreamClientEndpoint
+from twisted.internet.threads import deferToThreadPool
+from twisted.python.failure import Failure
 
 from gateway.net.connecting import TCPEndpoint
 
 Address = IPv4Address | IPv6Address
+_Found: TypeAlias = list[tuple[int, int, int, str, tuple[Any, ...]]]
 
 
 class Network(Protocol):
     """Resolves hosts and connects to addresses."""
 
     def resolve(self, host: str, port: int) -> Deferred[list[Address]]:
-        """Return the addresses of `host`, best first, possibly none.  Cancelling does not affect other callers."""
+        """Return the addresses of `host`, best first, possibly none.  Cancelling does not affect other callers.
+
+        Fails with `OSError` if this machine could not even ask.
+        """
 
     def endpoint(self, address: Address) -> IStreamClientEndpoint:
         """Return an endpoint that connects to `address`, without a timeout."""
 
 
-# Seconds for which callers may join a running lookup.  Twisted's resolver never answers if its thread dies unexpectedly
-# (for example without a free descriptor); after this time the next session starts a new lookup instead of waiting too.
+# Seconds for which callers may join a running lookup.  One whose thread dies unexpectedly never answers; then the next
+# session starts a new lookup instead of waiting too.
 _JOINED_FOR = 30.0
 _LAST_PATIENCE = 0.2  # seconds per thread; a pool has ten threads, and idle ones end at once
 
@@ -65,7 +71,9 @@ class PatientlessThread(Thread):
 
 
 class ReactorNetwork:
-    """The reactor's resolver, which runs in threads and never blocks, and its TCP.
+    """The machine's resolver, in the reactor's threads, so that it never blocks, and the reactor's TCP.
+
+    Not Twisted's: it gives no answer if `getaddrinfo` fails with `OSError`, as without a free descriptor.
 
     Concurrent lookups of one name share one lookup: in a reconnect storm, a thousand sessions resolve the same broker.
     Results are not cached.
@@ -91,17 +99,25 @@ class ReactorNetwork:
         answer: Deferred[list[Address]] = Deferred(look_up.waiting.remove)
         look_up.waiting.append(answer)
         if is_new:
-            receiver = _Receiver(partial(self._resolved, key, look_up))
-            self._reactor.nameResolver.resolveHostName(receiver, host, port)
+            threads = self._reactor.getThreadPool()
+            found = deferToThreadPool(
+                self._reactor, threads, socket.getaddrinfo, host, port, socket.AF_UNSPEC, socket.SOCK_STREAM
+            )
+            found.addCallbacks(_addresses, _no_addresses)
+            found.addBoth(partial(self._resolved, key, look_up))
         return answer
 
-    def _resolved(self, key: tuple[str, int], look_up: _LookUp, addresses: list[Address]) -> None:
+    def _resolved(self, key: tuple[str, int], look_up: _LookUp, result: list[Address] | Failure) -> None:
         if self.under_way.get(key) is look_up:
             del self.under_way[key]
         for answer in list(look_up.waiting):
             # One caller's reaction may cancel another.
-            if not answer.called:
-                answer.callback(list(addresses))
+            if answer.called:
+                continue
+            if isinstance(result, Failure):
+                answer.errback(_copied(result))
+            else:
+                answer.callback(list(result))
 
     def endpoint(self, address: Address) -> IStreamClientEndpoint:
         """See `Network.endpoint`."""
@@ -119,25 +135,26 @@ def _literal(host: str, port: int) -> Address | None:
     return IPv4Address("TCP", host, port) if version == 4 else IPv6Address("TCP", host, port)
 
 
-@implementer(IResolutionReceiver)
-class _Receiver:
-    """Collects the addresses of one lookup."""
+def _addresses(found: _Found) -> list[Address]:
+    addresses: list[Address] = []
+    for family, _, _, _, where in found:
+        if family == socket.AF_INET:
+            addresses.append(IPv4Address("TCP", *where))
+        elif family == socket.AF_INET6:
+            addresses.append(IPv6Address("TCP", *where))
+    return list(dict.fromkeys(addresses))
 
-    def __init__(self, done: Any) -> None:
-        self._done = done
-        self._addresses: list[Address] = []
 
-    def resolutionBegan(self, resolutionInProgress: IHostResolution) -> None:  # noqa: N803  the interface's name
-        """Nothing to do."""
+def _no_addresses(failure: Failure) -> list[Address]:
+    """Return none for a name that has none; any other failure is one of this machine."""
+    failure.trap(socket.gaierror)
+    return []
 
-    def addressResolved(self, address: IAddress) -> None:
-        """Add an address."""
-        if isinstance(address, IPv4Address | IPv6Address) and address not in self._addresses:
-            self._addresses.append(address)
 
-    def resolutionComplete(self) -> None:
-        """Hand over the addresses."""
-        self._done(self._addresses)
+def _copied(failure: Failure) -> Failure:
+    """Return the failure for one more caller: an exception references the frames of whoever awaits it."""
+    error = failure.value
+    return Failure(OSError(error.errno, error.strerror) if isinstance(error, OSError) else OSError(0, repr(error)))
 
 
 def shown_address(address: IAddress | None) -> str:

@@ -441,10 +441,13 @@ class RelayReactor:
         listening.startListening()
         return listening
 
-    @property
-    def nameResolver(self) -> Any:
-        """See IReactorPluggableNameResolver."""
-        return self._reactor.nameResolver
+    def getThreadPool(self) -> Any:
+        """See IReactorThreads."""
+        return self._reactor.getThreadPool()
+
+    def callFromThread(self, callable: Callable[..., Any], *args: object, **kw: object) -> None:  # noqa: A002  the interface's name
+        """See IReactorFromThreads."""
+        self._reactor.callFromThread(callable, *args, **kw)
 
     def seconds(self) -> float:
         """See IReactorTime."""
