@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import pytest
 from twisted.internet.address import IPv6Address
 from twisted.internet.protocol import Factory, Protocol
+from twisted.logger import Logger, formatEvent
 from twisted.python.failure import Failure
 
 from gateway.config import Listener
@@ -26,6 +27,7 @@ from gateway.mqtt.checking import CheckingFramer
 from gateway.mqtt.framer import Framer, Sender
 from gateway.mqtt.inspector import BrokerInspector, DeviceInspector, TopicRules
 from gateway.mqtt.packets import ProtocolVersion
+from gateway.net import transport
 from gateway.net.listening import listen
 from gateway.net.transport import RelayReactor
 from gateway.net.websocket import FrameReader
@@ -865,6 +867,45 @@ def test_an_error_while_accepting_is_left_to_twisted(accepting: tuple[Any, list[
     with socket.create_connection(where) as client:
         port.doRead()
         assert built[-1] == IPv6Address("TCP", *client.getsockname()[:2])
+
+
+def test_connections_that_cannot_be_accepted_are_told_once_a_minute(
+    accepting: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds all descriptors could otherwise fill the log with three lines for each connection."""
+    told: list[dict[str, Any]] = []
+    now = [1000.0]
+    notes = transport._NotAccepted()
+    monkeypatch.setattr(transport, "monotonic", lambda: now[0])
+    monkeypatch.setattr(transport, "_log", Logger(observer=told.append))
+    port, _ = accepting
+    real, where = port.socket, ("::1", port.getHost().port)
+
+    def fail(number: int) -> None:
+        monkeypatch.setattr(port, "_logger", Logger(observer=notes))
+        # Twisted tries again, and gets the same error.
+        port.socket = Failing(real, [number] * 2)
+        with socket.create_connection(where):
+            port.doRead()
+        port.socket = real
+
+    fail(errno.ECONNABORTED)
+    assert told == []
+    for _ in range(20):
+        fail(errno.EMFILE)
+    now[0] += 59.9
+    fail(errno.ENFILE)
+    (first,) = told
+    assert "closed, or wait: Too many open files. Raise" in formatEvent(first)
+    now[0] += 0.2
+    fail(errno.ENFILE)
+    assert "Too many open files in system. Raise" in formatEvent(told[1])
+
+
+def test_twisteds_ports_log_through_it() -> None:
+    """Both kinds."""
+    for kind in (transport._TCPPort, transport._UNIXPort):
+        assert isinstance(kind._logger.observer, transport._NotAccepted)
 
 
 def test_an_error_in_one_new_connection_leaves_the_others(

@@ -19,6 +19,7 @@ Differences to the reactor's own transports (measured in `docs/performance.md`):
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import socket
@@ -44,11 +45,12 @@ from twisted.internet.interfaces import (
 )
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST
 from twisted.internet.protocol import Factory
-from twisted.logger import Logger
+from twisted.logger import ILogObserver, LogEvent, Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 _log = Logger(namespace="gateway")
+_TELL_EVERY = 60.0  # seconds
 
 _READ = select.EPOLLIN
 _WRITE = select.EPOLLOUT
@@ -248,6 +250,30 @@ class UNIXServer(SendsAtOnce, unix.Server):
     """A device's connection to a UNIX socket."""
 
 
+@implementer(ILogObserver)
+class _NotAccepted:
+    """Tells at most once a minute that connections cannot be accepted; Twisted has up to three lines for each."""
+
+    def __init__(self) -> None:
+        self._next = -math.inf
+
+    def __call__(self, event: LogEvent) -> None:
+        """Take an event of Twisted's port."""
+        # Only for want of a descriptor of this process, it names no error.
+        why = event.get("acceptError", "EMFILE")
+        now = monotonic()
+        # A client that has left already is no problem.
+        if why == "ECONNABORTED" or now < self._next:
+            return
+        self._next = now + _TELL_EVERY
+        _log.warn(
+            "new connections of devices are closed, or wait: {why}. Raise the unit's LimitNOFILE, or find what uses up "
+            "this machine's descriptors or memory.",
+            event="connections-not-accepted",
+            why=os.strerror(getattr(errno, why)),
+        )
+
+
 class _AcceptsFew(tcp.Port):
     """Mixin for Twisted's ports, which accept a hundred and more connections in one event.
 
@@ -256,6 +282,7 @@ class _AcceptsFew(tcp.Port):
     same steps one after the other.
     """
 
+    _logger = Logger(namespace="gateway", observer=_NotAccepted())
     # Whether more are to be accepted in a later turn.
     _goes_on = False
 
