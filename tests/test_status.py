@@ -1132,6 +1132,26 @@ def test_a_name_that_was_made_to_lead_here_is_refused(start: StartGateway, host:
     assert ask(gateway, Host=host).status == status
 
 
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://localhost/healthz", "localhost", 200),
+        ("HTTPS://127.0.0.1:9883/status?show=all", "evil.example", 200),
+        ("http://localhost", "localhost", 200),
+        ("http://localhost?show=all", "localhost", 200),
+        ("http://localhost/nothing", "localhost", 404),
+        ("http://evil.example/status", "localhost", 421),
+        ("http://localhost:x@evil.example/status", "localhost", 421),
+        ("http:///status", "localhost", 421),
+        ("/%73tatus", "localhost", 200),
+        ("/http://localhost/status", "localhost", 404),
+    ],
+)
+def test_a_request_may_name_the_host_in_its_target(start: StartGateway, target: str, host: str, status: int) -> None:
+    """As to a proxy; it counts instead of the Host header (RFC 9112 §3.2.2)."""
+    assert ask(start(upstream=1), target, Host=host).status == status
+
+
 def test_two_hosts_are_none_of_them(start: StartGateway) -> None:
     """And who sends none is no browser."""
     port = status_port(start(upstream=1))

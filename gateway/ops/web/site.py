@@ -11,6 +11,7 @@ small share of its time (`_Budget`).  An error in an answer must not spread.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from http import HTTPStatus
 from ipaddress import ip_address
 from itertools import islice
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, unquote
 
 import h11
 from attrs import Factory, define, frozen
@@ -77,6 +78,7 @@ _HEADERS = {
     "Connection": "close",
 }
 _TEXT = "text/plain; charset=utf-8"
+_ABSOLUTE = re.compile("https?://(?P<authority>[^/?#]*)", re.IGNORECASE)
 
 Answer = tuple[int, str, bytes]
 Done = Callable[[Answer], None]
@@ -181,6 +183,11 @@ class StatusSite(protocol.ServerFactory):
         # HTTP/1.0 health checkers send none; browsers always do.
         host = ",".join(fields[b"host"]) if fields[b"host"] else None
         accept = ",".join(fields[b"accept"])
+        if (absolute := _ABSOLUTE.match(uri)) is not None:
+            # As a client sends it to a proxy; the Host header must then be ignored (RFC 9112 §3.2.2).
+            host = absolute["authority"].rpartition("@")[2]
+            path = uri[absolute.end() :]
+            uri = path if path.startswith("/") else f"/{path}"
         if method not in {"GET", "HEAD"}:
             return 405, _TEXT, b"Only GET and HEAD are allowed.\n"
         if not (self.any_host or host is None or _is_this_machine(host)):
@@ -193,6 +200,7 @@ class StatusSite(protocol.ServerFactory):
         if len(uri) > _LONGEST_PATH:
             return 414, _TEXT, b"The path is too long.\n"
         path, _, query = uri.partition("?")
+        path = unquote(path)
         cheap = self._cheap.get(path)
         if cheap is not None:
             return cheap()
