@@ -214,8 +214,8 @@ class EndReason(StrEnum):
     # Why there is no upstream: this machine, DNS and TCP.
     OUT_OF_RESOURCES = (
         "out-of-resources",
-        "This machine had no free descriptor or memory for a connection to the broker.",
-        "Raise the unit's LimitNOFILE, or find what uses up this machine's descriptors or memory.",
+        "This machine had no free descriptor, thread, memory or local port for a connection to the broker.",
+        "See the detail. Raise the unit's LimitNOFILE or TasksMax, or find what uses up what is missing.",
     )
     DNS_FAILED = (
         "dns-failed",

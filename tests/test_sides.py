@@ -12,6 +12,7 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import attrs
 import pytest
@@ -840,8 +841,11 @@ class Resolver:
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, str, int]] = []
+        self.is_full = False
 
     def callInThreadWithCallback(self, on_result: Any, function: Any, host: str, port: int, *_: Any) -> None:  # noqa: N802  the interface's name
+        if self.is_full:
+            raise RuntimeError("can't start new thread")
         assert function is socket.getaddrinfo
         self.asked.append((on_result, host, port))
 
@@ -919,6 +923,41 @@ def test_a_name_without_an_address_is_told_from_a_machine_that_cannot_ask() -> N
     reactor.resolver.fail(2, UnicodeError("label too long"))
     assert "label too long" in results[0].value.strerror
     assert not network.under_way
+
+
+@pytest.mark.parametrize(
+    ("told", "lacks", "expected"),
+    [
+        (socket.EAI_NONAME, None, []),
+        (socket.EAI_NONAME, errno.EMFILE, errno.EMFILE),
+        (socket.EAI_AGAIN, errno.ENFILE, errno.ENFILE),
+        (socket.EAI_MEMORY, None, errno.ENOMEM),
+    ],
+)
+def test_a_lack_of_descriptors_may_look_like_a_lack_of_names(
+    monkeypatch: pytest.MonkeyPatch, told: int, lacks: int | None, expected: Any
+) -> None:
+    """The C library without a descriptor says `Name or service not known`, even of localhost."""
+    reactor = ResolvingReactor()
+    _, results = lookup(ReactorNetwork(reactor))
+    if lacks is not None:
+        monkeypatch.setattr(socket, "socket", Mock(side_effect=OSError(lacks, os.strerror(lacks))))
+    reactor.resolver.fail(0, socket.gaierror(told, "words"))
+    (result,) = results
+    assert (result.value.errno if isinstance(result, Failure) else result) == expected
+
+
+def test_without_a_thread_a_look_up_fails_at_once() -> None:
+    """And the next one tries again."""
+    reactor = ResolvingReactor()
+    network = ReactorNetwork(reactor)
+    reactor.resolver.is_full = True
+    _, results = lookup(network)
+    assert (results[0].value.errno, results[0].value.strerror) == (errno.EAGAIN, "can't start new thread")
+    reactor.resolver.is_full = False
+    _, results = lookup(network)
+    reactor.resolver.answer(0, "192.0.2.1")
+    assert results == [addresses("192.0.2.1")]
 
 
 def test_a_look_up_that_is_given_up_disturbs_no_one_else() -> None:
@@ -1061,7 +1100,9 @@ def test_a_name_that_does_not_resolve_is_named(world: World) -> None:
     assert "one.example" in dialling.failure.detail
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL]
+)
 @pytest.mark.parametrize("step", ["dns", "tcp"])
 def test_what_this_machine_lacks_does_not_count_against_the_broker(world: World, step: str, number: int) -> None:
     """Neither with its own words nor with a back-off, which would refuse the next devices."""

@@ -159,6 +159,16 @@ def test_addresses_that_do_not_answer_are_named(clock: Clock) -> None:
         ([error.ConnectError(osError=errno.EHOSTUNREACH)], EndReason.TCP_UNREACHABLE, "No route to host"),
         ([OSError("odd")], EndReason.TCP_UNREACHABLE, "odd"),
         (
+            [error.ConnectError(osError=errno.EADDRNOTAVAIL)],
+            EndReason.OUT_OF_RESOURCES,
+            "Cannot assign requested address",
+        ),
+        (
+            [error.ConnectError(osError=errno.EADDRNOTAVAIL), error.ConnectionRefusedError(osError=errno.ECONNREFUSED)],
+            EndReason.TCP_REFUSED,
+            "Cannot assign requested address; Connection refused",
+        ),
+        (
             [error.ConnectError(osError=errno.ENETUNREACH), error.ConnectionRefusedError(osError=errno.ECONNREFUSED)],
             EndReason.TCP_UNREACHABLE,
             "Network is unreachable; Connection refused",

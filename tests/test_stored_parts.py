@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
-from gateway.errors import EndReason, PacketError
+from gateway.errors import EndReason, PacketError, UpstreamFailure
 from gateway.mqtt.message import Message, Subscription, suback, subscribe, unsuback, unsubscribe
 from gateway.mqtt.packets import PacketType, ProtocolVersion
 from gateway.session.requests import Requests
@@ -16,6 +17,7 @@ from gateway.session.stored_connect import are_readable, integer_of, is_persiste
 from gateway.session.stored_state import DeviceState
 from gateway.session.subscriptions import MOST, MOST_BYTES, Subscriptions
 from gateway.store.database import StoreError
+from gateway.stored_devices import StoredConnection
 
 V311, V5 = ProtocolVersion.MQTT_3_1_1, ProtocolVersion.MQTT_5_0
 
@@ -424,3 +426,16 @@ def test_an_error_of_who_is_told_does_not_end_the_writing() -> None:
         shelf.writes.pop()(None)
     shelf.writes.pop()(None)
     assert shelf.told == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "later"),
+    [(EndReason.OUT_OF_RESOURCES, 5.0), (EndReason.TOO_MANY_NEW_SESSIONS, 5.0), (EndReason.TCP_REFUSED, 0.0)],
+)
+def test_what_does_not_count_against_the_broker_is_tried_again_later(reason: EndReason, later: float) -> None:
+    """No broker backs off then, so at once would be again and again."""
+    devices: Any = Mock(uniform=lambda: 0.5)
+    stored: Any = Mock()
+    failure = UpstreamFailure(reason)
+    StoredConnection(devices, stored).upstream_failed(failure)
+    stored.upstream_failed.assert_called_once_with(failure, later=later)

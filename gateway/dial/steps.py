@@ -29,7 +29,9 @@ from gateway.relay.websocket import WebSocketUpstream
 from gateway.session.record import Peer
 
 _T = TypeVar("_T")
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+# Of this machine: nothing was asked of the broker.  EAGAIN is a lack of threads; EADDRNOTAVAIL of local ports, or for
+# IPv6 of an address.
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL})
 
 
 async def resolve(network: Network, host: str, port: int, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:
@@ -130,8 +132,11 @@ async def within(seconds: float, awaited: Deferred[_T], clock: IReactorTime) -> 
 
 
 def _tcp_failure(failures: list[Failure]) -> UpstreamFailure:
-    """Return the reason of the address that failed first, which was the preferred one, and the details of all."""
-    reasons = [_tcp_reason(failure) for failure in failures]
+    """Return the reason of the address that failed first, which was the preferred one, and the details of all.
+
+    What this machine lacks is the reason only if no address was tried at all.
+    """
+    reasons = sorted(map(_tcp_reason, failures), key=EndReason.OUT_OF_RESOURCES.__eq__)
     details = dict.fromkeys(_tcp_words(failure) for failure in failures)
     return UpstreamFailure(reasons[0], "; ".join(details))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 # Import now: the resolver's threads cannot once privileges are dropped or no descriptor is left.
 import encodings.idna  # noqa: F401  imported for its side effect
+import errno
 import os
 import socket
 from functools import lru_cache, partial
@@ -17,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 
 from attrs import define, field
 from twisted.internet.address import IPv4Address, IPv6Address
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, fail, succeed
 from twisted.internet.interfaces import IAddress, IStreamClientEndpoint
 from twisted.internet.threads import deferToThreadPool
 from twisted.python.failure import Failure
@@ -94,17 +95,25 @@ class ReactorNetwork:
         look_up = self.under_way.get(key)
         is_new = look_up is None or now - look_up.began >= _JOINED_FOR
         if look_up is None or is_new:
+            try:
+                found = deferToThreadPool(
+                    self._reactor,
+                    self._reactor.getThreadPool(),
+                    socket.getaddrinfo,
+                    host,
+                    port,
+                    socket.AF_UNSPEC,
+                    socket.SOCK_STREAM,
+                )
+            except RuntimeError as error:
+                # No thread could be started: the kernel says EAGAIN, which Python leaves out.
+                return fail(OSError(errno.EAGAIN, str(error)))
             look_up = self.under_way[key] = _LookUp(now)
+            found.addCallbacks(_addresses, _no_addresses)
+            found.addBoth(partial(self._resolved, key, look_up))
         # A caller that cancels is removed; the lookup continues, and others may still join it.
         answer: Deferred[list[Address]] = Deferred(look_up.waiting.remove)
         look_up.waiting.append(answer)
-        if is_new:
-            threads = self._reactor.getThreadPool()
-            found = deferToThreadPool(
-                self._reactor, threads, socket.getaddrinfo, host, port, socket.AF_UNSPEC, socket.SOCK_STREAM
-            )
-            found.addCallbacks(_addresses, _no_addresses)
-            found.addBoth(partial(self._resolved, key, look_up))
         return answer
 
     def _resolved(self, key: tuple[str, int], look_up: _LookUp, result: list[Address] | Failure) -> None:
@@ -148,6 +157,10 @@ def _addresses(found: _Found) -> list[Address]:
 def _no_addresses(failure: Failure) -> list[Address]:
     """Return none for a name that has none; any other failure is one of this machine."""
     failure.trap(socket.gaierror)
+    if failure.value.errno == socket.EAI_MEMORY:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    # Without a free descriptor, glibc may also say that there is no such name.  Then this fails, too.
+    socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
     return []
 
 
