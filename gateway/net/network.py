@@ -157,7 +157,7 @@ def _addresses(found: _Found) -> list[Address]:
 def _no_addresses(failure: Failure) -> list[Address]:
     """Return none for a name that has none; any other failure is one of this machine."""
     failure.trap(socket.gaierror)
-    if failure.value.errno == socket.EAI_MEMORY:
+    if isinstance(failure.value, socket.gaierror) and failure.value.errno == socket.EAI_MEMORY:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     # Without a free descriptor, glibc may also say that there is no such name.  Then this fails, too.
     socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
