@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -166,15 +165,46 @@ def test_a_program_that_takes_too_long_is_killed(run: Callable[..., Any], tmp_pa
 
 
 def test_nothing_is_left_of_a_program_whose_child_keeps_its_output(run: Callable[..., Any], tmp_path: Path) -> None:
-    """The program itself has ended, so there is nothing to kill; its pipes are closed all the same."""
+    """The program itself has ended; its group is killed, and its pipes are closed."""
     before = set(Path("/proc/self/fd").iterdir())
     # A shell starts quickly, so that the child is there within the time on a busy machine, too.
     outcome = run(f"sleep 600 & echo $! >'{tmp_path / 'pid'}'", timeout=2.0, interpreter=("/bin/sh", "-c"))
-    try:
-        assert "took longer than 2 s" in str(outcome)
-        eventually(lambda: set(Path("/proc/self/fd").iterdir()) <= before, "the pipes closed")
-    finally:
-        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert "took longer than 2 s" in str(outcome)
+    eventually(lambda: set(Path("/proc/self/fd").iterdir()) <= before, "the pipes closed")
+    eventually(lambda: not alive(int((tmp_path / "pid").read_text())), "the end of the child")
+
+
+@pytest.mark.parametrize("script", ["sleep 600; true", "exec >&-; sleep 600; true", "sleep 600 & wait"])
+def test_a_program_is_killed_with_what_it_has_started(run: Callable[..., Any], tmp_path: Path, script: str) -> None:
+    """Each attempt would leave a process behind, for ever."""
+    named = script.replace("sleep", f"'{tmp_path}/napping'", 1)
+    (tmp_path / "napping").symlink_to("/bin/sleep")
+    outcome = run(named, timeout=1.0, interpreter=("/bin/sh", "-c"))
+    assert "took longer than 1 s" in str(outcome)
+
+    def napping() -> list[str]:
+        lines = subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True).stdout.splitlines()
+        return [line for line in lines if line.startswith(f"{tmp_path}/napping")]
+
+    eventually(lambda: not napping(), "the end of the child")
+
+
+def test_a_program_before_a_person_keeps_its_terminal(reactor: Any) -> None:
+    """In a group of its own it could not ask for a password there."""
+    programs = Programs(reactor, reactor, shows_errors=True)
+    reaper = LoopingCall(reapAllProcesses)
+    outcomes: list[Any] = []
+
+    def begin() -> None:
+        reaper.start(0.01)
+        ensureDeferred(programs.run([sys.executable, "-c", "import os; print(os.getpgid(0))"], {}, PATIENCE)).addBoth(
+            outcomes.append
+        )
+
+    reactor.callFromThread(begin)
+    eventually(lambda: outcomes, "an outcome")
+    reactor.callFromThread(reaper.stop)
+    assert outcomes == [str(os.getpgid(0)).encode()]
 
 
 def test_a_program_for_a_device_that_has_gone_is_killed(run: Callable[..., Any], reactor: Any, tmp_path: Path) -> None:

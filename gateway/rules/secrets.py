@@ -7,14 +7,16 @@ its output.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from twisted.internet import error
 from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeout
-from twisted.internet.interfaces import IProcessTransport, IReactorTime
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.process import Process
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
@@ -26,22 +28,17 @@ _PROGRAMS = 8
 _SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
-class Spawner(Protocol):
-    """Starts programs: a reactor that provides IReactorProcess and IReactorTime."""
-
-    def spawnProcess(self, *arguments: Any, **more: Any) -> IProcessTransport:  # noqa: N802  the reactor's name
-        """See `IReactorProcess`."""
-
-
 class Programs:
     """Runs programs that write a password or a certificate to standard output, a few at a time.
 
-    Programs run without a shell and with a minimal environment. A program that takes too long or writes too much is
-    killed. Standard error is discarded, since it may contain anything; with `shows_errors` it is this process's.
+    Programs run without a shell and with a minimal environment. One that takes too long or writes too much is killed,
+    together with what it has started. Standard error is discarded, since it may contain anything; with `shows_errors`
+    it is this process's.
     """
 
-    def __init__(self, spawner: Spawner, clock: IReactorTime, *, shows_errors: bool = False) -> None:
-        self._spawner = spawner
+    def __init__(self, reactor: Any, clock: IReactorTime, *, shows_errors: bool = False) -> None:
+        """Take a reactor that provides IReactorProcess and IReactorFDSet, and the clock of timeouts."""
+        self._reactor = reactor
         self._clock = clock
         self._shows_errors = shows_errors
         self._turns = Turns(_PROGRAMS, clock, "a password program")
@@ -71,12 +68,15 @@ class Programs:
         try:
             program = _Program(words[0], given, limit)
             try:
-                self._spawner.spawnProcess(
-                    program,
+                # With a person before it, a program keeps the terminal, where it may ask something.
+                kind = Process if self._shows_errors else _OwnGroup
+                kind(
+                    self._reactor,
                     words[0],
                     list(words),
-                    env={"PATH": _SEARCH_PATH, "LANG": "C.UTF-8", **environment},
-                    path="/",
+                    {"PATH": _SEARCH_PATH, "LANG": "C.UTF-8", **environment},
+                    "/",
+                    program,
                     childFDs={0: "w", 1: "r", 2: 2 if self._shows_errors else "r"},
                 )
             except OSError as problem:
@@ -89,10 +89,22 @@ class Programs:
             self._turns.give()
 
 
+class _OwnGroup(Process):
+    """A process with a process group of its own, which can be killed with its children."""
+
+    def _trySpawnInsteadOfFork(self, *_: Any) -> bool:  # noqa: N802  Twisted's name
+        """Never use `posix_spawn`, which knows of no group here, and asks about each open descriptor before."""
+        return False
+
+    def _execChild(self, *arguments: Any) -> None:  # noqa: N802  Twisted's name
+        os.setpgid(0, 0)
+        super()._execChild(*arguments)
+
+
 class _Program(ProcessProtocol):
     """One run; `written` fires with the output."""
 
-    transport: IProcessTransport
+    transport: Process
 
     def __init__(self, shown: str, given: bytes, limit: int) -> None:
         self._shown = shown
@@ -100,10 +112,14 @@ class _Program(ProcessProtocol):
         self._limit = limit
         self._output = bytearray()
         self._done = False
+        self._ended = False
+        self._group: int | None = None
         self.written: Deferred[bytes] = Deferred(lambda _: self._give_up())
 
     def connectionMade(self) -> None:
         """Write to the program's standard input, and close it."""
+        if isinstance(self.transport, _OwnGroup):
+            self._group = self.transport.pid
         if self._given:
             self.transport.write(self._given)
         self.transport.closeStdin()
@@ -118,6 +134,7 @@ class _Program(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802  Twisted's name
         """Fire `written` with the output or the failure."""
+        self._ended = True
         if reason.check(error.ProcessDone) is None:
             ending = reason.value
             status, by_signal = getattr(ending, "exitCode", None), getattr(ending, "signal", None)
@@ -135,6 +152,10 @@ class _Program(ProcessProtocol):
     def _give_up(self) -> None:
         self._done = True
         self._output.clear()
+        if self._group is not None and not self._ended:
+            # The program itself may have exited; while anything is left in its group, nothing else has that number.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._group, signal.SIGKILL)
         with contextlib.suppress(error.ProcessExitedAlready):
             self.transport.signalProcess(signal.SIGKILL.name.removeprefix("SIG"))
         # Even after it has exited: its children may keep the pipes open.
