@@ -27,7 +27,7 @@ from twisted.python.failure import Failure
 
 from gateway.config import Limits, Timeouts, from_mapping
 from gateway.config.proxies import ProxyServer
-from gateway.dial.dialler import Dialler, Target
+from gateway.dial.dialler import Dialler, Superseded, Target
 from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer
 from gateway.dial.tunnel import tunnel_to
@@ -1304,6 +1304,74 @@ def test_nobody_but_the_verified_broker_is_served(world: World) -> None:
     upstream.connectionLost(DONE)
     assert dialling.failure.reason is EndReason.TLS_CLOSED
     assert not dialling.session.named("upstream_verified")
+
+
+@pytest.mark.parametrize("step", ["before", "dns", "tls"])
+def test_a_reload_stops_a_dial_by_the_configuration_before(world: World, step: str) -> None:
+    """Whoever began it begins anew. No other broker of the old configuration is tried, none of it is served."""
+    dialling = Dialling(world, "one.example", "two.example")
+    ended: list[Failure] = []
+    if step == "before":
+        dialling.deferred.cancel()
+        dialling.dialler.superseded = True
+        dialling.session.calls.clear()
+        dialling.deferred = dialling.dialler.dial(dialling.session, dialling.device)
+    dialling.deferred.addErrback(ended.append)
+    dialling.dialler.superseded = True
+    if step == "dns":
+        dialling.resolved("one.example")
+    elif step == "tls":
+        dialling.resolved("one.example", "192.0.2.1")
+        upstream, broker = dialling.connected("192.0.2.1")
+        broker.talk(upstream)
+        assert transport_of(upstream).aborted
+        assert not broker.received
+        upstream.connectionLost(Failure(error.ConnectionAborted()))
+    assert [failure.type for failure in ended] == [Superseded]
+    assert {call[0] for call in dialling.session.calls} <= {"dials"}
+    assert "two.example" not in dialling.network.names
+    assert not dialling.clock.getDelayedCalls()
+
+
+def in_trial(world: World) -> tuple[Dialling, UpstreamProtocol]:
+    """Return a dialler whose own trial of its broker, after a failure, has just verified it."""
+    dialling = Dialling(world, close=5.0)
+    dialling.resolved("one.example")
+    assert dialling.failure.reason is EndReason.DNS_FAILED
+    del dialling.network.names["one.example"]
+    while "one.example" not in dialling.network.names:
+        dialling.clock.advance(1)
+        dialling.dialler.sweep()
+    dialling.resolved("one.example", "192.0.2.1")
+    upstream, broker = dialling.connected("192.0.2.1")
+    broker.talk(upstream)
+    assert not broker.received
+    return dialling, upstream
+
+
+def test_the_connection_of_a_trial_is_closed_and_then_cut(world: World) -> None:
+    """A broker that does not close its end must not keep it; the broker works again meanwhile."""
+    dialling, upstream = in_trial(world)
+    assert not dialling.dialler.trials
+    assert dialling.dialler.upstreams[0].is_open
+    assert transport_of(upstream).half_closed
+    for _ in range(4):
+        dialling.clock.advance(1)
+        dialling.dialler.sweep()
+    assert not transport_of(upstream).aborted
+    dialling.clock.advance(1)
+    dialling.dialler.sweep()
+    assert transport_of(upstream).aborted
+    assert not dialling.dialler._closing
+    upstream.connectionLost(Failure(error.ConnectionAborted()))
+
+
+def test_a_stop_cuts_the_connections_of_trials(world: World) -> None:
+    dialling, upstream = in_trial(world)
+    dialling.dialler.stop()
+    assert transport_of(upstream).aborted
+    assert not dialling.dialler._closing
+    upstream.connectionLost(Failure(error.ConnectionAborted()))
 
 
 def test_a_look_up_that_never_ends_is_joined_for_a_bounded_time_only() -> None:
