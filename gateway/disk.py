@@ -9,7 +9,12 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from gateway.errors import NotNow
 
 MEBIBYTE = 1_048_576
 
@@ -22,6 +27,32 @@ _KINDS = {
 }
 
 
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+
+
+class _Lack(threading.local):
+    """What this thread could not read for want of descriptors or memory."""
+
+    words = ""
+
+
+_lack = _Lack()
+
+
+@contextmanager
+def all_read() -> Iterator[None]:
+    """Raise `NotNow` if this thread could not open a file in this block for want of descriptors or memory.
+
+    Whoever reads the file takes that for a fault of the file, and might go without the rule or the key in it.
+    """
+    _lack.words = ""
+    try:
+        yield
+    finally:
+        if _lack.words:
+            raise NotNow([f"{_lack.words}; raise the unit's LimitNOFILE, or find what uses them up, and reload"])
+
+
 def read_file(path: Path, limit: int = MEBIBYTE, *, from_pipe: bool = False) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
@@ -30,7 +61,12 @@ def read_file(path: Path, limit: int = MEBIBYTE, *, from_pipe: bool = False) -> 
 
     Raises `OSError`, whose `strerror` says what is wrong and what to do; `ValueError` for a NUL character in the path.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY) if from_pipe else open_file(path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY) if from_pipe else open_file(path)
+    except OSError as error:
+        if error.errno in _EXHAUSTED:
+            _lack.words = f"{path} cannot be read: {error.strerror}"
+        raise
     try:
         parts, left = [], limit + 1
         # One read returns everything of a regular file, but not of a pipe or a file in /proc.

@@ -415,6 +415,10 @@ class ConfigError(GatewayError):
         self.problems = problems
 
 
+class NotNow(ConfigError):
+    """The configuration could not be read for want of descriptors or memory; later it may be."""
+
+
 def let_frames_go(error: BaseException | None) -> None:
     """Remove the tracebacks of an exception that a coroutine has dealt with, and of those it was raised after.
 

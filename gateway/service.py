@@ -28,7 +28,8 @@ from gateway import MADE
 from gateway.config import Config, Listener, changed_keys, weak_ciphers
 from gateway.config.listen import is_open_to_all
 from gateway.dial.health import UpstreamHealth
-from gateway.errors import ConfigError
+from gateway.disk import all_read
+from gateway.errors import ConfigError, NotNow
 from gateway.gateway import SWEEP_INTERVAL, Gateway
 from gateway.net.listening import Listeners
 from gateway.net.network import ReactorNetwork, shown_address
@@ -312,6 +313,9 @@ class GatewayService(Service):
                 _log.error(f"{_REFUSED}: {{problem}}", event="reload-refused", problem=problem)
             more = f" (and {len(problems) - 1} more, see the log)" if len(problems) > 1 else ""
             self._refused[refused[0]] = f"{_REFUSED}: {problems[0]}{more}"
+            if isinstance(error, NotNow):
+                # The files that have changed do so once more for the watch, which tells a change once.
+                self._watch.know(self.gateway.generation.prepared.files)
         except Exception:  # noqa: BLE001  systemd must not wait for the end of this reload, whatever happens
             self.ledger.refused_reloads += 1
             problems = ["internal error, see the log"]
@@ -364,7 +368,8 @@ class GatewayService(Service):
                 gc.enable()
         if isinstance(prepared, Prepared):
             return prepared
-        raise ConfigError(prepared)
+        # Another one: the same would reference this frame, and this frame it.
+        raise type(prepared)(prepared.problems)
 
     def adopt(self, prepared: Prepared) -> None:
         """Begin new sessions under another configuration; established sessions keep their own.
@@ -538,16 +543,17 @@ def _open_store(reactor: Any, config: Config) -> Store | None:
     return store
 
 
-def _outcome(prepare: Callable[[], Prepared]) -> Prepared | list[str]:
+def _outcome(prepare: Callable[[], Prepared]) -> Prepared | ConfigError:
     """Return what `prepare` returns, or the problems.
 
     An exception that leaves a thread of Twisted's references its frames, and they reference it: only the collector
     could free them, with all that was prepared.
     """
     try:
-        return prepare()
+        with all_read():
+            return prepare()
     except ConfigError as error:
-        return error.problems
+        return type(error)(error.problems)
 
 
 def _fares(upstream: UpstreamHealth) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import socket
 import stat
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from gateway.cli import places
-from gateway.disk import MEBIBYTE, read_file, sync_directory
+from gateway.disk import MEBIBYTE, all_read, read_file, sync_directory
+from gateway.errors import NotNow
 
 GATEWAY = Path(__file__).resolve().parent.parent / "gateway"
 
@@ -36,6 +39,29 @@ def test_the_directory_itself_is_synced(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(OSError, match="Input/output"):
         sync_directory(tmp_path)
     assert descriptors() == before
+
+
+@pytest.mark.parametrize(("number", "is_lack"), [(errno.EMFILE, True), (errno.ENFILE, True), (errno.EACCES, False)])
+def test_a_lack_of_descriptors_is_told_of_all_that_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_lack: bool
+) -> None:
+    """Even if the reader went on without the file; the next block begins anew."""
+
+    def read_all() -> None:
+        with all_read(), pytest.raises(OSError, match=os.strerror(number)):
+            read_file(file)
+
+    file = tmp_path / "file"
+    file.touch()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", Mock(side_effect=OSError(number, os.strerror(number))))
+        if is_lack:
+            with pytest.raises(NotNow, match=f"{file} cannot be read: {os.strerror(number)}"):
+                read_all()
+        else:
+            read_all()
+    with all_read():
+        assert read_file(file) == b""
 
 
 def test_a_file_is_not_taken_for_a_directory(tmp_path: Path) -> None:

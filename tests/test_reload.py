@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import itertools
 import os
@@ -430,6 +431,35 @@ def test_a_bad_file_leaves_the_old_one_in_force(
     eventually(lambda: "refused" not in gateway.service.status, "the good file is seen")
     established(gateway.port).close()
     gateway.wait_ended(2)
+
+
+def test_without_descriptors_no_rule_is_taken_for_broken(
+    start_gateway: StartGateway, tmp_path: Path, logged_errors: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole reload is refused, and a changed file is read again until that works."""
+    key = tmp_path / "key"
+    key.write_text("a2V5")
+    rule = {"name": "pump", "match_client_id": "p", "sas_key_file": str(key), "sas_resource": "r"}
+    gateway = start_gateway(upstream=1, device=[rule])
+    generation = gateway.service.gateway.generation
+    real = os.open
+
+    def open_(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if path == key:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return real(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", open_)
+    key.write_text("bmV3")
+    words = f": {key} cannot be read: Too many open files; raise the unit's LimitNOFILE"
+    eventually(lambda: words in gateway.service.status, "the changed file is not read")
+    gateway.call(gateway.service.reload)
+    assert gateway.service.gateway.generation is generation
+    monkeypatch.setattr(os, "open", real)
+    eventually(lambda: gateway.service.gateway.generation is not generation, "the changed file is read")
+    assert not gateway.service.gateway.generation.prepared.refused
+    assert {event["event"] for event in logged_errors} == {"reload-refused"}
+    logged_errors.clear()
 
 
 def test_a_refused_configuration_stays_refused_when_a_file_is_renewed(
