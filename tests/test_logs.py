@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,11 +13,13 @@ from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import attrs
 import pytest
 from twisted.internet.task import Clock
 from twisted.logger import Logger
+from twisted.python import logfile
 
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.ops.journal import Journal
@@ -238,6 +241,27 @@ def test_a_log_file_is_written_in_the_format_too(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert json.loads((tmp_path / "log").read_text())["message"] == "hello \u2028"
+
+
+def test_a_log_file_outlives_a_rotation_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a descriptor for the next file, lines are lost only until there is one."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    try:
+        observer = make_observer("text", FOREGROUND | {"logfile": str(tmp_path / "log")}, {})
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert observer is not None
+    output = observer.output
+    file = output._write.__self__
+    output.write("first\n")
+    with monkeypatch.context() as patched:
+        patched.setattr(logfile, "open", Mock(side_effect=OSError(errno.EMFILE, "words")), raising=False)
+        for attempt in (file.rotate, lambda: output.write("lost\n")):
+            with pytest.raises(OSError, match="words"):
+                attempt()
+    output.write("second\n")
+    file.close()
+    assert [(tmp_path / name).read_text() for name in ("log.1", "log")] == ["first\n", "second\n"]
 
 
 def twistd(tmp_path: Path, start_broker: Callable[..., Broker], ca_file: Path, configured: str, *options: str) -> str:

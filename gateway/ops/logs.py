@@ -117,9 +117,19 @@ def is_journal(stream: TextIO, environment: Mapping[str, str]) -> bool:
     return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 
 
+class _LogFile(LogFile):
+    """A log file that goes on when a rotation could not open the next file, for want of a descriptor for example."""
+
+    def write(self, data: str) -> None:
+        """Write text.  Raises `OSError`."""
+        if self._file.closed:
+            self._openFile()
+        super().write(data)
+
+
 def _to_file(name: str) -> BackgroundOutput:
     """Open the file that twistd would open; rotate it by size and on SIGUSR1, as twistd does."""
-    file = LogFile.fromFullPath(name)
+    file = _LogFile.fromFullPath(name)
     output = BackgroundOutput(file.write)
 
     def rotate(*_: object) -> None:
