@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -147,7 +148,11 @@ def test_a_program_that_is_not_there(reactor: Any) -> None:
 
 
 def alive(pid: int) -> bool:
-    return subprocess.run(["kill", "-0", str(pid)], check=False, capture_output=True).returncode == 0
+    """Whether a process runs; one that has ended may still wait for somebody to reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_program_that_takes_too_long_is_killed(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -187,6 +192,50 @@ def test_a_program_is_killed_with_what_it_has_started(run: Callable[..., Any], t
         return [line for line in lines if line.startswith(f"{tmp_path}/napping")]
 
     eventually(lambda: not napping(), "the end of the child")
+
+
+def test_what_a_program_leaves_running_ends_with_it(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Otherwise each CONNECT could leave one more process; output that a child writes at last still counts."""
+    path = tmp_path / "pid"
+    # cat ends when the gateway has closed its standard input, so when it has begun to watch the program.
+    script = f"cat; sleep 600 >/dev/null 2>&1 & echo $! >'{path}'; (read line <'{tmp_path / 'go'}'; echo $line) &"
+    os.mkfifo(tmp_path / "go")
+    _, outcomes = run(script, wait=False, interpreter=("/bin/sh", "-c"))
+    pid = int(eventually(lambda: path.exists() and path.read_text(), "the child"))
+    with (tmp_path / "go").open("w") as go:
+        go.write("password\n")
+    eventually(lambda: outcomes, "an outcome")
+    assert outcomes == [b"password"]
+    eventually(lambda: not alive(pid), "the end of the child")
+
+
+def test_a_daemon_that_a_program_starts_goes_on(run: Callable[..., Any], tmp_path: Path) -> None:
+    """One that has a session of its own, as daemons have, does not belong to the program any more."""
+    path = tmp_path / "pid"
+    script = (
+        "import os, pathlib, subprocess, sys; sys.stdin.read(); gone = subprocess.DEVNULL; "
+        "daemon = subprocess.Popen(['/bin/sleep', '600'], start_new_session=True, stdout=gone, stderr=gone); "
+        f"pathlib.Path({str(path)!r}).write_text(str(daemon.pid)); print('password')"
+    )
+    assert run(script) == b"password"
+    pid = int(path.read_text())
+    assert alive(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_programs_end_with_the_reactor(tmp_path: Path) -> None:
+    """The gateway stops, or the user interrupts `check`."""
+    path = tmp_path / "pid"
+    command = ["/bin/sh", "-c", f"sleep 600 & echo $! >'{path}.new'; mv '{path}.new' '{path}'; wait"]
+    script = (
+        "import os; from twisted.internet import reactor, task; from twisted.internet.defer import ensureDeferred; "
+        "from gateway.rules.secrets import Programs; "
+        f"ensureDeferred(Programs(reactor, reactor).run({command!r}, {{}}, 600)); "
+        f"task.LoopingCall(lambda: os.path.exists({str(path)!r}) and reactor.stop()).start(0.01); reactor.run()"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
+    pid = int(path.read_text())
+    eventually(lambda: not alive(pid), "the end of the child")
 
 
 def test_a_program_before_a_person_keeps_its_terminal(reactor: Any) -> None:

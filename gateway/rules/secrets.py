@@ -31,13 +31,13 @@ _SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 class Programs:
     """Runs programs that write a password or a certificate to standard output, a few at a time.
 
-    Programs run without a shell and with a minimal environment. One that takes too long or writes too much is killed,
-    together with what it has started. Standard error is discarded, since it may contain anything; with `shows_errors`
-    it is this process's.
+    Programs run without a shell and with a minimal environment. One that takes too long or writes too much is killed.
+    What a program has started is killed when the program ends or is killed, and when the reactor stops. Standard error
+    is discarded, since it may contain anything; with `shows_errors` it is this process's.
     """
 
     def __init__(self, reactor: Any, clock: IReactorTime, *, shows_errors: bool = False) -> None:
-        """Take a reactor that provides IReactorProcess and IReactorFDSet, and the clock of timeouts."""
+        """Take a reactor that provides IReactorCore, IReactorProcess and IReactorFDSet, and the clock of timeouts."""
         self._reactor = reactor
         self._clock = clock
         self._shows_errors = shows_errors
@@ -81,16 +81,27 @@ class Programs:
                 )
             except OSError as problem:
                 raise SecretUnavailable(f"{words[0]} cannot be started: {problem.strerror}") from None
+            trigger = self._reactor.addSystemEventTrigger("during", "shutdown", program.kill)
             try:
                 return await program.written.addTimeout(timeout, self._clock)
             except DeferredTimeout:
                 raise SecretUnavailable(f"{words[0]} took longer than {timeout:g} s") from None
+            finally:
+                # A ValueError says that the trigger has fired.
+                with contextlib.suppress(ValueError):
+                    self._reactor.removeSystemEventTrigger(trigger)
         finally:
             self._turns.give()
 
 
 class _OwnGroup(Process):
-    """A process with a process group of its own, which can be killed with its children."""
+    """A process with a process group of its own; signals are sent to the whole group.
+
+    It is reaped when all its pipes are closed. Until then no other process and no other group can get its number, so
+    a signal never goes to a stranger.
+    """
+
+    pid: int | None
 
     def _trySpawnInsteadOfFork(self, *_: Any) -> bool:  # noqa: N802  Twisted's name
         """Never use `posix_spawn`, which knows of no group here, and asks about each open descriptor before."""
@@ -99,6 +110,27 @@ class _OwnGroup(Process):
     def _execChild(self, *arguments: Any) -> None:  # noqa: N802  Twisted's name
         os.setpgid(0, 0)
         super()._execChild(*arguments)
+
+    def signalProcess(self, signalID: str) -> None:  # noqa: N802, N803  Twisted's names
+        """Send a signal to the group; raises `ProcessExitedAlready` if the process was reaped."""
+        if self.pid is None:
+            raise error.ProcessExitedAlready
+        number = signal.Signals[f"SIG{signalID}"]
+        # Who has changed its user may not be ours to signal.
+        with contextlib.suppress(PermissionError):
+            try:
+                os.killpg(self.pid, number)
+            except ProcessLookupError:
+                # It has been forked, but has no group yet.
+                os.kill(self.pid, number)
+
+    def reapProcess(self) -> None:  # noqa: N802  Twisted's name
+        """Reap the process if it has ended and its pipes are closed; kill what is left of its group before."""
+        if self.pipes or self.pid is None:
+            return
+        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            self.signalProcess("KILL")
+            super().reapProcess()
 
 
 class _Program(ProcessProtocol):
@@ -112,14 +144,10 @@ class _Program(ProcessProtocol):
         self._limit = limit
         self._output = bytearray()
         self._done = False
-        self._ended = False
-        self._group: int | None = None
         self.written: Deferred[bytes] = Deferred(lambda _: self._give_up())
 
     def connectionMade(self) -> None:
         """Write to the program's standard input, and close it."""
-        if isinstance(self.transport, _OwnGroup):
-            self._group = self.transport.pid
         if self._given:
             self.transport.write(self._given)
         self.transport.closeStdin()
@@ -134,7 +162,6 @@ class _Program(ProcessProtocol):
 
     def processEnded(self, reason: Failure) -> None:  # noqa: N802  Twisted's name
         """Fire `written` with the output or the failure."""
-        self._ended = True
         if reason.check(error.ProcessDone) is None:
             ending = reason.value
             status, by_signal = getattr(ending, "exitCode", None), getattr(ending, "signal", None)
@@ -152,11 +179,11 @@ class _Program(ProcessProtocol):
     def _give_up(self) -> None:
         self._done = True
         self._output.clear()
-        if self._group is not None and not self._ended:
-            # The program itself may have exited; while anything is left in its group, nothing else has that number.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._group, signal.SIGKILL)
-        with contextlib.suppress(error.ProcessExitedAlready):
-            self.transport.signalProcess(signal.SIGKILL.name.removeprefix("SIG"))
+        self.kill()
         # Even after it has exited: its children may keep the pipes open.
         self.transport.loseConnection()
+
+    def kill(self) -> None:
+        """Kill the program."""
+        with contextlib.suppress(error.ProcessExitedAlready):
+            self.transport.signalProcess("KILL")
