@@ -50,7 +50,7 @@ def all_read() -> Iterator[None]:
         yield
     finally:
         if _lack.words:
-            raise NotNow([f"{_lack.words}; raise the unit's LimitNOFILE, or find what uses them up, and reload"])
+            raise NotNow([f"{_lack.words}; raise the unit's LimitNOFILE, or find what uses them up"])
 
 
 def read_file(path: Path, limit: int = MEBIBYTE, *, from_pipe: bool = False) -> bytes:

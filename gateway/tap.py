@@ -23,6 +23,7 @@ from twisted.python import usage
 from gateway.config import Config
 from gateway.config.directory import RuleFiles
 from gateway.config.flags import FLAGS, Flag, config_from, explained
+from gateway.disk import all_read
 from gateway.errors import ConfigError
 from gateway.net.network import PatientlessThread
 from gateway.ops.logs import LineObserver, make_observer
@@ -54,7 +55,8 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         """Make the `Config`.  Raises `UsageError` with all problems."""
         try:
-            self.config = config_from(self.given, self.known)
+            with all_read():
+                self.config = config_from(self.given, self.known)
         except ConfigError as error:
             raise usage.UsageError(explained(error)) from None
         # A reload reads the same files, and a daemon changes its working directory.
@@ -153,9 +155,10 @@ def makeService(options: Options) -> IService:
     try:
         options.known.pause = Pauses()
         reread = partial(config_from, options.given, options.known)
-        service = _Service(
-            options.config, reactor, notifier=notifier, reread=reread, runtime_directory=_runtime_directory()
-        )
+        with all_read():
+            service = _Service(
+                options.config, reactor, notifier=notifier, reread=reread, runtime_directory=_runtime_directory()
+            )
     except ConfigError as error:
         # twistd prints a traceback for any exception here, even a UsageError; nothing runs yet that needs stopping.
         raise SystemExit(f"mqtts-gateway: {explained(error)}") from None

@@ -89,6 +89,37 @@ def test_sighup_is_noted_before_the_command_is_loaded(tmp_path: Path) -> None:
         program.stop()
 
 
+UNREADABLE = """
+import errno, os, sys
+real = os.open
+def open_(path, *arguments, **keywords):
+    if str(path).endswith(NAME):
+        raise OSError(errno.ENFILE, os.strerror(errno.ENFILE), str(path))
+    return real(path, *arguments, **keywords)
+os.open = open_
+"""
+
+
+@pytest.mark.parametrize("name", ["pump.toml", "key"])
+def test_it_does_not_start_without_rules_that_it_could_not_read(tmp_path: Path, name: str) -> None:
+    """For want of a descriptor, they would be taken for broken until the next reload."""
+    (tmp_path / "key").write_text("a2V5")
+    (tmp_path / "pump.toml").write_text('sas_key_file = "key"\nsas_resource = "r"\n')
+    config = tmp_path / "gateway.conf"
+    config.write_text(
+        f'[[listen]]\nendpoint = "127.0.0.1:{free_port()}"\n[[upstream]]\nhost = "localhost"\n'
+        f'[devices]\ndirectory = "{tmp_path}"\n'
+    )
+    code = UNREADABLE.replace("NAME", repr(name)) + STARTS["twistd"]
+    program = Program([sys.executable, "-c", code, "--config", str(config)], tmp_path / "log")
+    try:
+        assert program.wait_ended() == 1
+    finally:
+        program.stop()
+    assert f"{tmp_path / name} cannot be read: Too many open files in system" in program.log
+    assert "Traceback" not in program.log
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
