@@ -134,6 +134,8 @@ def test_names_that_cannot_match_are_told_by_a_part_of_the_pattern(pattern: str,
 @example(["(?i)", "a"], "A")
 @example(list("[a(]b"), "ab")
 @example(list("\\(a|b"), "b")
+@example(list("[]a[b]"), "b")
+@example(list("[^]a]b"), "1b")
 def test_the_part_of_the_pattern_is_in_every_name_that_matches(pieces: list[str], name: str) -> None:
     """Whether RE2 is asked at once or after looking for it, the answer is the same."""
     try:

@@ -20,11 +20,12 @@ from gateway.text import printable
 _MEMORY: Final = 24 * 1024
 _MOST_GROUPS: Final = 16
 _SYNTAX = "https://github.com/google/re2/wiki/Syntax"
-# The parts of a pattern that `_needed` understands.  In the first, no character is repeated or optional.
+# The parts of a pattern that `_needed` understands.  In the first, no character is repeated or optional.  A set that
+# begins with "]" is none: its end is not the first "]".
 _PART = re.compile(
     r"(?P<literal>[A-Za-z0-9_/:@ -]+(?![*+?{]))"
     r"|(?P<open>\((?!\?)|\(\?(?:P?<\w+>|:))|(?P<close>\))|(?P<or>\|)"
-    r"|[A-Za-z0-9_/:@ .^$-]|[*+?]|\{[0-9]+,?[0-9]*\}|\\[dDsSwW.^$*+?()|{}\[\]/-]|\[\^?\]?[^]\[\\]*\]"
+    r"|[A-Za-z0-9_/:@ .^$-]|[*+?]|\{[0-9]+,?[0-9]*\}|\\[dDsSwW.^$*+?()|{}\[\]/-]|\[(?!\^?\])[^]\[\\]+\]"
 )
 
 
