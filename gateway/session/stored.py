@@ -766,7 +766,10 @@ class StoredSession:
         visit, self.visit = self.visit, None
         if visit is not None:
             visit.gone = True
+        # The broker is read again, so that it can acknowledge what the device has left behind.
+        self._is_device_full = False
         self.incoming.lost()
+        self._mind_broker()
         self._requests.forget_of(visit)
 
     def _to_device(self, packet: bytes) -> None:
