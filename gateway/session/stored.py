@@ -168,7 +168,6 @@ class StoredSession:
         self._was_answered = True
         self._has_asked = False
         self._handover: _Handover | None = None
-        self._up_since = 0.0
         self._treated: Connect | None = None
         # The device's last CONNECT, with its password: in memory only.
         self._presented: tuple[Packet, Connect] | None = None
@@ -857,9 +856,8 @@ class StoredSession:
             self.upstream_received(rest)
 
     def _accepted(self, treated: Connect, section: bytes, *, session_present: bool) -> None:
-        now, properties = self._world.seconds(), limits_of(section)
+        properties = limits_of(section)
         self._is_up = True
-        self._up_since = now
         self.trouble = None
         visit, state = self.visit, self.state
         keep_alive = integer_of(properties, PropertyId.SERVER_KEEP_ALIVE, treated.keep_alive)
