@@ -36,6 +36,7 @@ from gateway.net.network import ReactorNetwork, shown_address
 from gateway.net.patience import PatientClock
 from gateway.net.transport import RelayReactor
 from gateway.ops.expiry import Certificate, ExpiryWatch, configured
+from gateway.ops.file_work import FileWork
 from gateway.ops.journal import GatewayJournal, Journal
 from gateway.ops.ledger import Ledger
 from gateway.ops.notify import Notifier
@@ -147,6 +148,7 @@ class GatewayService(Service):
         self._sweeps = 0
         # One thread at a time has to do with files: a reload, or a look at them.
         self._files = DeferredLock()
+        self._file_work = FileWork(self._in_thread)
         # Requests for a reload that has not begun.
         self._requests: list[Deferred[Sequence[str]]] = []
         # Why the last reload was refused, until one succeeds: of another configuration, or of this one's files.
@@ -174,7 +176,7 @@ class GatewayService(Service):
             is_stopping=lambda: gateway.stopping,
             device_certificates=lambda: gateway.generation.prepared.certificates,
             refused_rules=self._refused_rules,
-            refused_reloads=lambda: [words for words in self._refused.values() if words],
+            refused_reloads=self._not_in_effect,
             max_sessions=lambda: gateway.max_sessions,
             engine=self.engine,
             seconds=self._reactor.seconds,
@@ -241,7 +243,11 @@ class GatewayService(Service):
         if self.gateway.stopping:
             return f"stopping, {sessions} left"
         upstreams = ", ".join(_fares(upstream) for upstream in self.gateway.upstreams)
-        return "; ".join(part for part in (*self._refused.values(), sessions, upstreams) if part)
+        return "; ".join(part for part in (*self._not_in_effect(), sessions, upstreams) if part)
+
+    def _not_in_effect(self) -> list[str]:
+        """Say why what is on disk is not in effect."""
+        return [words for words in (self._file_work.problem, *self._refused.values()) if words]
 
     def stopService(self) -> Deferred[Any]:
         """Close the listeners and end the sessions, spread over `drain.seconds`; fires when all are closed."""
@@ -275,6 +281,8 @@ class GatewayService(Service):
         answer: Deferred[Sequence[str]] = Deferred()
         self._requests.append(answer)
         if len(self._requests) == 1:
+            if self._file_work.problem:
+                _log.warn("the reload begins when this has ended: {problem}", problem=self._file_work.problem)
             self._files.run(lambda: Deferred.fromCoroutine(self._serve_requests()))
         return answer
 
@@ -360,7 +368,7 @@ class GatewayService(Service):
         is_collecting = gc.isenabled()
         gc.disable()
         try:
-            prepared = await self._in_thread(partial(_outcome, prepare))
+            prepared = await self._file_work.do("a reload", partial(_outcome, prepare))
         finally:
             if gc.get_count()[0] > _MOST_LOOKED_AT:
                 gc.freeze()
@@ -428,6 +436,9 @@ class GatewayService(Service):
     def _swept(self) -> None:
         self._notifier.alive(self.status, SWEEP_INTERVAL)
         self._sweeps += 1
+        if self._file_work.sweep():
+            # A reload keeps the collector off; this one may never end.
+            gc.enable()
         if self._sweeps % _SWEEPS_PER_LOOK == 0 and not self.gateway.stopping and not self._files.locked:
             self._files.run(lambda: Deferred.fromCoroutine(self._look()))
         self.status_port.sweep()
@@ -443,7 +454,7 @@ class GatewayService(Service):
         """Look whether files have changed; if so, reload them."""
         prepared = self.gateway.generation.prepared
         try:
-            changed = await self._in_thread(lambda: self._looked(prepared))
+            changed = await self._file_work.do("a check for changed files", lambda: self._looked(prepared))
         except Exception:  # noqa: BLE001  the next look may do better
             _log.failure("internal error while checking for changed files")
             return

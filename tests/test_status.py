@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import re
 import socket
 import ssl
@@ -1706,6 +1707,57 @@ def test_an_endpoint_that_cannot_be_had_refuses_a_new_configuration(start: Start
     eventually(lambda: not path.exists(), "the socket is gone")
     assert gateway.service.status_port.port is before
     assert ask(gateway, "/healthz").status == 200
+
+
+@pytest.mark.parametrize("is_reload", [True, False])
+def test_a_file_that_keeps_a_reload_waiting_is_to_be_seen(
+    start: StartGateway, logged_errors: list[dict[str, Any]], tmp_path: Path, is_reload: bool
+) -> None:
+    """As if its file system did not answer: told once, shown until it ends; what was requested meanwhile is done."""
+    gateway = start(upstream=1)
+    service = gateway.service
+    os.mkfifo(fifo := tmp_path / "hanging\n.toml")
+    reads: list[Path] = []
+
+    def read(path: Path = fifo) -> Any:
+        reads.append(path)
+        path.read_bytes()
+        return gateway.config
+
+    answers: list[Any] = []
+
+    def request() -> None:
+        service.reload().addCallback(answers.append)
+
+    if is_reload:
+        service.reread = read
+        gateway.call(request)
+    else:
+        service._looked = lambda _: [] if reads else (read(), [])[1]
+    eventually(lambda: reads, "the file is being read")
+    for _ in range(59):
+        gateway.call(service._file_work.sweep)
+    service.reread = lambda: (reads.append(fifo), gateway.config)[1]
+    for _ in range(3):
+        gateway.call(service._file_work.sweep)
+        gateway.call(request)
+    what = "A reload" if is_reload else "A check for changed files"
+    document = ask(gateway).json
+    (reason,) = document["reloads"]["wanting"]
+    assert verdict(document).reasons[0] == reason.replace("a", "A", 1)
+    assert reason.startswith(f"{what.replace('A', 'a', 1)} has not ended after 60 s, so no change")
+    assert f"it is at {tmp_path}/hanging\\n.toml. If it stays there" in reason
+    assert reason in gateway.call(lambda: service.status)
+    assert value(ask(gateway, "/metrics").text, "reload_wanting") == 1
+    assert [event["event"] for event in logged_errors] == ["files-hang"]
+    logged_errors.clear()
+    with fifo.open("wb"):
+        pass
+    expected = 4 if is_reload else 3
+    eventually(lambda: len(answers) == expected, "all requests are answered")
+    assert len(reads) == 2
+    assert ask(gateway).json["reloads"]["wanting"] == []
+    assert value(ask(gateway, "/metrics").text, "reload_wanting") == 0
 
 
 def test_a_reload_that_was_refused_is_to_be_seen(start: StartGateway, logged_errors: list[dict[str, Any]]) -> None:

@@ -104,6 +104,11 @@ class _Gateway(Collector):
         reloads.add_metric(["done"], ledger.reloads)
         reloads.add_metric(["refused"], ledger.refused_reloads)
         yield reloads
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_reload_wanting",
+            "1 while a configuration or file on disk is not in effect: a reload was refused or takes too long.",
+            bool(self._sight.sources.refused_reloads()),
+        )
         lost, _ = self._sight.sources.log()
         yield CounterMetricFamily(
             f"{_PREFIX}_log_lines_lost", "Lines of the log that were lost: its output was blocked or failed.", lost
