@@ -187,8 +187,8 @@ class StoredSession:
         self._is_broker_held = False
         self._is_device_full = False
         self._requests = Requests(self.state, self._saving, self.outgoing, self._to_broker, self._go_on)
-        # The last words of a device that has left, for the broker; None while a device is there.
-        self._farewell: bytes | None = b""
+        # The last words of the device that left last, for the broker.
+        self._farewell = b""
         self._will_at = float("inf")
         self._predecessor: _Predecessor | None = None
         self._is_after_restart = False
@@ -252,7 +252,6 @@ class StoredSession:
         connect = visit.connect
         self.visit = visit
         self._presented = packet, connect
-        self._farewell = None
         self._will_at = float("inf")
         self._status, self._status_is_due = None, False
         self.outgoing.confirm = confirm
@@ -266,8 +265,6 @@ class StoredSession:
         if may_end or will_at <= self._world.seconds():
             # No broker ends the predecessor's session and publishes its Will (MQTT 5.0 §3.1.4, §3.1.2.5).
             self._publish_will()
-        if before is None or before.is_admitted:
-            self._predecessor = None
         if state.will is not None and will_at < float("inf"):
             # It is published all the same if nobody accepts this CONNECT: no session has been resumed then.
             has_left = not self._is_after_restart
@@ -300,7 +297,7 @@ class StoredSession:
         handover = self._handover
         if handover is None and self._is_up:
             # Of one that is half open, the broker publishes the Will, as it does for others.
-            farewell = b"" if is_half_open else self._farewell or b""
+            farewell = b"" if is_half_open else self._farewell
             handover = _Handover(self._world.seconds() + self.after, farewell)
         if handover is not None and may_wait and self.outgoing.in_flight:
             self._handover = handover
@@ -407,10 +404,7 @@ class StoredSession:
             self._link.cancel(self)
         upstream = self._upstream
         # The Will of a device that has left is kept here; that of a predecessor is the broker's alone.
-        has_left = self._farewell is not None
-        farewell = (_DISCONNECT if has_left else b"") if self._handover is None else self._handover.farewell
-        if discard_will:
-            farewell = _DISCONNECT
+        farewell = _DISCONNECT if discard_will or self._handover is None else self._handover.farewell
         if upstream is not None and self._is_up and farewell:
             upstream.write_last(farewell)
             if discard_will and self.state.will is not None:
@@ -452,9 +446,7 @@ class StoredSession:
         if visit is None:
             checker = Framer(Sender.BROKER, treated.version, limit)
         self._from_broker = WholePackets(checker)
-        self._ping_interval = treated.keep_alive / 2 if treated.keep_alive else _IDLE_PING
         self._sent_at = now
-        self._pinged_at = None
         self._has_asked = False
         self._was_answered = not self.state.connack_missing
         words = self._for_broker(packet, treated, limit)
@@ -515,10 +507,9 @@ class StoredSession:
 
     def upstream_broken(self, failure: SessionEnd) -> None:
         """The connection to the broker has come to an end."""
-        if self._upstream is not None:
-            if self._is_up and isinstance(failure, UpstreamFailure) and failure.is_orderly:
-                self.outgoing.hung_up()
-            self._drop_upstream(failure)
+        if self._is_up and isinstance(failure, UpstreamFailure) and failure.is_orderly:
+            self.outgoing.hung_up()
+        self._drop_upstream(failure)
 
     def resume(self) -> None:
         """Deliver again after messages were set aside: a person, or the device itself, has come."""
@@ -735,7 +726,7 @@ class StoredSession:
         visit = self.visit
         treated = visit.treated if visit is not None else None
         self._end_visit()
-        self._farewell = packet or b""
+        self._farewell = packet
         lost = not packet or with_will
         state = self.state
         if not lost or (visit is not None and not visit.is_admitted):
