@@ -526,13 +526,13 @@ class StoredSession:
         """Move the deadlines by `seconds` in which this process did not run, or by which the clock has jumped.
 
         Meanwhile both sides have sent what nobody has read.  Messages that wait for a PUBACK get no more time: to write
-        them to disk does no harm.
+        them to disk does no harm.  Nor does the next PINGREQ: the broker has heard nothing meanwhile, and a Keep Alive
+        goes on there.
         """
         if self.visit is not None:
             self.visit.heard = min(self.visit.heard + seconds, now)
         if self._pinged_at is not None:
             self._pinged_at = min(self._pinged_at + seconds, now)
-        self._sent_at = min(self._sent_at + seconds, now)
         self._answered_at = min(self._answered_at + seconds, now)
         self.outgoing.last_progress = min(self.outgoing.last_progress + seconds, now)
         # It may have been set since the pause.
