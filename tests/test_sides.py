@@ -31,7 +31,7 @@ from gateway.dial.dialler import Dialler, Superseded, Target
 from gateway.dial.health import UpstreamHealth, accounts
 from gateway.dial.proxy import ProxyConnection, ProxyRoute, TLSLayer
 from gateway.dial.tunnel import tunnel_to
-from gateway.errors import EndReason, UpstreamFailure
+from gateway.errors import EndReason, Refusal, UpstreamFailure
 from gateway.net.network import ReactorNetwork, shown_address
 from gateway.net.race import ATTEMPT_DELAY, AllFailed, interleave, race
 from gateway.ops.journal import Journal
@@ -1372,6 +1372,66 @@ def test_a_stop_cuts_the_connections_of_trials(world: World) -> None:
     assert transport_of(upstream).aborted
     assert not dialling.dialler._closing
     upstream.connectionLost(Failure(error.ConnectionAborted()))
+
+
+def proving(world: World, *hosts: str) -> tuple[Dialling, list[Any]]:
+    """Return a dialler that shows a client certificate to its brokers, and what came of it."""
+    dialling = Dialling(world, *hosts, close=5.0)
+    dialling.deferred.cancel()
+    dialling.network.names.clear()
+    results: list[Any] = []
+    Deferred.fromCoroutine(dialling.dialler.prove([], lambda _: world.policy)).addBoth(results.append)
+    return dialling, results
+
+
+def test_the_connection_that_proved_a_certificate_is_closed_and_then_cut(world: World) -> None:
+    """A broker of TLS 1.3 that says nothing for a moment has accepted it. Not one MQTT byte is sent."""
+    dialling, results = proving(world)
+    dialling.resolved("one.example", "192.0.2.1")
+    upstream, broker = dialling.connected("192.0.2.1")
+    broker.talk(upstream)
+    assert not results
+    dialling.clock.advance(2)
+    assert results == [None]
+    assert transport_of(upstream).half_closed
+    assert not broker.received
+    dialling.clock.advance(4)
+    dialling.dialler.sweep()
+    assert not transport_of(upstream).aborted
+    dialling.clock.advance(1)
+    dialling.dialler.sweep()
+    assert transport_of(upstream).aborted
+    upstream.connectionLost(Failure(error.ConnectionAborted()))
+
+
+def test_a_certificate_that_no_broker_could_see_is_told_with_each(world: World) -> None:
+    dialling, results = proving(world, "one.example", "two.example")
+    dialling.resolved("one.example")
+    dialling.resolved("two.example", "192.0.2.9")
+    dialling.network.endpoints["192.0.2.9"].fail()
+    (failure,) = results
+    assert failure.value.reason is EndReason.TCP_REFUSED
+    assert "one.example:8883: dns-failed" in failure.value.detail
+    assert "two.example:8883: tcp-refused" in failure.value.detail
+
+
+def test_a_session_that_got_no_turn_at_a_program_gives_its_own_back(world: World) -> None:
+    """And is refused; this says nothing about the broker, so no other one is tried."""
+    dialling = Dialling(world, "one.example", "two.example")
+    dialling.deferred.cancel()
+    dialling.session.calls.clear()
+    given_back: list[bool] = []
+    refusal = Refusal(EndReason.CREDENTIALS_UNAVAILABLE, "too many wait", 3, 0x97)
+
+    async def no_turn(*_: Any) -> Any:
+        raise refusal
+
+    dialling.dialler._attempt = no_turn  # type: ignore[method-assign]
+    dialling.dialler.pacer.give_back = lambda: given_back.append(True)  # type: ignore[method-assign]
+    dialling.dialler.dial(dialling.session, dialling.device)
+    assert dialling.session.named("refuse") == [refusal]
+    assert given_back == [True]
+    assert "two.example" not in dialling.network.names
 
 
 def test_a_look_up_that_never_ends_is_joined_for_a_bounded_time_only() -> None:
