@@ -458,6 +458,7 @@ def test_a_device_that_leaves_with_nothing_waiting_is_gone_at_once(bench: Bench)
     assert upstream.sent[-1] == DISCONNECT
     assert upstream.closed
     assert bench.over_called
+    assert not bench.cancelled
     bench.settle()
     assert "dev" not in bench.store.states
 

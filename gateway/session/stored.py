@@ -237,7 +237,7 @@ class StoredSession:
         """The device is here, and this is its CONNECT; `caller` is its address and its listener's name."""
         before = self.visit
         if before is not None:
-            self._end_visit()
+            self._end_visit(before)
             before.device.finish(EndReason.TAKEN_OVER, "the device reconnected", code=_TAKEN_OVER)
         self.resume()
         self.outgoing.forget_copies()
@@ -351,7 +351,7 @@ class StoredSession:
         visit = self.visit
         if visit is None or visit.device is not device:
             return
-        self._leave(b"")
+        self._leave(visit, b"")
 
     def device_full(self, is_full: bool) -> None:
         """The device's connection takes no more for now, or again."""
@@ -651,7 +651,6 @@ class StoredSession:
         properties = limits_of(section)
         visit.is_admitted = True
         self._predecessor = None
-        visit.told_session_present = session_present
         visit.keep_alive = integer_of(properties, PropertyId.SERVER_KEEP_ALIVE, visit.connect.keep_alive)
         visit.heard = self._world.seconds()
         # A Topic Alias would have no meaning in a message that is sent much later, on another connection.
@@ -663,10 +662,9 @@ class StoredSession:
             shown = replace_property(shown or b"\0", PropertyId.MAXIMUM_PACKET_SIZE, largest.to_bytes(4, "big"))
         connack = connack_acceptance(visit.version, shown, session_present=session_present)
         rest = visit.device.admit(connack, offline=not self._is_up)
-        if rest and not visit.gone:
+        if rest:
             self.device_received(rest)
-        if not visit.gone:
-            self._mind_device()
+        self._mind_device()
 
     def _mind_device(self) -> None:
         """Read the device, or not."""
@@ -718,44 +716,40 @@ class StoredSession:
     def _said_goodbye(self, visit: Visit, packet: bytes) -> None:
         body = body_of(packet)
         with_will = bool(body) and body[0] == _WITH_WILL
-        self._leave(packet, with_will=with_will)
+        self._leave(visit, packet, with_will=with_will)
         visit.device.finish(EndReason.DEVICE_DISCONNECT)
 
-    def _leave(self, packet: bytes, *, with_will: bool = False) -> None:
+    def _leave(self, visit: Visit, packet: bytes, *, with_will: bool = False) -> None:
         """The device is gone; `packet` is its DISCONNECT, empty if there was none."""
-        visit = self.visit
-        treated = visit.treated if visit is not None else None
-        self._end_visit()
+        self._end_visit(visit)
         self._farewell = packet
         lost = not packet or with_will
         state = self.state
-        if not lost or (visit is not None and not visit.is_admitted):
+        if not lost or not visit.is_admitted:
             # Nobody accepted a CONNECT that was not answered, nor the Will in it (MQTT 5.0 §3.1.2.5).
             state.will = None
         state.has_left = not self.stopping
         before, self._predecessor = self._predecessor, None
-        is_restored = before is not None and visit is not None and not visit.is_admitted
-        if before is not None and is_restored:
+        if before is not None:
             state.will, state.will_delay, state.has_left = before.will, before.will_delay, before.has_left
             self._will_at, self._is_after_restart = before.will_at, not before.has_left
-        if treated is not None and not is_persistent(treated):
+        if not is_persistent(visit.treated):
             state.has_session = False
             state.subscriptions.clear()
-        if lost and not is_restored and state.will is not None and not self._is_up and not self.stopping:
+        if lost and before is None and state.will is not None and not self._is_up and not self.stopping:
             self._will_at = self._world.seconds() + state.will_delay
         self._saving.save()
-        if self._is_dialling or (self._upstream is not None and not self._is_up):
-            # That was for the device, with its Will.
+        if not self._is_up:
+            # What is under way is for the device, with its Will.
             if self._is_dialling:
                 self._is_dialling = False
                 self._link.cancel(self)
             self._leave_upstream()
         self._check_over()
 
-    def _end_visit(self) -> None:
-        visit, self.visit = self.visit, None
-        if visit is not None:
-            visit.gone = True
+    def _end_visit(self, visit: Visit) -> None:
+        self.visit = None
+        visit.gone = True
         # The broker is read again, so that it can acknowledge what the device has left behind.
         self._is_device_full = False
         self.incoming.lost()
@@ -897,7 +891,6 @@ class StoredSession:
             self._status_is_due = False
             self.outgoing.live = False
             self._offer_own(self._status)
-        self._changed()
 
     def _refused_by_broker(self, treated: Connect, code: int, raw: bytes) -> None:
         if self._was_answered and self.state.connack_missing:
