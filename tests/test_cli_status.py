@@ -291,6 +291,30 @@ def test_a_device_is_found_by_its_name_and_by_what_is_shown_of_it(
         assert f"{printable(name)} 2: " not in out
 
 
+@pytest.mark.parametrize(("wanted", "other"), [("s ", "s"), ("s", "s "), ("  ", "a"), ("pump", "PUMP")])
+def test_a_device_with_exactly_this_name_is_meant(
+    start: StartGateway, start_broker: StartBroker, ask: Ask, wanted: str, other: str
+) -> None:
+    """White space at its end, and the case of its letters, are part of a name."""
+    gateway = start(upstream=start_broker().port)
+    connected(gateway, wanted).close()
+    gateway.wait_ended()
+    with closing(connected(gateway, other)):
+        assert ask("--device", wanted, gateway=gateway)[0] == 3
+    gateway.wait_ended(2)
+    with closing(connected(gateway, wanted)):
+        status, out, _ = ask("--device", wanted, gateway=gateway)
+        assert (status, out.startswith(f"{wanted}: connected")) == (0, True)
+        assert f"{other}: not connected" not in out.splitlines()
+
+
+def test_no_device_has_an_empty_name_here(ask: Ask) -> None:
+    """It would match every device."""
+    status, out, err = ask("--device", "")
+    assert (status, out) == (1, "")
+    assert "--device: it is empty; name a device" in err
+
+
 def config(path: Path, *lines: str) -> str:
     """Write a configuration."""
     path.write_text("\n".join(['[[upstream]]\nhost = "a"', *lines]))

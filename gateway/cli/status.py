@@ -115,7 +115,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hash-password", action="store_true", help="ask for a password, print its hash for status.password, and exit"
     )
-    parser.add_argument("--device", metavar="ID", help="show the state of a device, or why it is not connected")
+    parser.add_argument(
+        "--device", metavar="ID", type=_name, help="show the state of a device, or why it is not connected"
+    )
     parser.add_argument(
         "--devices", metavar="N", type=_count, default=_SHOWN, help=f"how many devices to list (default: {_SHOWN})"
     )
@@ -451,9 +453,13 @@ def _about(document: Part, wanted: str) -> Iterator[str]:
         for line in unknown_words(document):
             yield from _wrapped(line, "  ")
         return
-    names = {wanted.casefold(), printable(wanted).casefold()}
-    named = [each for each in devices["items"] if each["client_identifier"].casefold() in names]
-    shown = named or devices["items"][:_MATCHES]
+    exact = {wanted, printable(wanted)}
+    similar = {name.casefold() for name in exact}
+    shown = (
+        [each for each in devices["items"] if each["client_identifier"] in exact]
+        or [each for each in devices["items"] if each["client_identifier"].casefold() in similar]
+        or devices["items"][:_MATCHES]
+    )
     for each in shown:
         yield _coloured(_safe(f"{device_name(each)}: {device_state(each)}"), _kind(each))
         traffic = each["traffic"]
@@ -570,6 +576,12 @@ def _safe(text: str) -> str:
 
 
 # ---- options
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a device, or leave out --device to see all")
+    return text
 
 
 def _count(text: str) -> int:

@@ -121,6 +121,8 @@ class Sources:
 class Query:
     """Which devices to show: those with `text` in the identifier, address, listener or upstream, from `page` on.
 
+    White space around `text` counts only if it belongs to the identifier of a device, which is then shown first.
+
     `show` is one of `SHOWN`, `sort` one of `SORTS`: by state, the latest first in each; by Client Identifier; by the
     last data, the longest silence first.  Pages count from 1.
     """
@@ -136,7 +138,7 @@ class Query:
         """Parse the arguments of a request; invalid ones are ignored."""
         show, sort = arguments.get("show", ""), arguments.get("sort", "")
         return cls(
-            text=arguments.get("q", "").strip()[:_MAX_QUERY],
+            text=arguments.get("q", "")[:_MAX_QUERY],
             show=show if show in SHOWN else "all",
             sort=sort if sort in SORTS else "state",
             page=_whole(arguments.get("page", ""), 1, 1_000_000, 1),
@@ -439,13 +441,14 @@ class _Census:
         self._served = -inf if ledger.served is None else ledger.served
         self._query = query
         self._silent_since = seconds - SILENT_FOR_LONG
-        self._wanted = query.text.casefold()
+        self._wanted = query.text.strip().casefold()
         # A name is also found in the form in which it is shown; of those that have ended, only that is kept.
-        self._shown = printable(query.text).casefold()
+        self._shown = printable(query.text.strip()).casefold()
+        self._exact = {query.text, printable(query.text)}
         self._here: set[str] = set()
-        # By name; those whose whole identifier was searched for apart.
-        self._groups: dict[tuple[bool, str], list[_Seen | End]] = {
-            (is_exact, name): [] for is_exact in (True, False) for name in _GROUPS
+        # By name; apart, those whose whole identifier was searched for (0), and those where only the case differs (1).
+        self._groups: dict[tuple[int, str], list[_Seen | End]] = {
+            (rank, name): [] for rank in range(3) for name in _GROUPS
         }
         self.counts = dict.fromkeys(SHOWN, 0)
         # Whatever the query asks for: all that are remembered and not here; those of them that failed lately.
@@ -502,8 +505,14 @@ class _Census:
         for name in names:
             self.counts[name] += 1
         if self._query.show in names:
-            is_exact = bool(self._wanted) and _shown(of).casefold() in {self._wanted, self._shown}
-            self._groups[is_exact, group if self._query.sort == "state" else "sorted"].append(each)
+            self._groups[self._rank(_shown(of)), group if self._query.sort == "state" else "sorted"].append(each)
+
+    def _rank(self, shown: str) -> int:
+        if not self._query.text:
+            return 2
+        if shown in self._exact:
+            return 0
+        return 1 if shown.casefold() in {self._wanted, self._shown} else 2
 
     @property
     def matching(self) -> int:
