@@ -134,8 +134,13 @@ def test_a_program_that_fails(run: Callable[..., Any], script: str, words: str) 
     assert "hunter2" not in str(outcome)
 
 
+def test_a_program_whose_environment_cannot_be_encoded(run: Callable[..., Any]) -> None:
+    """As "é" in a locale without it."""
+    assert "cannot be started: 'utf-8' codec can't encode" in str(run("print('x')", CLIENT_ID="\ud800"))
+
+
 def test_a_program_that_is_not_there(reactor: Any) -> None:
-    """The child says so by its status."""
+    """The reason is told."""
     outcomes: list[Any] = []
     reaper = LoopingCall(reapAllProcesses)
     reactor.callFromThread(reaper.start, 0.01)
@@ -144,7 +149,25 @@ def test_a_program_that_is_not_there(reactor: Any) -> None:
     eventually(lambda: outcomes, "an outcome")
     reactor.callFromThread(reaper.stop)
     assert isinstance(outcomes[0].value, SecretUnavailable)
-    assert str(outcomes[0].value).startswith("/nowhere/x ")
+    assert str(outcomes[0].value) == "/nowhere/x cannot be started: No such file or directory"
+
+
+def test_a_program_starts_without_a_copy_of_this_process(
+    run: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To copy a large process would hold up the event loop; only the three pipes are open in the program."""
+
+    def fork() -> int:
+        raise AssertionError("the process was copied")
+
+    monkeypatch.setattr(os, "fork", fork)
+    reading, writing = os.pipe()
+    try:
+        os.set_inheritable(writing, True)
+        assert run("ls /proc/self/fd", interpreter=("/bin/sh", "-c")) == b"0\n1\n2\n3"  # 3 is the directory
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def alive(pid: int) -> bool:
@@ -256,10 +279,15 @@ def test_a_program_before_a_person_keeps_its_terminal(reactor: Any) -> None:
     assert outcomes == [str(os.getpgid(0)).encode()]
 
 
-def test_a_program_for_a_device_that_has_gone_is_killed(run: Callable[..., Any], reactor: Any, tmp_path: Path) -> None:
-    """Whoever waited for the password has given up."""
+@pytest.mark.parametrize("first", ["pass", "os.setpgid(0, os.getpgid(os.getppid()))"])
+def test_a_program_for_a_device_that_has_gone_is_killed(
+    run: Callable[..., Any], reactor: Any, tmp_path: Path, first: str
+) -> None:
+    """Whoever waited for the password has given up.  A program can leave its group, and leave it empty."""
     path = tmp_path / "pid"
-    script = f"import os, pathlib, time; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    script = (
+        f"import os, pathlib, time; {first}; pathlib.Path({str(path)!r}).write_text(str(os.getpid())); time.sleep(600)"
+    )
     deferred, outcomes = run(script, wait=False)
     pid = int(eventually(lambda: path.exists() and path.read_text(), "the program"))
     reactor.callFromThread(deferred.cancel)

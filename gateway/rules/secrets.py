@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,8 +80,9 @@ class Programs:
                     program,
                     childFDs={0: "w", 1: "r", 2: 2 if self._shows_errors else "r"},
                 )
-            except OSError as problem:
-                raise SecretUnavailable(f"{words[0]} cannot be started: {problem.strerror}") from None
+            except (OSError, ValueError) as problem:  # ValueError: the locale lacks a character of the environment
+                cause = problem.strerror if isinstance(problem, OSError) else problem
+                raise SecretUnavailable(f"{words[0]} cannot be started: {cause}") from None
             trigger = self._reactor.addSystemEventTrigger("during", "shutdown", program.kill)
             try:
                 return await program.written.addTimeout(timeout, self._clock)
@@ -103,13 +105,21 @@ class _OwnGroup(Process):
 
     pid: int | None
 
-    def _trySpawnInsteadOfFork(self, *_: Any) -> bool:  # noqa: N802  Twisted's name
-        """Never use `posix_spawn`, which knows of no group here, and asks about each open descriptor before."""
-        return False
+    def _trySpawnInsteadOfFork(  # noqa: N802  Twisted's name
+        self, path: str, _uid: None, _gid: None, _executable: str, args: list[str], environment: Any, kwargs: Any
+    ) -> bool:
+        """Start it without a copy of this process: fork(2) takes 9 ms for one of 300 MiB, this 0.3 ms.
 
-    def _execChild(self, *arguments: Any) -> None:  # noqa: N802  Twisted's name
-        os.setpgid(0, 0)
-        super()._execChild(*arguments)
+        Twisted's own way, `posix_spawn`, has no group here, and asks about each open descriptor before.
+        """
+        stdin, stdout, stderr = (kwargs["fdmap"][number] for number in range(3))
+        started = subprocess.Popen(  # noqa: S603  the program is from the configuration
+            args, stdin=stdin, stdout=stdout, stderr=stderr, cwd=path, env=environment, process_group=0
+        )
+        self.pid, self.status = started.pid, -1
+        # Twisted reaps it.
+        started.returncode = 0
+        return True
 
     def signalProcess(self, signalID: str) -> None:  # noqa: N802, N803  Twisted's names
         """Send a signal to the group; raises `ProcessExitedAlready` if the process was reaped."""
@@ -121,7 +131,7 @@ class _OwnGroup(Process):
             try:
                 os.killpg(self.pid, number)
             except ProcessLookupError:
-                # It has been forked, but has no group yet.
+                # It has left the group.
                 os.kill(self.pid, number)
 
     def reapProcess(self) -> None:  # noqa: N802  Twisted's name
