@@ -48,6 +48,18 @@ def refusals(bench: Bench, times: int) -> list[float]:
     return waits
 
 
+class Hasty(Device):
+    """A device that sends packets behind CONNECT without waiting for CONNACK."""
+
+    def __init__(self, behind: bytes) -> None:
+        super().__init__()
+        self.sent = behind
+
+    def admit(self, connack: bytes, *, offline: bool) -> bytes:
+        """See `gateway.session.visit.Device`."""
+        return super().admit(connack, offline=offline) + self.sent
+
+
 # ---- attempts, and brokers that refuse
 
 
@@ -148,6 +160,16 @@ def test_what_is_behind_connack_in_one_piece_is_read(bench: Bench) -> None:
     assert device.take() == [publish(4, b"c", b"1", 0, 0)]
 
 
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_is_behind_connect_is_read(bench: Bench, leaves: bool) -> None:
+    """Also if that is all that the device wants."""
+    packets = publish(4, b"t", b"x", 1, 5) + DISCONNECT * leaves
+    device = attached(bench, mqtt_packets.connect("dev", clean_start=False), packets)
+    assert acknowledgements(device.take(), PUBACK) == [5] * (not leaves)
+    assert (device.ended is not None) == leaves
+    assert bench.online().payloads == [b"x"]
+
+
 def test_people_are_told_why_there_is_no_broker_until_there_is_one(bench: Bench) -> None:
     bench.connect()
     bench.verified()
@@ -205,8 +227,10 @@ def test_the_time_a_device_waited_for_the_broker_does_not_count_as_silence(bench
     assert device.ended is not None
 
 
-def test_a_connack_that_says_nothing_new_is_not_written(bench: Bench) -> None:
+@pytest.mark.parametrize("available", [False, True])
+def test_a_connack_that_says_nothing_new_is_not_written(bench: Bench, available: bool) -> None:
     """Nor is a CONNECT written twice."""
+    bench.available = available
     bench.connect()
     assert not bench.disk.queue
     bench.online()
@@ -419,12 +443,12 @@ def test_a_will_outlives_a_connect_that_is_damaged(bench: Bench) -> None:
     assert bench.store.messages == 1
 
 
-def attached(bench: Bench, raw: bytes) -> Device:
-    """Serve a device with this CONNECT, without a broker."""
+def attached(bench: Bench, raw: bytes, behind: bytes = b"") -> Device:
+    """Serve a device with this CONNECT, and what is `behind` it, without a broker."""
     if bench.stored.is_over:
         bench.open()
     bench.available = False
-    device = Device()
+    device = Hasty(behind)
     device.stored = bench.stored
     found, connect = parsed(raw)
     bench.stored.attach(device, found, bench.treatment(raw, connect), ("10.0.0.1", ""), confirm=False)
