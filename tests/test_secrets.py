@@ -254,7 +254,7 @@ def test_programs_end_with_the_reactor(tmp_path: Path) -> None:
         "import os; from twisted.internet import reactor, task; from twisted.internet.defer import ensureDeferred; "
         "from gateway.rules.secrets import Programs; "
         f"ensureDeferred(Programs(reactor, reactor).run({command!r}, {{}}, 600)); "
-        f"task.LoopingCall(lambda: os.path.exists({str(path)!r}) and reactor.stop()).start(0.01); reactor.run()"
+        f"task.LoopingCall(lambda: os.path.exists({str(path)!r}) and reactor.stop()).start(0.01, now=False); reactor.run()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
     pid = int(path.read_text())
