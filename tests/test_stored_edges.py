@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import attrs
 import pytest
 
 from gateway.errors import EndReason, Refusal, SessionEnd
@@ -201,6 +202,19 @@ def test_the_broker_is_not_read_while_its_device_takes_nothing(bench: Bench) -> 
     assert not upstream.held
 
 
+def test_the_broker_is_not_read_while_many_of_its_messages_wait_for_the_device(bench: Bench) -> None:
+    """It goes on once the device has acknowledged some."""
+    device = bench.connect(5, receive_maximum=1)
+    upstream = bench.online(version=5)
+    for number in range(1, 52):
+        assert not upstream.held
+        bench.stored.upstream_received(publish(5, b"t", b"x", 1, number))
+    assert upstream.held
+    assert len(device.take()) == 1
+    bench.stored.device_received(packet(PUBACK, b"\0\1"))
+    assert not upstream.held
+
+
 def test_what_comes_while_the_brokers_connection_takes_nothing_is_stored(bench: Bench) -> None:
     """And leaves as soon as it takes something again."""
     device = bench.connect()
@@ -268,11 +282,12 @@ def test_a_broker_has_its_time_for_subscribes_after_a_long_rest(bench: Bench) ->
     assert not upstream.aborted
 
 
-def test_a_device_that_has_left_is_not_asked_to_go_on(bench: Bench) -> None:
-    """Although more has come behind its DISCONNECT than is taken in one turn."""
-    device = bench.offline()
-    bench.stored.device_received(PINGREQ * 29 + b"\xe0\0" + PINGREQ * 10)
+def test_a_device_whose_session_has_ended_is_not_asked_to_go_on(bench: Bench) -> None:
+    """Although more has come behind the packet that ended it than is taken in one turn."""
+    device = bench.offline(version=5)
+    bench.stored.device_received(PINGREQ * 29 + b"\xf0\0" + PINGREQ * 10)
     assert device.ended is not None
+    assert device.ended[0] is EndReason.PROTOCOL_ERROR
     assert not device.behind
 
 
@@ -497,6 +512,73 @@ def test_a_backlog_without_a_will_is_over_when_it_is_delivered(bench: Bench) -> 
     bench.settle()
     assert upstream.closed
     assert bench.over_called
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_a_connect_that_is_not_accepted_does_not_change_whether_a_device_had_vanished(
+    bench: Bench, restarts: bool
+) -> None:
+    """The end of its session publishes the Will of one that had, and not of one that the gateway left alone."""
+    first = bench.offline(version=5, will=WILL)
+    bench.stored.state.will_delay = 60.0
+    if not restarts:
+        first.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    if restarts:
+        bench.start()
+    bench.available = True
+    bench.connect(5).finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    bench.offline(version=5, clean=True)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"gone"] * (not restarts)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+def test_the_broker_publishes_the_will_of_a_device_that_is_half_open_and_nobody_else(bench: Bench, clean: bool) -> None:
+    """Without the DISCONNECT with which an earlier one had left."""
+    left_with(bench, b"x")
+    bench.connect(will=WILL)
+    upstream = bench.online()
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.settle()
+    bench.connect(clean=clean)
+    assert upstream.closed
+    assert upstream.sent[-1] != b"\xe0\0"
+    bench.settle()
+    assert bench.online().payloads == []
+
+
+def test_a_stop_that_discards_wills_discards_that_of_a_device_that_vanished(bench: Bench) -> None:
+    """For the broker, and for the gateway that starts next."""
+    device = bench.connect(will=WILL)
+    upstream = bench.online()
+    bench.up(b"x")
+    bench.settle()
+    device.finish(EndReason.DEVICE_LOST)
+    bench.stored.settle(lambda: None)
+    bench.settle()
+    bench.stored.stop(discard_will=True)
+    bench.settle()
+    assert upstream.sent[-1] == b"\xe0\0"
+    bench.start()
+    bench.sweep(200)
+    bench.settle()
+    assert bench.online().payloads == [b"x"]
+
+
+def test_a_status_is_not_said_again_after_a_connection_that_ended_in_order(bench: Bench) -> None:
+    """DISCONNECT has made the broker discard the Will that would overwrite it."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    bench.connect(will=attrs.evolve(WILL, retain=True))
+    upstream = bench.online()
+    bench.stored.device_received(packet(0x33, b"\0\1s\0\1here"))
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.sweep(21)
+    assert upstream.sent[-1] == b"\xe0\0"
+    again = bench.online(session_present=True)
+    bench.settle()
+    assert again.payloads == []
 
 
 # ---- sessions

@@ -484,7 +484,7 @@ class StoredSession:
         if self._reader is not None:
             self._reader.feed(data)
             self._read_connack()
-        elif self._is_up and self._from_broker is not None:
+        elif self._from_broker is not None:
             packets = self._from_broker
             try:
                 for packet in packets.feed(data):
