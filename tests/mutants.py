@@ -6,6 +6,7 @@ import ast
 import gc
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -129,6 +130,7 @@ class Places:
         self._functions: dict[int, tuple[str, int]] = {}
         self._lines: dict[int, range] = {}
         self._constants: dict[int, str] = {}
+        self._kept: dict[int, str] = {}
         self._reads = defaultdict[str, list[ast.AST]](list)
         self._find_functions(tree, ())
         for node in ast.walk(tree):
@@ -148,15 +150,23 @@ class Places:
         Of the value of a constant of the module or a class, the lines of the functions that use it here.
         """
         if name := self._constants.get(id(node)):
-            return {line for read in self._reads[name] if self.function(read) for line in self._lines[id(read)]}
-        return set(self._lines[id(node)])
+            return self._uses(name)
+        own = set(self._lines[id(node)])
+        # What keeps its results is executed in one test, and used in others.
+        return own | self._uses(name) if (name := self._kept.get(id(node))) else own
+
+    def _uses(self, name: str) -> set[int]:
+        return {line for read in self._reads[name] if self.function(read) for line in self._lines[id(read)]}
 
     def _find_functions(self, parent: ast.AST, names: tuple[str, ...]) -> None:
         for child in ast.iter_child_nodes(parent):
             if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
                 first = min((decorator.lineno for decorator in child.decorator_list), default=child.lineno)
                 place = ".".join((*names, child.name)), first
-                self._functions |= {id(node): place for part in child.body for node in ast.walk(part)}
+                inner = [id(node) for part in child.body for node in ast.walk(part)]
+                self._functions |= dict.fromkeys(inner, place)
+                if any("cache" in ast.unparse(decorator) for decorator in child.decorator_list):
+                    self._kept |= dict.fromkeys(inner, child.name)
             else:
                 self._find_functions(child, (*names, child.name) if isinstance(child, ast.ClassDef) else names)
 
@@ -182,11 +192,15 @@ def replace(place: tuple[str, int], changed: CodeType, path: str) -> bool:
         return (code.co_qualname, code.co_firstlineno) == place
 
     code = next(code for code in _codes(changed) if here(code))
+    loaded = gc.get_objects()
     functions = [
         found
-        for found in gc.get_objects()
+        for found in loaded
         if isinstance(found, FunctionType) and found.__code__.co_filename == path and here(found.__code__)
     ]
+    for cached in loaded:
+        if type(cached) is type(_caching) and cached.__wrapped__ in functions:
+            cached.cache_clear()
     for function in functions:
         outside = function.__code__.co_freevars
         if not code.co_freevars and outside:  # such as `__class__`, when the change left out the only super()
@@ -195,6 +209,11 @@ def replace(place: tuple[str, int], changed: CodeType, path: str) -> bool:
             return False
         function.__code__ = code
     return bool(functions)
+
+
+@cache
+def _caching() -> None:
+    """Stand for the type of functions that keep their results."""
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

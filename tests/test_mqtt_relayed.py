@@ -51,6 +51,8 @@ def test_the_size_of_a_head_is_known_when_its_bytes_are_there(first: int) -> Non
         size = head_size(V5, first, part, 1)
         is_complete = known - 1 >= size and head_size(V5, first, data, 1) == size
         assert is_complete == (known - 1 >= len(head) + len(properties))
+        # Who waits for so many bytes waits neither for none nor for what does not belong to it.
+        assert is_complete or known - 1 < size <= len(head) + len(properties)
     assert head_size(V5, first, data, 1) == len(head) + len(properties)
     assert head_size(V4, first, data, 1) == len(head)
 
@@ -163,6 +165,12 @@ def test_an_answer_stays_where_no_prefix_is_for_it() -> None:
     assert without_prefixes(V5, 0x30, body, 0, b"in/", b"") == mqtt.publish("t", b"x", version=5, properties=properties)
     changed = mqtt.publish("in/t", b"x", version=5, properties=mqtt.text(0x03, "c") + mqtt.text(0x08, "a"))
     assert without_prefixes(V5, 0x30, body, 0, b"", b"in/") == changed
+    # Behind a Packet Identifier, too.
+    numbered = mqtt.publish("in/t", b"x", version=5, qos=1, properties=properties)[2:]
+    answer = mqtt.text(0x03, "c") + mqtt.text(0x08, "a")
+    assert without_prefixes(V5, 0x32, numbered, 0, b"", b"in/") == mqtt.publish(
+        "in/t", b"x", version=5, qos=1, properties=answer
+    )
     plain = mqtt.publish("t", b"x", version=5, properties=mqtt.text(0x03, "c"))[2:]
     assert without_prefixes(V5, 0x30, plain, 0, b"in/", b"in/") is None
 
@@ -291,6 +299,12 @@ def test_the_first_fault_of_a_filter_is_the_one_that_is_named(wrong: bytes, deta
     with pytest.raises(PacketError, match=detail) as caught:
         read_subscribe(V4, b"\0\7" + mqtt.string("a") + b"\0" + wrong + rest)
     assert caught.value.reason_code == 0x81
+
+
+@pytest.mark.parametrize("rest", [b"\0", b"\0\1", b"\0\5", b"\0\2a"])
+def test_a_filter_that_is_cut_short_is_malformed(rest: bytes) -> None:
+    with pytest.raises(PacketError, match="ends within the Topic Filter"):
+        read_unsubscribe(V4, b"\0\7" + mqtt.string("a") + rest)
 
 
 def test_a_qos_is_lowered_and_the_other_options_stay() -> None:

@@ -79,6 +79,19 @@ def test_a_change_is_made_in_the_loaded_functions_that_have_it() -> None:
     assert known(None, 3)
 
 
+def test_what_a_changed_function_has_kept_is_forgotten() -> None:
+    """And whoever uses it must notice, though it runs for the first alone."""
+    source = "from functools import cache\n\n@cache\ndef f() -> int:\n    return 1\n\ndef g() -> int:\n    return f()\n"
+    loaded: dict[str, Any] = {}
+    exec(compile(source, "kept.py", "exec"), loaded)  # noqa: S102 - it is written above
+    assert loaded["f"]() == 1
+    tree = ast.parse(source)
+    index, change = next(each for each in enumerate(changes(tree)) if each[1].words() == "5: 1  \u2192  2")
+    assert Places(tree).lines(change.node) == {5, 8}
+    assert replace(("f", 3), compile(mutant(source, index), "kept.py", "exec"), "kept.py")
+    assert loaded["f"]() == 2
+
+
 @pytest.mark.slow
 def test_what_no_test_notices_is_printed(tmp_path: Path) -> None:
     """With its line, whether it acts in a function or when the module is loaded."""
