@@ -150,7 +150,88 @@ def released(bench: Bench) -> tuple[Device, int]:
     return device, identifier
 
 
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_password_that_a_broker_refuses_is_not_tried_again_for_a_device_that_left(bench: Bench, version: int) -> None:
+    """The account might be locked."""
+    bench.offline(version=version, username="u", password=b"secret")
+    bench.up(b"1", version=version)
+    bench.settle()
+    bench.stored.device_received(DISCONNECT)
+    bench.verified()
+    bench.stored.upstream_received(packet(0x20, b"\0\x86\0" if version == 5 else b"\0\4"))
+    assert b"secret" not in bench.verified().sent[0]
+
+
+def test_credentials_of_the_rule_that_are_refused_in_5_0_are_an_outage(bench: Bench) -> None:
+    """The device cannot help it."""
+    ours = mqtt_packets.connect("dev", version=5, username="r", password=b"rule's")
+    bench.treatment = lambda raw, connect: Treatment(connect=ours, version=connect.version)
+    device = bench.connect(5)
+    bench.verified()
+    bench.stored.upstream_received(packet(0x20, b"\0\x86\0"))
+    assert device.connack
+    assert device.ended is None
+
+
+@pytest.mark.parametrize("packets", [b"\xe0\0", b"\xe0\1\x8b"])
+def test_a_broker_that_disconnects_is_an_outage(bench: Bench, packets: bytes) -> None:
+    """It shuts down, or says nothing; the device stays."""
+    device, upstream = bench.connect(5), bench.online(version=5)
+    bench.stored.upstream_received(packets)
+    assert upstream.aborted
+    assert bench.stored.trouble is not None
+    assert bench.stored.trouble.reason is EndReason.UPSTREAM_DISCONNECT
+    assert device.ended is None
+
+
+def test_somebody_with_the_name_of_a_device_that_left_ends_its_connection_only(bench: Bench) -> None:
+    """Its messages wait."""
+    bench.connect(5)
+    upstream = bench.online(version=5)
+    bench.up(b"x", version=5)
+    bench.stored.device_received(DISCONNECT)
+    bench.stored.upstream_received(b"\xe0\1\x8e")
+    bench.settle()
+    assert upstream.aborted
+    assert bench.store.messages == 1
+
+
 # ---- CONNACK
+
+
+@pytest.mark.parametrize("known", ["nowhere", "by the broker", "by the gateway"])
+def test_a_session_is_present_that_the_broker_or_the_gateway_knows(bench: Bench, known: str) -> None:
+    """What the broker has lost, the gateway restores."""
+    if known == "by the gateway":
+        bench.offline()
+        bench.stored.device_received(DISCONNECT)
+        bench.settle()
+    bench.available = True
+    device = bench.connect()
+    assert not device.connack
+    bench.online(session_present=known == "by the broker")
+    assert device.connack[2] == (known != "nowhere")
+
+
+@pytest.mark.parametrize(("of_device", "told"), [(0, 1 << 20), (2000, 2000), (1 << 22, 1 << 20)])
+def test_the_broker_is_told_the_smaller_limit_of_device_and_gateway(bench: Bench, of_device: int, told: int) -> None:
+    """Packets are held until they are whole."""
+    limit = mqtt_packets.number(0x27, of_device, size=4) if of_device else b""
+    attached(bench, mqtt_packets.connect("dev", version=5, properties=limit))
+    properties = parsed(bench.verified().sent[0])[1].properties
+    assert properties is not None
+    assert properties.values[0x27] == told
+
+
+def test_a_broker_that_refuses_what_the_device_was_granted_ends_the_session(bench: Bench) -> None:
+    """In 5.0, behind the properties of SUBACK."""
+    device = bench.offline(version=5)
+    bench.stored.device_received(mqtt_packets.subscribe("a/b", version=5))
+    bench.settle()
+    upstream = bench.online(version=5)
+    bench.stored.upstream_received(packet(0x90, upstream.sent[-1][2:4] + b"\0\x87"))
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORED_SESSION_DIFFERS
 
 
 def test_what_is_behind_connack_in_one_piece_is_read(bench: Bench) -> None:
@@ -315,6 +396,87 @@ def test_a_pingresp_that_never_came_is_not_expected_of_the_next_connection(bench
     assert bench.store.messages == 0
 
 
+def test_each_pingresp_is_that_of_the_oldest_pingreq(bench: Bench) -> None:
+    """The first confirms no message that was sent behind its PINGREQ, and leaves another one due."""
+    bench.connect()
+    upstream = bench.online()
+    bench.sweep(31)
+    bench.stored.upstream_full(True)
+    bench.up(b"x", 0)
+    bench.settle()
+    bench.stored.upstream_full(False)
+    bench.settle()
+    assert upstream.sent.count(PINGREQ) == 2
+    bench.stored.upstream_received(PINGRESP)
+    bench.settle()
+    assert bench.store.messages == 1
+    bench.stored.device_received(PINGREQ)
+    bench.sweep(29)
+    assert not upstream.aborted
+    bench.sweep(2)
+    assert upstream.aborted
+
+
+def test_a_broker_that_answers_pingreq_is_asked_again(bench: Bench) -> None:
+    """And one that answers what nobody asked does no harm."""
+    bench.connect(keep_alive=0)
+    upstream = bench.online()
+    bench.stored.upstream_received(PINGRESP)
+    bench.sweep(59)
+    assert PINGREQ not in upstream.sent
+    for number in (1, 2, 3):
+        bench.sweep(60)
+        assert upstream.sent.count(PINGREQ) == number
+        bench.stored.upstream_received(PINGRESP)
+    assert not upstream.aborted
+
+
+def test_a_device_without_keep_alive_may_be_silent(bench: Bench) -> None:
+    device = bench.offline(keep_alive=0)
+    bench.sweep(10_000)
+    assert device.ended is None
+
+
+def test_a_device_is_not_silent_while_it_is_not_read(bench: Bench) -> None:
+    """Its Keep Alive counts from the end of that."""
+    device = bench.offline()
+    bench.stored.device_full(True)
+    bench.sweep(100)
+    bench.stored.device_full(False)
+    bench.sweep(89)
+    assert device.ended is None
+    bench.sweep(2)
+    assert device.ended is not None
+
+
+def test_a_broker_is_asked_at_once_whether_it_lives_while_a_backlog_is_in_flight(bench: Bench) -> None:
+    """Not if what is in flight is all there is, and as fresh as that."""
+    bench.connect()
+    upstream = bench.online()
+    bench.up(b"y")
+    bench.sweep()
+    assert upstream.sent[-1] != PINGREQ
+    bench.lose()
+    absent(bench, *(b"%d" % number for number in range(30)))
+    upstream = bench.online()
+    bench.sweep()
+    assert upstream.sent[-1] == PINGREQ
+
+
+def test_a_broker_that_is_not_read_is_not_given_up_as_silent(bench: Bench) -> None:
+    """The device takes nothing; what the broker has answered nobody knows."""
+    bench.connect(keep_alive=0)
+    upstream = bench.online()
+    bench.stored.device_full(True)
+    bench.sweep(60)
+    assert upstream.sent[-1] == PINGREQ
+    bench.sweep(40)
+    assert not upstream.aborted
+    bench.stored.device_full(False)
+    bench.sweep(1)
+    assert upstream.aborted
+
+
 def test_while_the_device_takes_nothing_the_broker_is_not_read(bench: Bench) -> None:
     """On whichever connection."""
     device, upstream = bench.connect(), bench.online()
@@ -401,13 +563,42 @@ def test_nothing_is_said_again_unless_a_will_may_have_overwritten_it(bench: Benc
     assert bench.online(session_present=True).payloads == []
 
 
+def test_what_the_will_overwrote_is_said_again_once_and_in_its_turn(bench: Bench) -> None:
+    """Behind what was stored meanwhile."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    bench.connect(will=attrs.evolve(WILL, retain=True))
+    upstream = bench.online()
+    bench.stored.device_received(packet(0x33, b"\0\1s\0\1here"))
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.lose()
+    bench.up(b"x", identifier=2)
+    bench.settle()
+    upstream = bench.online(session_present=True)
+    assert upstream.payloads == [b"x", b"here"]
+    for raw in upstream.sent[1:]:
+        bench.ack(PUBACK, read_publish(4, raw)[3])
+    bench.settle()
+    bench.sweep(20)
+    assert upstream.closed
+    assert bench.online(session_present=True).payloads == []
+
+
+def test_a_disconnect_of_5_0_that_gives_its_reason_takes_the_will_with_it(bench: Bench) -> None:
+    """Normal disconnection (MQTT 5.0 §3.14.2.1)."""
+    bench.offline(version=5, will=WILL)
+    bench.stored.device_received(b"\xe0\1\0")
+    bench.settle()
+    assert bench.over_called
+    assert bench.store.messages == 0
+
+
 def test_nothing_is_left_once_a_will_is_delivered(bench: Bench) -> None:
     device = bench.offline(will=WILL)
     device.finish(EndReason.DEVICE_LOST)
     bench.sweep()
     bench.settle()
     upstream = bench.online()
-    assert upstream.payloads == [b"gone"]
+    assert read_publish(4, upstream.sent[-1])[1:3] == (b"gone", 1)  # to learn that it has arrived
     bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
     bench.settle()
     assert upstream.closed
@@ -482,6 +673,7 @@ def test_a_device_that_leaves_with_nothing_waiting_is_gone_at_once(bench: Bench)
     assert upstream.sent[-1] == DISCONNECT
     assert upstream.closed
     assert bench.over_called
+    assert bench.stored.is_over
     assert not bench.cancelled
     bench.settle()
     assert "dev" not in bench.store.states
@@ -495,11 +687,14 @@ def test_a_device_that_leaves_takes_its_connect_with_it(bench: Bench, is_found: 
     bench.settle()
     bench.available = True
     bench.sweep()
+    bench.sweep()
     assert bench.dials == 1
     upstream = bench.verified() if is_found else None
     bench.stored.device_received(DISCONNECT)
     assert bench.cancelled == (not is_found)
     assert upstream is None or upstream.closed
+    bench.sweep()
+    assert bench.dials == 2
     assert parsed(bench.verified().sent[0])[1].will is None
 
 
