@@ -905,12 +905,11 @@ class StoredSession:
             and treated.password is not None
             and treated.password != (self.visit.connect.password)
         )
-        is_outage = code in (_OUTAGES_5 if is_5 else _OUTAGES_3) or (
-            code in (_CREDENTIALS_5 if is_5 else _CREDENTIALS_3) and (of_rule or self.visit is None)
-        )
+        is_of_credentials = code in (_CREDENTIALS_5 if is_5 else _CREDENTIALS_3)
+        is_outage = code in (_OUTAGES_5 if is_5 else _OUTAGES_3) or (is_of_credentials and of_rule)
         self._drop_upstream(failure, is_outage=is_outage)
         visit = self.visit
-        if visit is None and code in (_CREDENTIALS_5 if is_5 else _CREDENTIALS_3):
+        if visit is None and is_of_credentials:
             # Its own password is not tried again and again: the account might be locked.
             self._presented = None
         if visit is None or is_outage:
