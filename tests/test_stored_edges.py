@@ -11,7 +11,7 @@ from gateway.session.record import Dial
 from gateway.session.stored import Phase
 from gateway.session.stored_state import DeviceState
 from gateway.session.treatment import Treatment
-from tests.stored_world import _PEER, packet, publish, read_publish
+from tests.stored_world import _PEER, packet, parsed, publish, read_publish
 from tests.test_stored_session import (
     PUBACK,
     PUBREL,
@@ -53,6 +53,7 @@ def pause(bench: Bench, seconds: float) -> None:
 def test_the_next_attempt_waits_as_long_as_the_failure_says(bench: Bench) -> None:
     bench.connect()
     bench.stored.upstream_failed(FAILURE, later=30.0)
+    assert bench.stored.trouble is FAILURE
     bench.sweep(29)
     assert bench.dials == 1
     bench.sweep(2)
@@ -506,6 +507,10 @@ def test_a_backlog_without_a_will_is_over_when_it_is_delivered(bench: Bench) -> 
     """After a restart, too."""
     left_with(bench, b"x")
     bench.start()
+    assert bench.stored.phase is Phase.OFFLINE
+    bench.available = True
+    bench.sweep()
+    assert bench.dials == 1
     upstream = bench.online()
     bench.settle()
     bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
@@ -588,6 +593,24 @@ def test_a_session_that_is_not_kept_is_not_present_for_the_next(bench: Bench) ->
     """Also if its device comes again without having left."""
     bench.offline(clean=True)
     assert bench.offline().connack == b"\x20\2\0\0"
+
+
+def test_a_device_that_keeps_its_session_does_not_start_clean_at_the_broker(bench: Bench) -> None:
+    """That would wipe what waits for it there."""
+    bench.offline(version=5)
+    assert not parsed(bench.verified().sent[0])[1].clean_start
+
+
+def test_what_a_device_sends_again_after_it_was_half_open_is_delivered_once(bench: Bench) -> None:
+    """It has no acknowledgement for what was on its way to the broker, and so sends all of that."""
+    bench.connect()
+    bench.online()
+    bench.up(b"x")
+    bench.connect()
+    bench.settle()
+    bench.up(b"x", dup=True)
+    bench.settle()
+    assert bench.online(session_present=True).payloads == [b"x"]
 
 
 def test_what_a_rule_withholds_from_a_device_that_is_away_stays_the_brokers(bench: Bench) -> None:
