@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from gateway.cli import device_files
 from gateway.cli.device_change import change
-from gateway.cli.device_files import exact_pattern, rule_text, stem_of
+from gateway.cli.device_files import exact_pattern, rule_text, stem_of, toml
 from gateway.cli.device_rules import Rules
 from gateway.cli.main import console
 from gateway.cli.service_view import ServiceView
@@ -225,6 +225,13 @@ def test_a_rule_that_was_edited_is_found_by_its_file(site: Site) -> None:
     assert site.do("show", "d1") == 0
     assert site.do("remove", "d1") == 0
     assert site.files() == []
+
+
+def test_what_moves_text_in_a_terminal_is_escaped_in_a_rule() -> None:
+    """As controls are: U+202E, for one, would show the rest of the name in reverse; letters stay as they are."""
+    text = toml("a\u202eb\u2028\x1b\x7f\U000e0001ü日")
+    assert text == '"a\\u202Eb\\u2028\\u001b\\u007F\\U000E0001ü日"'
+    assert tomllib.loads(f"a = {text}")["a"] == "a\u202eb\u2028\x1b\x7f\U000e0001ü日"
 
 
 def test_a_rule_is_shown_in_columns_with_the_values_of_toml(site: Site, capfd: pytest.CaptureFixture[str]) -> None:

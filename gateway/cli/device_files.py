@@ -110,15 +110,21 @@ def toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, str):
         # TOML's basic strings use JSON's escapes, and also escape DEL; they cannot contain surrogates.
-        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+        text = json.dumps(value, ensure_ascii=False)
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise DeviceProblem("a value contains an unpaired surrogate, which TOML cannot store")
-        return text
+        # Whoever prints the file must see the name as it is: U+202E, for one, reverses what comes after it.
+        return "".join(each if each.isprintable() else _escaped(each) for each in text)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml(each) for each in value) + "]"
     if isinstance(value, int | float):
         return repr(value)
     raise DeviceProblem(f"a rule cannot contain a value of type {type(value).__name__}")
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    return f"\\u{code:04X}" if code <= 0xFFFF else f"\\U{code:08X}"
 
 
 @define
