@@ -7,9 +7,11 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from twisted.internet.task import Clock
+from twisted.logger import formatEvent, globalLogPublisher
 
 from gateway.ops.notify import Notifier
 from tests.harness import eventually
@@ -147,6 +149,21 @@ def test_what_must_be_heard_is_said_again(tmp_path: Path, clock: Clock) -> None:
             notifier.alive("stopping", 1.0)
         assert len(queued) < 10_000
     notifier.close()
+
+
+def test_a_message_that_cannot_be_sent_is_one_line_of_the_log(tmp_path: Path, clock: Clock) -> None:
+    """It has several lines itself."""
+    lines: list[str] = []
+
+    def observe(event: dict[str, Any]) -> None:
+        lines.append(formatEvent(event))
+
+    globalLogPublisher.addObserver(observe)
+    try:
+        Notifier(str(tmp_path / "nobody"), 0.0, clock.seconds).ready("0 sessions")
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    assert [line.partition("(")[2] for line in lines if "systemd" in line] == ["READY=1, STATUS=0 sessions)"]
 
 
 def test_the_clock_of_reloads_is_systemds(tmp_path: Path) -> None:

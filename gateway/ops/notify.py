@@ -96,7 +96,11 @@ class Notifier:
         try:
             self._socket.sendto(message.encode(), address)
         except OSError as error:
-            _log.debug("notification to systemd failed: {error} ({message})", message=message, error=error)
+            _log.debug(
+                "notification to systemd failed: {error} ({message})",
+                message=", ".join(message.splitlines()),
+                error=error,
+            )
             return False
         return True
 
