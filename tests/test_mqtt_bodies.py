@@ -109,7 +109,7 @@ def test_a_packet_passes_as_soon_as_its_head_is_whole(sender, version, sent, hea
         (DEVICE, 4, publish("", b"payload"), 4, 0x82),
         (DEVICE, 5, publish("", b"payload", version=5), 5, 0x82),
         (DEVICE, 4, publish("a", qos=1, packet_identifier=0), 7, 0x82),
-        (DEVICE, 5, publish("a", version=5, properties=b"\x23\0\0"), 9, 0x82),
+        (DEVICE, 5, publish("a", version=5, properties=b"\x23\0\0"), 9, 0x94),
         (DEVICE, 5, publish("a", version=5, properties=b"\x11\0\0\0\1"), 11, 0x81),
         (DEVICE, 5, packet(0x30, b"\0\1a\x05\x26\0\0"), 6, 0x81),
         (DEVICE, 5, packet(0x30, b"\0\1a\xff\xff\xff\xff\1"), 9, 0x81),
@@ -151,7 +151,7 @@ def test_a_topic_of_a_broker_may_be_any_bytes(version, topic):
         assert framer.feed(sent + pingresp()) == sent + pingresp()
     assert refused_at(BROKER, version, packet(0x32, head + b"\0\0" + rest)) == (2 + len(head) + 2, 0x82)
     if version == 5:
-        assert refused_at(BROKER, 5, packet(0x30, head + with_length(b"\x23\0\0")))[1] == 0x82
+        assert refused_at(BROKER, 5, packet(0x30, head + with_length(b"\x23\0\0")))[1] == 0x94
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_a_value_of_one_type_is_not_given_as_another() -> None:
         (section(b"\x01\x02"), 0x82),  # a bit
         (section(b"\x21\x00\x00"), 0x82),  # Receive Maximum 0
         (section(b"\x27\x00\x00\x00\x00"), 0x82),  # Maximum Packet Size 0
-        (section(b"\x23\x00\x00"), 0x82),  # Topic Alias 0
+        (section(b"\x23\x00\x00"), 0x94),  # Topic Alias 0
         (section(b"\x0b\x00"), 0x82),  # Subscription Identifier 0
         (section(b"\x0b\x81\x00"), 0x81),  # not the shortest form
         (section(b"\x0b\x80\x80\x80\x80\x01"), 0x81),  # five bytes

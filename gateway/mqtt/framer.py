@@ -221,6 +221,7 @@ def _tables(sender: Sender, version: ProtocolVersion, lenient: bool) -> bytes:
 _END_REASONS: dict[int, EndReason] = {
     ReasonCode.MALFORMED_PACKET: EndReason.MALFORMED_PACKET,
     ReasonCode.PROTOCOL_ERROR: EndReason.PROTOCOL_ERROR,
+    ReasonCode.TOPIC_ALIAS_INVALID: EndReason.PROTOCOL_ERROR,
     ReasonCode.PACKET_TOO_LARGE: EndReason.PACKET_TOO_LARGE,
 }
 

@@ -14,6 +14,7 @@ from gateway.errors import EndReason, PacketError
 from gateway.mqtt.packets import (
     PacketType,
     ProtocolVersion,
+    ReasonCode,
     decode_binary,
     decode_integer,
     decode_remaining_length,
@@ -38,7 +39,6 @@ _PUBLISH_PROPERTIES: frozenset[int] = frozenset(
         PropertyId.TOPIC_ALIAS,
     }
 )
-_TOPIC_ALIAS_INVALID = 0x94
 _WITH_FLAGS = {PacketType.PUBREL: 0b0010, PacketType.SUBSCRIBE: 0b0010, PacketType.UNSUBSCRIBE: 0b0010}
 
 
@@ -95,7 +95,7 @@ def read_message(version: ProtocolVersion, packet: bytes) -> tuple[Message, int]
         parsed, end = parse_properties(body, offset, _PUBLISH_PROPERTIES, "PUBLISH")
         if parsed.integer(PropertyId.TOPIC_ALIAS) is not None:
             detail = "PUBLISH with a Topic Alias, of which there are none here (MQTT 5.0 §3.3.2.3.4)"
-            raise PacketError(EndReason.PROTOCOL_ERROR, _TOPIC_ALIAS_INVALID, detail)
+            raise PacketError(EndReason.PROTOCOL_ERROR, ReasonCode.TOPIC_ALIAS_INVALID, detail)
         expiry = parsed.integer(_EXPIRY)
         section = body[offset:end]
         if expiry is not None:

@@ -12,9 +12,10 @@ from functools import lru_cache
 
 from attrs import field, frozen
 
-from gateway.errors import PacketError
+from gateway.errors import EndReason, PacketError
 from gateway.mqtt.packets import (
     MAX_ELEMENTS,
+    ReasonCode,
     decode_binary,
     decode_integer,
     decode_remaining_length,
@@ -106,7 +107,6 @@ _NEVER_ZERO: frozenset[int] = frozenset(
     {
         PropertyId.RECEIVE_MAXIMUM,
         PropertyId.MAXIMUM_PACKET_SIZE,
-        PropertyId.TOPIC_ALIAS,
     }
 )
 
@@ -338,6 +338,10 @@ def _parse_value(section: bytes, offset: int, identifier: int, what: str) -> tup
     number, offset = decode_integer(section, offset, _SIZES[kind], what)
     if kind is _Kind.BIT and number > 1:
         raise protocol_error(f"the {what} is {number}, neither 0 nor 1 (MQTT 5.0 §2.2.2)")
+    if number == 0 and identifier == PropertyId.TOPIC_ALIAS:
+        raise PacketError(
+            EndReason.PROTOCOL_ERROR, ReasonCode.TOPIC_ALIAS_INVALID, f"the {what} is 0 (MQTT 5.0 §3.3.2.3.4)"
+        )
     if number == 0 and identifier in _NEVER_ZERO:
         raise protocol_error(f"the {what} is 0 (MQTT 5.0 §2.2.2)")
     return number, offset
