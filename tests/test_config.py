@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -224,12 +225,32 @@ def test_endpoints_that_cannot_work_are_refused(endpoint: str, reason: str) -> N
         ("[::1]:1883", r"tcp:port=1883:interface=0\:\:1"),
         ("tcp6:1883", "[::]:1883"),
         ("unix:/x", "unix:address=/x:mode=600"),
+        ("unix:/x/a", "unix://x//b/../a"),
         ("systemd:domain=INET:name=mqtt", "systemd:domain=INET:name=mqtt"),
     ],
 )
 def test_one_endpoint_twice_is_refused(first: str, second: str) -> None:
     """Two spellings of one port would fail only when the second is opened."""
     assert problems(listen=[{"endpoint": first}, {"endpoint": second}])[0].startswith("listen[1]: ")
+
+
+@pytest.mark.parametrize("status", ["127.0.0.1:9883", "tcp:9883:interface=127.0.0.1"])
+def test_the_status_endpoint_is_no_listener(status: str) -> None:
+    """Devices and the status page cannot share it."""
+    listen = [{"endpoint": "1883"}, {"endpoint": "127.0.0.1:9883"}]
+    assert problems(listen=listen, status={"endpoint": status}) == [
+        f'status.endpoint: "{status}" is also in [[listen]]: use another port or path'
+    ]
+
+
+@pytest.mark.parametrize("section", ["pacing", "admission"])
+def test_a_rate_at_which_no_session_would_ever_begin_is_refused(section: str) -> None:
+    """0 has a meaning of its own."""
+    for rate in (0, 0.0003, 1_000_000):
+        assert getattr(from_mapping(mapping(**{section: {"new_sessions_per_second": rate}})), section)
+    for rate in (1e-300, 0.00029, -1, 1_000_001, math.nan):
+        (problem,) = problems(**{section: {"new_sessions_per_second": rate}})
+        assert problem.endswith("is out of range (0.0003 to 1000000, or 0 for no limit)")
 
 
 def test_free_ports_and_other_interfaces_are_not_the_same_endpoint() -> None:

@@ -49,6 +49,14 @@ class Storm:
         self.clock.pump([step] * round(seconds / step))
 
 
+def test_a_pace_that_is_too_slow_for_the_queue_is_named() -> None:
+    """Then nobody waits, so that is not why there is no room."""
+    storm = Storm(rate=0.05, queue_seconds=10)
+    assert storm.come(0) is storm.come(1) is None
+    (refusal,) = storm.refused
+    assert refusal.detail == "at 0.05 new sessions per second, the next turn comes later than pacing.queue_seconds"
+
+
 def test_a_few_devices_have_their_turn_at_once() -> None:
     """Those of a tenth of a second may come at one moment."""
     storm = Storm(rate=100)

@@ -5,6 +5,7 @@ In: the text of `listen.endpoint`.  Out: a Twisted description, checked as far a
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Hashable, Iterator
 from ipaddress import ip_address
@@ -62,7 +63,8 @@ def endpoint_identity(text: str) -> Hashable:
     kind, arguments = _parse(description)
     match kind:
         case "unix":
-            return kind, arguments["address"]
+            # POSIX gives a meaning of its own to two slashes at the beginning, and to no other number of them.
+            return kind, posixpath.normpath("/" + arguments["address"].lstrip("/"))
         case "tcp" | "tcp6" if int(arguments["port"]) == 0:
             return object()
         case "tcp" | "tcp6":

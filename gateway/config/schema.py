@@ -43,6 +43,10 @@ LARGEST_PACKET = 1 + 4 + 268_435_455
 """Bytes of the largest control packet: type, four bytes of Remaining Length (MQTT 5.0 §2.1.4), and the body."""
 
 
+# New sessions per second; the slowest is about one in the longest time that a device can wait for its turn.
+_SLOWEST, _FASTEST = 0.0003, 1_000_000
+
+
 def _distinct(identity: Callable[[Any], Hashable], shown: Callable[[Any], str], missing: str) -> Validator:
     """Make a validator for a list that must not be empty nor contain duplicates."""
 
@@ -59,6 +63,12 @@ def _distinct(identity: Callable[[Any], Hashable], shown: Callable[[Any], str], 
             raise ExceptionGroup("listed twice", problems)
 
     return validate
+
+
+def _check_rate(rate: float) -> None:
+    if rate and not _SLOWEST <= rate <= _FASTEST:  # written so that NaN is refused, too
+        span = f"{number(_SLOWEST)} to {_FASTEST}, or 0 for no limit"
+        raise ValueError(f"{number(rate)} is out of range ({span})")
 
 
 def _check_server_name(text: str) -> None:
@@ -295,7 +305,7 @@ class Admission:
         default=0, validator=between(0, 10_000_000), metadata={"unit": "sessions"}
     )
     new_sessions_per_second: float = attrs.field(
-        default=0.0, validator=between(0, 1_000_000), metadata={"unit": "sessions per second"}
+        default=0.0, validator=checked(_check_rate), metadata={"unit": "sessions per second"}
     )
 
     @property
@@ -323,7 +333,7 @@ class Pacing:
     """The rate of new sessions to the broker, for all devices together."""
 
     new_sessions_per_second: float = attrs.field(
-        default=100.0, validator=between(0, 1_000_000), metadata={"unit": "sessions per second"}
+        default=100.0, validator=checked(_check_rate), metadata={"unit": "sessions per second"}
     )
     queue_seconds: float = attrs.field(default=10.0, validator=between(0, 3600), metadata={"unit": "seconds"})
 
@@ -446,6 +456,13 @@ class Config:
     status: Status = Status()
     relay: Relay = Relay()
     log: Log = Log()
+
+    def __attrs_post_init__(self) -> None:
+        """Refuse a status endpoint that is also a listener."""
+        endpoint = self.status.endpoint
+        if endpoint and endpoint_identity(endpoint) in {endpoint_identity(each.endpoint) for each in self.listen}:
+            words = f"{quoted(endpoint)} is also in [[listen]]: use another port or path"
+            raise MisfitError("status.endpoint", words)
 
     def algorithms(self, upstream: Upstream) -> Algorithms:
         """Return what is offered to an upstream: its own lists, or those of `[tls]`."""

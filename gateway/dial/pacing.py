@@ -82,7 +82,7 @@ class Pacer:
             shed = self._queue.shed(visitor.address)
             if shed is None:
                 self.refused += 1
-                raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, f"{len(self._queue)} devices are already waiting")
+                raise SessionEnd(EndReason.TOO_MANY_NEW_SESSIONS, self._why_full())
             self._refuse(shed, "its address has the most waiting devices")
         if not self._queue:
             self._expiring.clear()
@@ -95,6 +95,11 @@ class Pacer:
         heappush(self._expiring, (expires, self._arrivals, waiter))
         self._arm()
         return turn
+
+    def _why_full(self) -> str:
+        if self._room:
+            return f"{len(self._queue)} devices are already waiting"
+        return f"at {self._rate:g} new sessions per second, the next turn comes later than pacing.queue_seconds"
 
     def give_back(self) -> None:
         """Return an unused turn."""
