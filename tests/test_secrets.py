@@ -192,8 +192,20 @@ def test_a_program_that_takes_too_long_is_killed(run: Callable[..., Any], tmp_pa
     assert deferred.called
 
 
-def test_nothing_is_left_of_a_program_whose_child_keeps_its_output(run: Callable[..., Any], tmp_path: Path) -> None:
-    """The program itself has ended; its group is killed, and its pipes are closed."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_nothing_is_left_of_a_program_whose_child_keeps_its_output(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """The program itself has ended, perhaps before it was watched; its group is killed, its pipes are closed."""
+    start = subprocess.Popen
+
+    def ended(*arguments: Any, **more: Any) -> Any:
+        started: subprocess.Popen[bytes] = start(*arguments, **more)
+        os.waitid(os.P_PID, started.pid, os.WEXITED | os.WNOWAIT)
+        return started
+
+    if at_once:
+        monkeypatch.setattr("gateway.rules.secrets.subprocess.Popen", ended)
     before = set(Path("/proc/self/fd").iterdir())
     # A shell starts quickly, so that the child is there within the time on a busy machine, too.
     outcome = run(f"sleep 600 & echo $! >'{tmp_path / 'pid'}'", timeout=2.0, interpreter=("/bin/sh", "-c"))
@@ -254,7 +266,8 @@ def test_programs_end_with_the_reactor(tmp_path: Path) -> None:
         "import os; from twisted.internet import reactor, task; from twisted.internet.defer import ensureDeferred; "
         "from gateway.rules.secrets import Programs; "
         f"ensureDeferred(Programs(reactor, reactor).run({command!r}, {{}}, 600)); "
-        f"task.LoopingCall(lambda: os.path.exists({str(path)!r}) and reactor.stop()).start(0.01, now=False); reactor.run()"
+        f"task.LoopingCall(lambda: os.path.exists({str(path)!r}) and reactor.stop()).start(0.01, now=False); "
+        "reactor.run()"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=PATIENCE)
     pid = int(path.read_text())

@@ -17,7 +17,7 @@ from twisted.internet import error
 from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as DeferredTimeout
 from twisted.internet.interfaces import IReactorTime
-from twisted.internet.process import Process
+from twisted.internet.process import Process, reapProcessHandlers
 from twisted.internet.protocol import ProcessProtocol
 from twisted.python.failure import Failure
 
@@ -105,6 +105,14 @@ class _OwnGroup(Process):
 
     pid: int | None
 
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        try:
+            super().__init__(*arguments, **more)
+        except RuntimeError:
+            # The last that Twisted does is to register it, after it has reaped one that has ended already.
+            if reapProcessHandlers.get(self.pid) is not self:
+                raise
+
     def _trySpawnInsteadOfFork(  # noqa: N802  Twisted's name
         self, path: str, _uid: None, _gid: None, _executable: str, args: list[str], environment: Any, kwargs: Any
     ) -> bool:
@@ -117,8 +125,9 @@ class _OwnGroup(Process):
             args, stdin=stdin, stdout=stdout, stderr=stderr, cwd=path, env=environment, process_group=0
         )
         self.pid, self.status = started.pid, -1
-        # Twisted reaps it.
+        # This object reaps it.
         started.returncode = 0
+        reapProcessHandlers[started.pid] = self
         return True
 
     def signalProcess(self, signalID: str) -> None:  # noqa: N802, N803  Twisted's names
