@@ -177,13 +177,22 @@ def test_after_a_pause_the_broker_gets_its_pingreq_at_once(bench: Bench) -> None
     assert upstream.sent == [PINGREQ]
 
 
-def test_a_pause_does_not_shorten_the_delay_of_a_will(bench: Bench) -> None:
-    """The device could not come back meanwhile."""
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_pause_does_not_shorten_the_delay_of_a_will(bench: Bench, waits: bool) -> None:
+    """The device could not come back meanwhile; or it did, and waits for a broker that does not accept it."""
     device = bench.offline(version=5, will=WILL)
     bench.stored.state.will_delay = 60.0
     device.finish(EndReason.DEVICE_LOST)
     bench.settle()
-    pause(bench, 100)
+    if waits:
+        bench.available = True
+        device = bench.connect(5)
+        bench.now += 100
+        bench.stored.give_back(100, bench.now)
+        device.finish(EndReason.DEVICE_LOST)
+        bench.sweep(0)
+    else:
+        pause(bench, 100)
     bench.settle()
     assert bench.store.messages == 0
     bench.sweep(61)

@@ -541,6 +541,8 @@ class StoredSession:
             until = min(self._handover.until + seconds, now + self.after)
             self._handover = attrs.evolve(self._handover, until=until)
         self._will_at += seconds
+        if self._predecessor is not None:
+            self._predecessor = attrs.evolve(self._predecessor, will_at=self._predecessor.will_at + seconds)
 
     def sweep(self, now: float) -> None:
         """Do what is due; called every second or so."""
