@@ -575,6 +575,17 @@ def test_other_packets_during_authentication_are_refused(packet: bytes, code: in
     assert bench.upstream.closed
 
 
+@pytest.mark.parametrize("packet", [b"\xe0\x01\x89", b"\xe0\x02\x89\0"])
+def test_a_disconnect_in_place_of_connack_is_told_with_its_code(packet: bytes) -> None:
+    """The standard does not allow it, but the code is why the broker does not serve the device."""
+    bench = Bench().verified(version=5)
+    bench.session.upstream_received(packet)
+    assert bench.reason is EndReason.UPSTREAM_DISCONNECT
+    assert bench.session.record.detail == "0x89, server busy (in place of CONNACK)"
+    assert bench.device.bytes[2:4] == b"\x00\x88"
+    assert bench.device.closed
+
+
 def test_a_disconnect_during_authentication_is_relayed() -> None:
     """The device may change its mind."""
     bench = Bench().verified(version=5, properties=METHOD)

@@ -456,6 +456,9 @@ class Session:
         authenticates = self._connect.authentication_method is not None
         awaited = {PacketType.CONNACK, PacketType.AUTH} if authenticates else {PacketType.CONNACK}
         treatment = self._treatment
+        if (self._connect if treatment is None else treatment).version is ProtocolVersion.MQTT_5_0:
+            # No broker may send it before CONNACK [MQTT-3.14.0-1], but some do, and its reason code says why.
+            awaited.add(PacketType.DISCONNECT)
         self._upstream_reader = PacketReader(
             frozenset(awaited),
             self._limits.max_connect_size,
@@ -845,9 +848,14 @@ class Session:
                 treatment = self._treatment
                 version = self._connect.version if treatment is None else treatment.version
                 lenient = treatment is not None and treatment.lenient
-                connack = None if packet.type is PacketType.AUTH else parse_connack(packet, version, lenient=lenient)
+                is_connack = packet.type is PacketType.CONNACK
+                connack = parse_connack(packet, version, lenient=lenient) if is_connack else None
             except PacketError as error:
                 self._end(error.reason, error.detail)
+                return
+            if packet.type is PacketType.DISCONNECT:
+                code = packet.body[0] if packet.body else 0
+                self._end(EndReason.UPSTREAM_DISCONNECT, f"{disconnect_detail(code)} (in place of CONNACK)")
                 return
             self._device.write(packet.raw if connack is None else self._answer(packet, connack))
             self._bytes_down += len(packet.raw)
