@@ -110,7 +110,7 @@ class _OwnGroup(Process):
             super().__init__(*arguments, **more)
         except RuntimeError:
             # The last that Twisted does is to register it, after it has reaped one that has ended already.
-            if reapProcessHandlers.get(self.pid) is not self:
+            if self not in reapProcessHandlers.values():
                 raise
 
     def _trySpawnInsteadOfFork(  # noqa: N802  Twisted's name
