@@ -383,6 +383,9 @@ def test_only_a_dial_is_cancelled(bench: Bench) -> None:
     assert (bench.cancelled, bench.dials) == (1, 2)
     bench.stored.shut_out(refusal)
     assert bench.cancelled == 2
+    new().connect()
+    bench.stored.give_way()
+    assert bench.cancelled == 1
     for leave in (
         lambda: bench.stored.shut_out(refusal),
         lambda: bench.stored.give_way(),
@@ -573,6 +576,7 @@ def test_a_stop_that_discards_wills_discards_that_of_a_device_that_vanished(benc
     bench.stored.settle(lambda: None)
     bench.settle()
     bench.stored.stop(discard_will=True)
+    assert bench.stored.phase is Phase.OFFLINE
     bench.settle()
     assert upstream.sent[-1] == b"\xe0\0"
     bench.start()
