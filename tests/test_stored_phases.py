@@ -213,6 +213,14 @@ def test_a_session_is_present_that_the_broker_or_the_gateway_knows(bench: Bench,
     assert device.connack[2] == (known != "nowhere")
 
 
+def test_the_broker_is_told_the_receive_maximum_of_a_device_that_is_there(bench: Bench) -> None:
+    """One at a time would be slow."""
+    bench.connect(5, receive_maximum=30)
+    properties = parsed(bench.verified().sent[0])[1].properties
+    assert properties is not None
+    assert properties.values[0x21] == 30
+
+
 @pytest.mark.parametrize(("of_device", "told"), [(0, 1 << 20), (2000, 2000), (1 << 22, 1 << 20)])
 def test_the_broker_is_told_the_smaller_limit_of_device_and_gateway(bench: Bench, of_device: int, told: int) -> None:
     """Packets are held until they are whole."""
@@ -234,10 +242,12 @@ def test_a_broker_that_refuses_what_the_device_was_granted_ends_the_session(benc
     assert device.ended[0] is EndReason.STORED_SESSION_DIFFERS
 
 
-def test_what_is_behind_connack_in_one_piece_is_read(bench: Bench) -> None:
+def test_connack_may_come_in_pieces_and_with_what_is_behind_it(bench: Bench) -> None:
     device = bench.connect()
     bench.verified()
-    bench.stored.upstream_received(b"\x20\2\0\0" + publish(4, b"c", b"1", 0, 0))
+    bench.stored.upstream_received(b"\x20\2")
+    assert not device.connack
+    bench.stored.upstream_received(b"\0\0" + publish(4, b"c", b"1", 0, 0))
     assert device.take() == [publish(4, b"c", b"1", 0, 0)]
 
 
@@ -583,6 +593,29 @@ def test_what_the_will_overwrote_is_said_again_once_and_in_its_turn(bench: Bench
     assert bench.online(session_present=True).payloads == []
 
 
+def test_what_the_device_has_said_since_takes_the_place_of_what_the_will_overwrote(bench: Bench) -> None:
+    """It follows the Will anyway."""
+    bench.connect(will=attrs.evolve(WILL, retain=True))
+    upstream = bench.online()
+    bench.stored.device_received(packet(0x33, b"\0\1s\0\1here"))
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.lose()
+    bench.stored.device_received(packet(0x33, b"\0\1s\0\2warm"))
+    bench.settle()
+    assert bench.online(session_present=True).payloads == [b"warm"]
+
+
+def test_a_will_is_published_once_if_the_gateway_crashes_afterwards(bench: Bench) -> None:
+    device = bench.offline(version=5, will=WILL)
+    device.finish(EndReason.DEVICE_LOST)
+    bench.sweep()
+    bench.settle()
+    bench.start()
+    bench.sweep(200)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"gone"]
+
+
 def test_a_disconnect_of_5_0_that_gives_its_reason_takes_the_will_with_it(bench: Bench) -> None:
     """Normal disconnection (MQTT 5.0 §3.14.2.1)."""
     bench.offline(version=5, will=WILL)
@@ -661,6 +694,65 @@ def test_a_session_ends_with_a_device_that_keeps_none(bench: Bench) -> None:
     bench.stored.device_received(DISCONNECT)
     bench.settle()
     assert attached(bench, resumes).connack[2] == 0
+
+
+@pytest.mark.parametrize("how", ["starts anew", "keeps none"])
+def test_subscriptions_end_with_their_session(bench: Bench, how: str) -> None:
+    """The broker is not asked for them."""
+    resumes = mqtt_packets.connect("dev", version=5, clean_start=False)
+    attached(bench, resumes)
+    bench.stored.device_received(mqtt_packets.subscribe("a/b", version=5) + publish(5, b"t", b"x", 1, 1))
+    bench.settle()
+    if how == "keeps none":
+        bench.stored.device_received(DISCONNECT)
+        bench.settle()
+        bench.start()
+        attached(bench, resumes)
+    else:
+        bench.offline(version=5, clean=True)
+    assert 0x82 not in [raw[0] for raw in bench.online(version=5).sent]
+
+
+def test_a_token_that_expires_is_followed_by_another_dial_at_once(bench: Bench) -> None:
+    """The Will of a device that is away is the broker's then, also if the gateway crashes."""
+    bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, lives=20.0)
+    device = bench.connect(5, will=WILL)
+    bench.online(version=5)
+    bench.up(b"x", version=5)
+    device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    dials = bench.dials
+    bench.sweep(21)
+    assert bench.dials == dials + 1
+    bench.settle()
+    bench.start()
+    bench.sweep(200)
+    bench.settle()
+    assert bench.online(version=5).payloads == [b"x"]
+
+
+def test_bodies_of_messages_that_are_stored_are_always_checked(bench: Bench) -> None:
+    """Whatever the configuration says: they are written again.  This has a wildcard in its topic."""
+    bench.world = attrs.evolve(bench.world, check_bodies=False)
+    bench.open()
+    device = bench.offline()
+    bench.stored.device_received(publish(4, b"t/#", b"x", 1, 1))
+    assert device.ended is not None
+    bench.settle()
+    assert bench.store.messages == 0
+
+
+def test_pubrels_that_the_disk_is_done_with_wait_no_more(bench: Bench) -> None:
+    """A device is held for as many as the first time."""
+    device = bench.offline()
+    for _ in range(2):
+        bench.stored.device_received(packet(PUBREL, b"\0\1") * 1000)
+        while device.behind:
+            device.behind = False
+            bench.stored.device_received(b"")
+        assert device.held
+        bench.settle()
+        assert not device.held
 
 
 def test_a_device_that_leaves_with_nothing_waiting_is_gone_at_once(bench: Bench) -> None:

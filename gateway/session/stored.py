@@ -737,7 +737,6 @@ class StoredSession:
             self._will_at, self._is_after_restart = before.will_at, not before.has_left
         if not is_persistent(visit.treated):
             state.has_session = False
-            state.subscriptions.clear()
         if lost and before is None and state.will is not None and not self._is_up and not self.stopping:
             self._will_at = self._world.seconds() + state.will_delay
         self._saving.save()
@@ -766,9 +765,8 @@ class StoredSession:
         will = self.state.will
         if will is not None and message.retain and message.topic == will.topic:
             self._status = message
-            # What is stored anyway follows whatever Will the broker publishes meanwhile.
-            if not self.outgoing.live:
-                self._status_is_due = False
+            # It follows whatever Will the broker has published.
+            self._status_is_due = False
 
     def _publish_will(self) -> None:
         self._will_at = float("inf")
@@ -792,13 +790,9 @@ class StoredSession:
         if self.outgoing.aside_in_row >= MOST_ASIDE_IN_ROW:
             words = "the broker has closed the connection on several messages in a row: `mqtts-gateway store retry`"
             self.trouble = SessionEnd(EndReason.UPSTREAM_LOST, words)
-            self._offer_offline()
             return
-        if self.backlog.loading:
-            # Only an upstream that is not LIVE could be used, and the scan takes seconds.
-            self._offer_offline()
-            return
-        if not self._link.may_dial(self):
+        # Before the scan has ended, only an upstream that is not LIVE could be used, and the scan takes seconds.
+        if self.backlog.loading or not self._link.may_dial(self):
             self._offer_offline()
             return
         self._is_dialling = True
