@@ -383,7 +383,10 @@ def test_only_a_dial_is_cancelled(bench: Bench) -> None:
     assert (bench.cancelled, bench.dials) == (1, 2)
     bench.stored.shut_out(refusal)
     assert bench.cancelled == 2
-    new().connect()
+    left_with(new(), b"x")
+    bench.available = True
+    bench.sweep(5)
+    bench.cancelled = 0
     bench.stored.give_way()
     assert bench.cancelled == 1
     for leave in (
@@ -630,10 +633,16 @@ def test_what_a_rule_withholds_from_a_device_that_is_away_stays_the_brokers(benc
     """It is not acknowledged in the device's place: the rule may be another when the device comes."""
     rules = TopicRules(subscribe_prefix="p/")
     bench.treatment = lambda raw, connect: Treatment(connect=raw, version=connect.version, topics=rules)
-    left_with(bench, b"x")
+    device = with_backlog(bench, b"x")
+    upstream = bench.online()
+    bench.stored.upstream_received(publish(4, b"other", b"y", 1, 7))
+    assert device.take() == [packet(PUBACK, b"\0\1")]
+    assert acknowledgements(upstream.take(), PUBACK) == [7]
+    device.finish(EndReason.DEVICE_LOST)
+    bench.lose()
     upstream = bench.online()
     upstream.take()
-    bench.stored.upstream_received(publish(4, b"other", b"y", 1, 7))
+    bench.stored.upstream_received(publish(4, b"other", b"y", 1, 9))
     assert acknowledgements(upstream.sent, PUBACK) == []
     assert not upstream.aborted
 
