@@ -374,6 +374,42 @@ def test_a_broker_that_sends_no_connack_is_given_up(bench: Bench) -> None:
     assert str(bench.stored.trouble) == "upstream-silent: no CONNACK in 10 s"
 
 
+def test_a_broker_that_answers_pingreq_but_acknowledges_nothing_is_given_up(bench: Bench) -> None:
+    """After a minute."""
+    absent(bench, b"x")
+    upstream = bench.online()
+    for _ in range(60):
+        bench.sweep()
+        while PINGREQ in upstream.sent:
+            upstream.sent.remove(PINGREQ)
+            bench.stored.upstream_received(PINGRESP)
+    assert not upstream.aborted
+    bench.sweep()
+    assert upstream.aborted
+
+
+def test_a_pingreq_is_sent_only_after_a_rest(bench: Bench) -> None:
+    """Messages keep the connection alive as well (MQTT 3.1.1 §3.1.2.10)."""
+    bench.connect()
+    upstream = bench.online()
+    for _ in range(5):
+        bench.stored.device_received(publish(4, b"t", b"x", 0, 0))
+        bench.sweep(20)
+    assert PINGREQ not in upstream.sent
+
+
+@pytest.mark.parametrize("malformed", [b"\x20\1\0", b"\x20\2\2\0", b"\x30\2\0\0"])
+def test_a_broker_that_answers_with_something_else_is_left(bench: Bench, malformed: bytes) -> None:
+    """The device is served."""
+    device = bench.connect()
+    upstream = bench.verified()
+    bench.stored.upstream_received(malformed)
+    assert upstream.aborted
+    assert device.connack
+    assert bench.stored.trouble is not None
+    assert bench.stored.trouble.reason is EndReason.UPSTREAM_PROTOCOL_ERROR
+
+
 def test_another_pingreq_gives_a_silent_broker_no_more_time(bench: Bench) -> None:
     """Here the one that asks whether a message of QoS 0 has arrived."""
     bench.connect()
