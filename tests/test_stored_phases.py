@@ -652,6 +652,19 @@ def test_a_will_is_published_once_if_the_gateway_crashes_afterwards(bench: Bench
     assert bench.online(version=5).payloads == [b"gone"]
 
 
+def test_a_will_that_the_broker_publishes_is_not_sent_after_a_crash(bench: Bench) -> None:
+    """The device vanished while the broker was there, which gets no DISCONNECT."""
+    device, upstream = bench.connect(version=5, will=WILL), bench.online(version=5)
+    device.finish(EndReason.DEVICE_LOST)
+    bench.settle()
+    assert upstream.closed
+    assert upstream.sent[-1] != DISCONNECT
+    bench.start()
+    bench.sweep(200)
+    bench.settle()
+    assert bench.store.messages == 0
+
+
 def test_a_disconnect_of_5_0_that_gives_its_reason_takes_the_will_with_it(bench: Bench) -> None:
     """Normal disconnection (MQTT 5.0 §3.14.2.1)."""
     bench.offline(version=5, will=WILL)
