@@ -110,17 +110,9 @@ class _Forbidden:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "without"),
-    [
-        ("hall7-.*", "xhall7-"),
-        ("hall7-x*", "hall7"),
-        ("halls?-(?P<unit>.*)", "hal"),
-        (".*-17x", "-17"),
-        (r"[a-z]+\.(a|b){1,3}boiler+\d", "x.aboil"),
-        (r"[a-z]+\.(?:a|b)boiler[0-9]", "x.boile1"),
-    ],
+    ("pattern", "without"), [("hall7-.*", "xhall7-"), ("hall7-x*", "hall7"), ("halls?-(?P<unit>.*)", "hal")]
 )
-def test_names_that_cannot_match_are_told_by_a_part_of_the_pattern(pattern: str, without: str) -> None:
+def test_names_that_cannot_match_are_told_by_the_beginning_of_the_pattern(pattern: str, without: str) -> None:
     """Ten thousand rules with patterns are tried in turn."""
     assert evolve(compile_pattern(pattern), compiled=_Forbidden()).match(without) is None
 
@@ -133,16 +125,18 @@ def test_names_that_cannot_match_are_told_by_a_part_of_the_pattern(pattern: str,
 @example(["a", "b", "{0}"], "a")
 @example(["(?i)", "a"], "A")
 @example(list("[a(]b"), "ab")
+@example(["a", "(?i)", "*"], "")
+@example(list("a\\Q\\E*"), "")
 @example(list("\\(a|b"), "b")
 @example(list("[]a[b]"), "b")
 @example(list("[^]a]b"), "1b")
-def test_the_part_of_the_pattern_is_in_every_name_that_matches(pieces: list[str], name: str) -> None:
-    """Whether RE2 is asked at once or after looking for it, the answer is the same."""
+def test_every_name_that_matches_has_the_beginning_of_the_pattern(pieces: list[str], name: str) -> None:
+    """Whether RE2 is asked at once or after looking at it, the answer is the same."""
     try:
         pattern = compile_pattern("".join(pieces))
     except ValueError:
         return
-    assert pattern.match(name) == evolve(pattern, beginning="", needed="").match(name)
+    assert pattern.match(name) == evolve(pattern, beginning="").match(name)
 
 
 def test_patterns_in_the_documents_are_patterns() -> None:
