@@ -158,11 +158,13 @@ def test_a_message_that_cannot_be_sent_is_one_line_of_the_log(tmp_path: Path, cl
     def observe(event: dict[str, Any]) -> None:
         lines.append(formatEvent(event))
 
+    notifier = Notifier(str(tmp_path / "nobody"), 0.0, clock.seconds)
     globalLogPublisher.addObserver(observe)
     try:
-        Notifier(str(tmp_path / "nobody"), 0.0, clock.seconds).ready("0 sessions")
+        notifier.ready("0 sessions")
     finally:
         globalLogPublisher.removeObserver(observe)
+        notifier.close()
     assert [line.partition("(")[2] for line in lines if "systemd" in line] == ["READY=1, STATUS=0 sessions)"]
 
 

@@ -118,7 +118,7 @@ def test_the_essentials_need_no_javascript(browser: Browser, plant: Plant, width
             "Set tls.ca_file to the CA that issued it",
             "days left",
             "not connected: malformed-packet",
-            "Update the device's firmware",
+            "Correct the settings or firmware of the device",
             "connecting: waiting for CONNECT",
             "hall 3",
         ):
@@ -249,7 +249,7 @@ def test_many_devices_fit_on_a_phone(browser: Browser, plant: Plant) -> None:
         assert "Upstream:" not in tab.evaluate(f"{device}.innerText")
         tab.evaluate(f"{_fold('device device-19')}.querySelector('summary').click()")
         unfolded = tab.evaluate(f"{device}.innerText")
-        assert "Update the device's firmware" in unfolded
+        assert "Correct the settings or firmware of the device" in unfolded
         assert f"localhost:{plant.port}" in unfolded
         # Each link changes one thing, but the silent ones begin with the longest silence.
         for link, query in (
