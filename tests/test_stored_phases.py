@@ -9,11 +9,21 @@ from pathlib import Path
 import attrs
 import pytest
 
-from gateway.errors import EndReason
+from gateway.errors import EndReason, UpstreamFailure
 from gateway.session.treatment import Treatment
 from tests import mqtt_packets
 from tests.stored_world import packet, parsed, publish, read_publish
-from tests.test_stored_session import PUBACK, PUBREC, PUBREL, WILL, Bench, Device, acknowledgements, with_backlog
+from tests.test_stored_session import (
+    PUBACK,
+    PUBREC,
+    PUBREL,
+    WILL,
+    Bench,
+    Device,
+    acknowledgements,
+    hang_up,
+    with_backlog,
+)
 
 PINGREQ, PINGRESP, DISCONNECT = b"\xc0\0", b"\xd0\0", b"\xe0\0"
 BUSY = b"\x20\2\0\3"
@@ -440,6 +450,107 @@ def test_a_pingresp_that_never_came_is_not_expected_of_the_next_connection(bench
     bench.stored.upstream_received(PINGRESP)
     bench.settle()
     assert bench.store.messages == 0
+
+
+def test_a_broker_is_not_silent_because_the_one_before_was(bench: Bench) -> None:
+    """Neither for a PINGREQ that the last connection did not answer, nor for messages that it did not acknowledge."""
+    bench.connect()
+    first = bench.online()
+    bench.up(b"x")
+    bench.settle()
+    bench.sweep(31)
+    assert PINGREQ in first.sent
+    bench.sweep(25)
+    bench.lose()
+    bench.now += 600
+    upstream = bench.online(session_present=True)
+    assert upstream.payloads == [b"x"]
+    bench.sweep(20)
+    assert not upstream.aborted
+
+
+def test_a_broker_that_hangs_up_without_a_message_suspects_none(bench: Bench) -> None:
+    """What comes later is sent together, as usual."""
+    device = bench.connect()
+    bench.online()
+    bench.stored.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "test", is_orderly=True))
+    bench.available = False
+    for number, payload in enumerate((b"1", b"2"), 1):
+        bench.up(payload, identifier=number)
+    bench.settle()
+    assert not device.ended
+    bench.sweep(61)
+    assert bench.online(session_present=True).payloads == [b"1", b"2"]
+
+
+def test_a_message_is_not_suspected_for_the_one_before_it(bench: Bench) -> None:
+    """Each is set aside only after the broker has hung up three times on it alone."""
+    with_backlog(bench, b"1", b"2")
+    assert hang_up(bench) == [b"1", b"2"]
+    for _ in range(2):
+        assert hang_up(bench) == [b"1"]
+    bench.stored.device_received(PINGREQ)
+    bench.sweep(61)
+    upstream = bench.online()
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.settle()
+    bench.store.counts.confirmed += 1
+    bench.stored.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "test", is_orderly=True))
+    assert hang_up(bench) == [b"2"]
+    assert not bench.store.aside
+    assert hang_up(bench) == [b"2"]
+    assert sum(bench.store.aside.values()) == 1
+
+
+def test_what_the_broker_confirms_clears_the_messages_behind_it(bench: Bench) -> None:
+    """One at a time only until one is confirmed; and two that are set aside are in a row only if nothing was."""
+    with_backlog(bench, b"1", b"2", b"3", b"4")
+    for _ in range(4):
+        hang_up(bench)
+    assert sum(bench.store.aside.values()) == 1
+    bench.stored.device_received(PINGREQ)
+    bench.sweep(61)
+    upstream = bench.online()
+    assert upstream.payloads == [b"2"]
+    confirmed = bench.store.counts.confirmed
+    bench.ack(PUBACK, read_publish(4, upstream.sent[-1])[3])
+    bench.settle()
+    assert bench.store.counts.confirmed == confirmed + 1
+    assert upstream.payloads == [b"2", b"3", b"4"]
+    bench.stored.upstream_broken(UpstreamFailure(EndReason.UPSTREAM_LOST, "test", is_orderly=True))
+    for _ in range(3):
+        hang_up(bench)
+    assert sum(bench.store.aside.values()) == 2
+    bench.stored.device_received(PINGREQ)
+    bench.sweep(61)
+    assert bench.online().payloads == [b"4"]
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 220), (300_000, 3)])
+def test_what_the_broker_does_not_acknowledge_goes_to_disk_when_it_is_much(bench: Bench, size: int, most: int) -> None:
+    """More than 200 messages that wait behind those in flight, or a mebibyte."""
+    bench.connect()
+    bench.online()
+    for number in range(1, most + 1):
+        bench.up(bytes(size), identifier=number)
+        bench.settle()
+        assert not bench.store.messages
+    bench.up(bytes(size), identifier=most + 1)
+    bench.settle()
+    assert bench.store.messages == most + 1
+
+
+def test_a_device_that_comes_again_may_send_as_much_as_before(bench: Bench) -> None:
+    """What it had not been acknowledged counts no more, since it sends that again."""
+    payload = bytes(300_000)
+    for _ in range(3):
+        bench.connect()
+        if bench.stored._upstream is None:
+            bench.online()
+        for number in (1, 2, 3):
+            bench.up(payload, identifier=number)
+        bench.settle()
+        assert not bench.store.messages
 
 
 def test_each_pingresp_is_that_of_the_oldest_pingreq(bench: Bench) -> None:
