@@ -540,6 +540,17 @@ def test_what_the_broker_does_not_acknowledge_goes_to_disk_when_it_is_much(bench
     assert bench.store.messages == most + 1
 
 
+def test_a_device_that_was_told_wrongly_of_no_session_is_told_of_it_the_next_time(bench: Bench) -> None:
+    """The connection for it is left, since what is sent on it would be for another session."""
+    device = bench.offline()
+    assert device.connack[2] == 0
+    upstream = bench.online(session_present=True)
+    assert device.ended is not None
+    assert device.ended[0] is EndReason.STORED_SESSION_DIFFERS
+    assert upstream.closed
+    assert bench.offline().connack[2] == 1
+
+
 def test_a_device_that_comes_again_may_send_as_much_as_before(bench: Bench) -> None:
     """What it had not been acknowledged counts no more, since it sends that again."""
     payload = bytes(300_000)
