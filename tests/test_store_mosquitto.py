@@ -431,7 +431,7 @@ def test_a_gateway_that_is_killed_loses_nothing(plant: Plant, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_gateway_that_is_killed_many_times_loses_nothing(plant: Plant, tmp_path: Path) -> None:
     """With fifty devices; STORE_KILLS says how often, 200 for the record."""
-    kills = int(os.environ.get("STORE_KILLS", "20"))
+    kills = int(os.environ.get("STORE_KILLS", "12"))
     sent, twice = run_killed(plant, tmp_path, kills, 50)
     print(f"{sent} messages, {twice} of them twice")  # noqa: T201  what it is run for
 
