@@ -18,6 +18,9 @@ from gateway.errors import NotNow
 
 MEBIBYTE = 1_048_576
 
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""The errors of a machine or process that has no descriptor or memory left."""
+
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFSOCK: "a socket",
@@ -25,9 +28,6 @@ _KINDS = {
     stat.S_IFBLK: "a block device",
     stat.S_IFDIR: "a directory",
 }
-
-
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 class _Lack(threading.local):
@@ -64,7 +64,7 @@ def read_file(path: Path, limit: int = MEBIBYTE, *, from_pipe: bool = False) -> 
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY) if from_pipe else open_file(path)
     except OSError as error:
-        if error.errno in _EXHAUSTED:
+        if error.errno in EXHAUSTED:
             _lack.words = f"{path} cannot be read: {error.strerror}"
         raise
     try:

@@ -103,7 +103,7 @@ class GatewayService(Service):
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         runtime_directory: Path | None = None,
     ) -> None:
-        """Take a reactor with IReactorTime, IReactorTCP, IReactorUNIX, IReactorCore and IReactorPluggableNameResolver.
+        """Take a reactor with the interfaces Core, FDSet, Process, Threads, Time and UNIX.
 
         `now` gives the time of day, for certificates and for display; nothing is measured with it.  In
         `runtime_directory` a socket answers requests for a reload.

@@ -16,7 +16,7 @@ from twisted.internet.process import reapAllProcesses
 from twisted.internet.task import LoopingCall
 
 from gateway.config.secret_files import SecretUnavailable, credential_path, read_secret
-from gateway.rules.secrets import Programs
+from gateway.rules.secrets import Programs, _OwnGroup
 from tests.harness import PATIENCE, eventually
 
 # ---- files
@@ -318,3 +318,12 @@ def test_only_a_few_programs_run_at_a_time(run: Callable[..., Any], tmp_path: Pa
     waiting = [run(script, wait=False)[1] for _ in range(24)]
     eventually(lambda: all(waiting), "all outcomes")
     assert max(int(outcome[0]) for outcome in waiting) <= 8
+
+
+def test_a_program_that_somebody_else_has_reaped_keeps_no_other_from_being_reaped() -> None:
+    """Its number may belong to a stranger by now, so nothing is sent to it either."""
+    ended = subprocess.Popen(["/bin/true"])
+    ended.wait()
+    process = _OwnGroup.__new__(_OwnGroup)
+    process.pid, process.pipes = ended.pid, {}
+    process.reapProcess()

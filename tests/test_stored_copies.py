@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from gateway.session.outgoing import WINDOW
 from tests.stored_world import publish, read_publish
-from tests.test_stored_session import PUBACK, PUBREC, PUBREL, Bench, Upstream, with_backlog
+from tests.test_stored_session import PUBACK, PUBREC, PUBREL, Bench, Upstream, bench, with_backlog
+
+__all__ = ["bench"]
 
 DUP = 0x08
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    """A bench with an empty store."""
-    made = Bench(tmp_path, f"file:{tmp_path.name}?mode=memory&cache=shared", after=5.0)
-    yield made
-    made._keeps.close()
 
 
 def publishes(upstream: Upstream) -> list[bytes]:

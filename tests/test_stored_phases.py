@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import attrs
 import pytest
@@ -21,20 +19,15 @@ from tests.test_stored_session import (
     Bench,
     Device,
     acknowledgements,
+    bench,
     hang_up,
     with_backlog,
 )
 
+__all__ = ["bench"]
+
 PINGREQ, PINGRESP, DISCONNECT = b"\xc0\0", b"\xd0\0", b"\xe0\0"
 BUSY = b"\x20\2\0\3"
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    """A bench with an empty store."""
-    made = Bench(tmp_path, f"file:{tmp_path.name}?mode=memory&cache=shared", after=5.0)
-    yield made
-    made._keeps.close()
 
 
 def absent(bench: Bench, *payloads: bytes) -> None:

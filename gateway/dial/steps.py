@@ -20,6 +20,7 @@ from twisted.python.failure import Failure
 from gateway.config import Timeouts
 from gateway.config.proxies import ProxyServer
 from gateway.dial.proxy import ProxyConnection, TLSLayer
+from gateway.disk import EXHAUSTED
 from gateway.errors import EndReason, UpstreamFailure
 from gateway.net.network import Address, Network, shown_address
 from gateway.net.race import AllFailed, interleave, race
@@ -31,7 +32,7 @@ from gateway.session.record import Peer
 _T = TypeVar("_T")
 # Of this machine: nothing was asked of the broker.  EAGAIN is a lack of threads; EADDRNOTAVAIL of local ports, or for
 # IPv6 of an address.
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL})
+_EXHAUSTED = EXHAUSTED | {errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL}
 
 
 async def resolve(network: Network, host: str, port: int, clock: IReactorTime, timeouts: Timeouts) -> list[Address]:

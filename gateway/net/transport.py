@@ -383,7 +383,7 @@ class RelayReactor:
     """
 
     def __init__(self, reactor: Any, core: Core | None = None, user_timeout: float | None = None) -> None:
-        """Take a reactor that provides IReactorFDSet, IReactorTime and IReactorPluggableNameResolver, and the core.
+        """Take a reactor that provides IReactorFDSet, IReactorTime and IReactorThreads, and the core.
 
         `user_timeout` is what listening sockets are tuned for (`tune_socket`), for their connections to inherit.
         """

@@ -147,9 +147,11 @@ class _OwnGroup(Process):
         """Reap the process if it has ended and its pipes are closed; kill what is left of its group before."""
         if self.pipes or self.pid is None:
             return
-        if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-            self.signalProcess("KILL")
-            super().reapProcess()
+        # Of one that somebody else has reaped, nothing is known, as in Twisted; the others must still be reaped.
+        with contextlib.suppress(ChildProcessError):
+            if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                self.signalProcess("KILL")
+                super().reapProcess()
 
 
 class _Program(ProcessProtocol):

@@ -19,9 +19,9 @@ from gateway.errors import EndReason, UpstreamFailure
 from gateway.text import printable
 from gateway.tls.alt_names import AltName, alt_names, shown_names
 
-# Stricter than service-identity, which trims white space and takes control characters and wildcards within a label.
-# RFC 1035 §2.3.4, as text. Of what is longer, nothing is read: an alternative name of a certificate can have 64 KiB.
+# RFC 1035 §2.3.4, as text.  What is longer is not read: an alternative name of a certificate can have 64 KiB.
 _LONGEST_NAME = 253
+# Stricter than service-identity, which trims white space and takes control characters and wildcards within a label.
 _DNS_NAME = re.compile(r"(?:\*\.)?(?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}", re.ASCII)
 
 
